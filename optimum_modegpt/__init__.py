@@ -1,0 +1,1 @@
+"""MoDeGPT for Transformers and Optimum."""

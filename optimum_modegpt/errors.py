@@ -1,0 +1,43 @@
+"""Every exception of this package.
+
+ModeGPTError
+├── InvalidConfig            a field of the configuration, or a combination of them, cannot be used
+├── CalibrationDataError     no usable calibration text: missing, empty, wrong column, too short, not reachable
+├── UnsupportedModel         the architecture, or this model's variant of it, is not known
+│   └── AlreadyCompressed    the model is a result of this package
+├── NumericalError           a moment or an activation cannot be decomposed
+├── OutputError              the place where the result should go cannot be used
+└── EvaluationError          the text or the models given to an evaluation cannot be compared
+"""
+
+
+class ModeGPTError(Exception):
+    """Root of all errors raised by optimum_modegpt; the message says what was found, what was expected, what to do."""
+
+
+class InvalidConfig(ModeGPTError, ValueError):
+    """A field of the configuration, or a combination of fields, cannot be used."""
+
+
+class CalibrationDataError(ModeGPTError, ValueError):
+    """The calibration data is missing, empty, too short, of the wrong form, or cannot be reached."""
+
+
+class UnsupportedModel(ModeGPTError, ValueError):
+    """The architecture, or this variant of it, is not known."""
+
+
+class AlreadyCompressed(UnsupportedModel):
+    """The model is already a result of this package."""
+
+
+class NumericalError(ModeGPTError, ArithmeticError):
+    """A moment or an activation is not finite, or cannot be decomposed."""
+
+
+class OutputError(ModeGPTError, OSError):
+    """The output folder cannot be used."""
+
+
+class EvaluationError(ModeGPTError, ValueError):
+    """The text or the models given to an evaluation cannot be scored or compared."""

@@ -1,0 +1,336 @@
+"""What all compressed families share: attention of two widths, smaller blocks, a strict load, code that travels.
+
+This file is also remote code: it is copied beside the weights and must import nothing but torch and transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+FORMAT_VERSION = 1
+"""Version of what stands in config.json; a reader refuses a newer one."""
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where a family keeps its blocks and, inside a block, the projections that compression narrows."""
+
+    blocks: str
+    """Path of the list of blocks, from the base model."""
+    mlp_inputs: tuple[str, ...]
+    """The projections whose rows are hidden channels: (gate, up), or the one of a plain MLP."""
+    mlp_output: str
+    mlp_width: str
+    """Name of the MLP width in the configuration."""
+    attention: str = "self_attn"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Inner widths of one block: query/key and value head dims, MLP width."""
+
+    qk: int
+    vo: int
+    mlp: int
+
+
+# --------------------------------------------------------------------------------------------------- configuration
+
+
+class ModeGPTConfigMixin:
+    """Over a dense configuration class: native `per_layer_config` with the widths, dense sizes at the top level."""
+
+    layout: ClassVar[BlockLayout]
+    # Tensor parallelism would split the heads but not `rope_index`.
+    base_model_tp_plan = None
+    # The top level keeps the dense sizes on purpose: rotary table and softmax scale are made from them.
+    allow_global_per_layer_attribute_access = True
+
+    @classmethod
+    def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
+        """The configuration of a compressed model: that of `dense`, the widths of every block, and our record."""
+        values = dense.to_dict()
+        for key in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
+            values.pop(key, None)
+        per_layer = {
+            index: {
+                "qk_head_dim": width.qk,
+                "v_head_dim": width.vo,
+                # One row of the key-value cache; the name that caches and serving engines read.
+                "head_dim": max(width.qk, width.vo),
+                cls.layout.mlp_width: width.mlp,
+            }
+            for index, width in enumerate(widths)
+        }
+        return cls(**values, per_layer_config=per_layer, modegpt=record)
+
+    @property
+    def dense_head_dim(self) -> int:
+        """Head dim of the model that was compressed."""
+        return getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+
+    def widths(self) -> list[Widths]:
+        """Widths of every block.
+
+        Raises:
+            ValueError: when a width is missing, no integer, below 1 or above the dense one: before anything is built.
+        """
+        version = (getattr(self, "modegpt", None) or {}).get("format_version")
+        if not isinstance(version, int) or version > FORMAT_VERSION:
+            raise ValueError(
+                f"config.json says modegpt format_version {version!r}; this code reads up to {FORMAT_VERSION}. "
+                "Update optimum-modegpt."
+            )
+        dense = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
+        dense[self.layout.mlp_width] = getattr(self, self.layout.mlp_width)
+        found = []
+        for index in range(self.num_hidden_layers):
+            layer = self.per_layer_config[index]
+            sizes = [getattr(layer, name, None) for name in dense]
+            for (name, limit), size in zip(dense.items(), sizes, strict=True):
+                if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= limit:
+                    raise ValueError(
+                        f"config.json: per_layer_config[{index}].{name} is {size!r}; expected an integer in [1, {limit}]."
+                    )
+            found.append(Widths(*sizes))
+        return found
+
+
+def _silence_per_layer_warnings() -> None:
+    """The dense classes read head_dim and the MLP width globally while they are built, which is what we want."""
+    source = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    names = ("`head_dim`", "`intermediate_size`", "`ffn_dim`")
+    source.addFilter(lambda record: not any(name in record.getMessage() for name in names))
+
+
+_silence_per_layer_warnings()
+
+# ------------------------------------------------------------------------------------------------------- attention
+
+
+class ModeGPTAttentionMixin:
+    """Over a dense attention class: query/key heads and value heads have widths of their own.
+
+    With rotary embeddings `rope_index` (key-value heads, qk_head_dim / 2) says which of the dense model's rotary pairs
+    a head kept. The softmax scale stays that of the dense model.
+    """
+
+    output_name: ClassVar[str] = "o_proj"
+    rotary: ClassVar[bool] = True
+    qk_head_dim: int
+    v_head_dim: int
+    rope_index: Tensor
+
+    def set_widths(self, qk: int, vo: int) -> None:
+        """Declares the head dims; the projections are replaced by the caller."""
+        self.qk_head_dim, self.v_head_dim = qk, vo
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As the dense class: (batch, length, d_model) to the same shape, and the attention weights where asked for."""
+        shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
+        if self.rotary:
+            query, key = self.rotate(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        implementation = self.config._attn_implementation
+        if "flash" in (implementation or "") and self.qk_head_dim != self.v_head_dim:
+            # Flash kernels take one width; zero columns change no product.
+            query, key, value = (_pad(x, max(self.qk_head_dim, self.v_head_dim)) for x in (query, key, value))
+        attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        attn_output, attn_weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.attention_window,
+            **kwargs,
+        )
+        attn_output = attn_output[..., : self.v_head_dim].reshape(*shape, -1).contiguous()
+        return getattr(self, self.output_name)(attn_output), attn_weights
+
+    def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary embedding of the kept pairs; query (batch, heads, length, qk), key (batch, kv_heads, length, qk)."""
+        index = self.rope_index.long()
+        cos, sin = (table[..., index].transpose(1, 2) for table in (cos, sin))  # (batch, kv_heads, length, qk / 2)
+        key = _rotate_pairs(key, cos, sin)
+        grouped = query.unflatten(1, (index.shape[0], -1))  # (batch, kv_heads, heads / kv_heads, length, qk)
+        return _rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2), key
+
+    @property
+    def attention_window(self) -> int | None:
+        """Length of the sliding window, None where attention is full."""
+        return getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+
+
+def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates coordinate pairs (i, i + d/2) of the last axis."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    return nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+# ------------------------------------------------------------------------------------------- building and installing
+
+
+def adopt_attention(attention: nn.Module, attention_class: type) -> None:
+    """Turns a dense attention module into the compressed class at full width; it computes what it computed before."""
+    head_dim, device = attention.head_dim, attention.q_proj.weight.device
+    attention.__class__ = attention_class
+    attention.set_widths(head_dim, head_dim)
+    if attention.rotary:
+        pairs = torch.arange(head_dim // 2, dtype=torch.int32, device=device)
+        install_rope_index(attention, pairs.expand(attention.k_proj.out_features // head_dim, -1))
+
+
+def install_rope_index(attention: nn.Module, index: Tensor) -> None:
+    """Sets the rotary pairs (kv_heads, qk_head_dim / 2) that each key-value head kept."""
+    attention.register_buffer("rope_index", index.to(torch.int32).contiguous(), persistent=True)
+
+
+def install_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Replaces a projection by one of the given weight (out, in), in the dtype and on the device of the old one.
+
+    A bias is written where the old projection has one; a projection never gains a bias.
+    """
+    old = block.get_submodule(path)
+    new = empty_linear(old, weight.shape[0], weight.shape[1])
+    with torch.no_grad():
+        new.weight.copy_(weight)
+        if new.bias is not None:
+            new.bias.copy_(bias)
+    new.requires_grad_(old.weight.requires_grad)
+    block.set_submodule(path, new)
+
+
+def empty_linear(like: nn.Linear, out_features: int, in_features: int) -> nn.Linear:
+    """An uninitialised projection of another shape, else as `like`."""
+    new = nn.utils.skip_init(
+        nn.Linear,
+        in_features,
+        out_features,
+        bias=like.bias is not None,
+        dtype=like.weight.dtype,
+        device=like.weight.device,
+    )
+    return new.train(like.training)
+
+
+def shrink_block(block: nn.Module, layout: BlockLayout, attention_class: type, widths: Widths) -> None:
+    """Gives a freshly built dense block the widths of a compressed one; the values are to be loaded."""
+    attention = block.get_submodule(layout.attention)
+    head_dim = attention.head_dim
+    heads = block.get_submodule(layout.query).out_features // head_dim
+    kv_heads = block.get_submodule(layout.key).out_features // head_dim
+    adopt_attention(attention, attention_class)
+    attention.set_widths(widths.qk, widths.vo)
+    outs = {layout.query: heads * widths.qk, layout.key: kv_heads * widths.qk, layout.value: kv_heads * widths.vo}
+    outs |= dict.fromkeys(layout.mlp_inputs, widths.mlp)
+    for path, size in outs.items():
+        old = block.get_submodule(path)
+        block.set_submodule(path, empty_linear(old, size, old.in_features))
+    for path, size in ((layout.output, heads * widths.vo), (layout.mlp_output, widths.mlp)):
+        old = block.get_submodule(path)
+        block.set_submodule(path, empty_linear(old, old.out_features, size))
+    if attention.rotary:
+        if widths.qk % 2:
+            raise ValueError(f"qk_head_dim is {widths.qk}; rotary pairs need an even number.")
+        install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+class ModeGPTModelMixin:
+    """Over a dense model class: blocks of the configuration's widths, strict loading, code saved with the weights."""
+
+    attention_class: ClassVar[type]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        config.widths()  # hostile or newer sizes are refused before anything is allocated
+        super().__init__(config, *args, **kwargs)
+
+    def post_init(self) -> None:
+        """Narrows the blocks that the dense constructor has just built, then initialises as every model does."""
+        blocks = self.base_model.get_submodule(self.config.layout.blocks)
+        for block, widths in zip(blocks, self.config.widths(), strict=True):
+            if not isinstance(block.get_submodule(self.config.layout.attention), ModeGPTAttentionMixin):
+                shrink_block(block, self.config.layout, self.attention_class, widths)
+        super().post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As every model's, but a tensor of the base model that is missing or mis-shaped, or an unexpected one in a
+        block, is an error: transformers alone would fill it with random numbers."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = list(_loading_problems(model, info))
+        if problems:
+            raise ValueError(
+                f"{cls.__name__}: the checkpoint does not fit its configuration, so the model would be partly random:\n  "
+                + "\n  ".join(problems[:20])
+                + (f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else "")
+                + "\nThe folder is incomplete or was edited; save or download it again."
+            )
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As every model's; the configuration always names the code files, which `_auto_class` has saved with it."""
+        self.config.auto_map = dict(self.config.auto_classes)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _loading_problems(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with a load: lines for people, none when the model is exactly what was saved."""
+    prefix = f"{model.base_model_prefix}."
+    is_base = model.base_model is model
+    blocks = f"{model.config.layout.blocks}."
+    for key in sorted(info["missing_keys"]):
+        # A task head may be new; a language model's may not: it would generate noise.
+        if is_base or key.startswith(prefix) or key.startswith("lm_head."):
+            yield f"missing: {key}"
+    for key, found, expected in sorted(info["mismatched_keys"]):
+        if is_base or key.startswith(prefix) or key.startswith("lm_head."):
+            yield f"wrong shape: {key} is {tuple(found)}, the configuration says {tuple(expected)}"
+    for key in sorted(info["unexpected_keys"]):
+        if key.removeprefix(prefix).startswith(blocks):
+            yield f"not expected: {key}"
+    for name, buffer in model.named_buffers():
+        if name.endswith("rope_index") and not buffer.is_meta:
+            pairs = model.config.dense_head_dim // 2
+            if int(buffer.min()) < 0 or int(buffer.max()) >= pairs:
+                yield f"out of range: {name} has values outside [0, {pairs})"
+
+
+def auto_classes(config_class: type, **models: type) -> dict[str, str]:
+    """The `auto_map` of a family whose classes stand in one file, keyed by transformers' Auto classes."""
+    module = config_class.__module__.rpartition(".")[2]
+    names = {"AutoConfig": config_class, **models}
+    return {auto: f"{module}.{cls.__name__}" for auto, cls in names.items()}

@@ -1,0 +1,138 @@
+"""What was done: `Report`, the record of one compression, as dataclasses and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PARTS = ("mlp", "qk", "vo")
+"""The three pairs of matrices of a decoder block, in the order of the paper (types I, II, III)."""
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """One part of one block: kept width, dense width, fraction of its weights removed, relative error of its fit."""
+
+    rank: int
+    dense_rank: int
+    sparsity: float
+    relative_error: float | None = None
+    """‖target − fit‖ / ‖target‖ over the calibration tokens, target the part's output; for qk the estimated relative
+    error of the attention logits; None where nothing was fitted."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One decoder block, by part."""
+
+    index: int
+    parts: dict[str, PartReport]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the walk: wall-clock seconds and the peak memory in bytes while it ran."""
+
+    name: str
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Number of parameters: of the cut projections' weights, and of the whole model (tied ones once, no buffers)."""
+
+    blocks_before: int
+    blocks_after: int
+    total_before: int
+    total_after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The record of one compression."""
+
+    base_model: str | None
+    revision: str | None
+    config: dict[str, Any]
+    requested_sparsity: float
+    achieved_sparsity: float
+    parameters: Parameters
+    blocks: tuple[BlockReport, ...]
+    calibration: dict[str, Any]
+    """name, split, revision, sha256 of the token ids, windows, sequence_length."""
+    stages: tuple[Stage, ...]
+    memory_kind: str
+    """What `Stage.peak_memory` is: "device memory" or "sampled resident size"."""
+    device: str
+    sensitivities: dict[str, list[list[float]]] = field(default_factory=dict)
+    """"block.part" -> measured [sparsity, KL divergence in nats per token]; empty unless the allocation measured it."""
+    influences: list[float] = field(default_factory=list)
+    """Block influence 1 − E cos(input, output) of every block; empty unless the allocation used it."""
+    warnings: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+    report_version: int = REPORT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-safe dicts and lists."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The inverse of `to_dict`."""
+        blocks = tuple(
+            BlockReport(b["index"], {part: PartReport(**values) for part, values in b["parts"].items()})
+            for b in data["blocks"]
+        )
+        return cls(
+            **{
+                **data,
+                "parameters": Parameters(**data["parameters"]),
+                "blocks": blocks,
+                "stages": tuple(Stage(**stage) for stage in data["stages"]),
+                "warnings": tuple(data["warnings"]),
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the report as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Reads a report written by `save`."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def summary(self) -> str:
+        """A short table: ranks and errors per block, what was removed, time and memory."""
+        rows = [f"{'block':>5}" + "".join(f"{part:>22}" for part in PARTS)]
+        for block in self.blocks:
+            rows.append(f"{block.index:>5}" + "".join(f"{_cell(block.parts[part]):>22}" for part in PARTS))
+        p = self.parameters
+        seconds = sum(stage.seconds for stage in self.stages)
+        peak = max((stage.peak_memory for stage in self.stages), default=0)
+        rows += [
+            f"removed {self.achieved_sparsity:.2%} of the block projections (asked for {self.requested_sparsity:.2%}): "
+            f"{p.blocks_before:,} -> {p.blocks_after:,} weights",
+            f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
+            f"{seconds:.1f} s, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}",
+            *(f"warning: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(rows)
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draws kept widths per block and part; see `optimum_modegpt.plot.plot_ranks`."""
+        from optimum_modegpt.plot import plot_ranks
+
+        return plot_ranks(self, path)
+
+
+def _cell(part: PartReport) -> str:
+    error = "" if part.relative_error is None else f" err {part.relative_error:.3f}"
+    return f"{part.rank}/{part.dense_rank}{error}"
