@@ -41,3 +41,7 @@ class OutputError(ModeGPTError, OSError):
 
 class EvaluationError(ModeGPTError, ValueError):
     """The text or the models given to an evaluation cannot be scored or compared."""
+
+
+class IllConditionedWarning(UserWarning):
+    """A moment was too ill-conditioned for the usual factorisation; what was done instead stands in the message."""

@@ -1,0 +1,8 @@
+"""What we know of model families: the only place beside the compressed classes that knows names such as q_proj."""
+
+from optimum_modegpt.architectures.block import Block
+from optimum_modegpt.architectures.families import FAMILIES
+from optimum_modegpt.architectures.resolve import Architecture, check_model_type, resolve
+from optimum_modegpt.architectures.spec import Family
+
+__all__ = ["FAMILIES", "Architecture", "Block", "Family", "check_model_type", "resolve"]

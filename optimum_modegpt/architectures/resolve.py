@@ -1,0 +1,98 @@
+"""Family × model → blocks. All "unsupported" errors come from here, before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_modegpt.architectures.block import Block
+from optimum_modegpt.architectures.families import FAMILIES
+from optimum_modegpt.architectures.spec import Family
+from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A causal language model whose blocks we know how to read."""
+
+    model: PreTrainedModel
+    family: Family
+    blocks: tuple[Block, ...]
+
+    @property
+    def block_list(self) -> nn.ModuleList:
+        """The model's own list of blocks."""
+        return self.model.base_model.get_submodule(self.family.layout.blocks)  # pyright: ignore[reportReturnType]
+
+    @property
+    def final_norm(self) -> Any:
+        """The norm after the last block, or None where this model has none."""
+        parent, _, name = self.family.final_norm.rpartition(".")
+        return getattr(self.model.base_model.get_submodule(parent), name)
+
+    @property
+    def norm_first(self) -> bool:
+        """Whether norms stand before the parts, as in all but a few models."""
+        return self.blocks[0].norm_first
+
+
+def check_model_type(model_type: str) -> Family:
+    """The family of a transformers model_type.
+
+    Raises:
+        AlreadyCompressed: for a result of this package.
+        UnsupportedModel: for a type we do not know, with the list of those we know.
+    """
+    if model_type.startswith("modegpt_"):
+        raise AlreadyCompressed(
+            f"this model ({model_type}) is already compressed; compressing it again would calibrate on its own errors. "
+            "Start from the dense model (config.modegpt names it) with a higher sparsity."
+        )
+    if model_type not in FAMILIES:
+        raise UnsupportedModel(
+            f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}."
+        )
+    return FAMILIES[model_type]
+
+
+def resolve(model: PreTrainedModel) -> Architecture:
+    """The blocks of `model`, by role.
+
+    Raises:
+        AlreadyCompressed, UnsupportedModel: before anything is computed.
+    """
+    config = model.config
+    family = check_model_type(config.model_type)
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no language-model head; load the model with AutoModelForCausalLM, "
+            "compress it, and load the result with the class you need."
+        )
+    if getattr(model, "quantization_method", None) not in (None, "modegpt") or getattr(model, "is_loaded_in_4bit", False):
+        raise UnsupportedModel("the model is quantised; compress first and quantise the result.")
+    modules: Sequence[nn.Module] = model.base_model.get_submodule(family.layout.blocks)  # pyright: ignore[reportAssignmentType]
+    norm_first = family.norm_first_flag is None or bool(getattr(config, family.norm_first_flag))
+    blocks = tuple(_block(module, family, index, norm_first) for index, module in enumerate(modules))
+    if not blocks:
+        raise UnsupportedModel(f"{type(model).__name__} has no decoder blocks.")
+    return Architecture(model, family, blocks)
+
+
+def _block(module: nn.Module, family: Family, index: int, norm_first: bool) -> Block:
+    head_dim = module.get_submodule(family.layout.attention).head_dim
+    for path in (family.layout.query, family.layout.key, family.layout.value, family.layout.output):
+        linear = module.get_submodule(path)
+        if type(linear) is not nn.Linear or linear.weight.is_meta:
+            raise UnsupportedModel(
+                f"block {index}: {path} is {type(linear).__name__}"
+                f"{' on the meta device' if isinstance(linear, nn.Linear) else ''}, expected a loaded nn.Linear. "
+                "Compress the plain model: before adapters and quantisation, with its weights in memory."
+            )
+    heads, kv_heads = (
+        module.get_submodule(path).out_features // head_dim for path in (family.layout.query, family.layout.key)
+    )
+    return Block(module, family, index, heads, kv_heads, head_dim, norm_first)

@@ -1,0 +1,23 @@
+"""Block influence: how much a block turns the residual stream (the paper's Eq. 10)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class InfluenceSum:
+    """Accumulates s = 1 − E cos(block input, block output) over tokens, on the residual stream itself."""
+
+    def __init__(self) -> None:
+        self.total, self.tokens = 0.0, 0
+
+    def add(self, before: Tensor, after: Tensor) -> None:
+        """Adds tokens, (…, d_model) each."""
+        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        self.total += float((1 - cosine).sum())
+        self.tokens += cosine.numel()
+
+    def value(self) -> float:
+        """The influence so far."""
+        return self.total / self.tokens

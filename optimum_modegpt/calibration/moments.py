@@ -1,0 +1,201 @@
+"""Sums over tokens: second moments, cross moments, the curvature of attention, the slope between two streams."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_modegpt.architectures import Block
+from optimum_modegpt.decompositions.least_squares import LinearMoments
+from optimum_modegpt.decompositions.psd import exact
+
+WEIGHT_FLOOR = 1e-8
+"""Smallest mean square of a residual that a token weight divides by."""
+
+QUERY_STRIDE = 4
+"""Every this many-th query takes part in the attention curvature."""
+
+CURVATURE_BUDGET = 0.25
+"""Largest share of a stream's forward pass that the attention curvature may cost."""
+
+
+@dataclass
+class LinearMomentSum:
+    """Accumulates `LinearMoments`: products in float32 (16-bit activations are exact there), sums in float64."""
+
+    ones: bool
+    gram: Tensor | float = 0.0
+    cross: Tensor | float = 0.0
+    energy: Tensor | float = 0.0
+    tokens: int = 0
+
+    def add(self, inputs: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+        """Adds tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
+        inputs, target = inputs.flatten(0, -2).float(), target.flatten(0, -2).float()
+        if self.ones:
+            inputs = with_ones(inputs)
+        if weight is not None:
+            root = weight.flatten().sqrt()[:, None]
+            inputs, target = root * inputs, root * target
+        self.gram = self.gram + exact(inputs.T @ inputs)
+        self.cross = self.cross + exact(inputs.T @ target)
+        self.energy = self.energy + exact(target.square().sum())
+        self.tokens += len(inputs)
+
+    def value(self) -> LinearMoments:
+        """The moments so far."""
+        assert isinstance(self.gram, Tensor) and isinstance(self.cross, Tensor) and isinstance(self.energy, Tensor)
+        return LinearMoments(self.gram, self.cross, self.energy, self.ones)
+
+
+@dataclass
+class HeadMomentSum:
+    """Accumulates Σ x xᵀ of head vectors, one moment per key-value group: (groups, d, d), float64."""
+
+    groups: int
+    moment: Tensor | float = field(default=0.0)
+
+    def add(self, vectors: Tensor) -> None:
+        """Adds `vectors` (…, heads, d); heads of one group follow each other."""
+        grouped = vectors.float().flatten(0, -3).unflatten(1, (self.groups, -1))  # (tokens, groups, heads / groups, d)
+        rows = grouped.transpose(0, 1).flatten(1, 2)  # (groups, tokens · heads / groups, d)
+        self.moment = self.moment + exact(rows.mT @ rows)
+
+    def value(self) -> Tensor:
+        """The moments so far."""
+        assert isinstance(self.moment, Tensor)
+        return self.moment
+
+
+def with_ones(inputs: Tensor) -> Tensor:
+    """`inputs` (n, d) with the constant 1 as a last column."""
+    return torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
+
+
+def token_weights(residual: Tensor, norm: nn.Module) -> Tensor:
+    """1 / mean square of the residual (…, d_model), or 1 / variance under a LayerNorm: what the next norm divides by."""
+    residual = residual.float()
+    centred = residual - residual.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else residual
+    return centred.square().mean(-1).clamp_min(WEIGHT_FLOOR).reciprocal()
+
+
+@dataclass
+class SlopeSum:
+    """Accumulates, per channel, the least-squares slope through the origin of the dense stream on the compressed one.
+
+    Both are normalised by `norm` without its weight and bias.
+    """
+
+    norm: nn.Module
+    product: Tensor | float = 0.0
+    square: Tensor | float = 0.0
+
+    def __post_init__(self) -> None:
+        self.norm = copy.deepcopy(self.norm).float()
+        with torch.no_grad():
+            self.norm.weight.fill_(1)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
+            if getattr(self.norm, "bias", None) is not None:
+                self.norm.bias.zero_()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
+
+    def add(self, dense: Tensor, compressed: Tensor) -> None:
+        """Adds tokens of both streams, (…, d_model)."""
+        target, source = (self.norm(stream.float()).flatten(0, -2) for stream in (dense, compressed))
+        self.product = self.product + exact((source * target).sum(0))
+        self.square = self.square + exact(source.square().sum(0))
+
+    def value(self) -> Tensor:
+        """The slopes (d_model,); 1 for a channel that is always zero."""
+        assert isinstance(self.product, Tensor) and isinstance(self.square, Tensor)
+        silent = self.square <= torch.finfo(self.square.dtype).tiny
+        return torch.where(silent, 1.0, self.product / self.square.masked_fill(silent, 1.0))
+
+
+@dataclass(frozen=True)
+class QueryKeyMoments:
+    """Per key-value group: second moments of the queries (summed over the group's heads), and of the keys or, with
+    rotary embeddings, the curvature F of the attention distribution; (groups, d, d), float64, before rotation."""
+
+    query: Tensor
+    key: Tensor
+
+
+def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Query (batch, length, heads, d) and key (batch, length, kv_heads, d) vectors before rotation, biases included."""
+    query, key = (
+        block.module.get_submodule(path)(inputs).unflatten(-1, (-1, block.head_dim))
+        for path in (block.layout.query, block.layout.key)
+    )
+    return query, key
+
+
+@dataclass
+class AttentionCurvatureSum:
+    """Accumulates F = Σ_t Σ_s p_ts (z_ts − μ_t)(z_ts − μ_t)ᵀ per key-value group, summed over its heads (ours).
+
+    z_ts is the key at s turned into the frame of the query at t, p the attention probabilities, μ_t = Σ_s p_ts z_ts:
+    the second-order KL divergence of a softmax row is a quadratic form in F. Queries are subsampled by `stride`.
+    """
+
+    block: Block
+    stride: int = QUERY_STRIDE
+    curvature: Tensor | float = 0.0
+
+    def add(self, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> None:
+        """Adds `query`, `key` as of `query_key_vectors`; `arguments` are the block's, for the rotary tables."""
+        cos, sin = (table.float() for table in arguments["position_embeddings"])  # (1, length, d)
+        query, key = query.float().transpose(1, 2), key.float().transpose(1, 2)  # (batch, heads, length, d)
+        query, turned = _rotate(query, cos[:, None], sin[:, None]), _rotate(key, cos[:, None], sin[:, None])
+        length = query.shape[2]
+        positions = torch.arange(length, device=query.device)
+        rows = positions[self.stride - 1 :: self.stride] if length >= self.stride else positions[-1:]
+        visible = positions <= rows[:, None]
+        if (window := self.block.attention.attention_window) is not None:
+            visible &= positions > rows[:, None] - window
+        groups = [
+            self._group(query[:, heads][:, :, rows], turned[:, group], visible)
+            for group, heads in enumerate(torch.arange(query.shape[1]).view(key.shape[1], -1))
+        ]
+        frame = cos[0, rows], -sin[0, rows]
+        moment = torch.stack([_turn_moments(scatter, *frame).sum(0) for scatter in groups])
+        self.curvature = self.curvature + exact(moment)
+
+    def value(self) -> Tensor:
+        """F so far, (groups, d, d)."""
+        assert isinstance(self.curvature, Tensor)
+        return self.curvature
+
+    def _group(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
+        """Scatter of the rotated keys around their mean for each query row, summed over batch and heads: (rows, d, d).
+
+        `query` (batch, heads, rows, d), `key` (batch, length, d), `visible` (rows, length).
+        """
+        logits = query @ key[:, None].mT * self.block.attention.scaling
+        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)  # (batch, heads, rows, length)
+        mean = weights @ key[:, None]  # (batch, heads, rows, d)
+        total = weights.sum(1)  # (batch, rows, length)
+        scatter = torch.stack([(w[:, :, None] * k).mT @ k for w, k in zip(total, key, strict=True)]).sum(0)
+        return scatter - torch.einsum("bhta,bhtc->tac", mean, mean)
+
+
+def curvature_windows(block: Block, windows: int, length: int) -> int:
+    """How many windows the attention curvature may use: its cost stays below `CURVATURE_BUDGET` of a stream's pass."""
+    rows = length / QUERY_STRIDE
+    curvature = 2 * rows * length * block.head_dim * (block.kv_heads * block.head_dim + 2 * block.heads)
+    parameters = sum(p.numel() for p in block.module.parameters())
+    forward = 2 * length * parameters + 2 * length * length * block.heads * block.head_dim
+    return max(1, min(windows, int(CURVATURE_BUDGET * windows * forward / curvature)))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _turn_moments(moments: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """R_t M_t R_tᵀ for moments (rows, d, d) and tables (rows, d)."""
+    half = _rotate(moments, cos[:, None], sin[:, None])
+    return _rotate(half.mT, cos[:, None], sin[:, None]).mT

@@ -1,0 +1,102 @@
+"""The residual stream at a block's input, over all calibration tokens, and what else the model hands its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_modegpt.architectures import Architecture
+
+Stream = list[Tensor]
+"""The residual stream, (batch, length, d_model) a batch, kept where the model's embeddings are."""
+
+
+@dataclass(frozen=True)
+class Front:
+    """What enters the first block, and the keyword arguments of every block for one window (they broadcast)."""
+
+    stream: Stream
+    arguments: list[dict[str, Any]]
+
+    def on(self, index: int, device: torch.device) -> dict[str, Any]:
+        """The arguments of block `index`, on `device`."""
+        return {name: _move(value, device) for name, value in self.arguments[index].items()}
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes its arguments and passes the stream through."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = [block]  # in a list, so that it is no submodule
+        self.stream: Tensor | None = None
+        self.arguments: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattribute__("block")[0], name)  # models read flags such as attention_type
+
+    def forward(self, stream: Tensor, **arguments: Any) -> Tensor:
+        self.stream, self.arguments = stream, arguments
+        return stream
+
+
+def enter(architecture: Architecture, tokens: Tensor, batch_size: int) -> Front:
+    """Runs the model up to its first block, on `tokens` (windows, length), `batch_size` windows at a time.
+
+    The model's own forward pass does the work, with every block replaced by one that only takes notes; so embeddings,
+    masks and rotary tables are the model's, whatever the family.
+    """
+    with _recorders(architecture) as recorders:
+        device = architecture.model.get_input_embeddings().weight.device
+
+        def run(batch: Tensor) -> Tensor:
+            architecture.model.base_model(input_ids=batch.to(device), use_cache=False)
+            stream = recorders[0].stream
+            assert stream is not None
+            return stream
+
+        stream = [run(batch) for batch in tokens.split(batch_size)]
+        run(tokens[:1])
+        arguments = [{**recorder.arguments, "past_key_values": None} for recorder in recorders]
+    return Front(stream, arguments)
+
+
+@contextmanager
+def _recorders(architecture: Architecture) -> Iterator[Sequence[_Recorder]]:
+    blocks = architecture.block_list
+    originals = list(blocks)
+    recorders = [_Recorder(block) for block in originals]
+    try:
+        for index, recorder in enumerate(recorders):
+            blocks[index] = recorder
+        yield recorders
+    finally:
+        for index, original in enumerate(originals):
+            blocks[index] = original
+
+
+@contextmanager
+def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """The first argument of every call of `module` while the context is open."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_move(item, device) for item in value)
+    return value

@@ -1,0 +1,185 @@
+"""The MLP's input side: one damped Gauss–Newton step on gate and up, or on the one matrix of a plain MLP (ours).
+
+With D fixed the output Dᵀ(φ(G y)∘(U y)) is linear in U and, linearised, in G. The step minimises
+
+    Σ w_t ‖target_t − Dᵀ(φ(G y_t)∘(U y_t))‖² + μ_U ‖ΔU‖² + μ_G ‖ΔG‖²
+
+by conjugate gradients, preconditioned per matrix by ((DDᵀ)∘Σ w zzᵀ + λI) ⊗ (Σ w yyᵀ / Σ w + λI), where z is the
+derivative of a hidden channel by its row: z = φ(Gy) for U, φ′(Gy)∘(Uy) for G, φ′(Wy) for a plain MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_modegpt.decompositions.psd import damp, exact, mean_diagonal
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """Tokens of one window: normalised inputs y (n, d), targets (n, m) and weights (n,); y ends in 1 for biases."""
+
+    inputs: Tensor
+    target: Tensor
+    weight: Tensor
+
+
+def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activation) -> Tensor:
+    """φ(G y)∘(U y) for rows (G, U), φ(W y) for rows (W,); rows (k, d), `inputs` (n, d) to (n, k)."""
+    hidden = activation(inputs @ rows[0].T)
+    return hidden * (inputs @ rows[1].T) if len(rows) == 2 else hidden
+
+
+def refit_inputs(
+    rows: Sequence[Tensor],
+    down: Tensor,
+    samples: Sequence[TokenSample],
+    activation: Activation,
+    *,
+    ridge: float,
+    iterations: int,
+) -> tuple[Tensor, ...]:
+    """The rows after the Gauss–Newton step, or as they were where no step lowers the error on held-back windows.
+
+    An eighth of the windows, at least 2, is held back; of the conjugate-gradient iterates the one with the smallest
+    true error there is taken, and halved while it does not lower that error. With fewer than 4 windows nothing can be
+    held back and the error is measured on all of them.
+
+    Args:
+        rows: (G, U) or (W,), each (k, d), in the order of `hidden_channels`.
+        down: D (k, m).
+        samples: one a window; moved to the rows' device one at a time.
+        activation: φ.
+        ridge: the fraction 0.1 of the formula: damping of both factors and of the objective.
+        iterations: conjugate-gradient iterations.
+    """
+    held = max(2, len(samples) // 8) if len(samples) >= 4 else 0
+    held_back, fitted = samples[:held] or samples, samples[held:]
+    problem = _Linearised(tuple(rows), down, fitted, activation, ridge)
+
+    def error(step: Iterable[Tensor], scale: float = 1.0) -> float:
+        moved = [row + scale * delta for row, delta in zip(rows, step, strict=True)]
+        return problem.true_error(moved, held_back)
+
+    unmoved = problem.true_error(rows, held_back)
+    best = min(((error(step), step) for step in problem.iterates(iterations)), key=lambda pair: pair[0])
+    scale, reached = 1.0, best[0]
+    while reached >= unmoved and scale > 1 / 16:
+        scale /= 2
+        reached = error(best[1], scale)
+    if not reached < unmoved:
+        return tuple(rows)
+    return tuple(row + scale * delta for row, delta in zip(rows, best[1], strict=True))
+
+
+class _Linearised:
+    """The damped least squares at one point; products with its matrix run over the windows, nothing large is kept."""
+
+    def __init__(
+        self,
+        rows: tuple[Tensor, ...],
+        down: Tensor,
+        samples: Sequence[TokenSample],
+        activation: Activation,
+        ridge: float,
+    ) -> None:
+        self.rows, self.down, self.samples, self.activation = rows, down, samples, activation
+        inputs, weight, channels = self._factor_moments()
+        input_moment = inputs / weight
+        metric = exact(down @ down.T)
+        output_moments = [metric * channel for channel in channels]
+        scale = mean_diagonal(input_moment)
+        self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in output_moments]
+        self.input_factor = torch.linalg.cholesky(damp(input_moment, ridge))
+        self.output_factors = [torch.linalg.cholesky(damp(moment, ridge)) for moment in output_moments]
+
+    def iterates(self, iterations: int) -> Iterator[tuple[Tensor, ...]]:
+        """The conjugate-gradient iterates, one tensor a matrix."""
+        step = [torch.zeros_like(row) for row in self.rows]
+        residual = self._gradient()
+        preconditioned = self._precondition(residual)
+        direction, product = preconditioned, _dot(residual, preconditioned)
+        for _ in range(iterations):
+            curved = self._normal_product(direction)
+            length = product / _dot(direction, curved)
+            step = [s + length * d for s, d in zip(step, direction, strict=True)]
+            yield tuple(step)
+            residual = [r - length * c for r, c in zip(residual, curved, strict=True)]
+            preconditioned = self._precondition(residual)
+            before, product = product, _dot(residual, preconditioned)
+            direction = [p + product / before * d for p, d in zip(preconditioned, direction, strict=True)]
+
+    def true_error(self, rows: Sequence[Tensor], samples: Iterable[TokenSample]) -> float:
+        """Σ w ‖target − Dᵀ hidden‖² with the nonlinear hidden channels."""
+        total = 0.0
+        for sample in self._on_device(samples):
+            residual = sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
+            total += float((sample.weight @ residual.square()).sum())
+        return total
+
+    def _gradient(self) -> list[Tensor]:
+        """Jᵀ r at the present rows."""
+        total = [torch.zeros_like(row) for row in self.rows]
+        for sample in self._on_device(self.samples):
+            residual = sample.target - hidden_channels(self.rows, sample.inputs, self.activation) @ self.down
+            self._add_transposed(total, sample, residual)
+        return total
+
+    def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """(JᵀJ + μ) direction."""
+        total = [mu * d for mu, d in zip(self.damping, direction, strict=True)]
+        for sample in self._on_device(self.samples):
+            derivatives = self._derivatives(sample.inputs)
+            hidden = sum(z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True))
+            self._add_transposed(total, sample, hidden @ self.down, derivatives)
+        return total
+
+    def _add_transposed(
+        self, total: list[Tensor], sample: TokenSample, residual: Tensor, derivatives: Sequence[Tensor] | None = None
+    ) -> None:
+        """Adds Jᵀ residual of one window to `total`."""
+        back = (sample.weight[:, None] * residual) @ self.down.T
+        for gradient, z in zip(total, derivatives or self._derivatives(sample.inputs), strict=True):
+            gradient += (z * back).T @ sample.inputs
+
+    def _derivatives(self, inputs: Tensor) -> list[Tensor]:
+        """z per matrix, in the order of the rows."""
+        before = inputs @ self.rows[0].T
+        value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))
+        return [slope * (inputs @ self.rows[1].T), value] if len(self.rows) == 2 else [slope]
+
+    def _factor_moments(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Σ w yyᵀ, Σ w, and Σ w zzᵀ per matrix; float64."""
+        inputs, weight, channels = None, 0.0, [0.0] * len(self.rows)
+        for sample in self._on_device(self.samples):
+            root = sample.weight.sqrt()[:, None]
+            inputs = _moment(root * sample.inputs) + (0 if inputs is None else inputs)
+            weight = weight + exact(sample.weight.sum())
+            derivatives = self._derivatives(sample.inputs)
+            channels = [total + _moment(root * z) for total, z in zip(channels, derivatives, strict=True)]
+        return inputs, weight, channels
+
+    def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
+        result = []
+        for matrix, factor in zip(gradient, self.output_factors, strict=True):
+            left = torch.cholesky_solve(exact(matrix), factor)
+            result.append(torch.cholesky_solve(left.T, self.input_factor).T.to(matrix))
+        return result
+
+    def _on_device(self, samples: Iterable[TokenSample]) -> Iterator[TokenSample]:
+        for sample in samples:
+            yield TokenSample(*(x.to(self.down) for x in (sample.inputs, sample.target, sample.weight)))
+
+
+def _moment(x: Tensor) -> Tensor:
+    return exact(x.T @ x)
+
+
+def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    return sum((a * b).sum() for a, b in zip(left, right, strict=True))

@@ -1,0 +1,59 @@
+"""Centred ridge regression on moments: the refit that every output projection gets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optimum_modegpt.decompositions.psd import add_diagonal, mean_diagonal, solve
+
+
+@dataclass(frozen=True)
+class LinearMoments:
+    """Weighted moments of a linear map's input z with its target t, sums over tokens; float64.
+
+    gram Σ w z zᵀ (n, n), cross Σ w z tᵀ (n, d), energy Σ w ‖t‖². With `ones` the last input is the constant 1, which
+    carries the bias: it takes part in every solve and is never removed.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    energy: Tensor
+    ones: bool
+
+    @property
+    def width(self) -> int:
+        """Number of inputs without the constant."""
+        return len(self.gram) - self.ones
+
+    def ridge(self, relative: float) -> Tensor:
+        """λ = `relative` · mean diagonal of the gram, the constant left out."""
+        return relative * mean_diagonal(self.gram[: self.width, : self.width])
+
+    def mapped(self, mapping: Tensor) -> LinearMoments:
+        """The moments of mappingᵀ z; `mapping` (n, m) must pass the constant through where there is one."""
+        return LinearMoments(mapping.T @ self.gram @ mapping, mapping.T @ self.cross, self.energy, self.ones)
+
+    def kept(self, index: Tensor) -> LinearMoments:
+        """The moments of the inputs `index` (k,) alone, and of the constant."""
+        index = self.with_constant(index)
+        return LinearMoments(self.gram[index][:, index], self.cross[index], self.energy, self.ones)
+
+    def with_constant(self, index: Tensor) -> Tensor:
+        """`index` extended by that of the constant, where there is one."""
+        return torch.cat((index, index.new_tensor([self.width]))) if self.ones else index
+
+    def relative_error(self, weight: Tensor) -> float:
+        """‖t − zᵀ weight‖ / ‖t‖ over the tokens of the moments; `weight` (n, d)."""
+        residual = self.energy - 2 * (self.cross * weight).sum() + (weight * (self.gram @ weight)).sum()
+        return float((residual.clamp_min(0) / self.energy.clamp_min(torch.finfo(self.energy.dtype).tiny)).sqrt())
+
+
+def centred_refit(moments: LinearMoments, dense: Tensor, ridge: Tensor) -> Tensor:
+    """W = (G + λI)⁻¹ (R + λ W₀): the least squares that stays at the dense weights where the tokens say nothing (ours).
+
+    `dense` W₀ (n, d), with the bias as last row where the moments have the constant; `ridge` λ, absolute.
+    """
+    return solve(add_diagonal(moments.gram, ridge), moments.cross + ridge * dense)

@@ -1,0 +1,91 @@
+"""Positive semidefinite matrices: damping, solves, roots. The one owner of precision and of ill-conditioning."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from optimum_modegpt.errors import IllConditionedWarning, NumericalError
+
+ROOT_RIDGE = 1e-6
+"""Damping of matrix roots and of pair selection, as a fraction of the mean diagonal."""
+
+EIGENVALUE_FLOOR = 1e-12
+"""Eigenvalues below this fraction of the largest count as noise."""
+
+
+def exact(x: Tensor) -> Tensor:
+    """`x` in float64, on its own device where that has float64, else on the CPU."""
+    try:
+        return x.to(torch.float64)
+    except (TypeError, RuntimeError) as error:
+        if "float64" not in str(error):
+            raise
+        return x.cpu().to(torch.float64)
+
+
+def mean_diagonal(moment: Tensor) -> Tensor:
+    """Mean of the diagonal of the last two axes, at least the smallest normal number: a zero moment can be damped."""
+    return moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny)
+
+
+def add_diagonal(moment: Tensor, value: Tensor | float) -> Tensor:
+    """`moment` + `value`·I; one value for every matrix of a batch."""
+    value = torch.as_tensor(value, dtype=moment.dtype, device=moment.device)
+    return moment + value[..., None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+
+
+def damp(moment: Tensor, ridge: float) -> Tensor:
+    """`moment` + ridge · mean diagonal · I."""
+    return add_diagonal(moment, ridge * mean_diagonal(moment))
+
+
+def solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """matrix⁻¹ right for a positive definite `matrix`, by Cholesky.
+
+    Where the factorisation fails, by eigenvalues floored at `EIGENVALUE_FLOOR` of the largest, with a warning.
+    Shapes (…, n, n) and (…, n, m).
+    """
+    require_finite(matrix)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if not info.any():
+        return torch.cholesky_solve(right, factor)
+    values, vectors = _floored_eigenvalues(matrix)
+    warnings.warn(
+        f"Cholesky of a {matrix.shape[-1]}-wide moment failed; solved by floored eigenvalues. "
+        "More calibration tokens or a larger ridge avoid this.",
+        IllConditionedWarning,
+        stacklevel=2,
+    )
+    return vectors @ ((vectors.mT @ right) / values[..., None])
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """matrix⁻¹, symmetric, for a positive definite `matrix`."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    result = solve(matrix, eye.expand_as(matrix))
+    return (result + result.mT) / 2
+
+
+def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """moment^½ and moment^−½, both symmetric, damped by `ROOT_RIDGE`."""
+    values, vectors = _floored_eigenvalues(damp(moment, ROOT_RIDGE))
+    return (vectors * values.sqrt()[..., None, :]) @ vectors.mT, (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
+
+
+def require_finite(matrix: Tensor) -> None:
+    """Raises NumericalError when the matrix has a NaN or an infinity."""
+    if not matrix.isfinite().all():
+        raise NumericalError(
+            "a second moment is not finite: the model's activations overflow on the calibration text. "
+            "Load the model in bfloat16 or float32, or check its weights."
+        )
+
+
+def _floored_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    require_finite(matrix)
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = (values[..., -1:] * EIGENVALUE_FLOOR).clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.maximum(values, floor), vectors

@@ -1,0 +1,62 @@
+"""Type III, the value/output pair, and query/key without rotation: free bases, found by SVDs in head space."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optimum_modegpt.decompositions.psd import exact, roots
+
+SINGULAR_FLOOR = 1e-9
+"""Singular values below this fraction of the largest are directions the tokens never visit."""
+
+
+def two_sided_basis(query: Tensor, key: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Maps (groups, rank, d) of query and key heads that keep qᵀk best when nothing ties coordinates together (ours).
+
+    From C_Q^½ C_K^½ = USVᵀ: A = S^½ Uᵀ C_Q^−½ and B = S^½ Vᵀ C_K^−½, top `rank`; Σ (qᵀk − (Aq)ᵀ(Bk))² over
+    independent q and k is then the tail Σ_{i>rank} S_i². `query`, `key` are second moments (groups, d, d).
+    """
+    (query_root, query_inverse), (key_root, key_inverse) = roots(query), roots(key)
+    left, singular, right = torch.linalg.svd(query_root @ key_root)
+    scale = singular[:, :rank].sqrt()[..., None]
+    return scale * (left[..., :rank].mT @ query_inverse), scale * (right[:, :rank] @ key_inverse)
+
+
+def tail_error(query: Tensor, key: Tensor, rank: int) -> Tensor:
+    """Relative error (groups,) of the logits that `two_sided_basis` leaves: (Σ_{i>rank} S_i² / Σ S_i²)^½."""
+    singular = torch.linalg.svdvals(roots(query)[0] @ roots(key)[0])
+    return (singular[:, rank:].square().sum(-1) / singular.square().sum(-1)).sqrt()
+
+
+def joint_value_output(values: Tensor, output: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The joint SVD of one key-value group (Algorithm 3): basis B (d, rank) and new outputs S'_k V'_kᵀ (rank, m).
+
+    C^½ W_V = USVᵀ gives `values` = W_Vᵀ C W_V = V S² Vᵀ (d, d), the second moment of the value vectors, so the (d_model
+    × d_model) moment C is not needed. Then S Vᵀ W_O = U'S'V'ᵀ and B = V S⁻¹ U'_k, W_V ← W_V B. With GQA `output`
+    (d, m) holds the group's heads side by side, which is optimal for their sum (ours; the paper treats one head).
+    """
+    squares, right = torch.linalg.eigh(values)
+    singular = squares.clamp_min(0).sqrt()
+    floor = (singular[-1] * SINGULAR_FLOOR).clamp_min(torch.finfo(singular.dtype).tiny)
+    left, joint, rotation = torch.linalg.svd((right * singular).T @ output, full_matrices=False)
+    basis = (right / singular.clamp_min(floor)) @ left[:, :rank]
+    return basis, joint[:rank, None] * rotation[:rank]
+
+
+def value_basis(inputs: Tensor, output: Tensor, rank: int) -> Tensor:
+    """B = G^−½ U_r (d, rank), U_r the leading left singular vectors of G^½ W* (ours).
+
+    `inputs` G (d, d) is the second moment of a key-value group's head outputs, summed over its query heads; `output`
+    W* (d, m) are the refitted output rows of these heads side by side. Optimal for each head alone with one query head
+    per group; the joint refit that follows makes up for the rest with several.
+    """
+    root, inverse_root = roots(inputs)
+    left = torch.linalg.svd(root @ output, full_matrices=False).U
+    return inverse_root @ left[:, :rank]
+
+
+def block_diagonal(bases: Tensor, repeats: int, *, ones: bool) -> Tensor:
+    """M: every group's basis (groups, d, r) once per query head along the diagonal, and 1 for the constant input."""
+    blocks = list(bases.repeat_interleave(repeats, dim=0))
+    return torch.block_diag(*blocks, *([exact(torch.ones(1, 1, device=bases.device))] if ones else []))
