@@ -8,12 +8,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import eager_attention_forward
+
+if TYPE_CHECKING:
+    # What stands below each mixin; at run time it is the dense class of the family.
+    ConfigBase, AttentionBase, ModelBase = transformers.PreTrainedConfig, nn.Module, PreTrainedModel
+else:
+    ConfigBase = AttentionBase = ModelBase = object
 
 FORMAT_VERSION = 1
 """Version of what stands in config.json; a reader refuses a newer one."""
@@ -37,6 +44,14 @@ class BlockLayout:
     output: str = "self_attn.o_proj"
 
 
+LLAMA_LIKE = BlockLayout(
+    blocks="layers",
+    mlp_inputs=("mlp.gate_proj", "mlp.up_proj"),
+    mlp_output="mlp.down_proj",
+    mlp_width="intermediate_size",
+)
+
+
 @dataclass(frozen=True)
 class Widths:
     """Inner widths of one block: query/key and value head dims, MLP width."""
@@ -49,10 +64,11 @@ class Widths:
 # --------------------------------------------------------------------------------------------------- configuration
 
 
-class ModeGPTConfigMixin:
+class ModeGPTConfigMixin(ConfigBase):
     """Over a dense configuration class: native `per_layer_config` with the widths, dense sizes at the top level."""
 
     layout: ClassVar[BlockLayout]
+    auto_classes: ClassVar[dict[str, str]]
     # Tensor parallelism would split the heads but not `rope_index`.
     base_model_tp_plan = None
     # The top level keeps the dense sizes on purpose: rotary table and softmax scale are made from them.
@@ -76,6 +92,11 @@ class ModeGPTConfigMixin:
         }
         return cls(**values, per_layer_config=per_layer, modegpt=record)
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As every configuration's; it always names the code files, which `_auto_class` has saved with it."""
+        self.auto_map = dict(self.auto_classes)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
     @property
     def dense_head_dim(self) -> int:
         """Head dim of the model that was compressed."""
@@ -85,27 +106,48 @@ class ModeGPTConfigMixin:
         """Widths of every block.
 
         Raises:
-            ValueError: when a width is missing, no integer, below 1 or above the dense one: before anything is built.
+            ValueError: when the record is missing or newer, or a width is missing, no integer, below 1 or above the
+                dense one: before anything is built.
         """
-        version = (getattr(self, "modegpt", None) or {}).get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        self._check_version()
+        mlp_width = self.layout.mlp_width
+        limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
+        limits[mlp_width] = getattr(self, mlp_width)
+        known = {"head_dim", *limits}
+        # Caches read what stands here, so whatever we do not write ourselves would contradict the modules.
+        if foreign := (self.per_layer_attributes or set()) - known:
+            raise ValueError(f"config.json: per_layer_config has {sorted(foreign)}; expected only {sorted(known)}.")
+        return [self._widths_of(index, limits) for index in range(self.num_hidden_layers)]
+
+    def _check_version(self) -> None:
+        record = getattr(self, "modegpt", None)
+        if not isinstance(record, dict):
+            raise ValueError(
+                "config.json has no `modegpt` record, so this is no compressed model. To compress a dense one, give "
+                "compression_config to AutoModelForCausalLM.from_pretrained."
+            )
+        version = record.get("format_version")
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(
                 f"config.json says modegpt format_version {version!r}; this code reads up to {FORMAT_VERSION}. "
                 "Update optimum-modegpt."
             )
-        dense = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
-        dense[self.layout.mlp_width] = getattr(self, self.layout.mlp_width)
-        found = []
-        for index in range(self.num_hidden_layers):
-            layer = self.per_layer_config[index]
-            sizes = [getattr(layer, name, None) for name in dense]
-            for (name, limit), size in zip(dense.items(), sizes, strict=True):
-                if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= limit:
-                    raise ValueError(
-                        f"config.json: per_layer_config[{index}].{name} is {size!r}; expected an integer in [1, {limit}]."
-                    )
-            found.append(Widths(*sizes))
-        return found
+
+    def _widths_of(self, index: int, limits: dict[str, int]) -> Widths:
+        layer = self.per_layer_config[index]
+        sizes = [getattr(layer, name, None) for name in limits]
+        for (name, limit), size in zip(limits.items(), sizes, strict=True):
+            if type(size) is not int or not 1 <= size <= limit:
+                raise ValueError(
+                    f"config.json: per_layer_config[{index}].{name} is {size!r}; expected an integer in [1, {limit}]."
+                )
+        qk, vo, mlp = sizes
+        if layer.head_dim != max(qk, vo):
+            raise ValueError(
+                f"config.json: per_layer_config[{index}].head_dim is {layer.head_dim!r}; "
+                f"expected {max(qk, vo)}, the larger of qk_head_dim and v_head_dim."
+            )
+        return Widths(qk, vo, mlp)
 
 
 def _silence_per_layer_warnings() -> None:
@@ -120,7 +162,7 @@ _silence_per_layer_warnings()
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-class ModeGPTAttentionMixin:
+class ModeGPTAttentionMixin(AttentionBase):
     """Over a dense attention class: query/key heads and value heads have widths of their own.
 
     With rotary embeddings `rope_index` (key-value heads, qk_head_dim / 2) says which of the dense model's rotary pairs
@@ -155,9 +197,8 @@ class ModeGPTAttentionMixin:
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
-        if "flash" in (implementation or "") and self.qk_head_dim != self.v_head_dim:
-            # Flash kernels take one width; zero columns change no product.
-            query, key, value = (_pad(x, max(self.qk_head_dim, self.v_head_dim)) for x in (query, key, value))
+        if width := self.kernel_width(implementation or "", paged="cache" in kwargs):
+            query, key, value = (_pad(x, width) for x in (query, key, value))
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attn_output, attn_weights = attention_interface(
             self,
@@ -170,8 +211,19 @@ class ModeGPTAttentionMixin:
             sliding_window=self.attention_window,
             **kwargs,
         )
+        attn_output = attn_output.reshape(*shape, query.shape[1], -1)  # (batch, length, heads, vo or the padded width)
         attn_output = attn_output[..., : self.v_head_dim].reshape(*shape, -1).contiguous()
         return getattr(self, self.output_name)(attn_output), attn_weights
+
+    def kernel_width(self, implementation: str, paged: bool) -> int | None:
+        """The head dim that query, key and value are padded to, None where widths may differ.
+
+        Zero columns change no product. A paged cache has one width for all blocks, that of the dense model; flash
+        kernels take one width for the three.
+        """
+        if paged:
+            return self.head_dim
+        return max(self.qk_head_dim, self.v_head_dim) if "flash" in implementation else None
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary embedding of the kept pairs; query (batch, heads, length, qk), key (batch, kv_heads, length, qk)."""
@@ -184,7 +236,7 @@ class ModeGPTAttentionMixin:
     @property
     def attention_window(self) -> int | None:
         """Length of the sliding window, None where attention is full."""
-        return getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        return getattr(self, "sliding_window", None)
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -260,77 +312,92 @@ def shrink_block(block: nn.Module, layout: BlockLayout, attention_class: type, w
         old = block.get_submodule(path)
         block.set_submodule(path, empty_linear(old, old.out_features, size))
     if attention.rotary:
-        if widths.qk % 2:
-            raise ValueError(f"qk_head_dim is {widths.qk}; rotary pairs need an even number.")
         install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
 
 
 # ----------------------------------------------------------------------------------------------------------- models
 
 
-class ModeGPTModelMixin:
-    """Over a dense model class: blocks of the configuration's widths, strict loading, code saved with the weights."""
+class ModeGPTModelMixin(ModelBase):
+    """Over a dense model class: blocks of the configuration's widths and strict loading."""
 
-    attention_class: ClassVar[type]
+    attention_class: ClassVar[type[ModeGPTAttentionMixin]]
+    config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        config.widths()  # hostile or newer sizes are refused before anything is allocated
+        for index, widths in enumerate(config.widths()):  # refused here, before anything is allocated
+            if self.attention_class.rotary and widths.qk % 2:
+                raise ValueError(
+                    f"config.json: per_layer_config[{index}].qk_head_dim is {widths.qk}; rotary pairs need an even one."
+                )
         super().__init__(config, *args, **kwargs)
 
     def post_init(self) -> None:
         """Narrows the blocks that the dense constructor has just built, then initialises as every model does."""
-        blocks = self.base_model.get_submodule(self.config.layout.blocks)
+        layout = self.config.layout
+        blocks: Any = self.base_model.get_submodule(layout.blocks)
         for block, widths in zip(blocks, self.config.widths(), strict=True):
-            if not isinstance(block.get_submodule(self.config.layout.attention), ModeGPTAttentionMixin):
-                shrink_block(block, self.config.layout, self.attention_class, widths)
+            if not isinstance(block.get_submodule(layout.attention), ModeGPTAttentionMixin):
+                shrink_block(block, layout, self.attention_class, widths)
         super().post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As every model's, but a tensor of the base model that is missing or mis-shaped, or an unexpected one in a
-        block, is an error: transformers alone would fill it with random numbers."""
+        """As every model's, but a checkpoint that does not fit is an error: transformers would fill it with noise.
+
+        A tensor of the base model or the language model's head that is missing or mis-shaped, or an unexpected one in
+        the base model, is refused. A new task head may be initialised, and one that the class lacks left out.
+        """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        problems = list(_loading_problems(model, info))
-        if problems:
+        new_head = kwargs.pop("ignore_mismatched_sizes", False)
+        # Let through, so that `_loading_problems` names every tensor.
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        if problems := [*_loading_problems(model, info, new_head), *_rotary_problems(model)]:
+            more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise ValueError(
-                f"{cls.__name__}: the checkpoint does not fit its configuration, so the model would be partly random:\n  "
+                f"{cls.__name__}: the checkpoint does not fit its configuration; part of the model would be noise:\n  "
                 + "\n  ".join(problems[:20])
-                + (f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else "")
-                + "\nThe folder is incomplete or was edited; save or download it again."
+                + f"{more}\nThe folder is incomplete or was edited; save or download it again."
             )
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """As every model's; the configuration always names the code files, which `_auto_class` has saved with it."""
-        self.config.auto_map = dict(self.config.auto_classes)
-        return super().save_pretrained(save_directory, *args, **kwargs)
 
-
-def _loading_problems(model: PreTrainedModel, info: dict[str, Any]) -> Iterator[str]:
+def _loading_problems(model: ModeGPTModelMixin, info: dict[str, Any], new_head: bool) -> Iterator[str]:
     """What is wrong with a load: lines for people, none when the model is exactly what was saved."""
-    prefix = f"{model.base_model_prefix}."
-    is_base = model.base_model is model
-    blocks = f"{model.config.layout.blocks}."
+    body = {name for name, _ in model.base_model.named_children()} | {model.base_model_prefix}
+    # A task head may be new; a language model's may not: it would generate noise.
+    kept = body | {"lm_head"}
     for key in sorted(info["missing_keys"]):
-        # A task head may be new; a language model's may not: it would generate noise.
-        if is_base or key.startswith(prefix) or key.startswith("lm_head."):
+        if key.partition(".")[0] in kept:
             yield f"missing: {key}"
     for key, found, expected in sorted(info["mismatched_keys"]):
-        if is_base or key.startswith(prefix) or key.startswith("lm_head."):
+        if key.partition(".")[0] in kept or not new_head:
             yield f"wrong shape: {key} is {tuple(found)}, the configuration says {tuple(expected)}"
     for key in sorted(info["unexpected_keys"]):
-        if key.removeprefix(prefix).startswith(blocks):
+        if key.partition(".")[0] in body:
             yield f"not expected: {key}"
+
+
+def _rotary_problems(model: ModeGPTModelMixin) -> Iterator[str]:
+    pairs = model.config.dense_head_dim // 2
     for name, buffer in model.named_buffers():
-        if name.endswith("rope_index") and not buffer.is_meta:
-            pairs = model.config.dense_head_dim // 2
-            if int(buffer.min()) < 0 or int(buffer.max()) >= pairs:
-                yield f"out of range: {name} has values outside [0, {pairs})"
+        if name.endswith("rope_index") and not buffer.is_meta and not bool(((buffer >= 0) & (buffer < pairs)).all()):
+            yield f"out of range: {name} has values outside [0, {pairs})"
 
 
-def auto_classes(config_class: type, **models: type) -> dict[str, str]:
-    """The `auto_map` of a family whose classes stand in one file, keyed by transformers' Auto classes."""
+def register(*models: type[ModeGPTModelMixin]) -> dict[str, type[ModeGPTModelMixin]]:
+    """The model classes of a family, which stand in one file, by the Auto class that builds them.
+
+    Writes the family's `auto_map`, and makes the classes known to the Auto classes. As remote code it leaves the
+    latter to transformers: the code of one repository must not serve another.
+    """
+    by_auto: dict[str, type[ModeGPTModelMixin]] = {str(model._auto_class): model for model in models}
+    config_class: Any = models[0].config_class
     module = config_class.__module__.rpartition(".")[2]
-    names = {"AutoConfig": config_class, **models}
-    return {auto: f"{module}.{cls.__name__}" for auto, cls in names.items()}
+    names = {"AutoConfig": config_class, **by_auto}
+    config_class.auto_classes = {auto: f"{module}.{cls.__name__}" for auto, cls in names.items()}
+    if not config_class.__module__.startswith("transformers_modules."):
+        transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        for auto, model in by_auto.items():
+            getattr(transformers, auto).register(config_class, model, exist_ok=True)
+    return by_auto

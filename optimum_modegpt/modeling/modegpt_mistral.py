@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import (
     MistralAttention,
@@ -11,7 +10,7 @@ from transformers.models.mistral.modeling_mistral import (
     MistralModel,
 )
 
-from .modegpt_common import BlockLayout, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, auto_classes
+from .modegpt_common import LLAMA_LIKE, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
 
 
 class ModeGPTMistralConfig(ModeGPTConfigMixin, MistralConfig):
@@ -19,49 +18,39 @@ class ModeGPTMistralConfig(ModeGPTConfigMixin, MistralConfig):
 
     model_type = "modegpt_mistral"
     _auto_class = "AutoConfig"
-    layout = BlockLayout(
-        blocks="layers",
-        mlp_inputs=("mlp.gate_proj", "mlp.up_proj"),
-        mlp_output="mlp.down_proj",
-        mlp_width="intermediate_size",
-    )
+    layout = LLAMA_LIKE
 
 
 class ModeGPTMistralAttention(ModeGPTAttentionMixin, MistralAttention):
     """Mistral's attention with query/key and value heads of widths of their own."""
 
+    @property
+    def attention_window(self) -> int | None:
+        """Mistral's window is the same in all blocks."""
+        return self.config.sliding_window
 
-class ModeGPTMistralModel(ModeGPTModelMixin, MistralModel):
-    """Mistral without a head."""
 
+class _Compressed(ModeGPTModelMixin):
     config_class = ModeGPTMistralConfig
     attention_class = ModeGPTMistralAttention
+
+
+class ModeGPTMistralModel(_Compressed, MistralModel):
+    """Mistral without a head."""
+
     _auto_class = "AutoModel"
 
 
-class ModeGPTMistralForCausalLM(ModeGPTModelMixin, MistralForCausalLM):
+class ModeGPTMistralForCausalLM(_Compressed, MistralForCausalLM):
     """Mistral, language model."""
 
-    config_class = ModeGPTMistralConfig
-    attention_class = ModeGPTMistralAttention
     _auto_class = "AutoModelForCausalLM"
 
 
-class ModeGPTMistralForSequenceClassification(ModeGPTModelMixin, MistralForSequenceClassification):
+class ModeGPTMistralForSequenceClassification(_Compressed, MistralForSequenceClassification):
     """Mistral with a classification head."""
 
-    config_class = ModeGPTMistralConfig
-    attention_class = ModeGPTMistralAttention
     _auto_class = "AutoModelForSequenceClassification"
 
 
-MODELS = {
-    "AutoModel": ModeGPTMistralModel,
-    "AutoModelForCausalLM": ModeGPTMistralForCausalLM,
-    "AutoModelForSequenceClassification": ModeGPTMistralForSequenceClassification,
-}
-ModeGPTMistralConfig.auto_classes = auto_classes(ModeGPTMistralConfig, **MODELS)
-
-AutoConfig.register(ModeGPTMistralConfig.model_type, ModeGPTMistralConfig, exist_ok=True)
-for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
-    auto.register(ModeGPTMistralConfig, MODELS[auto.__name__], exist_ok=True)
+MODELS = register(ModeGPTMistralModel, ModeGPTMistralForCausalLM, ModeGPTMistralForSequenceClassification)

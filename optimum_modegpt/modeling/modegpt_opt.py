@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import (
     OPTAttention,
@@ -11,7 +10,7 @@ from transformers.models.opt.modeling_opt import (
     OPTModel,
 )
 
-from .modegpt_common import BlockLayout, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, auto_classes
+from .modegpt_common import BlockLayout, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
 
 
 class ModeGPTOPTConfig(ModeGPTConfigMixin, OPTConfig):
@@ -41,38 +40,27 @@ class ModeGPTOPTAttention(ModeGPTAttentionMixin, OPTAttention):
         return self.dropout
 
 
-
-class ModeGPTOPTModel(ModeGPTModelMixin, OPTModel):
-    """OPT without a head."""
-
+class _Compressed(ModeGPTModelMixin):
     config_class = ModeGPTOPTConfig
     attention_class = ModeGPTOPTAttention
+
+
+class ModeGPTOPTModel(_Compressed, OPTModel):
+    """OPT without a head."""
+
     _auto_class = "AutoModel"
 
 
-class ModeGPTOPTForCausalLM(ModeGPTModelMixin, OPTForCausalLM):
+class ModeGPTOPTForCausalLM(_Compressed, OPTForCausalLM):
     """OPT, language model."""
 
-    config_class = ModeGPTOPTConfig
-    attention_class = ModeGPTOPTAttention
     _auto_class = "AutoModelForCausalLM"
 
 
-class ModeGPTOPTForSequenceClassification(ModeGPTModelMixin, OPTForSequenceClassification):
+class ModeGPTOPTForSequenceClassification(_Compressed, OPTForSequenceClassification):
     """OPT with a classification head."""
 
-    config_class = ModeGPTOPTConfig
-    attention_class = ModeGPTOPTAttention
     _auto_class = "AutoModelForSequenceClassification"
 
 
-MODELS = {
-    "AutoModel": ModeGPTOPTModel,
-    "AutoModelForCausalLM": ModeGPTOPTForCausalLM,
-    "AutoModelForSequenceClassification": ModeGPTOPTForSequenceClassification,
-}
-ModeGPTOPTConfig.auto_classes = auto_classes(ModeGPTOPTConfig, **MODELS)
-
-AutoConfig.register(ModeGPTOPTConfig.model_type, ModeGPTOPTConfig, exist_ok=True)
-for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
-    auto.register(ModeGPTOPTConfig, MODELS[auto.__name__], exist_ok=True)
+MODELS = register(ModeGPTOPTModel, ModeGPTOPTForCausalLM, ModeGPTOPTForSequenceClassification)

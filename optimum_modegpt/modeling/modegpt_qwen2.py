@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Attention,
@@ -11,7 +10,7 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Model,
 )
 
-from .modegpt_common import BlockLayout, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, auto_classes
+from .modegpt_common import LLAMA_LIKE, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
 
 
 class ModeGPTQwen2Config(ModeGPTConfigMixin, Qwen2Config):
@@ -19,49 +18,34 @@ class ModeGPTQwen2Config(ModeGPTConfigMixin, Qwen2Config):
 
     model_type = "modegpt_qwen2"
     _auto_class = "AutoConfig"
-    layout = BlockLayout(
-        blocks="layers",
-        mlp_inputs=("mlp.gate_proj", "mlp.up_proj"),
-        mlp_output="mlp.down_proj",
-        mlp_width="intermediate_size",
-    )
+    layout = LLAMA_LIKE
 
 
 class ModeGPTQwen2Attention(ModeGPTAttentionMixin, Qwen2Attention):
     """Qwen2's attention with query/key and value heads of widths of their own."""
 
 
-class ModeGPTQwen2Model(ModeGPTModelMixin, Qwen2Model):
-    """Qwen2 without a head."""
-
+class _Compressed(ModeGPTModelMixin):
     config_class = ModeGPTQwen2Config
     attention_class = ModeGPTQwen2Attention
+
+
+class ModeGPTQwen2Model(_Compressed, Qwen2Model):
+    """Qwen2 without a head."""
+
     _auto_class = "AutoModel"
 
 
-class ModeGPTQwen2ForCausalLM(ModeGPTModelMixin, Qwen2ForCausalLM):
+class ModeGPTQwen2ForCausalLM(_Compressed, Qwen2ForCausalLM):
     """Qwen2, language model."""
 
-    config_class = ModeGPTQwen2Config
-    attention_class = ModeGPTQwen2Attention
     _auto_class = "AutoModelForCausalLM"
 
 
-class ModeGPTQwen2ForSequenceClassification(ModeGPTModelMixin, Qwen2ForSequenceClassification):
+class ModeGPTQwen2ForSequenceClassification(_Compressed, Qwen2ForSequenceClassification):
     """Qwen2 with a classification head."""
 
-    config_class = ModeGPTQwen2Config
-    attention_class = ModeGPTQwen2Attention
     _auto_class = "AutoModelForSequenceClassification"
 
 
-MODELS = {
-    "AutoModel": ModeGPTQwen2Model,
-    "AutoModelForCausalLM": ModeGPTQwen2ForCausalLM,
-    "AutoModelForSequenceClassification": ModeGPTQwen2ForSequenceClassification,
-}
-ModeGPTQwen2Config.auto_classes = auto_classes(ModeGPTQwen2Config, **MODELS)
-
-AutoConfig.register(ModeGPTQwen2Config.model_type, ModeGPTQwen2Config, exist_ok=True)
-for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification):
-    auto.register(ModeGPTQwen2Config, MODELS[auto.__name__], exist_ok=True)
+MODELS = register(ModeGPTQwen2Model, ModeGPTQwen2ForCausalLM, ModeGPTQwen2ForSequenceClassification)
