@@ -1,1 +1,52 @@
-"""MoDeGPT for Transformers and Optimum."""
+"""MoDeGPT compression of language models without training, for Transformers and Optimum.
+
+Importing this package registers the compressed families with the Auto classes, the quantizer "modegpt", and the
+keyword `compression_config` of `from_pretrained` (not where the environment sets OPTIMUM_MODEGPT_NO_PATCH=1).
+"""
+
+from importlib.metadata import version
+
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import (
+    AlreadyCompressed,
+    CalibrationDataError,
+    EvaluationError,
+    InvalidConfig,
+    ModeGPTError,
+    NumericalError,
+    OutputError,
+    UnsupportedModel,
+)
+from optimum_modegpt.evaluation.fidelity import Fidelity, fidelity
+from optimum_modegpt.evaluation.perplexity import Perplexity, perplexity
+from optimum_modegpt.integration.auto import ModeGPTModelForCausalLM, install_keyword
+from optimum_modegpt.integration.hf_quantizer import register
+from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
+from optimum_modegpt.plot import plot_ranks
+from optimum_modegpt.report import Report
+
+__version__ = version("optimum-modegpt")
+
+__all__ = [
+    "AlreadyCompressed",
+    "CalibrationDataError",
+    "EvaluationError",
+    "Fidelity",
+    "InvalidConfig",
+    "ModeGPTConfig",
+    "ModeGPTError",
+    "ModeGPTModelForCausalLM",
+    "ModeGPTQuantizer",
+    "NumericalError",
+    "OutputError",
+    "Perplexity",
+    "Report",
+    "UnsupportedModel",
+    "__version__",
+    "fidelity",
+    "perplexity",
+    "plot_ranks",
+]
+
+register()
+install_keyword()

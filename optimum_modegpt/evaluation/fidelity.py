@@ -1,0 +1,103 @@
+"""How far a model's predictions are from those of a reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.evaluation.perplexity import (
+    batches,
+    check_windows,
+    chunked,
+    evaluating,
+    finish,
+    logits_of,
+    nats_of,
+    targets,
+)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """A model beside its reference, on the same tokens."""
+
+    perplexity: float
+    reference_perplexity: float
+    kl: float
+    """Mean KL(reference ‖ model) of the next-token distributions, in nats per position."""
+    top1_agreement: float
+    """Fraction of positions where both find the same token most likely."""
+    tokens: int
+
+
+def fidelity(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    windows: Tensor,
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> Fidelity:
+    """Both perplexities, the mean KL divergence (exact, over the whole vocabulary) and the top-1 agreement.
+
+    Arguments and errors are those of `perplexity`.
+
+    Raises:
+        EvaluationError: also when the vocabularies differ in size.
+    """
+    for each in (model, reference):
+        check_windows(each, windows)
+    sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise EvaluationError(
+            f"the model predicts {sizes[0]} tokens, the reference {sizes[1]}; only models with one vocabulary can be "
+            "compared."
+        )
+    nats = reference_nats = kl = agreement = 0.0
+    with evaluating(model, reference):
+        for batch in batches(model, windows, batch_size, progress):
+            ours = logits_of(model, batch)
+            theirs = logits_of(reference, batch.to(reference.device)).to(ours.device)
+            nats += chunked(nats_of, targets(batch), ours)
+            reference_nats += chunked(nats_of, targets(batch), theirs)
+            kl += chunked(_divergence, theirs, ours)
+            agreement += chunked(_agreement, theirs, ours)
+    if not math.isfinite(kl):
+        raise EvaluationError(f"the divergence from the reference is {kl}: logits are not finite; try another --dtype.")
+    found = finish(nats, windows)
+    return Fidelity(
+        perplexity=found.perplexity,
+        reference_perplexity=finish(reference_nats, windows).perplexity,
+        kl=kl / found.tokens,
+        top1_agreement=agreement / found.tokens,
+        tokens=found.tokens,
+    )
+
+
+def check_tokenizers(ours: Any, theirs: Any) -> None:
+    """Refuses two tokenizers that cannot give two models the same tokens.
+
+    Raises:
+        EvaluationError: when their vocabularies differ.
+    """
+    first, second = ours.get_vocab(), theirs.get_vocab()
+    if first != second:
+        different = len(set(first.items()) ^ set(second.items()))
+        raise EvaluationError(
+            f"the tokenizers of model and reference differ in {different} entries of their vocabularies, so the models "
+            "cannot be given the same tokens. Compare a model with the one it was compressed from."
+        )
+
+
+def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    expected = reference.float().log_softmax(dim=-1)
+    return (expected.exp() * (expected - logits.float().log_softmax(dim=-1))).sum(dim=-1)
+
+
+def _agreement(reference: Tensor, logits: Tensor) -> Tensor:
+    return reference.argmax(dim=-1) == logits.argmax(dim=-1)

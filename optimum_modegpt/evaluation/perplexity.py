@@ -1,0 +1,134 @@
+"""Perplexity of a model on windows of token ids, each scored alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from optimum_modegpt.errors import EvaluationError
+
+LOGITS_BYTES = 256 * 2**20
+"""Most that the logits of one batch take in float32, where the batch size is automatic."""
+CHUNK_BYTES = 64 * 2**20
+"""Most that a float32 copy of logits takes while it is reduced to one number per position."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp(mean nats per scored position), and the number of positions."""
+
+    perplexity: float
+    tokens: int
+
+
+def perplexity(
+    model: PreTrainedModel, windows: Tensor, *, batch_size: int | None = None, progress: bool = False
+) -> Perplexity:
+    """exp of the mean negative log-likelihood in nats; a window of L tokens gives L − 1 predictions.
+
+    Args:
+        model: on the device where it shall run.
+        windows: token ids (windows, length).
+        batch_size: windows per forward pass; None chooses by the size of the logits.
+        progress: whether to show a progress bar.
+
+    Raises:
+        EvaluationError: the windows do not fit the model, or a result is not finite.
+    """
+    check_windows(model, windows)
+    nats = 0.0
+    with evaluating(model):
+        for batch in batches(model, windows, batch_size, progress):
+            nats += chunked(nats_of, targets(batch), logits_of(model, batch))
+    return finish(nats, windows)
+
+
+def finish(nats: float, windows: Tensor) -> Perplexity:
+    """The perplexity from the summed nats of all scored positions."""
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    if not math.isfinite(nats):
+        raise EvaluationError(
+            f"the model's loss on this text is {nats}. Its weights or activations overflow: try another --dtype, and "
+            "check that the folder is complete."
+        )
+    mean = nats / tokens
+    return Perplexity(math.exp(mean) if mean < math.log(torch.finfo(torch.float64).max) else math.inf, tokens)
+
+
+def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
+    """Refuses windows that are longer than the context or hold ids outside of the vocabulary.
+
+    Raises:
+        EvaluationError: with what was found and expected.
+    """
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise EvaluationError(f"expected windows of shape (windows, length ≥ 2), found {tuple(windows.shape)}.")
+    if context is not None and windows.shape[1] > context:
+        raise EvaluationError(
+            f"windows of {windows.shape[1]} tokens are longer than the model's context of {context}; lower the "
+            "sequence length."
+        )
+    if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
+        raise EvaluationError(
+            f"the text has token ids up to {int(windows.max())}, the model knows {config.vocab_size}; use its own "
+            "tokenizer."
+        )
+
+
+@contextmanager
+def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """While it lasts, the models are in evaluation mode and no gradients are kept."""
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        with torch.inference_mode():
+            yield
+    finally:
+        for model, was_training in zip(models, training, strict=True):
+            model.train(was_training)
+
+
+def batches(model: PreTrainedModel, windows: Tensor, batch_size: int | None, progress: bool) -> Iterator[Tensor]:
+    """The windows in batches, on the model's device."""
+    if batch_size is None:
+        row = windows.shape[1] * model.config.get_text_config().vocab_size * 4
+        batch_size = min(32, max(1, LOGITS_BYTES // row))
+    for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", disable=not progress):
+        yield batch.to(model.device)
+
+
+def logits_of(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """The predictions of all but the last position, (positions, vocabulary), in the model's dtype."""
+    return model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)  # (batch · (length − 1), vocabulary)
+
+
+def targets(batch: Tensor) -> Tensor:
+    """What `logits_of` should have predicted, (positions,)."""
+    return batch[:, 1:].flatten()
+
+
+def chunked(reduce: Callable[..., Tensor], *columns: Tensor) -> float:
+    """The sum over all positions of what `reduce` gives for chunks of them; float32 inside, float64 across."""
+    size = max(1, CHUNK_BYTES // (4 * columns[-1].shape[-1]))
+    parts = (reduce(*chunk) for chunk in zip(*(column.split(size) for column in columns), strict=True))
+    return sum(float(part.cpu().double().sum()) for part in parts)
+
+
+def nats_of(target: Tensor, logits: Tensor) -> Tensor:
+    """Negative log-likelihood of the targets in nats, (positions,), from logits (positions, vocabulary)."""
+    return nn.functional.cross_entropy(logits.float(), target, reduction="none")
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Number of parameters: tied ones once, no buffers."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,1 @@
+"""Where transformers, Optimum and the shell meet the walk: keyword, quantizer, commands."""

@@ -1,0 +1,92 @@
+"""The keyword `compression_config` of every `from_pretrained`, and a class for those who want no patched keyword."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.integration.quantizer import as_config
+from optimum_modegpt.integration.source import Source, default_dataset, loading
+
+NO_PATCH = "OPTIMUM_MODEGPT_NO_PATCH"
+"""Set to 1 before the import, this environment variable leaves `PreTrainedModel.from_pretrained` alone."""
+
+
+def install_keyword() -> None:
+    """Teaches `PreTrainedModel.from_pretrained` the keyword; once, and not at all where `NO_PATCH` is set.
+
+    transformers has no door for a keyword of ours. The Auto classes and `pipeline` hand it down to this one method.
+    """
+    inner = PreTrainedModel.from_pretrained.__func__
+    if hasattr(inner, "accepts_compression_config") or os.environ.get(NO_PATCH, "0") not in ("", "0"):
+        return
+
+    @functools.wraps(inner)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = with_quantization_config(kwargs)
+        with loading(Source.of_arguments(pretrained_model_name_or_path, kwargs)):
+            return inner(cls, pretrained_model_name_or_path, *args, **arguments)
+
+    from_pretrained.accepts_compression_config = True  # pyright: ignore[reportFunctionMemberAccess]
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a `from_pretrained` with `compression_config` in the place where transformers looks.
+
+    Raises:
+        InvalidConfig: when both keywords are given.
+    """
+    rest = {key: value for key, value in arguments.items() if key != "compression_config"}
+    config = arguments.get("compression_config")
+    if config is None:
+        return rest
+    if rest.get("quantization_config") is not None:
+        raise InvalidConfig(
+            "compression_config and quantization_config were both given. To compress and quantise, compress and save "
+            "first, then load the result with quantization_config."
+        )
+    return {**rest, "quantization_config": as_config(config)}
+
+
+class ModeGPTModelForCausalLM:
+    """Loads compressed language models, or compresses dense ones while they are loaded; needs no patched keyword."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, compression_config: Any = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """A compressed model.
+
+        Args:
+            pretrained_model_name_or_path: name or folder; "demo" is the embedded dense model, whose own text then
+                stands in for the default dataset.
+            args: handed on to `AutoModelForCausalLM.from_pretrained`.
+            compression_config: a `ModeGPTConfig` or a dict of its fields, for a dense model; None for a compressed one.
+            kwargs: handed on to `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            InvalidConfig: a dense model without `compression_config`.
+            AlreadyCompressed: a compressed one with it.
+        """
+        source = Source.of_arguments(pretrained_model_name_or_path, kwargs)
+        if compression_config is None:
+            _check_compressed(source)
+        else:
+            compression_config = default_dataset(as_config(compression_config), source)
+        arguments = with_quantization_config({**kwargs, "compression_config": compression_config})
+        with loading(source):
+            return AutoModelForCausalLM.from_pretrained(source.path, *args, **arguments)
+
+
+def _check_compressed(source: Source) -> None:
+    model_type = AutoConfig.from_pretrained(source.path, **source.arguments()).model_type
+    if not model_type.startswith("modegpt_"):
+        raise InvalidConfig(
+            f"{source.base_model!r} is a dense model ({model_type}); pass compression_config=ModeGPTConfig(...) to "
+            "compress it, or load it with AutoModelForCausalLM."
+        )

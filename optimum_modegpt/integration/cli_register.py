@@ -1,0 +1,29 @@
+"""Registers `optimum-cli modegpt`; installed as optimum/commands/register/register_modegpt.py.
+
+optimum-cli imports this file whatever the command is, so it imports nothing that takes time or may be missing.
+"""
+
+from argparse import REMAINDER, ArgumentParser
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+
+class ModeGPTCommand(BaseOptimumCLICommand):
+    """Hands all of its arguments to the package's own command line."""
+
+    COMMAND = CommandInfo(name="modegpt", help="Compress, evaluate and inspect language models with MoDeGPT.")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Takes every argument as it is, options included."""
+        parser.prefix_chars = ""
+        parser.add_argument("arguments", nargs=REMAINDER)
+
+    def run(self) -> None:
+        """The command line of the package."""
+        from optimum_modegpt.integration.cli import main
+
+        raise SystemExit(main(self.args.arguments, program="optimum-cli modegpt"))
+
+
+REGISTER_COMMANDS = [ModeGPTCommand]

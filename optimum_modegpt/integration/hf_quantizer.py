@@ -1,0 +1,94 @@
+"""The hook in `from_pretrained`: registered as a quantizer, it compresses once and leaves no trace of itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
+from optimum_modegpt.integration.source import Source, being_loaded
+
+
+class ModeGPTHfQuantizer(HfQuantizer):
+    """Compresses a dense model right after its weights are loaded.
+
+    What is saved later is an ordinary model: nothing is left that says it was ever quantised.
+    """
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: ModeGPTConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.quantizer = ModeGPTQuantizer(quantization_config)
+        self.windows: TokenWindows | None = None
+
+    @property
+    def is_trainable(self) -> bool:
+        """The result is an ordinary model."""
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """The result is an ordinary model."""
+        return True
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses what would compress tensors that are not there.
+
+        Raises:
+            InvalidConfig: for weights on disk or on the meta device, and for more than one device.
+        """
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
+        if places & {"disk", "meta"}:
+            raise InvalidConfig(
+                f"device_map puts weights on {', '.join(sorted(places & {'disk', 'meta'}))}, where they cannot be "
+                "compressed. Leave device_map out: only one block at a time needs the accelerator."
+            )
+        if len(places) > 1 or places & {"balanced", "balanced_low_0", "sequential"}:
+            raise InvalidConfig(
+                "device_map spreads the model over several devices, and the hooks that move its activations would be "
+                "lost. Load it on one device or leave device_map out, save the result, and spread that."
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        self.windows = self.quantizer.prepare(model.config, None, self._source(model))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.windows is None:
+            raise RuntimeError("the weights were loaded without the step that reads the calibration text.")
+        self._check_placement(model)
+        self._remove_traces(model)
+        return self.quantizer.compress_with(model, self.windows, source=self._source(model))
+
+    def _source(self, model: PreTrainedModel) -> Source:
+        return being_loaded() or Source.of_model(model)
+
+    def _check_placement(self, model: PreTrainedModel) -> None:
+        """device_map="auto" is resolved only while the weights are loaded, so it is checked once more."""
+        placement = getattr(model, "hf_device_map", None)
+        if placement:
+            self.validate_environment(device_map=placement)
+
+    def _remove_traces(self, model: PreTrainedModel) -> None:
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_is_quantized", None)
+
+
+def register() -> None:
+    """Makes "modegpt" known to transformers; once, however often it is called."""
+    if ModeGPTConfig.quant_method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(ModeGPTConfig.quant_method)(ModeGPTConfig)
+    if ModeGPTConfig.quant_method not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(ModeGPTConfig.quant_method)(ModeGPTHfQuantizer)

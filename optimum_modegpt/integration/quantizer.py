@@ -1,0 +1,120 @@
+"""`ModeGPTQuantizer`: compression of a model that is loaded already, with the face of Optimum's quantizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_modegpt.architectures import check_model_type
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.integration.source import Source, calibrate, find_tokenizer
+from optimum_modegpt.report import Report
+
+
+class ModeGPTQuantizer:
+    """Compresses loaded models; `report` says what the last compression did.
+
+    Args:
+        config: a `ModeGPTConfig` or a dict of its fields; without one, the fields can be given by name.
+        fields: fields of `ModeGPTConfig`; they replace those of `config`.
+    """
+
+    def __init__(self, config: ModeGPTConfig | Mapping[str, Any] | None = None, **fields: Any) -> None:
+        self.config = as_config({} if config is None else config, **fields)
+        self.report: Report | None = None
+        self.tokenizer: Any = None
+
+    def quantize_model(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any = None,
+        *,
+        device: torch.device | None = None,
+        source: Source | None = None,
+        progress: bool = True,
+    ) -> PreTrainedModel:
+        """Compresses `model` in place and returns it; on any error it is left as it was.
+
+        Args:
+            model: a dense causal language model, in memory.
+            tokenizer: object or name; None takes the configuration's, else that of the model's name.
+            device: where to compute, one block at a time; None takes the device the model is on.
+            source: where the model comes from; None takes the name it remembers.
+            progress: whether to show progress bars.
+        """
+        source = source or Source.of_model(model)
+        windows = self.prepare(model.config, tokenizer, source)
+        return self.compress_with(model, windows, device=device, source=source, progress=progress)
+
+    compress_model = quantize_model
+
+    def prepare(self, model_config: Any, tokenizer: Any, source: Source) -> TokenWindows:
+        """Everything that can fail before the weights are there: is the model known, is there enough text?"""
+        check_model_type(model_config.model_type)
+        self.tokenizer = find_tokenizer(self.config, tokenizer, source)
+        return calibrate(self.config, self.tokenizer, model_config, source)
+
+    def compress_with(
+        self,
+        model: PreTrainedModel,
+        windows: TokenWindows,
+        *,
+        source: Source,
+        device: torch.device | None = None,
+        progress: bool = True,
+    ) -> PreTrainedModel:
+        """Compresses `model` in place with calibration windows that `prepare` has read."""
+        from optimum_modegpt.compress import compress
+
+        self.report = compress(
+            model,
+            self.config,
+            windows,
+            device=device,
+            base_model=source.base_model,
+            revision=source.revision,
+            progress=progress,
+        )
+        return model
+
+    def save(self, model: PreTrainedModel, save_dir: str | Path, tokenizer: Any = None) -> None:
+        """Writes weights, configuration, code files, tokenizer and `report.json`.
+
+        Without `tokenizer` the one that the calibration used is saved, where it used one.
+        """
+        folder = Path(save_dir)
+        model.save_pretrained(folder)
+        tokenizer = tokenizer if tokenizer is not None else self.tokenizer
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        if self.report is not None:
+            self.report.save(folder / "report.json")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dict, safe for JSON."""
+        return self.config.to_dict()
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> ModeGPTQuantizer:
+        """The inverse of `to_dict`."""
+        return cls(config_dict)
+
+
+def as_config(config: Any, **fields: Any) -> ModeGPTConfig:
+    """A `ModeGPTConfig` from one, or from a dict with or without `quant_method`; `fields` replace its own.
+
+    Raises:
+        InvalidConfig: for anything else, and for unknown fields.
+    """
+    if isinstance(config, ModeGPTConfig):
+        own = {name: getattr(config, name) for name in ModeGPTConfig.__dataclass_fields__}
+        return ModeGPTConfig.from_dict({**own, **fields}) if fields else config
+    if isinstance(config, Mapping):
+        return ModeGPTConfig.from_dict({**config, **fields})
+    raise InvalidConfig(f"expected a ModeGPTConfig or a dict of its fields, found {type(config).__name__}.")

@@ -1,0 +1,170 @@
+"""Where a model comes from, so that its tokenizer and its calibration text come from the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoTokenizer
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import extract_commit_hash
+
+from optimum_modegpt import demo
+from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, resolve_sequence_length
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import CalibrationDataError
+
+DEMO = "demo"
+"""The name of the embedded model, and of its text as a dataset."""
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's name or folder, and the arguments with which its caller reads the Hub."""
+
+    name: str | None
+    hub: Mapping[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool | None = None
+
+    @classmethod
+    def of_arguments(cls, name: Any, arguments: Mapping[str, Any]) -> Source:
+        """The source named by the arguments of a `from_pretrained`."""
+        hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
+        return cls(None if name is None else str(name), hub, arguments.get("trust_remote_code"))
+
+    @classmethod
+    def of_model(cls, model: Any) -> Source:
+        """The source of a model that is loaded already: the name it remembers."""
+        return cls(model.config._name_or_path or None)
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is the embedded model."""
+        return self.name in (DEMO, str(demo.MODEL_DIR))
+
+    @property
+    def path(self) -> str | None:
+        """What to give to a `from_pretrained`."""
+        return str(demo.MODEL_DIR) if self.is_demo else self.name
+
+    @property
+    def base_model(self) -> str | None:
+        """The name that the record of a compressed model keeps; of a local folder only its last part."""
+        if self.is_demo or self.name is None:
+            return DEMO if self.is_demo else None
+        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that was read, as far as it is known; else the branch or tag that was asked for."""
+        revision = self.hub.get("revision")
+        if self.path is None or Path(self.path).is_dir():
+            return revision
+        config = "/".join(filter(None, (self.hub.get("subfolder"), CONFIG_NAME)))
+        cached = try_to_load_from_cache(self.path, config, cache_dir=self.hub.get("cache_dir"), revision=revision)
+        known = extract_commit_hash(cached if isinstance(cached, str) else None, None)
+        return known or revision
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments for a `from_pretrained` that reads the same place."""
+        trust = {} if self.trust_remote_code is None else {"trust_remote_code": self.trust_remote_code}
+        return {**self.hub, **trust}
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that lies beside the model.
+
+        Raises:
+            CalibrationDataError: when there is none.
+        """
+        if self.path is None:
+            raise CalibrationDataError(
+                "the model does not say where it was loaded from, so its tokenizer cannot be found; pass a tokenizer."
+            )
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **self.arguments())
+        except (OSError, ValueError) as error:
+            raise CalibrationDataError(
+                f"no tokenizer could be loaded from {self.base_model!r}: {error} "
+                "Pass tokenizer= (a name or an object), or token ids as the dataset."
+            ) from error
+
+
+_LOADING: ContextVar[Source | None] = ContextVar("modegpt_source", default=None)
+
+
+@contextmanager
+def loading(source: Source) -> Iterator[None]:
+    """While a `from_pretrained` runs: tells the quantizer hook what the caller asked for."""
+    token = _LOADING.set(source)
+    try:
+        yield
+    finally:
+        _LOADING.reset(token)
+
+
+def being_loaded() -> Source | None:
+    """The source of the `from_pretrained` that is running; None outside of one, or without our wrapper."""
+    return _LOADING.get()
+
+
+def find_tokenizer(config: ModeGPTConfig, given: Any, source: Source) -> Any:
+    """The tokenizer to calibrate with: the one given, else the configuration's, else the model's own.
+
+    None where the dataset is token ids and nobody gave one.
+    """
+    chosen = given if given is not None else config.tokenizer
+    if isinstance(chosen, str):
+        token = {key: source.hub[key] for key in ("token", "local_files_only", "cache_dir") if key in source.hub}
+        return replace(source, name=chosen, hub=token).tokenizer()
+    if chosen is not None:
+        return chosen
+    return source.tokenizer() if _needs_tokenizer(config.dataset) else None
+
+
+def _needs_tokenizer(dataset: Any) -> bool:
+    while isinstance(dataset, list | tuple) and dataset:
+        dataset = dataset[0]
+    return not (isinstance(dataset, int) or hasattr(dataset, "dtype"))
+
+
+def calibrate(config: ModeGPTConfig, tokenizer: Any, model_config: Any, source: Source) -> TokenWindows:
+    """The calibration windows of a model, read before anything is done to it.
+
+    Raises:
+        CalibrationDataError, InvalidConfig: with what is wrong with the data or the length.
+    """
+    text = model_config.get_text_config()
+    context = context_of(model_config)
+    is_demo = isinstance(config.dataset, str) and config.dataset == DEMO
+    read = replace(config, dataset=str(demo.CALIBRATION_TEXT)) if is_demo else config
+    windows = calibration_windows(
+        read,
+        tokenizer,
+        sequence_length=resolve_sequence_length(config.sequence_length, context),
+        vocab_size=text.vocab_size,
+        context=context,
+        hub=dataset_hub(source),
+    )
+    return replace(windows, record={**windows.record, "name": DEMO}) if is_demo else windows
+
+
+def dataset_hub(source: Source) -> dict[str, Any]:
+    """The Hub arguments that hold for a dataset too; revision, folder and cache are the model's."""
+    return {key: source.hub[key] for key in ("token", "local_files_only") if key in source.hub}
+
+
+def context_of(model_config: Any) -> int | None:
+    """The longest text a model reads, in tokens; None where it has no limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
+def default_dataset(config: ModeGPTConfig, source: Source) -> ModeGPTConfig:
+    """The configuration with the embedded text where the embedded model is compressed and no text was chosen."""
+    chosen = not isinstance(config.dataset, str) or config.dataset != ModeGPTConfig.dataset
+    return config if chosen or not source.is_demo else replace(config, dataset=DEMO)
