@@ -1,0 +1,743 @@
+"""Calibration and evaluation text: every source, the window rule, the record, and every refusal."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset_builder
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from optimum_modegpt.calibration.data import calibration_windows, evaluation_windows, resolve_sequence_length
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
+
+TEXT = " ".join(f"{number * 7919 % 1000} bottles of beer on the wall\r\nand then" for number in range(200)) + " fin é"
+DOCUMENTS = [f"document {number}: " + "lorem ipsum " * (number % 7 + 1) for number in range(40)]
+CHATS = [
+    [{"role": "user", "content": f"what is {n}+{n}?"}, {"role": "assistant", "content": f"it is {2 * n}."}]
+    for n in range(30)
+]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}"
+)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens, plus <s>, which is put in front unless special tokens are switched off; a context of 8."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", model_max_length=8)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+def calibrate(dataset, tokenizer, *, length=16, samples=8, **options):
+    """`calibration_windows`; the options are its own or fields of the configuration."""
+    own = {name: options.pop(name) for name in ("hub", "vocab_size", "context") if name in options}
+    config = ModeGPTConfig(dataset=dataset, num_samples=samples, **options)
+    return calibration_windows(config, tokenizer, sequence_length=length, **own)
+
+
+def refused(dataset, tokenizer, *parts, **options):
+    """The error that calibrating on `dataset` raises; its message holds all `parts`."""
+    with pytest.raises(CalibrationDataError) as caught:
+        calibrate(dataset, tokenizer, **options)
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+    return caught.value
+
+
+def cut(text, tokenizer, length):
+    """The prototype's rule, written again."""
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def draw(windows, samples, seed):
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))][:samples]
+
+
+# The window rule and the record
+
+
+def test_text_file_follows_the_prototypes_rule(text_file, tokenizer):
+    expected = cut(text_file.read_text(encoding="utf-8"), tokenizer, 16)
+    got = calibrate(str(text_file), tokenizer, seed=3)
+    assert torch.equal(got.tokens, draw(expected, 8, 3))
+    assert got.tokens.dtype == torch.int64
+    assert 256 not in got.tokens  # no special token
+    assert got.record["available_windows"] == len(expected)
+
+
+def test_record_says_what_was_read(text_file, tokenizer):
+    got = calibrate(str(text_file), tokenizer)
+    digest = hashlib.sha256(np.array([8, 16], dtype="<i8").tobytes() + got.tokens.numpy().astype("<i8").tobytes())
+    assert got.record == {
+        "name": "book.txt",
+        "split": None,
+        "revision": None,
+        "text_column": None,
+        "file_sha256": hashlib.sha256(text_file.read_bytes()).hexdigest(),
+        "windows": 8,
+        "sequence_length": 16,
+        "tokens": 128,
+        "available_windows": got.record["available_windows"],
+        "sha256": digest.hexdigest(),
+    }
+    assert json.loads(json.dumps(got.record)) == got.record
+
+
+def test_hash_covers_the_shape():
+    wide = calibrate(torch.arange(32).view(2, 16), None).record
+    narrow = calibrate(torch.arange(32).view(4, 8), None).record
+    assert wide["sha256"] != narrow["sha256"]
+
+
+def test_same_seed_same_windows_other_seed_others(text_file, tokenizer):
+    first, again, other = (calibrate(str(text_file), tokenizer, seed=seed) for seed in (0, 0, 1))
+    assert first.record == again.record
+    assert first.record["sha256"] != other.record["sha256"]
+
+
+def test_global_random_state_is_left_alone(text_file, tokenizer):
+    torch.manual_seed(1)
+    np.random.seed(1)
+    random.seed(1)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    calibrate(str(text_file), tokenizer)
+    calibrate(Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset(), tokenizer)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
+
+
+def test_no_warning_about_the_context_and_none_lost_for_others(text_file, caplog):
+    tokenizer = make_tokenizer()  # each warns only once
+    with caplog.at_level(logging.WARNING):
+        logging.getLogger("transformers").addHandler(caplog.handler)
+        try:
+            calibrate(str(text_file), tokenizer)
+            assert "longer than" not in caplog.text
+            tokenizer("more than eight tokens")
+            assert "longer than" in caplog.text
+        finally:
+            logging.getLogger("transformers").removeHandler(caplog.handler)
+
+
+def test_too_few_windows(text_file, tokenizer):
+    available = len(cut(text_file.read_text(encoding="utf-8"), tokenizer, 16))
+    calibrate(str(text_file), tokenizer, samples=available)
+    refused(
+        str(text_file),
+        tokenizer,
+        "book.txt",
+        f"{available} windows of 16 tokens",
+        f"num_samples={available + 1}",
+        "sequence_length",
+        samples=available + 1,
+    )
+
+
+def test_tokenizer_of_another_model(text_file, tokenizer):
+    refused(str(text_file), tokenizer, "vocabulary of 40", "tokenizer that belongs", vocab_size=40)
+
+
+def test_text_without_tokenizer(text_file):
+    refused(str(text_file), None, "tokenizer=")
+
+
+@pytest.mark.parametrize(
+    ("requested", "context", "expected"),
+    [(None, None, 2048), (None, 512, 512), (None, 131072, 2048), (512, 512, 512), (4096, None, 4096), (8, 512, 8)],
+)
+def test_sequence_length(requested, context, expected):
+    assert resolve_sequence_length(requested, context) == expected
+
+
+def test_sequence_length_above_the_context():
+    with pytest.raises(InvalidConfig, match=r"sequence_length=1024 .* context of 512"):
+        resolve_sequence_length(1024, 512)
+    with pytest.raises(InvalidConfig, match="at least 2 tokens"):
+        resolve_sequence_length(1, 512)
+
+
+# Files
+
+
+def test_byte_order_mark_is_no_text(tmp_path, tokenizer):
+    (tmp_path / "plain.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "marked.txt").write_text(TEXT, encoding="utf-8-sig")
+    plain, marked = (calibrate(str(tmp_path / name), tokenizer) for name in ("plain.txt", "marked.txt"))
+    assert torch.equal(plain.tokens, marked.tokens)
+
+
+def test_text_file_that_is_not_utf8(tmp_path, tokenizer):
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") * 100)
+    error = refused(str(tmp_path / "latin.txt"), tokenizer, "latin.txt", "UTF-8")
+    assert isinstance(error.__cause__, UnicodeDecodeError)
+
+
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.json", "empty.parquet"])
+def test_empty_file(tmp_path, tokenizer, name):
+    (tmp_path / name).touch()
+    refused(str(tmp_path / name), tokenizer, name, "empty")
+
+
+@pytest.mark.parametrize(("name", "content"), [("bom.txt", "\ufeff"), ("blank.jsonl", "\n \n"), ("none.json", "[]")])
+def test_file_without_text(tmp_path, tokenizer, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    refused(str(tmp_path / name), tokenizer, name)
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere.txt", "nowhere.jsonl", "data/nowhere.csv", "./nowhere", "/no/such/folder", "a/b/c", "~/nowhere"]
+)
+def test_missing_file_is_not_looked_for_on_the_hub(tokenizer, name, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: pytest.fail("the Hub was asked"))
+    refused(name, tokenizer, "there is no such file or folder")
+
+
+def test_text_passed_as_a_name(tokenizer):
+    error = refused("Once upon a time there was a text. " * 500, tokenizer, "pass it in a list")
+    assert len(str(error)) < 300
+
+
+def test_unknown_suffix(tmp_path, tokenizer):
+    (tmp_path / "table.csv").write_text("text\na\n")
+    refused(str(tmp_path / "table.csv"), tokenizer, "table.csv", ".csv", ".txt", ".jsonl", ".json", ".parquet")
+
+
+def test_path_object(text_file, tokenizer):
+    assert torch.equal(calibrate(text_file, tokenizer).tokens, calibrate(str(text_file), tokenizer).tokens)
+
+
+def write_table(folder: Path, kind: str, rows: list[dict]) -> Path:
+    path = folder / f"odd [name].{kind}"
+    if kind == "parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_table_is_joined_by_blank_lines(tmp_path, tokenizer, kind):
+    path = write_table(tmp_path, kind, [{"text": text, "other": index} for index, text in enumerate(DOCUMENTS)])
+    got = calibrate(str(path), tokenizer, seed=5)
+    assert torch.equal(got.tokens, draw(cut("\n\n".join(DOCUMENTS), tokenizer, 16), 8, 5))
+    assert got.record["name"] == path.name
+    assert (got.record["split"], got.record["text_column"]) == (None, "text")
+    assert got.record["file_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_changed_file_is_read_again(tmp_path, tokenizer):
+    first = calibrate(str(write_table(tmp_path, "jsonl", [{"text": "a" * 500}])), tokenizer)
+    second = calibrate(str(write_table(tmp_path, "jsonl", [{"text": "b" * 500}])), tokenizer)
+    assert not torch.equal(first.tokens, second.tokens)
+
+
+@pytest.mark.parametrize(("name", "content"), [("bad.jsonl", '{"text": "a"}\n{oops\n'), ("bad.parquet", "nothing")])
+def test_broken_table(tmp_path, tokenizer, name, content):
+    (tmp_path / name).write_text(content)
+    error = refused(str(tmp_path / name), tokenizer, name, "cannot be read")
+    assert error.__cause__ is not None
+
+
+@pytest.mark.parametrize("field", ["dataset_split", "text_column"])
+def test_choice_that_a_text_file_does_not_offer(text_file, tokenizer, field):
+    refused(str(text_file), tokenizer, "'other'", "a .txt file has no", **{field: "other"})
+
+
+def test_split_of_a_table_file(tmp_path, tokenizer):
+    path = write_table(tmp_path, "jsonl", [{"text": TEXT}])
+    refused(str(path), tokenizer, "'test'", "a file has no splits", dataset_split="test")
+
+
+# Lists, conversations, datasets
+
+
+def test_list_of_strings(tokenizer):
+    got = calibrate(DOCUMENTS, tokenizer)
+    assert torch.equal(got.tokens, draw(cut("\n\n".join(DOCUMENTS), tokenizer, 16), 8, 0))
+    assert got.record["name"] == "in memory: 40 texts"
+
+
+def test_column_of_a_dataset_is_a_list(tokenizer):
+    column = Dataset.from_dict({"text": DOCUMENTS})["text"]
+    assert torch.equal(calibrate(column, tokenizer).tokens, calibrate(DOCUMENTS, tokenizer).tokens)
+
+
+@pytest.mark.parametrize(
+    ("items", "parts"),
+    [
+        ([], ["found none"]),
+        (["text", [1, 2]], ["numbers and text"]),
+        (["text", CHATS[0]], ["conversation and text"]),
+        (["text", None], ["NoneType and text"]),
+        ([b"bytes"], ["list of bytes"]),
+        ([["nested"]], ["list of list"]),
+        (["", ""], ["too few"]),
+        ([{"text": "row"}], ["'role' and 'content'", "text"]),
+    ],
+)
+def test_list_that_cannot_be_read(chat_tokenizer, items, parts):
+    refused(items, chat_tokenizer, *parts)
+
+
+def test_other_types_are_refused(tokenizer):
+    refused((text for text in DOCUMENTS), tokenizer, "generator", "expected a name")
+
+
+def render(conversations):
+    return "".join("<s>" + "".join(f"<{m['role']}>{m['content']}" for m in chat) for chat in conversations)
+
+
+def test_conversations_go_through_the_chat_template(chat_tokenizer):
+    got = calibrate(CHATS, chat_tokenizer)
+    assert torch.equal(got.tokens, draw(cut(render(CHATS), chat_tokenizer, 16), 8, 0))
+    assert (got.tokens == 256).any()  # the template's own special token is one token
+    assert got.record["name"] == "in memory: 30 conversations"
+
+
+def test_single_conversation(chat_tokenizer):
+    messages = [message for chat in CHATS for message in chat]
+    got = calibrate(messages, chat_tokenizer)
+    assert torch.equal(got.tokens, draw(cut(render([messages]), chat_tokenizer, 16), 8, 0))
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+@pytest.mark.parametrize("kind", ["jsonl", "dataset"])
+def test_column_of_conversations(tmp_path, chat_tokenizer, column, kind):
+    rows = [{"source": "a", "id": "b", column: chat} for chat in CHATS]
+    dataset = Dataset.from_list(rows) if kind == "dataset" else str(write_table(tmp_path, "jsonl", rows))
+    got = calibrate(dataset, chat_tokenizer)
+    assert torch.equal(got.tokens, calibrate(CHATS, chat_tokenizer).tokens)
+    assert got.record["text_column"] == column
+
+
+def test_conversations_without_a_template(tokenizer):
+    refused(CHATS, tokenizer, "chat template")
+
+
+def test_template_that_refuses(chat_tokenizer):
+    chats = [*CHATS, [{"role": "user", "content": "x"}, {"role": "tool", "content": "y"}]]
+    error = refused(chats, chat_tokenizer, "user, tool", "no tools here")
+    assert error.__cause__ is not None
+
+
+def test_dataset_without_a_usual_column_takes_its_only_string_column(tokenizer):
+    got = calibrate(Dataset.from_dict({"id": list(range(40)), "body": DOCUMENTS}), tokenizer)
+    assert torch.equal(got.tokens, calibrate(DOCUMENTS, tokenizer).tokens)
+    assert got.record["text_column"] == "body"
+    assert got.record["name"] == "in memory: Dataset"
+
+
+def test_content_column(tokenizer):
+    got = calibrate(Dataset.from_dict({"title": ["t"] * 40, "content": DOCUMENTS}), tokenizer)
+    assert got.record["text_column"] == "content"
+
+
+def test_named_column_goes_before_the_usual_one(tokenizer):
+    dataset = Dataset.from_dict({"text": ["t"] * 40, "body": DOCUMENTS})
+    got = calibrate(dataset, tokenizer, text_column="body")
+    assert torch.equal(got.tokens, calibrate(DOCUMENTS, tokenizer).tokens)
+
+
+def test_wrong_column(tokenizer):
+    dataset = Dataset.from_dict({"title": DOCUMENTS, "body": DOCUMENTS, "id": list(range(40))})
+    refused(dataset, tokenizer, "'text'", "title, body, id", text_column="text")
+    refused(dataset, tokenizer, "text_column", "columns of strings: title, body.")
+    refused(dataset, tokenizer, "'id'", "holds int", text_column="id")
+    refused(Dataset.from_dict({"id": [1]}), tokenizer, "columns: id")
+
+
+def test_rows_without_text_are_left_out(tokenizer):
+    dataset = Dataset.from_dict({"text": [None, *DOCUMENTS[:20], None, *DOCUMENTS[20:]]})
+    assert torch.equal(calibrate(dataset, tokenizer).tokens, calibrate(DOCUMENTS, tokenizer).tokens)
+    refused(Dataset.from_dict({"text": ["a", None]}).select([1]), tokenizer, "no text")
+
+
+def test_dataset_without_rows(tokenizer):
+    refused(Dataset.from_dict({"text": []}), tokenizer, "no rows")
+
+
+def splits(**texts):
+    return DatasetDict({split: Dataset.from_dict({"text": [text * 100]}) for split, text in texts.items()})
+
+
+@pytest.mark.parametrize(
+    ("available", "asked", "calibrated", "evaluated"),
+    [
+        ({"test": "b", "validation": "c", "train": "a"}, None, "train", "test"),
+        ({"train": "a", "validation": "c"}, None, "train", "validation"),
+        ({"train": "a", "extra": "c"}, None, "train", "train"),
+        ({"only": "a"}, None, "only", "only"),
+        ({"train": "a", "extra": "c"}, "extra", "extra", "extra"),
+    ],
+)
+def test_choice_of_the_split(tokenizer, available, asked, calibrated, evaluated):
+    data = splits(**available)
+    got = calibrate(data, tokenizer, samples=2, dataset_split=asked)
+    assert got.record["split"] == calibrated
+    assert tokenizer.decode(got.tokens[0]) == available[calibrated] * 16
+    got = evaluation_windows(data, tokenizer, sequence_length=16, split=asked)
+    assert got.record["split"] == evaluated
+    assert tokenizer.decode(got.tokens[0]) == available[evaluated] * 16
+
+
+def test_split_that_is_not_there(tokenizer):
+    refused(splits(test="a", dev="b"), tokenizer, "'train'", "splits: test, dev")
+    refused(splits(test="a", dev="b"), tokenizer, "'other'", "splits: test, dev", dataset_split="other")
+    refused(splits(test="a"), tokenizer, "'train'", "splits: test", dataset_split="train")
+    refused(Dataset.from_dict({"text": [TEXT]}), tokenizer, "'test'", dataset_split="test")
+
+
+def test_folders(tmp_path, tokenizer):
+    splits(train="a", test="b").save_to_disk(tmp_path / "saved")
+    (tmp_path / "files").mkdir()
+    for split, data in splits(train="a", test="b").items():
+        data.to_parquet(tmp_path / "files" / f"{split}.parquet")
+    for folder in ("saved", "files"):
+        hub = {"cache_dir": tmp_path / "cache"}
+        got = calibrate(str(tmp_path / folder), tokenizer, samples=2, hub=hub)
+        assert (got.record["name"], got.record["split"]) == (folder, "train")
+        assert tokenizer.decode(got.tokens[0]) == "a" * 16
+        got = evaluation_windows(str(tmp_path / folder), tokenizer, sequence_length=16, hub=hub)
+        assert got.record["split"] == "test"
+        assert tokenizer.decode(got.tokens[0]) == "b" * 16
+
+
+def test_folder_without_data(tmp_path, tokenizer):
+    error = refused(str(tmp_path), tokenizer, tmp_path.name, ".parquet", hub={"cache_dir": tmp_path / "cache"})
+    assert error.__cause__ is not None
+
+
+# What is streamed or large
+
+
+def counted(read: list[int]) -> IterableDataset:
+    def rows():
+        for number in range(100_000):
+            read.append(number)
+            yield {"text": f"row {number} " * 10}
+
+    return IterableDataset.from_generator(rows)
+
+
+def test_streamed_dataset_is_read_as_far_as_needed(tokenizer):
+    read: list[int] = []
+    got = calibrate(counted(read), tokenizer, samples=20)
+    assert got.tokens.shape == (20, 16)
+    assert len(set(read)) < 1100  # the shuffle buffer and a few more
+    assert got.record["name"] == "in memory: IterableDataset"
+    assert got.record["sha256"] == calibrate(counted([]), tokenizer, samples=20).record["sha256"]
+    assert got.record["sha256"] != calibrate(counted([]), tokenizer, samples=20, seed=1).record["sha256"]
+
+
+def test_streamed_dataset_is_evaluated_in_order(tokenizer):
+    read: list[int] = []
+    got = evaluation_windows(counted(read), tokenizer, sequence_length=16, max_windows=20)
+    whole = "\n\n".join(f"row {number} " * 10 for number in range(100))
+    assert torch.equal(got.tokens, cut(whole, tokenizer, 16)[:20])
+    assert max(read) < 100
+    with pytest.raises(CalibrationDataError, match="max_windows"):
+        evaluation_windows(counted([]), tokenizer, sequence_length=16)
+
+
+def test_streamed_dataset_that_ends_too_soon(tokenizer):
+    refused(Dataset.from_dict({"text": ["short"]}).to_iterable_dataset(), tokenizer, "too few")
+
+
+def test_stream_that_breaks_off(tokenizer):
+    def rows():
+        yield {"text": "a"}
+        raise ConnectionError("the line went dead")
+
+    error = refused(IterableDataset.from_generator(rows), tokenizer, "the line went dead", "list of strings")
+    assert error.__cause__ is not None
+
+
+class Counting:
+    """A tokenizer whose tokens are letters, and which counts those it is given."""
+
+    def __init__(self):
+        self.letters = 0
+
+    def __call__(self, text, *, add_special_tokens, verbose):
+        self.letters += len(text)
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def __len__(self):
+        return 256
+
+
+def test_large_dataset_is_tokenised_in_part():
+    large = Dataset.from_dict({"text": [chr(97 + number % 26) * 10**6 for number in range(70)]})
+    runs = [calibrate(large, counting := Counting(), seed=seed).tokens for seed in (0, 0, 1)]
+    assert counting.letters == 2 * 10**6  # one document, once to count and once to cut
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    got = evaluation_windows(large, counting, sequence_length=16, max_windows=4)
+    assert got.tokens.unique().tolist() == [ord("a")]
+    small = large.select(range(2))  # of a large table
+    assert calibrate(small, counting).record["available_windows"] == (2 * 10**6 + 2) // 16
+
+
+# Token ids
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda ids: ids,
+        lambda ids: ids.to(torch.int32),
+        lambda ids: ids.numpy().astype(np.uint16),
+        lambda ids: ids.tolist(),
+        list,
+        lambda ids: tuple(row.numpy() for row in ids),
+    ],
+    ids=["tensor", "int32", "numpy", "lists", "tensors", "arrays"],
+)
+def test_ready_windows_are_all_taken_in_their_order(make):
+    ids = torch.arange(96).view(6, 16)
+    got = calibrate(make(ids), None)
+    assert got.tokens.dtype == torch.int64
+    assert torch.equal(got.tokens, ids)
+    assert (got.record["windows"], got.record["available_windows"]) == (6, 6)
+    assert got.record["name"] == "in memory: token ids (6, 16)"
+
+
+def test_more_ready_windows_than_asked_for():
+    ids = torch.arange(320).view(20, 16)
+    got = calibrate(ids, None, seed=2)
+    assert torch.equal(got.tokens, draw(ids, 8, 2))
+    assert got.record["available_windows"] == 20
+
+
+@pytest.mark.parametrize("make", [lambda ids: ids, lambda ids: ids.tolist(), lambda ids: ids.numpy()])
+def test_token_ids_of_one_text_are_cut(make):
+    ids = torch.arange(333)
+    got = calibrate(make(ids), None)
+    assert torch.equal(got.tokens, draw(ids[:320].view(20, 16), 8, 0))
+    refused(make(ids[:100]), None, "6 windows", "num_samples=8")
+
+
+def test_length_of_ready_windows():
+    ids = torch.arange(192).view(6, 32)
+    refused(ids, None, "32 tokens", "16", "sequence_length=32")
+    assert calibrate(ids, None, context=64).tokens.shape == (6, 32)
+    refused(ids, None, "32 tokens", "24", context=24)
+    assert calibrate(ids, None, length=64).tokens.shape == (6, 32)
+    assert calibrate(ids, None, length=32, sequence_length=32).record["sequence_length"] == 32
+    refused(ids, None, "32 tokens", "sequence_length=16", sequence_length=16, context=64)
+    refused(ids, None, "32 tokens", "sequence_length=64", length=64, sequence_length=64)
+
+
+@pytest.mark.parametrize(
+    ("ids", "parts"),
+    [
+        (torch.rand(6, 16), ["torch.float32", "integers"]),
+        (torch.ones(6, 16, dtype=torch.bool), ["torch.bool"]),
+        (np.random.default_rng(0).random((6, 16)), ["float64"]),
+        ([[0.5] * 16] * 6, ["torch.float32"]),
+        (torch.zeros(2, 3, 16, dtype=torch.int64), ["(2, 3, 16)"]),
+        (torch.zeros(0, 16, dtype=torch.int64), ["(0, 16)"]),
+        ([[1, 2, 3], [1, 2]], ["equal length", "(2,), (3,)"]),
+        (torch.full((6, 16), -1), ["from -1"]),
+    ],
+)
+def test_token_ids_that_cannot_be_used(ids, parts):
+    refused(ids, None, *parts)
+
+
+def test_token_ids_beyond_the_vocabulary(tokenizer):
+    ids = torch.arange(250, 266).view(1, 16)
+    refused(ids, tokenizer, "250 to 265", "257")
+    refused(ids, None, "250 to 265", "260", vocab_size=260)
+    assert calibrate(ids, tokenizer, vocab_size=300).record["windows"] == 1
+
+
+def test_token_ids_have_no_split():
+    refused(torch.arange(96).view(6, 16), None, "no splits", dataset_split="train")
+
+
+# Evaluation
+
+
+def test_evaluation_windows_are_in_order(text_file, tokenizer):
+    expected = cut(text_file.read_text(encoding="utf-8"), tokenizer, 16)
+    got = evaluation_windows(str(text_file), tokenizer, sequence_length=16)
+    assert torch.equal(got.tokens, expected)
+    got = evaluation_windows(str(text_file), tokenizer, sequence_length=16, max_windows=5)
+    assert torch.equal(got.tokens, expected[:5])
+    assert (got.record["windows"], got.record["available_windows"]) == (5, len(expected))
+
+
+def test_evaluation_of_fewer_windows_than_asked_for(tokenizer):
+    got = evaluation_windows(["ab" * 12], tokenizer, sequence_length=16, max_windows=9)
+    assert tokenizer.batch_decode(got.tokens) == ["ab" * 8]
+    assert got.record["windows"] == 1
+
+
+def test_evaluation_text_shorter_than_a_window(tokenizer):
+    with pytest.raises(CalibrationDataError, match="shorter than one window of 16"):
+        evaluation_windows(["short"], tokenizer, sequence_length=16)
+
+
+def test_evaluation_of_ready_windows():
+    ids = torch.arange(96).view(6, 16)
+    assert torch.equal(evaluation_windows(ids, None, sequence_length=32, max_windows=2).tokens, ids[:2])
+    with pytest.raises(CalibrationDataError, match="16 tokens are longer than the 8"):
+        evaluation_windows(ids, None, sequence_length=8)
+    with pytest.raises(CalibrationDataError, match="vocabulary of 50"):
+        evaluation_windows(ids, None, sequence_length=16, vocab_size=50)
+
+
+@pytest.mark.parametrize("options", [{"max_windows": 0}, {"sequence_length": 1}])
+def test_evaluation_bounds(text_file, tokenizer, options):
+    with pytest.raises(InvalidConfig, match="at least"):
+        evaluation_windows(str(text_file), tokenizer, **{"sequence_length": 16, **options})
+
+
+# The Hub, as far as it goes without a network
+
+
+def plant(cache: Path, repo: str, subset: str, **texts) -> None:
+    """What `datasets` leaves in its cache after it has downloaded `repo`."""
+    files = {}
+    for split, documents in texts.items():
+        files[split] = str(cache / f"{split}.jsonl")
+        Path(files[split]).write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    builder = load_dataset_builder("json", subset, data_files=files, cache_dir=cache / "built")
+    builder.download_and_prepare()
+    owner, name = repo.split("/")
+    place = cache / f"{owner}___{name}" / subset / "0.0.0" / COMMIT
+    place.parent.mkdir(parents=True)
+    Path(builder.cache_dir).rename(place)
+    for file in place.glob("json-*"):
+        file.rename(place / file.name.replace("json-", f"{name}-"))
+    info = json.loads((place / "dataset_info.json").read_text())
+    (place / "dataset_info.json").write_text(json.dumps({**info, "dataset_name": name, "config_name": subset}))
+
+
+@pytest.fixture
+def hub(tmp_path):
+    return {"cache_dir": tmp_path, "local_files_only": True, "token": None}
+
+
+def test_hub_dataset_from_the_cache(hub, tokenizer):
+    rows = ["", " = Title = \n", *DOCUMENTS]
+    plant(hub["cache_dir"], "Salesforce/wikitext", "wikitext-2-raw-v1", train=rows, test=["b" * 100])
+    got = calibrate("wikitext2", tokenizer, hub=hub)
+    assert torch.equal(got.tokens, draw(cut("\n\n".join(rows), tokenizer, 16), 8, 0))
+    assert {key: got.record[key] for key in ("name", "split", "revision", "text_column", "file_sha256")} == {
+        "name": "wikitext2",
+        "split": "train",
+        "revision": COMMIT,
+        "text_column": "text",
+        "file_sha256": None,
+    }
+    got = evaluation_windows("wikitext2", tokenizer, sequence_length=16, hub=hub)
+    assert (got.record["split"], tokenizer.decode(got.tokens[0])) == ("test", "b" * 16)
+    got = calibrate("Salesforce/wikitext", tokenizer, samples=2, hub=hub, dataset_split="test")
+    assert (got.record["name"], got.record["split"]) == ("Salesforce/wikitext", "test")
+    assert calibrate("wikitext2", tokenizer, samples=2, hub=hub, dataset_split="train[:50%]").record["windows"] == 2
+
+
+def test_split_that_a_hub_dataset_does_not_have(hub, tokenizer):
+    plant(hub["cache_dir"], "Salesforce/wikitext", "wikitext-2-raw-v1", train=DOCUMENTS)
+    error = refused("wikitext2", tokenizer, "split nope", "train", hub=hub, dataset_split="nope")
+    assert isinstance(error.__cause__, ValueError)
+
+
+def test_c4_is_streamed(hub, tokenizer):
+    plant(hub["cache_dir"], "allenai/c4", "en", train=DOCUMENTS * 50, validation=["b" * 100])
+    counting = Counting()
+    got = calibrate("c4", counting, hub=hub)
+    assert (got.record["name"], got.record["split"], got.record["revision"]) == ("c4", "train", COMMIT)
+    assert counting.letters < 1000
+    got = evaluation_windows("c4", tokenizer, sequence_length=16, max_windows=3, hub=hub)
+    assert (got.record["split"], tokenizer.decode(got.tokens[0])) == ("validation", "b" * 16)
+    got = calibrate("c4", tokenizer, samples=2, hub=hub, dataset_split="validation")
+    assert got.record["split"] == "validation"
+
+
+def test_alpaca_takes_its_text_column(hub, tokenizer):
+    plant(hub["cache_dir"], "tatsu-lab/alpaca", "default", train=DOCUMENTS)
+    assert calibrate("alpaca", tokenizer, hub=hub).record["text_column"] == "text"
+
+
+def test_hub_dataset_that_is_not_in_the_cache(hub, tokenizer):
+    error = refused("wikitext2", tokenizer, "Salesforce/wikitext", "local cache", "list of strings", hub=hub)
+    assert error.__cause__ is not None
+
+
+OFFLINE = """
+import optimum_modegpt.calibration.data as data
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import CalibrationDataError
+import sys
+cache, table = sys.argv[1:]
+class Letters:
+    chat_template = None
+    def __call__(self, text, **_): return {"input_ids": [ord(letter) for letter in text]}
+    def __len__(self): return 0x110000
+for name in ("wikitext2", "c4", "alpaca", "someone/something"):
+    try:
+        data.calibration_windows(ModeGPTConfig(dataset=name), Letters(), sequence_length=8, hub={"cache_dir": cache})
+    except CalibrationDataError as error:
+        print(name, "|", type(error.__cause__).__name__, "|", error)
+print(data.calibration_windows(ModeGPTConfig(dataset=table, num_samples=2), Letters(), sequence_length=8).tokens.shape)
+"""
+
+
+def test_no_network(tmp_path):
+    table = write_table(tmp_path, "jsonl", [{"text": TEXT}])
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, str(tmp_path / "cache"), str(table)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *refusals, shape = run.stdout.splitlines()
+    assert [line.split(" | ")[0] for line in refusals] == ["wikitext2", "c4", "alpaca", "someone/something"]
+    for line, path in zip(refusals, ["Salesforce/wikitext", "allenai/c4", "tatsu-lab/alpaca", "someone/"], strict=True):
+        assert "ConnectionError" in line
+        assert path in line
+        assert "a local .txt" in line
+    assert shape == "torch.Size([2, 8])"  # local files still work
