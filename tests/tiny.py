@@ -1,0 +1,135 @@
+"""Tiny random models and a tokenizer, built in memory: no downloads.
+
+`dense(name)` is a model of transformers' own class, `compressed(name)` one of ours with unequal widths. The names are
+those of `VARIANTS`. Biases and norm weights are random too, so that a forgotten one shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
+
+from optimum_modegpt.modeling.modegpt_common import Widths
+
+VOCABULARY = 260
+"""256 bytes, three special tokens and one token that the tokenizer never makes."""
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GATED = _COMMON | {"intermediate_size": 48}
+_OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+
+VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama-gqa-tied": (LlamaConfig, _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-mqa-biases": (LlamaConfig, _GATED | {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "llama-mha": (LlamaConfig, _GATED | {"num_key_value_heads": 4}),
+    "mistral-window": (MistralConfig, _GATED | {"num_key_value_heads": 2, "sliding_window": 6}),
+    "mistral-head-dim": (
+        MistralConfig,
+        _GATED | {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 12},
+    ),
+    "qwen2": (Qwen2Config, _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2-mixed-window": (
+        Qwen2Config,
+        _GATED
+        | {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "opt": (OPTConfig, _OPT),
+    "opt-post-ln": (OPTConfig, _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    "opt-bare": (OPTConfig, _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+}
+FAMILIES = ("llama-gqa-tied", "mistral-window", "qwen2-mixed-window", "opt")
+"""One variant of each family, for what costs more than a forward pass."""
+
+_AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
+
+
+def dense(name: str, *, task: str = "causal", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A dense random model in evaluation mode, float32; `changes` go into its configuration."""
+    config_class, values = VARIANTS[name]
+    model = _AUTO[task].from_config(config_class(**(values | changes)))
+    return fill(model, seed).eval()
+
+
+def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Random weights of a size that keeps activations near one, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            if parameter.ndim == 1:
+                parameter.copy_(0.3 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
+            elif "embed" in name:
+                parameter.copy_(0.5 * noise)
+            else:
+                parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def classes(name: str) -> dict[str, type[PreTrainedModel]]:
+    """Our classes of the variant's family by the Auto class that builds them."""
+    family = VARIANTS[name][0].model_type
+    return importlib.import_module(f"optimum_modegpt.modeling.modegpt_{family}").MODELS
+
+
+def compressed(name: str, *, auto: str = "AutoModelForCausalLM", seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """A random model of our class, every block of other widths: query/key narrower than value, wider, and dense."""
+    model_class = classes(name)[auto]
+    config_class, values = VARIANTS[name]
+    dense_config = config_class(**(values | changes))
+    head_dim = getattr(dense_config, "head_dim", None) or 8
+    odd = 0 if model_class.attention_class.rotary else 1
+    widths = [Widths(4 + odd, 7, 31), Widths(6 + odd, 3, 40), Widths(head_dim, head_dim, 48)]
+    record = {"format_version": 1, "base_model": name}
+    model = fill(model_class(model_class.config_class.from_dense(dense_config, widths, record)), seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for key, buffer in model.named_buffers():
+        if key.endswith("rope_index"):
+            pairs = [torch.randperm(head_dim // 2, generator=generator) for _ in buffer]
+            buffer.copy_(torch.stack([row[: buffer.shape[1]].sort().values for row in pairs]))
+    return model.eval()
+
+
+def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    """Token ids without special ones, (batch, length)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 259, (batch, length), generator=generator)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A fast tokenizer of bytes: `<pad>` 0, `<s>` 1, `</s>` 2, then one token a byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
+    )
