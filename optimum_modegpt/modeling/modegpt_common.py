@@ -388,8 +388,7 @@ def _rotary_problems(model: ModeGPTModelMixin) -> Iterator[str]:
 def register(*models: type[ModeGPTModelMixin]) -> dict[str, type[ModeGPTModelMixin]]:
     """The model classes of a family, which stand in one file, by the Auto class that builds them.
 
-    Writes the family's `auto_map`, and makes the classes known to the Auto classes. As remote code it leaves the
-    latter to transformers: the code of one repository must not serve another.
+    Writes the family's `auto_map` and makes the classes known to the Auto classes.
     """
     by_auto: dict[str, type[ModeGPTModelMixin]] = {str(model._auto_class): model for model in models}
     config_class: Any = models[0].config_class
@@ -397,7 +396,8 @@ def register(*models: type[ModeGPTModelMixin]) -> dict[str, type[ModeGPTModelMix
     names = {"AutoConfig": config_class, **by_auto}
     config_class.auto_classes = {auto: f"{module}.{cls.__name__}" for auto, cls in names.items()}
     if not config_class.__module__.startswith("transformers_modules."):
+        # By name, so not from remote code: the code of one repository would serve all others of the family.
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        for auto, model in by_auto.items():
-            getattr(transformers, auto).register(config_class, model, exist_ok=True)
+    for auto, model in by_auto.items():
+        getattr(transformers, auto).register(config_class, model, exist_ok=True)
     return by_auto

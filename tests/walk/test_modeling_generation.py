@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import FAMILIES, VARIANTS, compressed, tokenizer, tokens
 from torch import Tensor
-from transformers import PreTrainedModel, pipeline
+from transformers import ContinuousBatchingConfig, PreTrainedModel, pipeline
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -89,7 +89,8 @@ def test_continuous_batching(name: str) -> None:
     expected = greedy(model, ids)[0, 7:].tolist()
     config = model.generation_config
     config.max_new_tokens, config.do_sample, config.eos_token_id = NEW, False, -1
-    outputs = model.generate_batch([ids[0].tolist()], generation_config=config, progress_bar=False)
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # else it takes all memory there is
+    outputs = model.generate_batch([ids[0].tolist()], config, small)
     assert [output.generated_tokens for output in outputs.values()] == [expected]
 
 

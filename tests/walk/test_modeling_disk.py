@@ -1,0 +1,289 @@
+"""Saved and loaded again: in fresh processes, with the package and without it, whole and in shards."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import FAMILIES, VARIANTS, classes, compressed, dense, tokenizer, tokens
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import optimum_modegpt
+
+EVERY = pytest.mark.parametrize("name", VARIANTS)
+FAMILY = pytest.mark.parametrize("name", FAMILIES)
+
+# Reads jobs [{folder, auto, dtype, out, save}] and writes the outputs of each model; {trust} and {block} are filled in.
+WORKER = """
+import json, sys
+jobs, trust = json.loads(sys.argv[1]), sys.argv[2] == "remote"
+if trust:
+    sys.modules["optimum_modegpt"] = None  # an import fails, installed or not
+else:
+    sys.path.insert(0, sys.argv[3])
+    import importlib
+    for family in ("llama", "mistral", "opt", "qwen2"):
+        importlib.import_module("optimum_modegpt.modeling.modegpt_" + family)
+import torch, transformers
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+ids = torch.tensor(json.loads(sys.argv[4]))
+for job in jobs:
+    model = getattr(transformers, job["auto"]).from_pretrained(
+        job["folder"], dtype=getattr(torch, job["dtype"]), trust_remote_code=trust
+    )
+    assert type(model).__module__.startswith("transformers_modules." if trust else "optimum_modegpt."), type(model)
+    with torch.no_grad():
+        save_file({"out": model(ids)[0].contiguous()}, job["out"])
+    if "save" in job:
+        model.save_pretrained(job["save"])
+if trust:
+    assert not any(name.startswith("optimum_modegpt.") for name in sys.modules)
+    from transformers import pipeline
+    made = pipeline("text-generation", jobs[0]["folder"], trust_remote_code=True)("a", max_new_tokens=2)
+    assert made[0]["generated_text"].startswith("a")
+"""
+
+
+def run_worker(jobs: list[dict[str, Any]], kind: str, cache: Path) -> None:
+    """Runs the jobs in one fresh isolated process."""
+    package_root = str(Path(next(iter(optimum_modegpt.__path__))).parent)
+    environment = os.environ | {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WORKER, json.dumps(jobs), kind, package_root, json.dumps(tokens().tolist())],
+        cwd=cache,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def narrow_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """Parameters only: `model.to` would round the rotary table too, which a load keeps in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every variant saved by this process and loaded by two others, one with the package and one without it.
+
+    By variant: the folder, the expected outputs, and files with what the other processes found.
+    """
+    root = tmp_path_factory.mktemp("disk")
+    found: dict[str, dict[str, Any]] = {}
+    local_jobs, remote_jobs = [], []
+    ids = tokens()
+    for name in VARIANTS:
+        entry: dict[str, Any] = {"folder": root / name, "bf16": root / f"{name}-bf16", "sharded": root / f"{name}-s"}
+        model = compressed(name)
+        with torch.no_grad():
+            entry["float32"] = model(ids).logits
+            entry["base"] = model.base_model(ids).last_hidden_state
+        model.save_pretrained(entry["folder"])
+        tokenizer().save_pretrained(entry["folder"])
+        model.save_pretrained(entry["sharded"], max_shard_size="20KB")
+        narrow_dtype(model, torch.bfloat16).save_pretrained(entry["bf16"])
+        with torch.no_grad():
+            entry["bfloat16"] = model(ids).logits
+        classifier = compressed(name, auto="AutoModelForSequenceClassification")
+        classifier.save_pretrained(root / f"{name}-cls")
+        with torch.no_grad():
+            entry["classification"] = classifier(ids).logits
+        found[name] = entry
+
+        def job(kind: str, folder: Path, out: str, auto: str = "AutoModelForCausalLM", name: str = name) -> dict:
+            path = root / f"{name}-{kind}-{out}.safetensors"
+            dtype = "bfloat16" if "bf16" in out else "float32"
+            return {"folder": str(folder), "auto": auto, "dtype": dtype, "out": str(path)}
+
+        local_jobs += [job("local", entry[key], key) for key in ("folder", "sharded", "bf16")]
+        if name in FAMILIES:
+            first = job("remote", entry["folder"], "folder") | {"save": str(root / f"{name}-again")}
+            remote_jobs += [
+                first,
+                job("remote", entry["bf16"], "bf16"),
+                job("remote", entry["folder"], "base", "AutoModel"),
+                job("remote", root / f"{name}-cls", "cls", "AutoModelForSequenceClassification"),
+                job("remote", root / f"{name}-again", "again"),
+            ]
+    run_worker(local_jobs, "local", root)
+    run_worker(remote_jobs, "remote", root)
+    for name, entry in found.items():
+        entry["found"] = {
+            (kind, out): load_file(path)["out"]
+            for kind in ("local", "remote")
+            for out in ("folder", "sharded", "bf16", "base", "cls", "again")
+            if (path := root / f"{name}-{kind}-{out}.safetensors").exists()
+        }
+    return found
+
+
+@EVERY
+def test_fresh_process_finds_the_same_bits(name: str, saved: dict[str, dict[str, Any]]) -> None:
+    entry = saved[name]
+    assert torch.equal(entry["found"]["local", "folder"], entry["float32"])
+    assert torch.equal(entry["found"]["local", "sharded"], entry["float32"])
+    assert torch.equal(entry["found"]["local", "bf16"], entry["bfloat16"])
+    assert len(list(entry["sharded"].glob("*.safetensors"))) > 1
+
+
+@FAMILY
+def test_without_the_package_remote_code_finds_the_same_bits(name: str, saved: dict[str, dict[str, Any]]) -> None:
+    entry = saved[name]
+    assert torch.equal(entry["found"]["remote", "folder"], entry["float32"])
+    assert torch.equal(entry["found"]["remote", "bf16"], entry["bfloat16"])
+    assert torch.equal(entry["found"]["remote", "base"], entry["base"])
+    assert torch.equal(entry["found"]["remote", "cls"], entry["classification"])
+    assert torch.equal(entry["found"]["remote", "again"], entry["float32"]), "saved by remote code, loaded by it"
+
+
+@EVERY
+def test_files_are_small_and_say_what_they_are(name: str, saved: dict[str, dict[str, Any]]) -> None:
+    folder = saved[name]["folder"]
+    config = json.loads((folder / "config.json").read_text())
+    family = VARIANTS[name][0].model_type
+    assert config["model_type"] == f"modegpt_{family}"
+    assert config["modegpt"]["format_version"] == 1
+    assert not {"quantization_config", "compression_config"} & config.keys()
+    names = {"AutoConfig", *classes(name)}
+    assert config["auto_map"].keys() == names
+    code = {path.name for path in folder.glob("*.py")}
+    assert code == {"modegpt_common.py", f"modegpt_{family}.py"}
+    assert {value.partition(".")[0] + ".py" for value in config["auto_map"].values()} <= code
+    assert not list(folder.glob("*.bin"))
+
+    model, reference = compressed(name), dense(name)
+    layout, widths = model.config.layout, model.config.widths()
+    head_dim = model.config.dense_head_dim
+    reference_shapes = {key: value.shape for key, value in reference.state_dict().items()}
+    heads, kv_heads = 4, VARIANTS[name][1].get("num_key_value_heads", 4)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) != model.config.tie_word_embeddings  # noqa: SIM118
+        for key in file.keys():  # noqa: SIM118
+            value = file.get_tensor(key)
+            if key.endswith("rope_index"):
+                assert value.dtype is torch.int32
+                continue
+            assert all(new <= old for new, old in zip(value.shape, reference_shapes[key], strict=True)), key
+            if value.ndim == 2:
+                assert value.any(dim=1).all(), f"{key}: a row of zeros"
+                assert value.any(dim=0).all(), f"{key}: a column of zeros"
+        for index, width in enumerate(widths):
+            prefix = f"model.{layout.blocks}.{index}"
+            expected = {
+                layout.query: (heads * width.qk, 32),
+                layout.key: (kv_heads * width.qk, 32),
+                layout.value: (kv_heads * width.vo, 32),
+                layout.output: (32, heads * width.vo),
+                layout.mlp_output: (32, width.mlp),
+                **dict.fromkeys(layout.mlp_inputs, (width.mlp, 32)),
+            }
+            for path, shape in expected.items():
+                assert file.get_slice(f"{prefix}.{path}.weight").get_shape() == list(shape)
+    assert widths[0].qk < head_dim
+    assert widths[0].mlp < 48
+
+
+@EVERY
+def test_configuration_survives_every_round_trip(name: str, tmp_path: Path) -> None:
+    config = compressed(name).config
+    config.save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is type(config)
+    assert loaded.widths() == config.widths()
+    assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
+    assert type(config)(**config.to_diff_dict()).widths() == config.widths()
+    assert json.loads(config.to_json_string(use_diff=False))["per_layer_config"]
+    assert {path.name for path in tmp_path.iterdir()} > {"config.json", "modegpt_common.py"}
+
+
+@FAMILY
+def test_loaded_changed_and_saved_again_still_travels(
+    name: str, saved: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved[name]["folder"])
+    assert type(model) is classes(name)["AutoModelForCausalLM"]
+    model.resize_token_embeddings(262, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+        expected = model(tokens()).logits
+    first, elsewhere = tmp_path / "first", tmp_path / "elsewhere"
+    model.save_pretrained(first)
+    first.rename(elsewhere)
+    config = json.loads((elsewhere / "config.json").read_text())
+    assert config["auto_map"].keys() == {"AutoConfig", *classes(name)}
+    assert "--" not in json.dumps(config["auto_map"]), "points to where it once came from"
+    again = AutoModelForCausalLM.from_pretrained(elsewhere)
+    assert torch.equal(again(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama-mha", "opt-bare"])
+def test_changed_folder_loads_without_the_package(
+    name: str, saved: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(saved[name]["folder"])
+    model.get_input_embeddings().weight.data.mul_(1.5)
+    model.save_pretrained(tmp_path / "changed")
+    # The inner model is of transformers' own class, and its folder loads too.
+    model.base_model.save_pretrained(tmp_path / "inner")
+    tokenizer().save_pretrained(tmp_path / "changed")
+    jobs = [
+        {"folder": str(tmp_path / folder), "auto": auto, "dtype": "float32", "out": str(tmp_path / f"{folder}.out")}
+        for folder, auto in (("changed", "AutoModelForCausalLM"), ("inner", "AutoModel"))
+    ]
+    run_worker(jobs, "remote", tmp_path)
+    with torch.no_grad():
+        assert torch.equal(load_file(tmp_path / "changed.out")["out"], model(tokens()).logits)
+        assert torch.equal(load_file(tmp_path / "inner.out")["out"], model.base_model(tokens()).last_hidden_state)
+
+
+@EVERY
+def test_other_heads(name: str, saved: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    folder, ids = saved[name]["folder"], tokens()
+    base = AutoModel.from_pretrained(folder)
+    assert torch.equal(base(ids).last_hidden_state, saved[name]["base"])
+    classifier, info = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=3, output_loading_info=True
+    )
+    assert info["missing_keys"] == {"score.weight"}
+    assert torch.equal(classifier.base_model(ids).last_hidden_state, saved[name]["base"])
+    assert classifier(ids).logits.shape == (2, 3)
+    classifier.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, classifier(ids).logits)
+    if classifier.config.tie_word_embeddings:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path)(ids).logits.shape[-1] == 260
+
+
+@FAMILY
+def test_ways_of_loading(name: str, saved: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    folder, ids, expected = saved[name]["folder"], tokens(), saved[name]["float32"]
+    model_class = classes(name)["AutoModelForCausalLM"]
+    model = model_class.from_pretrained(folder, attn_implementation="eager")
+    torch.testing.assert_close(model(ids).logits, expected, atol=3e-5, rtol=1e-5)
+    state = compressed(name).state_dict()
+    from_state = model_class.from_pretrained(None, config=AutoConfig.from_pretrained(folder), state_dict=state)
+    assert torch.equal(from_state(ids).logits, expected)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")(ids).logits, expected)
+    parts = {key: "cpu" for key, _ in model.named_children()}
+    blocks = f"model.{model.config.layout.blocks}"
+    parts.pop("model")
+    outer, _, inner = blocks.rpartition(".")
+    parts |= {f"{outer}.{key}": "cpu" for key, _ in model.get_submodule(outer).named_children() if key != inner}
+    parts |= {f"{blocks}.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
+    offloaded = AutoModelForCausalLM.from_pretrained(folder, device_map=parts, offload_folder=tmp_path)
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, expected)
