@@ -31,7 +31,7 @@ def install_keyword() -> None:
         with loading(Source.of_arguments(pretrained_model_name_or_path, kwargs)):
             return inner(cls, pretrained_model_name_or_path, *args, **arguments)
 
-    from_pretrained.accepts_compression_config = True  # pyright: ignore[reportFunctionMemberAccess]
+    from_pretrained.accepts_compression_config = True  # pyright: ignore[reportAttributeAccessIssue]
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
 
 

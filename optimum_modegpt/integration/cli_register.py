@@ -23,7 +23,8 @@ class ModeGPTCommand(BaseOptimumCLICommand):
         """The command line of the package."""
         from optimum_modegpt.integration.cli import main
 
-        raise SystemExit(main(self.args.arguments, program="optimum-cli modegpt"))
+        arguments = getattr(self.args, "arguments", None)
+        raise SystemExit(main(arguments, program="optimum-cli modegpt"))
 
 
 REGISTER_COMMANDS = [ModeGPTCommand]

@@ -34,11 +34,11 @@ class ModeGPTHfQuantizer(HfQuantizer):
         self.windows: TokenWindows | None = None
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The result is an ordinary model."""
         return True
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The result is an ordinary model."""
         return True
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.source import Source, calibrate, find_tokenizer
@@ -70,8 +71,6 @@ class ModeGPTQuantizer:
         progress: bool = True,
     ) -> PreTrainedModel:
         """Compresses `model` in place with calibration windows that `prepare` has read."""
-        from optimum_modegpt.compress import compress
-
         self.report = compress(
             model,
             self.config,

@@ -49,22 +49,33 @@ class Source:
         return self.name in (DEMO, str(demo.MODEL_DIR))
 
     @property
-    def path(self) -> str | None:
-        """What to give to a `from_pretrained`."""
+    def path(self) -> str:
+        """What to give to a `from_pretrained`.
+
+        Raises:
+            CalibrationDataError: when the model does not know its name.
+        """
+        if self.name is None:
+            raise CalibrationDataError(
+                "the model does not say where it was loaded from, so its tokenizer cannot be found; pass a tokenizer."
+            )
         return str(demo.MODEL_DIR) if self.is_demo else self.name
 
     @property
     def base_model(self) -> str | None:
         """The name that the record of a compressed model keeps; of a local folder only its last part."""
-        if self.is_demo or self.name is None:
-            return DEMO if self.is_demo else None
-        return Path(self.name).resolve().name if Path(self.name).is_dir() else self.name
+        if self.is_demo:
+            return DEMO
+        if self.name is None or not Path(self.name).is_dir():
+            return self.name
+        last = Path(self.name).resolve().name
+        return last if last != DEMO else f"./{last}"
 
     @property
     def revision(self) -> str | None:
         """The commit that was read, as far as it is known; else the branch or tag that was asked for."""
         revision = self.hub.get("revision")
-        if self.path is None or Path(self.path).is_dir():
+        if self.name is None or Path(self.path).is_dir():
             return revision
         config = "/".join(filter(None, (self.hub.get("subfolder"), CONFIG_NAME)))
         cached = try_to_load_from_cache(self.path, config, cache_dir=self.hub.get("cache_dir"), revision=revision)
@@ -82,10 +93,6 @@ class Source:
         Raises:
             CalibrationDataError: when there is none.
         """
-        if self.path is None:
-            raise CalibrationDataError(
-                "the model does not say where it was loaded from, so its tokenizer cannot be found; pass a tokenizer."
-            )
         try:
             return AutoTokenizer.from_pretrained(self.path, **self.arguments())
         except (OSError, ValueError) as error:

@@ -1,0 +1,8 @@
+"""`python -m optimum_modegpt`: the same as `optimum-cli modegpt`."""
+
+import sys
+
+from optimum_modegpt.integration.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

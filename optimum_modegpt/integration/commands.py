@@ -1,0 +1,317 @@
+"""What the commands do: each takes the parsed options, prints its result, and raises what goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from optimum_modegpt import demo
+from optimum_modegpt.architectures import check_model_type
+from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows, resolve_sequence_length
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import InvalidConfig, ModeGPTError, OutputError, UnsupportedModel
+from optimum_modegpt.evaluation.estimate import Estimate, on_meta
+from optimum_modegpt.evaluation.estimate import estimate as estimate_costs
+from optimum_modegpt.evaluation.fidelity import check_tokenizers, fidelity
+from optimum_modegpt.evaluation.inspection import Inspection, inspection
+from optimum_modegpt.evaluation.perplexity import count_parameters, perplexity
+from optimum_modegpt.integration.headers import read_headers
+from optimum_modegpt.integration.output import check_output, replacing
+from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
+from optimum_modegpt.integration.source import DEMO, Source, context_of, dataset_hub, default_dataset
+from optimum_modegpt.report import PARTS
+
+DEMO_WINDOWS = 64
+SAMPLE_PROMPT, SAMPLE_TOKENS = 12, 48
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+
+
+def compress(options: Namespace) -> None:
+    """Compresses a model and saves it; the folder appears at the end, whole."""
+    source = _source(options)
+    config = default_dataset(configuration(options), source)
+    check_output(options.output, overwrite=options.overwrite, model=source.path)
+    _check_file(options.report)
+    quantizer = ModeGPTQuantizer(config)
+    with replacing(options.output) as folder:
+        _compress_into(folder, quantizer, source, options)
+    report = quantizer.report
+    if report is None:
+        raise RuntimeError("compression ended without a report.")
+    if options.report is not None:
+        report.save(options.report)
+    print(report.summary())
+    print(f"saved in {options.output}")
+    print(f"next: {options.program} evaluate {options.output} --reference {options.model}")
+
+
+def evaluate(options: Namespace) -> None:
+    """Perplexity on a text; with a reference also the distance from it."""
+    _check_file(options.json)
+    source, reference = _source(options), _reference(options)
+    model_config = load_config(source)
+    context = context_of(model_config)
+    tokenizer = source.tokenizer()
+    if reference is not None:
+        check_tokenizers(tokenizer, reference.tokenizer())
+    windows = evaluation_windows(
+        options.dataset or _evaluation_text(source, model_config),
+        tokenizer,
+        sequence_length=resolve_sequence_length(options.sequence_length, context),
+        max_windows=options.max_windows,
+        split=options.dataset_split,
+        text_column=options.text_column,
+        vocab_size=model_config.get_text_config().vocab_size,
+        hub=dataset_hub(source),
+    )
+    device = pick_device(options.device)
+    model = load_model(source, options.dtype).to(device)
+    dense = None if reference is None else load_model(reference, options.dtype).to(device)
+    result = {"model": options.model, **scores(model, dense, windows, options.batch_size), "text": windows.record}
+    _write_json(options.json, result)
+    print(_scores_table(result))
+
+
+def inspect(options: Namespace) -> None:
+    """Ranks, parameters and record of a compressed model, without loading its weights."""
+    _check_file(options.json)
+    source = _source(options)
+    found = inspection(load_config(source), read_headers(source))
+    _write_json(options.json, found.to_dict())
+    print(_inspection_table(found))
+    if not found.blocks:
+        print(f"This is a dense model. To compress it: {options.program} compress {options.model} --output DIR")
+
+
+def estimate(options: Namespace) -> None:
+    """What compressing a model would take, without loading its weights."""
+    _check_file(options.json)
+    source = _source(options)
+    model_config, config = load_config(source), configuration(options)
+    check_model_type(model_config.model_type)
+    length = resolve_sequence_length(config.sequence_length, context_of(model_config))
+    found = estimate_costs(on_meta(AutoModelForCausalLM, model_config), config, length)
+    _write_json(options.json, found.to_dict())
+    print(_estimate_table(found))
+
+
+def demonstrate(options: Namespace) -> None:
+    """The whole job on the embedded model: compress, save, reload, evaluate before and after, generate."""
+    if options.output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            options.output = Path(folder) / "demo-compressed"
+            compress(options)
+            _compare(options)
+        print("The compressed model was in a temporary folder; keep it with --output DIR.")
+    else:
+        compress(options)
+        _compare(options)
+
+
+# ---------------------------------------------------------------------------------------------------------- compress
+
+
+def configuration(options: Namespace) -> ModeGPTConfig:
+    """The configuration: flags over the file over the defaults.
+
+    Raises:
+        InvalidConfig: a file that cannot be read, an unknown field, a value that is out of range.
+    """
+    names = {field.name for field in dataclasses.fields(ModeGPTConfig)}
+    flags = {name: value for name, value in vars(options).items() if name in names}
+    return ModeGPTConfig.from_dict({**_read_fields(options.config), **flags})
+
+
+def _read_fields(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidConfig(f"--config {path} cannot be read as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidConfig(f"--config {path} holds a {type(fields).__name__}; expected an object of fields.")
+    return fields
+
+
+def _compress_into(folder: Path, quantizer: ModeGPTQuantizer, source: Source, options: Namespace) -> None:
+    device = pick_device(options.device)
+    windows = quantizer.prepare(load_config(source), None, source)
+    model = load_model(source, options.dtype)
+    quantizer.compress_with(model, windows, source=source, device=device)
+    if quantizer.tokenizer is None:
+        quantizer.tokenizer = source.tokenizer()
+    quantizer.save(model, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+def _source(options: Namespace) -> Source:
+    return Source.of_arguments(options.model, {**vars(options), "trust_remote_code": options.trust_remote_code or None})
+
+
+def _reference(options: Namespace) -> Source | None:
+    if options.reference is None:
+        return None
+    arguments = {"token": options.token, "trust_remote_code": options.trust_remote_code or None}
+    return Source.of_arguments(options.reference, arguments)
+
+
+def load_config(source: Source) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        UnsupportedModel: transformers does not know it.
+    """
+    try:
+        return AutoConfig.from_pretrained(source.path, **source.arguments())
+    except ValueError as error:
+        raise UnsupportedModel(f"{source.base_model!r} cannot be loaded: {error}") from error
+
+
+def load_model(source: Source, dtype: str) -> Any:
+    """A causal language model, in the memory of the host.
+
+    Raises:
+        UnsupportedModel: it is none, or its files do not fit together.
+    """
+    logging.set_verbosity_error()
+    try:
+        return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.arguments())
+    except ModeGPTError:
+        raise
+    except ValueError as error:
+        raise UnsupportedModel(f"{source.base_model!r} cannot be loaded: {error}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name; "auto" is the accelerator, or the host where there is none.
+
+    Raises:
+        InvalidConfig: for a name that torch does not know, or a device that is not there.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.get_default_device()
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidConfig(f"--device {name} cannot be used: {reason}. --device auto takes what is there.") from error
+
+
+def _check_file(path: Path | None) -> None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise OutputError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist.")
+
+
+def _write_json(path: Path | None, data: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluate
+
+
+def scores(
+    model: PreTrainedModel, reference: PreTrainedModel | None, windows: TokenWindows, batch_size: int | None
+) -> dict[str, Any]:
+    """Perplexity, scored positions and parameters; with a reference its own, KL divergence and top-1 agreement."""
+    if reference is None:
+        found = dataclasses.asdict(perplexity(model, windows.tokens, batch_size=batch_size, progress=True))
+        return {**found, "parameters": count_parameters(model)}
+    found = dataclasses.asdict(fidelity(model, reference, windows.tokens, batch_size=batch_size, progress=True))
+    return {**found, "parameters": count_parameters(model), "reference_parameters": count_parameters(reference)}
+
+
+def _evaluation_text(source: Source, model_config: Any) -> Any:
+    record = getattr(model_config, "modegpt", None) or {}
+    is_demo = source.is_demo or record.get("base_model") == DEMO
+    return demo.EVALUATION_TEXT if is_demo else ModeGPTConfig.dataset
+
+
+def _compare(options: Namespace) -> None:
+    """Reloads what was saved, and shows it beside the dense model."""
+    dense_source, source = _source(options), Source(str(options.output))
+    tokenizer, device = source.tokenizer(), pick_device(options.device)
+    dense, small = (load_model(each, "auto").to(device) for each in (dense_source, source))
+    windows = evaluation_windows(
+        demo.EVALUATION_TEXT,
+        tokenizer,
+        sequence_length=resolve_sequence_length(None, context_of(small.config)),
+        max_windows=DEMO_WINDOWS,
+    )
+    result = scores(small, dense, windows, None)
+    print(f"\nreloaded from {options.output}, on {result['tokens']:,} tokens of text not seen before:")
+    print(_scores_table(result))
+    prompt = windows.tokens[:1, :SAMPLE_PROMPT].to(device)
+    print(f"\nboth go on from: {tokenizer.decode(prompt[0])}")
+    for name, model in (("dense", dense), ("compressed", small)):
+        written = model.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
+        print(f"{name:>10}: {tokenizer.decode(written[0, SAMPLE_PROMPT:], skip_special_tokens=True)}")
+
+
+# ------------------------------------------------------------------------------------------------------------ tables
+
+
+def _scores_table(result: dict[str, Any]) -> str:
+    rows = [f"{'perplexity':<16}{result['perplexity']:>14.4f}", f"{'parameters':<16}{result['parameters']:>14,}"]
+    if "kl" in result:
+        rows = [
+            f"{'':<16}{'model':>14}{'reference':>14}",
+            f"{rows[0]}{result['reference_perplexity']:>14.4f}",
+            f"{rows[1]}{result['reference_parameters']:>14,}",
+            f"{'KL divergence':<16}{result['kl']:>14.4f}  nats per position",
+            f"{'top-1 agreement':<16}{result['top1_agreement']:>14.2%}",
+        ]
+    return "\n".join([*rows, f"{'scored positions':<16}{result['tokens']:>14,}"])
+
+
+def _inspection_table(found: Inspection) -> str:
+    rows = [f"{found.model_type}, {found.parameters:,} parameters"]
+    if not found.blocks:
+        return rows[0]
+    rows.append(f"{'block':>5}" + "".join(f"{part:>14}" for part in PARTS))
+    for block in found.blocks:
+        cells = (f"{block.ranks[part]}/{block.dense_ranks[part]}" for part in PARTS)
+        rows.append(f"{block.index:>5}" + "".join(f"{cell:>14}" for cell in cells))
+    record = found.record or {}
+    rows.append(f"removed {found.sparsity:.2%} of the block projections")
+    rows.append(f"compressed from {record.get('base_model')} (revision {record.get('base_revision')})")
+    recipe = record.get("recipe") or {}
+    rows.append("recipe: " + ", ".join(f"{key}={value}" for key, value in recipe.items() if value is not None))
+    return "\n".join(rows)
+
+
+def _estimate_table(found: Estimate) -> str:
+    rows = [
+        "ESTIMATE from shapes alone; measured figures are in the report of a compression.",
+        f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
+        f"{found.calibration_tokens:,} calibration tokens",
+    ]
+    for title, needs in (("device memory", found.device_memory), ("host memory", found.cpu_memory)):
+        rows.append(f"{title}: {_bytes(sum(needs.values()))}")
+        rows += [f"  {_bytes(size):>12}  {name}" for name, size in needs.items()]
+    rows.append(f"disk: {_bytes(found.disk)}")
+    passes = found.forward_passes
+    rows.append(
+        f"work: {sum(passes.values()):.1f} forward passes over the calibration tokens "
+        f"({found.forward_multiply_adds:.2e} multiply-adds each)"
+    )
+    rows += [f"  {count:>12.2f}  {name}" for name, count in passes.items()]
+    return "\n".join(rows)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
