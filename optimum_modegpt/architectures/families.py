@@ -37,6 +37,7 @@ FAMILIES: dict[str, Family] = {
         mlp_norm="final_layer_norm",
         activation="activation_fn",
         final_norm="decoder.final_layer_norm",
+        projection="decoder.project_out",
         norm_first_flag="do_layer_norm_before",
     ),
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -31,7 +33,16 @@ class Architecture:
     @property
     def final_norm(self) -> Any:
         """The norm after the last block, or None where this model has none."""
-        parent, _, name = self.family.final_norm.rpartition(".")
+        return self._optional(self.family.final_norm)
+
+    def tail(self, device: torch.device) -> nn.Sequential:
+        """A copy on `device` of what follows the last block: final norm, projection where there is one, head."""
+        projection = self._optional(self.family.projection) if self.family.projection else None
+        modules = (self.final_norm, projection, self.model.get_output_embeddings())
+        return nn.Sequential(*(copy.deepcopy(module).to(device) for module in modules if module is not None))
+
+    def _optional(self, path: str) -> Any:
+        parent, _, name = path.rpartition(".")
         return getattr(self.model.base_model.get_submodule(parent), name)
 
     @property
@@ -53,9 +64,7 @@ def check_model_type(model_type: str) -> Family:
             "Start from the dense model (config.modegpt names it) with a higher sparsity."
         )
     if model_type not in FAMILIES:
-        raise UnsupportedModel(
-            f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}."
-        )
+        raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}.")
     return FAMILIES[model_type]
 
 
@@ -72,7 +81,9 @@ def resolve(model: PreTrainedModel) -> Architecture:
             f"{type(model).__name__} has no language-model head; load the model with AutoModelForCausalLM, "
             "compress it, and load the result with the class you need."
         )
-    if getattr(model, "quantization_method", None) not in (None, "modegpt") or getattr(model, "is_loaded_in_4bit", False):
+    if getattr(model, "quantization_method", None) not in (None, "modegpt") or getattr(
+        model, "is_loaded_in_4bit", False
+    ):
         raise UnsupportedModel("the model is quantised; compress first and quantise the result.")
     modules: Sequence[nn.Module] = model.base_model.get_submodule(family.layout.blocks)  # pyright: ignore[reportAssignmentType]
     norm_first = family.norm_first_flag is None or bool(getattr(config, family.norm_first_flag))

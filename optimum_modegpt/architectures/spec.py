@@ -23,6 +23,8 @@ class Family:
     """The MLP's activation module, from the block."""
     final_norm: str
     """The norm after the last block, from the base model; a model may have none there."""
+    projection: str | None = None
+    """A projection between the final norm and the head, from the base model; a model may have none there."""
     norm_first_flag: str | None = None
     """Name of the configuration's boolean that says norms come first; None where they always do."""
 

@@ -1,0 +1,1 @@
+"""How much to remove where: pure numbers, no tensors of a model."""

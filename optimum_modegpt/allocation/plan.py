@@ -1,0 +1,87 @@
+"""Widths: what a part of a block may be cut to, what that removes, and the plan that says what is kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+TINY_HEAD_DIM = 32
+TINY_MLP_WIDTH = 512
+MLP_STEPS = (128, 64, 32, 16, 8)
+COARSEST_STEP = 0.04
+"""The largest share of an MLP width that one rounding step may be."""
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """What can be cut from one part of one block: its dense width, the weights a unit of width holds, the grid."""
+
+    dense: int
+    weights_per_unit: int
+    step: int
+    floor: int
+    """The smallest width allowed, on the grid."""
+
+    @property
+    def weights(self) -> int:
+        """Weights of the dense part."""
+        return self.dense * self.weights_per_unit
+
+    def widths(self) -> list[int]:
+        """Every allowed width, from the dense one down to the floor."""
+        grid = range((self.dense - 1) // self.step * self.step, self.floor - 1, -self.step)
+        return [self.dense, *grid]
+
+    def nearest(self, width: float) -> int:
+        """The allowed width nearest to `width`."""
+        return min(self.widths(), key=lambda allowed: abs(allowed - width))
+
+
+Sizes = Sequence[Mapping[str, PartSize]]
+"""One mapping part -> size a block."""
+Plan = list[dict[str, int]]
+"""One mapping part -> kept width a block."""
+
+
+def part_size(dense: int, weights_per_unit: int, step: int, max_sparsity: float) -> PartSize:
+    """A part's size; the floor is the smallest multiple of `step` that leaves at least 1 − `max_sparsity`."""
+    floor = max(1, math.ceil(dense * (1 - max_sparsity) / step - 1e-9)) * step
+    return PartSize(dense, weights_per_unit, step, min(floor, dense))
+
+
+def head_step(head_dim: int, round_to: int | str, *, pairs: bool) -> int:
+    """Grid of a query/key or value head dim; rotary `pairs` need even widths."""
+    unit = 2 if pairs else 1
+    if round_to == "auto":
+        return 8 if head_dim >= TINY_HEAD_DIM else unit
+    return math.lcm(int(round_to), unit)
+
+
+def mlp_step(width: int, round_to: int | str) -> int:
+    """Grid of an MLP width: the largest of 128, 64, 32, 16, 8 that is at most 4 % of it, or `round_to`."""
+    if round_to != "auto":
+        return int(round_to)
+    if width < TINY_MLP_WIDTH:
+        return 1
+    return next((step for step in MLP_STEPS if step <= COARSEST_STEP * width), MLP_STEPS[-1])
+
+
+def total_weights(sizes: Sizes) -> int:
+    """Weights of all cut projections of the dense model."""
+    return sum(size.weights for block in sizes for size in block.values())
+
+
+def plan_sparsity(plan: Plan, sizes: Sizes) -> float:
+    """1 − Σ new / Σ dense over the weights of the cut projections of all blocks (DESIGN's definition of sparsity)."""
+    kept = sum(
+        size.weights_per_unit * ranks[part]
+        for ranks, block in zip(plan, sizes, strict=True)
+        for part, size in block.items()
+    )
+    return 1 - kept / total_weights(sizes)
+
+
+def largest_sparsity(sizes: Sizes) -> float:
+    """The sparsity with every part at its floor."""
+    return plan_sparsity([{part: size.floor for part, size in block.items()} for block in sizes], sizes)

@@ -1,0 +1,94 @@
+"""A plan from measured curves: the least total divergence for the weights removed, by marginal cost (ours)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, total_weights
+
+Curve = Sequence[tuple[float, float]]
+"""Measured (sparsity, divergence) points of one part of one block."""
+Curves = Mapping[tuple[int, str], Curve]
+"""Curves by block index and part."""
+
+
+def lower_hull(curve: Curve) -> list[tuple[float, float]]:
+    """The lower convex hull of (0, 0) and the curve made non-decreasing, by increasing sparsity."""
+    highest, hull = 0.0, [(0.0, 0.0)]
+    for sparsity, divergence in sorted(curve):
+        highest = max(highest, divergence)
+        if sparsity <= hull[-1][0]:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], (sparsity, highest)) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append((sparsity, highest))
+    return hull
+
+
+def interpolate(hull: Sequence[tuple[float, float]], sparsity: float) -> float:
+    """The hull's divergence at `sparsity`; beyond its last point the last slope goes on."""
+    for left, right in itertools.pairwise(hull):
+        if sparsity <= right[0]:
+            break
+    else:
+        left, right = (hull[-2], hull[-1]) if len(hull) > 1 else ((0.0, 0.0), (1.0, 0.0))
+    return left[1] + _slope(left, right) * (sparsity - left[0])
+
+
+def plan_from_curves(curves: Curves, sizes: Sizes, sparsity: float) -> Plan:
+    """Widths on the grid with the least Σ divergence for the weights removed.
+
+    The curves are convex, so steps are taken in order of divergence per weight until the target is met: the
+    water-level rule, on the allowed widths themselves. A step that would overshoot is left out, and so are that part's
+    later ones, in favour of smaller ones; the last goes in where that ends nearer to the target.
+    """
+    steps = sorted(
+        step
+        for (block, part), curve in curves.items()
+        for step in _steps(block, part, sizes[block][part], lower_hull(curve))
+    )
+    plan: Plan = [{part: size.dense for part, size in block.items()} for block in sizes]
+    left = sparsity * total_weights(sizes)
+    blocked: dict[tuple[int, str], int] = {}
+    for _, _, block, part, width in steps:
+        if (block, part) in blocked:
+            continue
+        removed = (plan[block][part] - width) * sizes[block][part].weights_per_unit
+        if removed <= left:
+            plan[block][part] = width
+            left -= removed
+        else:
+            blocked[block, part] = width
+    return _finish(plan, blocked, sizes, left)
+
+
+def _finish(plan: Plan, blocked: Mapping[tuple[int, str], int], sizes: Sizes, left: float) -> Plan:
+    """Takes the one blocked step that ends nearest to the target, if that is nearer than stopping here."""
+
+    def miss(key: tuple[int, str]) -> float:
+        block, part = key
+        return abs((plan[block][part] - blocked[key]) * sizes[block][part].weights_per_unit - left)
+
+    best = min(blocked, key=miss, default=None)
+    if best is not None and miss(best) < left:
+        plan[best[0]][best[1]] = blocked[best]
+    return plan
+
+
+def _steps(
+    block: int, part: str, size: PartSize, hull: Sequence[tuple[float, float]]
+) -> list[tuple[float, int, int, str, int]]:
+    """(divergence per weight, ordinal, block, part, width after) of every step down the grid."""
+    widths = size.widths()
+    costs = [interpolate(hull, 1 - width / size.dense) for width in widths]
+    steps, slope = [], 0.0
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
+        # Rounding errors must not let a later step of a part come first.
+        slope = max(slope, (costs[i + 1] - costs[i]) / ((before - after) * size.weights_per_unit))
+        steps.append((slope, i, block, part, after))
+    return steps
+
+
+def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])

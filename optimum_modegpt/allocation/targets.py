@@ -1,0 +1,52 @@
+"""Plans from a target sparsity per block: `uniform`, and `influence`, the paper's rule (Eq. 10 and 11)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from optimum_modegpt.allocation.plan import Plan, Sizes
+
+
+def uniform_targets(blocks: int, sparsity: float) -> list[float]:
+    """The same sparsity for every block."""
+    return [sparsity] * blocks
+
+
+def influence_targets(influences: Sequence[float], sparsity: float, *, temperature: float, cap: float) -> list[float]:
+    """φ_i = min(cap, c·exp(−s_i / ε)) with mean φ = `sparsity`: the exact optimum of Eq. 10 under the cap.
+
+    Without an active cap this is the paper's L·φ_avg·softmax(−s/ε). The blocks are capped in order of influence; c
+    follows from what is left for the others. Asks for `sparsity` ≤ `cap`.
+    """
+    lowest = min(influences)
+    weights = [math.exp(-(influence - lowest) / temperature) for influence in influences]
+    order = sorted(range(len(weights)), key=lambda i: -weights[i])
+    for capped in range(len(order) + 1):
+        left = sparsity * len(order) - cap * capped
+        mass = sum(weights[i] for i in order[capped:])
+        scale = left / mass if mass > 0 else 0.0
+        if capped == len(order) or scale * weights[order[capped]] <= cap:
+            break
+    return [
+        cap if rank < capped else scale * weights[i] for rank, i in sorted(enumerate(order), key=lambda pair: pair[1])
+    ]
+
+
+def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
+    """Widths from a target sparsity per block, equal in its parts before rounding.
+
+    Head dims go to the nearest allowed width; the MLP takes what is left of the block's target, and what a block could
+    not meet is carried to the next one, so that the whole stays near its target.
+    """
+    plan: Plan = []
+    carried = 0.0
+    for target, block in zip(targets, sizes, strict=True):
+        ranks = {part: block[part].nearest(block[part].dense * (1 - target)) for part in ("qk", "vo")}
+        wanted = target * sum(size.weights for size in block.values()) + carried
+        removed = sum((block[part].dense - rank) * block[part].weights_per_unit for part, rank in ranks.items())
+        mlp = block["mlp"]
+        ranks["mlp"] = mlp.nearest(mlp.dense - (wanted - removed) / mlp.weights_per_unit)
+        carried = wanted - removed - (mlp.dense - ranks["mlp"]) * mlp.weights_per_unit
+        plan.append(ranks)
+    return plan

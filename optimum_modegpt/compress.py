@@ -1,0 +1,404 @@
+"""The walk: resolve, plan, cut block after block, adopt, report. The only place that knows the order."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from optimum_modegpt.allocation.plan import (
+    Plan,
+    Sizes,
+    head_step,
+    largest_sparsity,
+    mlp_step,
+    part_size,
+    plan_sparsity,
+    total_weights,
+)
+from optimum_modegpt.allocation.sensitivity import plan_from_curves
+from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
+from optimum_modegpt.architectures import Architecture, Block, resolve
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.influence import InfluenceSum
+from optimum_modegpt.calibration.streams import Front, Stream, enter
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import (
+    CalibrationDataError,
+    IllConditionedWarning,
+    InvalidConfig,
+    NumericalError,
+    UnsupportedModel,
+)
+from optimum_modegpt.methods import published, residual_matched, sensitivity
+from optimum_modegpt.modeling.adoption import adopt
+from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION, Widths
+from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report
+from optimum_modegpt.stages import StageClock
+
+logger = logging.getLogger(__name__)
+
+TOKENS_AT_ONCE = 4096
+"""Tokens per forward pass where the batch size is not given."""
+SPARSITY_TOLERANCE = 0.005
+"""A plan that misses the requested sparsity by more is a warning."""
+READING_TOLERANCE = 1e-3
+"""Largest relative difference between a block's own forward pass and our reading of it."""
+
+
+@dataclass
+class Walk:
+    """What one compression carries from stage to stage."""
+
+    architecture: Architecture
+    config: ModeGPTConfig
+    calibration: TokenWindows
+    device: torch.device
+    progress: bool
+    clock: StageClock
+    warnings: list[str] = field(default_factory=list)
+    curves: dict[tuple[int, str], list[tuple[float, float]]] = field(default_factory=dict)
+    influences: list[float] = field(default_factory=list)
+
+    @property
+    def batch_size(self) -> int:
+        """Windows per forward pass."""
+        return self.config.batch_size or max(1, TOKENS_AT_ONCE // self.calibration.tokens.shape[1])
+
+    def warn(self, message: str) -> None:
+        """Logs a warning and keeps it for the report."""
+        logger.warning(message)
+        self.warnings.append(message)
+
+
+def compress(
+    model: PreTrainedModel,
+    config: ModeGPTConfig,
+    calibration: TokenWindows,
+    *,
+    device: torch.device | None = None,
+    base_model: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> Report:
+    """Compresses `model` in place: at the end the object is of the compressed class; until then it is untouched.
+
+    Args:
+        model: a dense causal language model of a known family, with its weights in memory.
+        config: what to do.
+        calibration: token windows of the model's own vocabulary.
+        device: where to compute, one block at a time; `None` computes where the model is.
+        base_model, revision: where the model came from, for the record; `None` takes what the model says.
+        progress: whether to show progress bars.
+
+    Raises:
+        AlreadyCompressed, UnsupportedModel, CalibrationDataError, InvalidConfig: before anything is computed.
+        NumericalError: with the block and part; the model is as it was.
+    """
+    architecture = resolve(model)
+    device = device or architecture.blocks[0].output.weight.device
+    walk = Walk(architecture, config, calibration, device, progress, StageClock(device))
+    sizes = part_sizes(architecture, config)
+    check_request(walk, sizes)
+    before = count_parameters(model)
+    with torch.no_grad(), evaluation_mode(model), collected_warnings(walk):
+        with walk.clock.stage("embed"):
+            front = enter(architecture, calibration.tokens, walk.batch_size)
+            check_reading(walk, front)
+        with walk.clock.stage(f"allocate ({config.resolved_allocation})"):
+            plan = make_plan(walk, front, sizes)
+        with walk.clock.stage("decompose"):
+            blocks, final_norm, errors = cut_blocks(walk, front, plan)
+    with walk.clock.stage("adopt"):
+        achieved = plan_sparsity(plan, sizes)
+        record = make_record(walk, achieved, base_model or origin(model), revision or commit(model))
+        install(architecture, blocks, final_norm, plan, record)
+    return make_report(walk, sizes, plan, errors, record, before)
+
+
+# ------------------------------------------------------------------------------------------------------- before the work
+
+
+def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
+    """What can be cut where: dense widths, weights per unit of width, grids."""
+
+    def sizes(block: Block) -> dict[str, Any]:
+        dense, d_model, cap = block.dense_widths, block.down.out_features, config.max_sparsity
+        head_unit = (block.heads + block.kv_heads) * d_model
+        mlp_unit = (len(block.layout.mlp_inputs) + 1) * d_model
+        qk_step = head_step(dense.qk, config.round_to, pairs=block.rotary)
+        vo_step = head_step(dense.vo, config.round_to, pairs=False)
+        return {
+            "mlp": part_size(dense.mlp, mlp_unit, mlp_step(dense.mlp, config.round_to), cap),
+            "qk": part_size(dense.qk, head_unit, qk_step, cap),
+            "vo": part_size(dense.vo, head_unit, vo_step, cap),
+        }
+
+    return [sizes(block) for block in architecture.blocks]
+
+
+def check_request(walk: Walk, sizes: Sizes) -> None:
+    """What can be refused before any computing is refused here."""
+    tokens, config, model = walk.calibration.tokens, walk.config, walk.architecture.model
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens.shape[1] > context:
+        raise CalibrationDataError(
+            f"calibration windows have {tokens.shape[1]} tokens, the model's context is {context}; "
+            f"set sequence_length to {context} or less."
+        )
+    if (limit := largest_sparsity(sizes)) + SPARSITY_TOLERANCE < config.sparsity:
+        raise InvalidConfig(
+            f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
+            f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
+        )
+    widest = max(block["mlp"].dense for block in sizes)
+    if tokens.numel() < widest:
+        walk.warn(
+            f"only {tokens.numel()} calibration tokens for an MLP width of {widest}: the moments are rank deficient. "
+            f"Use at least {widest} tokens, better {4 * widest}."
+        )
+
+
+def check_reading(walk: Walk, front: Front) -> None:
+    """Compares our reading of a block with the block's own forward pass, on one window."""
+    block = walk.architecture.blocks[0].on(walk.device)
+    window, arguments = front.stream[0][:1].to(walk.device), front.on(0, walk.device)
+    own, ours = block.forward(window, arguments).float(), block.composed_forward(window, arguments).float()
+    if not own.isfinite().all():
+        raise NumericalError("block 0: its output is not finite on the calibration text; check dtype and weights.")
+    difference = float((own - ours).norm() / own.norm().clamp_min(1e-30))
+    if difference > max(READING_TOLERANCE, 10 * torch.finfo(block.output.weight.dtype).eps):
+        raise UnsupportedModel(
+            f"{type(walk.architecture.model).__name__}: a block computes something else than its family's norm, "
+            f"attention, norm, MLP (relative difference {difference:.1e}); this variant is not supported."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------- plan
+
+
+def make_plan(walk: Walk, front: Front, sizes: Sizes) -> Plan:
+    """Kept widths by block and part, by the configuration's allocation; a miss of the target is a warning."""
+    config, blocks = walk.config, len(walk.architecture.blocks)
+    if config.sparsity == 0:
+        return [{part: size.dense for part, size in block.items()} for block in sizes]
+    if config.resolved_allocation == "sensitivity":
+        walk.curves = sensitivity.measure(
+            walk.architecture,
+            walk.calibration.tokens,
+            sizes,
+            config,
+            device=walk.device,
+            batch_size=walk.batch_size,
+            progress=walk.progress,
+        )
+        plan = plan_from_curves(walk.curves, sizes, config.sparsity)
+    elif config.resolved_allocation == "influence":
+        walk.influences = measure_influences(walk, front)
+        targets = influence_targets(
+            walk.influences, config.sparsity, temperature=config.influence_temperature, cap=config.max_sparsity
+        )
+        plan = plan_from_targets(targets, sizes)
+    else:
+        plan = plan_from_targets(uniform_targets(blocks, config.sparsity), sizes)
+    if abs((achieved := plan_sparsity(plan, sizes)) - config.sparsity) > SPARSITY_TOLERANCE:
+        walk.warn(
+            f"the widths allowed by round_to={config.round_to!r} give a sparsity of {achieved:.4f}, "
+            f"not the requested {config.sparsity:.4f}."
+        )
+    return plan
+
+
+def measure_influences(walk: Walk, front: Front) -> list[float]:
+    """Block influence of every block, over all calibration windows."""
+    stream, influences = front.stream, []
+    for block in tqdm(walk.architecture.blocks, desc="influences", unit="block", disable=not walk.progress):
+        total, after = InfluenceSum(), []
+        dense, arguments = block.on(walk.device), front.on(block.index, walk.device)
+        for batch in stream:
+            output = dense.forward(batch.to(walk.device), arguments)
+            total.add(batch.to(walk.device), output)
+            after.append(output.to(batch.device))
+        influences.append(total.value())
+        stream = after
+    return influences
+
+
+# ------------------------------------------------------------------------------------------------------------ decompose
+
+
+def cut_blocks(
+    walk: Walk, front: Front, plan: Plan
+) -> tuple[list[nn.Module], nn.Module | None, list[dict[str, float]]]:
+    """The compressed blocks, the final norm, and the relative errors by block and part. The model is not touched."""
+    step = matched_step if walk.config.method == "default" else published_step
+    dense, compressed, modules, errors = front.stream, front.stream, [], []
+    bar = tqdm(
+        list(zip(walk.architecture.blocks, plan, strict=True)), desc="blocks", unit="block", disable=not walk.progress
+    )
+    for block, ranks in bar:
+        home = block.output.weight.device
+        widths, arguments = Widths(ranks["qk"], ranks["vo"], ranks["mlp"]), front.on(block.index, walk.device)
+        try:
+            student, error, dense, compressed = step(walk, block, dense, compressed, widths, arguments)
+        except NumericalError as cause:
+            raise NumericalError(f"block {block.index}: {cause}") from cause
+        modules.append(student.module.to(home))
+        errors.append(error)
+        bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()})
+    final_norm = copy.deepcopy(walk.architecture.final_norm)
+    if walk.config.method == "default" and final_norm is not None and compressed is not dense:
+        residual_matched.match_norm(final_norm, dense, compressed)
+    return modules, final_norm, errors
+
+
+def matched_step(
+    walk: Walk, block: Block, dense: Stream, compressed: Stream, widths: Widths, arguments: dict[str, Any]
+) -> tuple[Block, dict[str, float], Stream, Stream]:
+    """One block of the default method; a block is left exactly as it is while nothing before it was cut."""
+    original, student = block.on(walk.device), block.student(walk.device)
+    targets = residual_matched.run_dense(original, dense, arguments)
+    if widths == block.dense_widths and compressed is dense:
+        return student, dict.fromkeys(PARTS, 0.0), targets.after, targets.after
+    errors, after = residual_matched.compress_block(
+        student, dense, compressed, targets, widths, arguments=arguments, config=walk.config
+    )
+    return student, errors, targets.after, after
+
+
+def published_step(
+    walk: Walk, block: Block, dense: Stream, compressed: Stream, widths: Widths, arguments: dict[str, Any]
+) -> tuple[Block, dict[str, float], Stream, Stream]:
+    """One block of the published method: one shot, the dense stream alone; `compressed` is the same stream."""
+    moments, after = published.observe(block.on(walk.device), dense, arguments)
+    student = block.student(walk.device)
+    if widths == block.dense_widths:
+        return student, dict.fromkeys(PARTS, 0.0), after, after
+    return student, published.compress_block(student, moments, widths, walk.config), after, after
+
+
+# ----------------------------------------------------------------------------------------------------- adopt and report
+
+
+def install(
+    architecture: Architecture,
+    blocks: list[nn.Module],
+    final_norm: nn.Module | None,
+    plan: Plan,
+    record: dict[str, Any],
+) -> None:
+    """The only place where the user's model changes: its blocks, its final norm, its class."""
+    widths = [Widths(ranks["qk"], ranks["vo"], ranks["mlp"]) for ranks in plan]
+    model, family = architecture.model, architecture.family
+    config = family.config.from_dense(model.config, widths, record)
+    if final_norm is not None:
+        architecture.final_norm.load_state_dict(final_norm.state_dict())
+    block_list = architecture.block_list
+    for index, block in enumerate(blocks):
+        block_list[index] = block
+    adopt(model, family.models["AutoModelForCausalLM"], config)  # pyright: ignore[reportArgumentType]
+
+
+def make_record(walk: Walk, achieved: float, base_model: str | None, revision: str | None) -> dict[str, Any]:
+    """What config.json says of the compression."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "base_model": base_model,
+        "base_revision": revision,
+        "recipe": walk.config.to_dict(),
+        "calibration": dict(walk.calibration.record),
+        "achieved": {"sparsity": achieved},
+    }
+
+
+def make_report(
+    walk: Walk, sizes: Sizes, plan: Plan, errors: list[dict[str, float]], record: dict[str, Any], total_before: int
+) -> Report:
+    """Everything that was done, for people and programs."""
+    blocks = tuple(
+        BlockReport(
+            index,
+            {
+                part: PartReport(ranks[part], size[part].dense, 1 - ranks[part] / size[part].dense, error[part])
+                for part in PARTS
+            },
+        )
+        for index, (ranks, size, error) in enumerate(zip(plan, sizes, errors, strict=True))
+    )
+    weights, achieved = total_weights(sizes), record["achieved"]["sparsity"]
+    return Report(
+        base_model=record["base_model"],
+        revision=record["base_revision"],
+        config=walk.config.to_dict(),
+        requested_sparsity=walk.config.sparsity,
+        achieved_sparsity=achieved,
+        parameters=Parameters(
+            weights, round(weights * (1 - achieved)), total_before, count_parameters(walk.architecture.model)
+        ),
+        blocks=blocks,
+        calibration=dict(walk.calibration.record),
+        stages=tuple(walk.clock.stages),
+        memory_kind=walk.clock.memory_kind,
+        device=str(walk.device),
+        sensitivities={
+            f"{block}.{part}": [list(point) for point in curve] for (block, part), curve in walk.curves.items()
+        },
+        influences=walk.influences,
+        warnings=tuple(walk.warnings),
+        versions={name: version(name) for name in ("torch", "transformers", "optimum-modegpt")},
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- helpers
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model, tied ones once, without buffers."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def origin(model: PreTrainedModel) -> str | None:
+    """The name a model was loaded by; of a local folder only its last part, for the record travels."""
+    name = getattr(model.config, "_name_or_path", None) or None
+    return Path(name).name if name and os.path.isdir(name) else name
+
+
+def commit(model: PreTrainedModel) -> str | None:
+    """The commit a model was loaded from, where transformers noted it."""
+    return getattr(model.config, "_commit_hash", None)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Dropout off inside, the model's own mode back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def collected_warnings(walk: Walk) -> Iterator[None]:
+    """Notes every numerical fallback in the report; other warnings go their way."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", IllConditionedWarning)
+        yield
+    for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, IllConditionedWarning)):
+        walk.warn(message)
+    for other in caught:
+        if not issubclass(other.category, IllConditionedWarning):
+            warnings.warn_explicit(other.message, other.category, other.filename, other.lineno)

@@ -1,0 +1,126 @@
+"""`method="paper"`: the published algorithm, faithfully. One shot, all statistics from the dense model, uncentred."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_modegpt.architectures import Block
+from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
+from optimum_modegpt.calibration.streams import Stream, inputs_of
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.least_squares import LinearMoments
+from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
+from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinates, select_pairs
+from optimum_modegpt.decompositions.whitened_svd import joint_value_output
+from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.modeling.modegpt_common import Widths
+
+
+@dataclass(frozen=True)
+class PublishedMoments:
+    """Of one dense block: query and key, value vectors (kv_heads, d, d), and the input of the down projection."""
+
+    query_key: QueryKeyMoments
+    values: Tensor
+    mlp: LinearMoments
+
+
+def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
+    """Runs the dense block over `stream`; its moments, and the stream after it."""
+    device = block.output.weight.device
+    query_sum, key_sum, value_sum = (HeadMomentSum(block.kv_heads) for _ in range(3))
+    mlp_sum = LinearMomentSum(ones=False)
+    after: Stream = []
+    with inputs_of(block.module.get_submodule(block.layout.value)) as reads, inputs_of(block.down) as hidden:
+        for batch in stream:
+            output = block.forward(batch.to(device), arguments)
+            inputs, activations = reads.pop(), hidden.pop()
+            query, key = query_key_vectors(block, inputs)
+            query_sum.add(query)
+            key_sum.add(key)
+            value_sum.add(_value_vectors(block, inputs))
+            mlp_sum.add(activations, block.down(activations) - (0 if block.down.bias is None else block.down.bias))
+            after.append(output.to(batch.device))
+    return PublishedMoments(
+        QueryKeyMoments(query_sum.value(), key_sum.value()), value_sum.value(), mlp_sum.value()
+    ), after
+
+
+def compress_block(
+    student: Block, moments: PublishedMoments, widths: Widths, config: ModeGPTConfig
+) -> dict[str, float]:
+    """Cuts the three parts of `student`, a copy of the dense block; relative error by part."""
+    query_key = cut_query_key(student, moments.query_key, widths.qk)
+    value_output = cut_value_output(student, moments.values, widths.vo)
+    mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
+    student.install_query_key(query_key.query, query_key.key, query_key.pairs)
+    student.install_value_output(value_output.value, value_output.output)
+    student.install_mlp(mlp.rows, mlp.down)
+    return {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}
+
+
+def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:
+    """CR (Algorithm 2): the same coordinates of query and key, rotary pairs together, one selection a group."""
+    query, key = block.head_rows("query"), block.head_rows("key")
+    pairs = select_pairs(moments.query, moments.key, rank // 2) if block.rotary else None
+    kept = (
+        select_coordinates(moments.query, moments.key, rank) if pairs is None else pair_indices(pairs, block.head_dim)
+    )
+    products = moments.query.diagonal(dim1=-2, dim2=-1) * moments.key.diagonal(dim1=-2, dim2=-1)
+    error = (1 - products.gather(1, kept).sum() / products.sum()).clamp_min(0).sqrt()
+    kept_queries = kept.repeat_interleave(block.heads // block.kv_heads, dim=0)
+    return QueryKeyFactors(_take(query, kept_queries), _take(key, kept), pairs, float(error))
+
+
+def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFactors:
+    """The joint SVD (Algorithm 3) per key-value group.
+
+    A value bias is exact: where the output has a bias it is folded there, because softmax rows sum to one; else it is
+    part of the value vectors, and projected with them.
+    """
+    value, output = block.head_rows("value"), block.input_outputs(block.output)
+    bias = output[-1:] if block.output.bias is not None else output[:0]
+    heads = output[: block.heads * block.head_dim].unflatten(0, (block.kv_heads, -1, block.head_dim))
+    bases, outputs, lost, total = [], [], 0.0, 0.0
+    for moment, group in zip(values, heads, strict=True):
+        side_by_side = group.transpose(0, 1).flatten(1)  # (head_dim, heads of the group · d_model)
+        basis, joint = joint_value_output(moment, side_by_side, rank)
+        bases.append(basis)
+        outputs.append(joint.unflatten(1, (len(group), -1)).transpose(0, 1).flatten(0, 1))
+        difference = side_by_side - basis @ joint
+        lost += float((difference * (moment @ difference)).sum())
+        total += float((side_by_side * (moment @ side_by_side)).sum())
+    cut = torch.stack(bases).mT @ value  # (kv_heads, rank, in [+ 1])
+    if len(bias) and block.module.get_submodule(block.layout.value).bias is not None:
+        value_bias = value[..., -1].repeat_interleave(block.heads // block.kv_heads, dim=0)
+        bias = bias + value_bias.flatten() @ output[:-1]
+        cut = torch.cat((cut[..., :-1], torch.zeros_like(cut[..., -1:])), dim=-1)
+    return ValueOutputFactors(cut, torch.cat((*outputs, bias)), (max(lost, 0.0) / max(total, 1e-300)) ** 0.5)
+
+
+def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
+    """Nyström (Algorithm 1): channels of largest ridge leverage, down refitted; its bias stays."""
+    down = block.input_outputs(block.down)
+    weight, bias = down[: moments.width], down[moments.width :]
+    kept = select_by_leverage(moments.gram, rank, ridge=config.leverage_ridge)
+    refitted = nystrom_refit(moments.gram, kept, weight)
+    rows = tuple(row[kept] for row in block.mlp_rows())
+    return MLPFactors(rows, torch.cat((refitted, bias)), moments.kept(kept).relative_error(refitted))
+
+
+def _value_vectors(block: Block, inputs: Tensor) -> Tensor:
+    """Value vectors (…, kv_heads, d), without the bias where it is folded into the output's."""
+    linear: Any = block.module.get_submodule(block.layout.value)
+    vectors = linear(inputs)
+    if linear.bias is not None and block.output.bias is not None:
+        vectors = vectors - linear.bias
+    return vectors.unflatten(-1, (-1, block.head_dim))
+
+
+def _take(rows: Tensor, kept: Tensor) -> Tensor:
+    """Rows `kept` (heads, rank) of every head of (heads, head_dim, columns)."""
+    return rows.gather(1, kept[..., None].expand(-1, -1, rows.shape[2]))

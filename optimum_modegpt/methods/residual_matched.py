@@ -1,0 +1,304 @@
+"""`method="default"`: residual-matched MoDeGPT (ours). Blocks in order, over two residual streams.
+
+The dense stream runs through the dense blocks, the compressed one through the blocks already compressed. Every least
+squares has the moments of the compressed stream and the residual of the dense stream as its target, so each refit also
+makes up for what earlier blocks lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_modegpt.architectures import Block
+from optimum_modegpt.calibration.moments import (
+    AttentionCurvatureSum,
+    HeadMomentSum,
+    LinearMomentSum,
+    QueryKeyMoments,
+    SlopeSum,
+    curvature_windows,
+    query_key_vectors,
+    token_weights,
+    with_ones,
+)
+from optimum_modegpt.calibration.streams import Stream, inputs_of
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
+from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit
+from optimum_modegpt.decompositions.nystrom import eliminate
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, solve
+from optimum_modegpt.decompositions.rotary import eliminate_pairs, pair_indices, query_refit
+from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
+from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.modeling.modegpt_common import Widths
+
+REFIT_TOKENS = 65_536
+"""Most tokens that the refit of gate and up looks at."""
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """What the dense block does to the dense stream, a tensor a batch.
+
+    The sums of stream and part output (before a post-norm), the weights of their tokens (None: all equal), and the
+    stream after the block.
+    """
+
+    attention: Stream
+    mlp: Stream
+    attention_weights: list[Tensor] | None
+    mlp_weights: list[Tensor] | None
+    after: Stream
+
+
+# streams
+
+
+def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weighted: bool = True) -> DenseTargets:
+    """Runs the dense block over the dense stream and keeps what the refits are to match."""
+    device = block.output.weight.device
+    attention, mlp, after = [], [], []
+    weights: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for batch in stream:
+        hidden = batch.to(device)
+        total = hidden + block.attend(block.attention_input(hidden), arguments)
+        middle = block.after_attention(total)
+        end = middle + block.down(block.mlp_hidden(block.mlp_input(middle)))
+        attention.append(total.to(batch.device))
+        mlp.append(end.to(batch.device))
+        after.append(block.after_mlp(end).to(batch.device))
+        for kept, sums, norm in zip(weights, (total, end), (block.attention_norm, block.mlp_norm), strict=True):
+            kept.append(token_weights(sums, norm).to(batch.device))
+    attention_weights, mlp_weights = (_with_mean_one(w) if weighted else None for w in weights)
+    return DenseTargets(attention, mlp, attention_weights, mlp_weights, after)
+
+
+def compress_block(
+    student: Block,
+    dense: Stream,
+    compressed: Stream,
+    targets: DenseTargets,
+    widths: Widths,
+    *,
+    arguments: dict[str, Any],
+    config: ModeGPTConfig,
+) -> tuple[dict[str, float], Stream]:
+    """Cuts and refits the three parts of `student`, a copy of the dense block at full width.
+
+    `dense` and `compressed` are the two streams at the block's input. Returns the relative error by part, and the
+    compressed stream after the block.
+    """
+    if student.norm_first:
+        match_norm(student.attention_norm, dense, compressed)
+    query_key = cut_query_key(student, observe_query_key(student, compressed, arguments), widths.qk, config)
+    student.install_query_key(query_key.query, query_key.key, query_key.pairs)
+
+    moments = observe_output(student, compressed, targets.attention, targets.attention_weights, arguments)
+    value_output = cut_value_output(student, moments, widths.vo, config)
+    student.install_value_output(value_output.value, value_output.output)
+    sums = _map(compressed, student, lambda h: h + student.attend(student.attention_input(h), arguments))
+
+    match_norm(student.mlp_norm if student.norm_first else student.attention_norm, targets.attention, sums)
+    middle = _map(sums, student, student.after_attention)
+    mlp = refit_mlp(student, middle, targets, widths.mlp, config)
+    student.install_mlp(mlp.rows, mlp.down)
+    sums = _map(middle, student, lambda h: h + student.down(student.mlp_hidden(student.mlp_input(h))))
+
+    if not student.norm_first:
+        match_norm(student.mlp_norm, targets.mlp, sums)
+    errors = {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}
+    return errors, _map(sums, student, student.after_mlp)
+
+
+def match_norm(norm: Any, dense: Stream, compressed: Stream) -> None:
+    """Scales the norm's weight, per channel, by the slope of the dense normalised stream on the compressed one.
+
+    A norm without a weight is left alone.
+    """
+    weight = getattr(norm, "weight", None)
+    if weight is None:
+        return
+    slope = SlopeSum(norm)
+    for target, source in zip(dense, compressed, strict=True):
+        slope.add(target.to(weight.device), source.to(weight.device))
+    with torch.no_grad():
+        weight.mul_(slope.value().to(weight))
+
+
+# query and key
+
+
+def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -> QueryKeyMoments:
+    """Query moments with the attention curvature (rotary), or with the key moments; over as many windows as pay."""
+    device = block.output.weight.device
+    windows = sum(len(batch) for batch in stream)
+    if block.rotary:
+        windows = curvature_windows(block, windows, stream[0].shape[1])
+    query_sum, key_sum, curvature = (
+        HeadMomentSum(block.kv_heads),
+        HeadMomentSum(block.kv_heads),
+        AttentionCurvatureSum(block),
+    )
+    for batch in _first_windows(stream, windows):
+        query, key = query_key_vectors(block, block.attention_input(batch.to(device)))
+        query_sum.add(query)
+        if block.rotary:
+            curvature.add(query, key, arguments)
+        else:
+            key_sum.add(key)
+    return QueryKeyMoments(query_sum.value(), curvature.value() if block.rotary else key_sum.value())
+
+
+def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int, config: ModeGPTConfig) -> QueryKeyFactors:
+    """Rotary: pairs by backward elimination on the attention curvature, query refitted. Else a free two-sided basis."""
+    query, key = block.head_rows("query"), block.head_rows("key")
+    if rank == block.head_dim:
+        pairs = block.attention.rope_index if block.rotary else None
+        return QueryKeyFactors(query, key, pairs, 0.0)
+    per_group = block.heads // block.kv_heads
+    if not block.rotary:
+        query_map, key_map = two_sided_basis(moments.query, moments.key, rank)
+        error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
+        return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
+    pairs, errors = eliminate_pairs(moments.key, moments.query, rank // 2)
+    query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
+    kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
+    total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
+    error = float((errors.sum() / total.sum()).clamp_min(0).sqrt())
+    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, error)
+
+
+# value and output
+
+
+def observe_output(
+    block: Block, stream: Stream, targets: Stream, weights: list[Tensor] | None, arguments: dict[str, Any]
+) -> LinearMoments:
+    """Moments of the output projection's input, with what is missing from the stream to the dense sum as the target."""
+    device = block.output.weight.device
+    total = LinearMomentSum(ones=block.output.bias is not None)
+    with inputs_of(block.output) as heads:
+        for index, (batch, target) in enumerate(zip(stream, targets, strict=True)):
+            hidden = batch.to(device)
+            block.attend(block.attention_input(hidden), arguments)
+            weight = None if weights is None else weights[index].to(device)
+            total.add(heads.pop(), target.to(device) - hidden, weight)
+    return total.value()
+
+
+def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> ValueOutputFactors:
+    """The value basis of each group from the refitted output, then one joint refit of the output over all heads."""
+    value, dense = block.head_rows("value"), block.input_outputs(block.output)
+    per_group, size = block.heads // block.kv_heads, block.head_dim
+    if rank < size:
+        best = centred_refit(moments, dense, moments.ridge(config.output_ridge))
+        grams = (
+            moments.gram[: moments.width, : moments.width].unflatten(0, (block.heads, size)).unflatten(2, (-1, size))
+        )
+        own = torch.stack([grams[head, :, head] for head in range(block.heads)])  # (heads, head_dim, head_dim)
+        groups = own.unflatten(0, (-1, per_group)).sum(1)
+        rows = best[: moments.width].unflatten(0, (block.kv_heads, per_group, size))
+        bases = torch.stack(
+            [value_basis(g, r.transpose(0, 1).flatten(1), rank) for g, r in zip(groups, rows, strict=True)]
+        )
+        value = bases.mT @ value
+        inverse = block_diagonal(torch.linalg.pinv(bases).mT, per_group, ones=moments.ones)
+        moments, dense = moments.mapped(block_diagonal(bases, per_group, ones=moments.ones)), inverse.T @ dense
+    output = centred_refit(moments, dense, moments.ridge(config.output_ridge))
+    return ValueOutputFactors(value, output, moments.relative_error(output))
+
+
+# mlp
+
+
+def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Tensor] | None) -> LinearMoments:
+    """Moments of the down projection's input, with what is missing to the dense sum as the target."""
+    device = block.output.weight.device
+    total = LinearMomentSum(ones=block.down.bias is not None)
+    for index, (batch, target) in enumerate(zip(middle, targets, strict=True)):
+        stream = batch.to(device)
+        weight = None if weights is None else weights[index].to(device)
+        total.add(block.mlp_hidden(block.mlp_input(stream)), target.to(device) - stream, weight)
+    return total.value()
+
+
+def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
+    """Channels by backward elimination from the refitted W*, then down refitted for those that stay."""
+    dense, rows, ridge = block.input_outputs(block.down), block.mlp_rows(), moments.ridge(config.output_ridge)
+    if rank < moments.width:
+        hessian = add_diagonal(moments.gram, ridge)
+        best = solve(hessian, moments.cross + ridge * dense)
+        kept = eliminate(hessian, best, rank, protected=int(moments.ones))
+        rows = tuple(row[kept] for row in rows)
+        moments, dense = moments.kept(kept), dense[moments.with_constant(kept)]
+    down = centred_refit(moments, dense, ridge)
+    return MLPFactors(rows, down, moments.relative_error(down))
+
+
+def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, config: ModeGPTConfig) -> MLPFactors:
+    """`cut_mlp`, and where channels were removed gate and up refitted as well, then down once more."""
+    moments = observe_mlp(student, middle, targets.mlp, targets.mlp_weights)
+    factors = cut_mlp(student, moments, rank, config)
+    if rank == moments.width or not config.refit_iterations:
+        return factors
+    device = student.output.weight.device
+    rows = tuple(row.float() for row in factors.rows)
+    weight, bias = factors.down[:rank].float(), factors.down[rank:].float()
+    samples = _token_samples(student, middle, targets, bias)
+    refitted = refit_inputs(
+        rows, weight, samples, student.activation, ridge=config.input_ridge, iterations=config.refit_iterations
+    )
+    total = LinearMomentSum(ones=moments.ones)
+    for sample in _token_samples(student, middle, targets, bias[:0], limit=None):
+        inputs, target, weights = (x.to(device) for x in (sample.inputs, sample.target, sample.weight))
+        total.add(hidden_channels(refitted, inputs, student.activation), target, weights)
+    moments = total.value()
+    down = centred_refit(moments, factors.down, moments.ridge(config.output_ridge))
+    return MLPFactors(tuple(exact(row) for row in refitted), down, moments.relative_error(down))
+
+
+def _token_samples(
+    block: Block, middle: Stream, targets: DenseTargets, bias: Tensor, *, limit: int | None = REFIT_TOKENS
+) -> list[TokenSample]:
+    """The MLP's normalised inputs and targets, a window each, until `limit` tokens; `bias` is taken off the target."""
+    assert targets.mlp_weights is not None
+    samples, tokens = [], 0
+    augmented = getattr(block.module.get_submodule(block.layout.mlp_inputs[0]), "bias", None) is not None
+    for batch, target, weight in zip(middle, targets.mlp, targets.mlp_weights, strict=True):
+        stream = batch.to(block.output.weight.device)
+        inputs = block.mlp_input(stream).float()
+        missing = target.to(stream.device).float() - stream.float() - bias.sum(0)
+        for window in range(len(stream)):
+            if limit is not None and samples and tokens + inputs.shape[1] > limit:
+                return samples
+            seen = with_ones(inputs[window]) if augmented else inputs[window]
+            samples.append(TokenSample(*(x.to(batch.device) for x in (seen, missing[window], weight[window]))))
+            tokens += len(seen)
+    return samples
+
+
+# helpers
+
+
+def _map(stream: Stream, block: Block, function: Callable[[Tensor], Tensor]) -> Stream:
+    """`function` of every batch, computed on the block's device, kept where the stream is."""
+    device = block.output.weight.device
+    return [function(batch.to(device)).to(batch.device) for batch in stream]
+
+
+def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:
+    for batch in stream:
+        if windows <= 0:
+            return
+        yield batch[:windows]
+        windows -= len(batch)
+
+
+def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:
+    mean = sum(float(w.sum()) for w in weights) / sum(w.numel() for w in weights)
+    return [w / mean for w in weights]

@@ -1,0 +1,65 @@
+"""Seconds and peak memory of the stages of a walk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from optimum_modegpt.report import Stage
+
+SAMPLING_SECONDS = 0.02
+
+
+class StageClock:
+    """Collects `Stage`s: on an accelerator the peak of its allocator, else the sampled resident size of the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        backend = getattr(torch, device.type, None)
+        self.allocator: Any = backend if hasattr(backend, "max_memory_allocated") else None
+        self.memory_kind = "device memory" if self.allocator else "sampled resident size"
+        self.stages: list[Stage] = []
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what runs inside, also when it fails."""
+        peak = self._allocator_peak() if self.allocator else _resident_peak()
+        start = time.perf_counter()
+        with peak as measured:
+            yield
+        self.stages.append(Stage(name, time.perf_counter() - start, max(measured)))
+
+    @contextmanager
+    def _allocator_peak(self) -> Iterator[list[int]]:
+        measured = [0]
+        self.allocator.reset_peak_memory_stats(self.device)
+        try:
+            yield measured
+        finally:
+            self.allocator.synchronize(self.device)
+            measured.append(self.allocator.max_memory_allocated(self.device))
+
+
+@contextmanager
+def _resident_peak() -> Iterator[list[int]]:
+    process, done = psutil.Process(), threading.Event()
+    measured = [process.memory_info().rss]
+
+    def sample() -> None:
+        while not done.wait(SAMPLING_SECONDS):
+            measured.append(process.memory_info().rss)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield measured
+    finally:
+        done.set()
+        thread.join()
+        measured[:] = [max(measured)]
