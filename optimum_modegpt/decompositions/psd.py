@@ -27,8 +27,9 @@ def exact(x: Tensor) -> Tensor:
 
 
 def mean_diagonal(moment: Tensor) -> Tensor:
-    """Mean of the diagonal of the last two axes, at least the smallest normal number: a zero moment can be damped."""
-    return moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny)
+    """Mean of the diagonal of the last two axes, never zero: a damped zero moment has an inverse that is finite."""
+    # The root of the smallest normal number: fractions of it, and their reciprocals, keep their full precision.
+    return moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny ** 0.5)
 
 
 def add_diagonal(moment: Tensor, value: Tensor | float) -> Tensor:

@@ -1,0 +1,220 @@
+"""The MLP's channels: ridge leverage and Nyström refit of the paper, backward elimination."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from laws import MOMENTS, difference, eye, linear_moments, moment, normal, weighted_error
+from torch import Tensor
+
+from optimum_modegpt.decompositions.least_squares import centred_refit
+from optimum_modegpt.decompositions.nystrom import eliminate, nystrom_refit, ridge_leverage, select_by_leverage
+from optimum_modegpt.decompositions.psd import damp
+from optimum_modegpt.errors import IllConditionedWarning
+
+SITUATIONS = pytest.mark.parametrize("situation", MOMENTS)
+
+
+# ------------------------------------------------------------------------------------------------------------- leverage
+
+
+@SITUATIONS
+@pytest.mark.parametrize("ridge", [1e-2, 1.0, 100.0])
+def test_leverage_lies_between_zero_and_one_and_sums_to_the_effective_dimension(situation, ridge):
+    matrix = moment(**MOMENTS[situation])
+    leverage = ridge_leverage(matrix, ridge)
+    assert leverage.min() >= -1e-12
+    assert leverage.max() <= 1
+    values, damping = torch.linalg.eigvalsh(matrix).clamp_min(0), ridge * matrix.trace() / 12
+    effective = (values / (values + damping)).nan_to_num().sum()
+    assert float(leverage.sum()) == pytest.approx(float(effective), rel=1e-9, abs=1e-9)
+
+
+def test_leverage_is_the_diagonal_of_the_formula():
+    matrix, ridge = moment(), 0.3
+    damping = ridge * matrix.trace() / 12
+    direct = (matrix @ torch.linalg.inv(matrix + damping * eye(12))).diagonal()
+    assert difference(ridge_leverage(matrix, ridge), direct) < 1e-12
+
+
+def test_loud_channels_are_kept_in_order_and_silent_ones_are_not():
+    inputs = normal(40, 6) * torch.tensor([0.0, 3.0, 0.1, 2.0, 0.0, 1.0])
+    assert select_by_leverage(inputs.T @ inputs, 3, ridge=1e-2).tolist() == [1, 3, 5]
+    assert select_by_leverage(inputs.T @ inputs, 4, ridge=1e-2).tolist() == [1, 2, 3, 5]
+
+
+@SITUATIONS
+def test_full_rank_keeps_every_channel_and_the_weights(situation):
+    matrix, down = moment(**MOMENTS[situation]), normal(12, 3)
+    kept = select_by_leverage(matrix, 12, ridge=1e-2)
+    assert kept.tolist() == list(range(12))
+    refitted = nystrom_refit(matrix, kept, down)
+    assert refitted.isfinite().all()
+    assert weighted_error(matrix, refitted - down) <= 1e-8 * weighted_error(matrix, down)
+
+
+def test_refit_is_exact_where_pruned_channels_are_combinations_of_kept_ones():
+    inputs, kept = normal(40, 8), torch.tensor([0, 3, 4])
+    inputs[:, [1, 2, 5, 6, 7]] = inputs[:, kept] @ normal(3, 5, seed=1)
+    down = normal(8, 4, seed=2)
+    refitted = nystrom_refit(inputs.T @ inputs, kept, down)
+    assert difference(inputs[:, kept] @ refitted, inputs @ down) < 1e-6
+
+
+def test_refit_is_the_least_squares_of_the_output():
+    inputs, kept, down = normal(40, 8), torch.tensor([0, 3, 4]), normal(8, 4, seed=2)
+    best = torch.linalg.lstsq(inputs[:, kept], inputs @ down).solution
+    assert difference(nystrom_refit(inputs.T @ inputs, kept, down), best) < 1e-6
+
+
+def test_silent_channels_are_pruned_exactly():
+    inputs, down = torch.zeros(40, 8).double(), normal(8, 4, seed=2)
+    inputs[:, [1, 2, 6]] = normal(40, 3)
+    matrix = inputs.T @ inputs
+    kept = select_by_leverage(matrix, 3, ridge=1e-2)
+    assert difference(inputs[:, kept] @ nystrom_refit(matrix, kept, down), inputs @ down) < 1e-6
+
+
+def test_silent_mlp_is_cut_to_finite_weights():
+    matrix = moment(rank=0)
+    kept = select_by_leverage(matrix, 5, ridge=1e-2)
+    assert len(set(kept.tolist())) == 5
+    assert torch.equal(nystrom_refit(matrix, kept, normal(12, 3)), torch.zeros(5, 3).double())
+
+
+# ---------------------------------------------------------------------------------------------------------- elimination
+
+
+def problem(width: int = 10, out: int = 3, *, seed: int = 0, ones: bool = False) -> tuple[Tensor, Tensor]:
+    """A damped moment and the least squares it is solved by, from correlated inputs."""
+    mixing = eye(width) + 0.4 * normal(width, width, seed=seed + 1)
+    inputs = normal(60, width, seed=seed) @ mixing
+    moments = linear_moments(inputs, inputs @ normal(width, out, seed=seed + 2) + normal(60, out, seed=seed + 3) + ones)
+    if ones:
+        moments = linear_moments(inputs, inputs @ normal(width, out, seed=seed + 2) + 1, ones=True)
+    hessian = moments.gram + moments.ridge(1e-4) * eye(len(moments.gram))
+    return hessian, torch.linalg.solve(hessian, moments.cross)
+
+
+def refitted_error(hessian: Tensor, weight: Tensor, kept: list[int]) -> float:
+    """What the rows `kept` lose of the quadratic form, with their weights solved again."""
+    best = torch.zeros_like(weight)
+    best[kept] = torch.linalg.solve(hessian[kept][:, kept], (hessian @ weight)[kept])
+    return weighted_error(hessian, best - weight)
+
+
+def greedy(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 10**6) -> list[int]:
+    """Backward elimination by solving every trial from scratch, with `eliminate`'s rule for chunks."""
+    width = len(hessian) - protected
+    everything, gone = set(range(len(hessian))), set()
+    chunk = max(1, (width - rank) // rounds)
+
+    def cost(row: int) -> float:
+        return refitted_error(hessian, weight, sorted(everything - gone - {row}))
+
+    while (excess := width - len(gone) - rank) > 0:
+        candidates = sorted(set(range(width)) - gone, key=cost)[: 4 * chunk]
+        for _ in range(min(chunk, excess)):
+            gone.add(min(set(candidates) - gone, key=cost))
+    return sorted(set(range(width)) - gone)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_by_one_is_the_greedy_elimination(seed):
+    hessian, weight = problem(seed=10 * seed)
+    for rank in (7, 4, 1):
+        assert eliminate(hessian, weight, rank).tolist() == greedy(hessian, weight, rank)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chunks_are_removed_with_exact_downdates(seed):
+    hessian, weight = problem(18, seed=10 * seed)
+    assert eliminate(hessian, weight, 4, rounds=4).tolist() == greedy(hessian, weight, 4, rounds=4)
+
+
+@pytest.mark.parametrize("rounds", [3, 64])
+def test_constant_input_takes_part_but_is_never_removed(rounds):
+    hessian, weight = problem(ones=True)
+    kept = eliminate(hessian, weight, 4, protected=1, rounds=rounds).tolist()
+    assert kept == greedy(hessian, weight, 4, protected=1, rounds=rounds)
+    assert len(kept) == 4
+    assert max(kept) < 10
+
+
+def test_protected_row_counts_in_the_cost_of_the_others():
+    inputs = normal(200, 3) * torch.tensor([0.2, 1.0, 1.0])
+    inputs[:, 0] += 1  # explained by the constant but for a little
+    moments = linear_moments(inputs, inputs @ torch.ones(3, 1).double(), ones=True)
+    hessian = moments.gram + moments.ridge(1e-9) * eye(4)
+    weight = torch.linalg.solve(hessian, moments.cross)
+    assert eliminate(hessian, weight, 2, protected=1).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 64])
+def test_of_identical_channels_exactly_one_goes(rounds):
+    inputs, target = normal(80, 6).repeat(1, 2), normal(80, 3, seed=1)
+    moments = linear_moments(inputs, target)
+    hessian = moments.gram + moments.ridge(1e-6) * eye(12)
+    dense = torch.zeros(12, 3).double()
+    weight = torch.linalg.solve(hessian, moments.cross)
+    kept = eliminate(hessian, weight, 6, rounds=rounds)
+    assert sorted(index % 6 for index in kept.tolist()) == list(range(6))
+    small = moments.kept(kept)
+    before, after = (
+        m.relative_error(centred_refit(m, d, moments.ridge(1e-6))) for m, d in ((moments, dense), (small, dense[kept]))
+    )
+    assert after == pytest.approx(before, abs=1e-6)
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 64])
+def test_order_of_the_channels_does_not_matter(rounds):
+    hessian, weight = problem(16)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+    kept = eliminate(hessian[order][:, order], weight[order], 5, rounds=rounds)
+    assert sorted(order[kept].tolist()) == eliminate(hessian, weight, 5, rounds=rounds).tolist()
+
+
+@pytest.mark.parametrize("rounds", [1, 64])
+def test_dead_channels_go_first(rounds):
+    inputs = normal(80, 10)
+    inputs[:, [0, 4, 7]] = 0
+    moments, dense = linear_moments(inputs, normal(80, 3, seed=1)), normal(10, 3, seed=2)
+    hessian = moments.gram + moments.ridge(1e-4) * eye(10)
+    weight = centred_refit(moments, dense, moments.ridge(1e-4))
+    assert eliminate(hessian, weight, 7, rounds=rounds).tolist() == [1, 2, 3, 5, 6, 8, 9]
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5, 64])
+def test_chunks_do_not_change_an_easy_choice(rounds):
+    weight = normal(20, 3)
+    weight[::2] *= 1e-3
+    assert eliminate(moment(20), weight, 10, rounds=rounds).tolist() == list(range(1, 20, 2))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scale_of_moments_and_weights_does_not_matter(scale):
+    hessian, weight = problem(16)
+    expected = eliminate(hessian, weight, 5).tolist()
+    assert eliminate(scale * hessian, weight, 5).tolist() == expected
+    assert eliminate(hessian, scale * weight, 5).tolist() == expected
+
+
+@pytest.mark.parametrize("situation", MOMENTS)
+def test_any_damped_moment_gives_as_many_channels_as_asked_for(situation):
+    hessian = damp(moment(**MOMENTS[situation]), 1e-4)
+    for rank in (12, 11, 5, 1):
+        kept = eliminate(hessian, normal(12, 3), rank, rounds=3).tolist()
+        assert len(set(kept)) == rank
+        assert kept == sorted(kept)
+
+
+def test_arguments_are_left_as_they_were():
+    hessian, weight = problem()
+    copies = hessian.clone(), weight.clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IllConditionedWarning)
+        eliminate(hessian, weight, 3)
+    assert torch.equal(hessian, copies[0])
+    assert torch.equal(weight, copies[1])
