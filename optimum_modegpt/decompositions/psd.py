@@ -50,6 +50,7 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     Shapes (…, n, n) and (…, n, m).
     """
     require_finite(matrix)
+    require_finite(right)
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info.any():
         return torch.cholesky_solve(right, factor)

@@ -119,6 +119,14 @@ def test_moment_that_is_not_finite_is_an_error(function, value):
         function(matrix)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_right_side_that_is_not_finite_is_an_error(value):
+    right = normal(12, 2)
+    right[3, 1] = value
+    with pytest.raises(NumericalError, match="not finite"):
+        solve(moment(), right)
+
+
 def test_damping_is_relative_to_the_mean_diagonal_of_each_matrix():
     batch = torch.stack((eye(3), 4 * eye(3)))
     assert torch.equal(mean_diagonal(batch), torch.tensor([1.0, 4.0], dtype=torch.float64))
