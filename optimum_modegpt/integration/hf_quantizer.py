@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -12,6 +13,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
 
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
@@ -61,14 +63,17 @@ class ModeGPTHfQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        self.windows = self.quantizer.prepare(model.config, None, self._source(model))
+        # transformers builds the model on the meta device, and that would hold for token ids too.
+        with torch.device("cpu"):
+            self.windows = self.quantizer.prepare(model.config, None, self._source(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.windows is None:
             raise RuntimeError("the weights were loaded without the step that reads the calibration text.")
         self._check_placement(model)
         self._remove_traces(model)
-        return self.quantizer.compress_with(model, self.windows, source=self._source(model))
+        progress = logging.is_progress_bar_enabled()
+        return self.quantizer.compress_with(model, self.windows, source=self._source(model), progress=progress)
 
     def _source(self, model: PreTrainedModel) -> Source:
         return being_loaded() or Source.of_model(model)
