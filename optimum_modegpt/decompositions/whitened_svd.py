@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimum_modegpt.decompositions.psd import exact, roots
+from optimum_modegpt.decompositions.psd import exact, require_finite, roots
 
-SINGULAR_FLOOR = 1e-9
-"""Singular values below this fraction of the largest are directions the tokens never visit."""
+SINGULAR_FLOOR = 1e-7
+"""Singular values below this fraction of the largest are directions the tokens never visit; as roots of eigenvalues
+they are known to no more than the root of the rounding error."""
 
 
 def two_sided_basis(query: Tensor, key: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -36,11 +37,13 @@ def joint_value_output(values: Tensor, output: Tensor, rank: int) -> tuple[Tenso
     × d_model) moment C is not needed. Then S Vᵀ W_O = U'S'V'ᵀ and B = V S⁻¹ U'_k, W_V ← W_V B. With GQA `output`
     (d, m) holds the group's heads side by side, which is optimal for their sum (ours; the paper treats one head).
     """
+    require_finite(values)
     squares, right = torch.linalg.eigh(values)
     singular = squares.clamp_min(0).sqrt()
-    floor = (singular[-1] * SINGULAR_FLOOR).clamp_min(torch.finfo(singular.dtype).tiny)
+    visited = singular > singular[-1] * SINGULAR_FLOOR
+    reciprocal = torch.where(visited, singular.reciprocal(), 0.0)
     left, joint, rotation = torch.linalg.svd((right * singular).T @ output, full_matrices=False)
-    basis = (right / singular.clamp_min(floor)) @ left[:, :rank]
+    basis = (right * reciprocal) @ left[:, :rank]
     return basis, joint[:rank, None] * rotation[:rank]
 
 

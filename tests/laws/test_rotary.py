@@ -1,0 +1,223 @@
+"""Rotary pairs of query and key: which stay, and the query that makes up for the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import MOMENTS, difference, eye, moment, normal, rotary_angles, turned
+from torch import Tensor
+
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, damp
+from optimum_modegpt.decompositions.rotary import (
+    eliminate_pairs,
+    pair_indices,
+    query_refit,
+    select_coordinates,
+    select_pairs,
+)
+
+GROUPS, HEAD_DIM = 3, 12
+PAIRS = HEAD_DIM // 2
+
+
+def head_moments(seed: int = 0, situation: str = "well-posed") -> Tensor:
+    """A moment a group, (groups, d, d), their coordinates of unlike loudness."""
+    result = []
+    for group in range(GROUPS):
+        loudness = normal(HEAD_DIM, seed=seed + 100 + group).exp().diag()
+        result.append(loudness @ moment(HEAD_DIM, **MOMENTS[situation], seed=seed + group) @ loudness)
+    return torch.stack(result)
+
+
+def refit_error(curvature: Tensor, query: Tensor, mapping: Tensor, kept: Tensor) -> float:
+    """E (q − q̂)ᵀ F (q − q̂) with q̂ the mapped query on the kept coordinates: what the attention rows lose."""
+    gap = eye(len(query))
+    gap[kept] -= mapping
+    return float((curvature * (gap @ query @ gap.T)).sum())
+
+
+def complement(kept: Tensor) -> list[int]:
+    return sorted(set(range(HEAD_DIM)) - set(kept.tolist()))
+
+
+# ------------------------------------------------------------------------------------------------------------ selection
+
+
+def test_pairs_are_first_halves_then_second_halves():
+    assert pair_indices(torch.tensor([[0, 2], [1, 3]]), 8).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_loudest_pairs_of_each_group_are_kept():
+    query, key = head_moments(0), head_moments(50)
+    score = [
+        [(q[i, i] + q[i + PAIRS, i + PAIRS]) * (k[i, i] + k[i + PAIRS, i + PAIRS]) for i in range(PAIRS)]
+        for q, k in zip(query, key, strict=True)
+    ]
+    expected = [sorted(sorted(range(PAIRS), key=lambda i, row=row: -row[i])[:3]) for row in score]
+    assert select_pairs(query, key, 3).tolist() == expected
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("count", [1, 3, PAIRS])
+def test_pairs_are_valid_and_increase(count):
+    for pairs in (
+        select_pairs(head_moments(0), head_moments(50), count),
+        eliminate_pairs(head_moments(0), head_moments(50), count)[0],
+    ):
+        assert pairs.shape == (GROUPS, count)
+        assert pairs.min() >= 0
+        assert pairs.max() < PAIRS
+        assert (pairs.diff(dim=1) > 0).all()
+
+
+def test_rotation_by_position_changes_no_choice():
+    length = 20
+    query, key = (
+        (normal(GROUPS, length, HEAD_DIM, seed=seed) * normal(GROUPS, 1, HEAD_DIM, seed=seed + 1).exp())
+        for seed in (0, 5)
+    )
+    angles = rotary_angles(length, HEAD_DIM)
+    before = select_pairs(query.mT @ query, key.mT @ key, 3)
+    query, key = turned(query, angles), turned(key, angles)
+    assert difference(query.mT @ query, key.mT @ key) > 0.1
+    assert torch.equal(select_pairs(query.mT @ query, key.mT @ key, 3), before)
+
+
+def test_without_rotation_coordinates_are_chosen_alone():
+    query, key = torch.ones(1, 6).double(), torch.tensor([[5.0, 1.0, 4.0, 2.0, 6.0, 3.0]]).double()
+    assert select_coordinates(query.diag_embed(), key.diag_embed(), 3).tolist() == [[0, 2, 4]]
+    loud = torch.tensor([[1.0, 9.0, 1.0, 9.0, 1.0, 9.0]]).double()
+    assert select_coordinates(loud.diag_embed(), key.diag_embed(), 3).tolist() == [[1, 3, 5]]
+
+
+# ---------------------------------------------------------------------------------------------------------- elimination
+
+
+def explicit_error(curvature: Tensor, query: Tensor, kept: Tensor) -> float:
+    """tr(C_pp (F_pp − F_pk F_kk⁻¹ F_kp)) of the damped curvature, for kept coordinates."""
+    kept, curvature, pruned = kept.tolist(), damp(curvature, ROOT_RIDGE), complement(kept)
+    across = curvature[kept][:, pruned]
+    schur = curvature[pruned][:, pruned] - across.T @ torch.linalg.inv(curvature[kept][:, kept]) @ across
+    return float((query[pruned][:, pruned] @ schur).trace())
+
+
+@pytest.mark.parametrize("situation", ["well-posed", "singular", "scale 1e-20", "scale 1e20"])
+@pytest.mark.parametrize("count", [4, 2, 1])
+def test_elimination_is_greedy_with_the_error_of_the_formula(situation, count):
+    curvature, query = head_moments(0, situation), head_moments(50)
+    kept, errors = eliminate_pairs(curvature, query, count)
+    for group in range(GROUPS):
+        pairs = list(range(PAIRS))
+        while len(pairs) > count:
+
+            def trial(gone: int, group: int = group, pairs: list[int] = pairs) -> float:
+                left = torch.tensor([pair for pair in pairs if pair != gone])
+                return explicit_error(curvature[group], query[group], pair_indices(left, HEAD_DIM))
+
+            pairs = [pair for pair in pairs if pair != min(pairs, key=trial)]
+        assert kept[group].tolist() == pairs
+        expected = explicit_error(curvature[group], query[group], pair_indices(kept[group], HEAD_DIM))
+        assert float(errors[group]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_error_is_what_the_refitted_query_loses():
+    curvature, query = head_moments(0), head_moments(50)
+    kept, errors = eliminate_pairs(curvature, query, 3)
+    damped = damp(curvature, ROOT_RIDGE)
+    for group, mapping in enumerate(query_refit(damped, kept, ridge=1e-14)):
+        index = pair_indices(kept[group], HEAD_DIM)
+        assert refit_error(damped[group], query[group], mapping, index) == pytest.approx(float(errors[group]))
+
+
+def test_keeping_every_pair_costs_nothing_and_changes_nothing():
+    kept, errors = eliminate_pairs(head_moments(0), head_moments(50), PAIRS)
+    assert kept.tolist() == [list(range(PAIRS))] * GROUPS
+    assert torch.equal(errors, torch.zeros(GROUPS).double())
+    mapping = query_refit(head_moments(0), kept, ridge=1e-3)
+    assert torch.equal(mapping, eye(HEAD_DIM).expand(GROUPS, -1, -1))
+
+
+def test_pairs_without_curvature_are_pruned_for_nothing():
+    curvature, query = head_moments(0), head_moments(50)
+    silent = pair_indices(torch.tensor([1, 4]), HEAD_DIM)
+    curvature[1, silent], curvature[1, :, silent] = 0, 0
+    kept, errors = eliminate_pairs(curvature, query, PAIRS - 2)
+    assert kept[1].tolist() == [0, 2, 3, 5]
+    assert errors[1] < 1e-5 * (curvature[1] * query[1]).sum().abs()
+    assert errors[0] > 1e-5 * (curvature[0] * query[0]).sum().abs()
+
+
+def test_pairs_that_no_query_reads_are_pruned_for_nothing():
+    curvature, query = head_moments(0), head_moments(50)
+    silent = pair_indices(torch.tensor([0, 3]), HEAD_DIM)
+    query[2, silent], query[2, :, silent] = 0, 0
+    kept, errors = eliminate_pairs(curvature, query, PAIRS - 2)
+    assert kept[2].tolist() == [1, 2, 4, 5]
+    assert errors[2] == 0
+
+
+@pytest.mark.parametrize("situation", MOMENTS)
+def test_any_curvature_gives_pairs_and_a_finite_refit(situation):
+    curvature = head_moments(0, situation)
+    kept, errors = eliminate_pairs(curvature, head_moments(50), 2)
+    assert errors.isfinite().all()
+    assert (kept.diff(dim=1) > 0).all()
+    assert query_refit(curvature, kept, ridge=1e-3).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------- refit
+
+
+def test_refit_is_exact_where_pruned_keys_are_combinations_of_kept_ones():
+    pairs = torch.tensor([[0, 2, 5]])
+    kept = pair_indices(pairs, HEAD_DIM)[0]
+    keys, query = torch.zeros(60, HEAD_DIM).double(), normal(10, HEAD_DIM, seed=1)
+    keys[:, kept] = normal(60, 6)
+    keys[:, complement(kept)] = keys[:, kept] @ normal(6, 6, seed=2)
+    curvature = (keys.T @ keys)[None]
+    mapping = query_refit(curvature, pairs, ridge=1e-13)[0]
+    assert difference((query @ mapping.T) @ keys[:, kept].T, query @ keys.T) < 1e-10
+    assert (
+        refit_error(curvature[0], query.T @ query, mapping, kept)
+        < 1e-18 * float((curvature[0] * (query.T @ query)).sum().abs()) + 1e-9
+    )
+
+
+def test_refit_is_exact_up_to_a_constant_in_each_row():
+    pairs = torch.tensor([[1, 3, 4]])
+    kept = pair_indices(pairs, HEAD_DIM)[0]
+    keys, query = torch.zeros(60, HEAD_DIM).double(), normal(10, HEAD_DIM, seed=1)
+    keys[:, kept] = normal(60, 6)
+    # The pruned coordinates also hold a constant, which no softmax sees.
+    keys[:, complement(kept)] = keys[:, kept] @ normal(6, 6, seed=2) + normal(1, 6, seed=3)
+    centred = keys - keys.mean(0)
+    mapping = query_refit((centred.T @ centred)[None], pairs, ridge=1e-13)[0]
+    gap = (query @ mapping.T) @ keys[:, kept].T - query @ keys.T
+    assert difference(gap, gap.mean(1, keepdim=True).expand_as(gap)) < 1e-9
+    assert gap.abs().mean() > 0.1
+
+
+def test_no_other_map_of_the_query_loses_less():
+    curvature, query, pairs = head_moments(0)[:1], head_moments(50)[0], torch.tensor([[0, 3]])
+    kept, mapping = pair_indices(pairs, HEAD_DIM)[0], query_refit(curvature, pairs, ridge=1e-13)[0]
+    best = refit_error(curvature[0], query, mapping, kept)
+    for seed in range(10):
+        other = mapping + 1e-2 * normal(*mapping.shape, seed=seed)
+        assert refit_error(curvature[0], query, other, kept) > best
+    assert best < refit_error(curvature[0], query, eye(HEAD_DIM)[kept], kept)
+
+
+def test_large_ridge_leaves_the_kept_query_rows_alone():
+    curvature, pairs = head_moments(0), torch.tensor([[0, 3]] * GROUPS)
+    mapping = query_refit(curvature, pairs, ridge=1e12)
+    assert difference(mapping, eye(HEAD_DIM)[pair_indices(pairs, HEAD_DIM)]) < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scale_of_the_moments_does_not_matter(scale):
+    curvature, query = head_moments(0), head_moments(50)
+    kept, errors = eliminate_pairs(curvature, query, 3)
+    scaled_kept, scaled_errors = eliminate_pairs(scale * curvature, scale * query, 3)
+    assert torch.equal(scaled_kept, kept)
+    assert difference(scaled_errors, scale * scale * errors) < 1e-9
+    assert difference(query_refit(scale * curvature, kept, ridge=1e-3), query_refit(curvature, kept, ridge=1e-3)) < 1e-9
