@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+# What stands below a mixin: at run time a family's dense class.
 if TYPE_CHECKING:
-    # What stands below each mixin; at run time it is the dense class of the family.
-    ConfigBase, AttentionBase, ModelBase = transformers.PreTrainedConfig, nn.Module, PreTrainedModel
+    Dense = Any
 else:
-    ConfigBase = AttentionBase = ModelBase = object
+    Dense = object
 
 FORMAT_VERSION = 1
 """Version of what stands in config.json; a reader refuses a newer one."""
@@ -64,7 +64,7 @@ class Widths:
 # --------------------------------------------------------------------------------------------------- configuration
 
 
-class ModeGPTConfigMixin(ConfigBase):
+class ModeGPTConfigMixin(Dense):
     """Over a dense configuration class: native `per_layer_config` with the widths, dense sizes at the top level."""
 
     layout: ClassVar[BlockLayout]
@@ -135,7 +135,7 @@ class ModeGPTConfigMixin(ConfigBase):
 
     def _widths_of(self, index: int, limits: dict[str, int]) -> Widths:
         layer = self.per_layer_config[index]
-        sizes = [getattr(layer, name, None) for name in limits]
+        sizes: list[Any] = [getattr(layer, name, None) for name in limits]
         for (name, limit), size in zip(limits.items(), sizes, strict=True):
             if type(size) is not int or not 1 <= size <= limit:
                 raise ValueError(
@@ -162,7 +162,7 @@ _silence_per_layer_warnings()
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-class ModeGPTAttentionMixin(AttentionBase):
+class ModeGPTAttentionMixin(Dense):
     """Over a dense attention class: query/key heads and value heads have widths of their own.
 
     With rotary embeddings `rope_index` (key-value heads, qk_head_dim / 2) says which of the dense model's rotary pairs
@@ -182,11 +182,11 @@ class ModeGPTAttentionMixin(AttentionBase):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        position_embeddings: Any = None,  # (cos, sin) of the model's rotary table
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Any]:
         """As the dense class: (batch, length, d_model) to the same shape, and the attention weights where asked for."""
         shape = hidden_states.shape[:-1]
         query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
@@ -252,7 +252,7 @@ def _pad(x: Tensor, width: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- building and installing
 
 
-def adopt_attention(attention: nn.Module, attention_class: type) -> None:
+def adopt_attention(attention: Any, attention_class: type) -> None:
     """Turns a dense attention module into the compressed class at full width; it computes what it computed before."""
     head_dim, device = attention.head_dim, attention.q_proj.weight.device
     attention.__class__ = attention_class
@@ -270,13 +270,14 @@ def install_rope_index(attention: nn.Module, index: Tensor) -> None:
 def install_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
     """Replaces a projection by one of the given weight (out, in), in the dtype and on the device of the old one.
 
-    A bias is written where the old projection has one; a projection never gains a bias.
+    A bias comes with it exactly where the old projection has one: a projection never gains a bias.
     """
-    old = block.get_submodule(path)
+    old: Any = block.get_submodule(path)
+    assert (bias is None) == (old.bias is None), path
     new = empty_linear(old, weight.shape[0], weight.shape[1])
     with torch.no_grad():
         new.weight.copy_(weight)
-        if new.bias is not None:
+        if bias is not None:
             new.bias.copy_(bias)
     new.requires_grad_(old.weight.requires_grad)
     block.set_submodule(path, new)
@@ -284,7 +285,7 @@ def install_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | N
 
 def empty_linear(like: nn.Linear, out_features: int, in_features: int) -> nn.Linear:
     """An uninitialised projection of another shape, else as `like`."""
-    new = nn.utils.skip_init(
+    new: Any = nn.utils.skip_init(
         nn.Linear,
         in_features,
         out_features,
@@ -295,7 +296,7 @@ def empty_linear(like: nn.Linear, out_features: int, in_features: int) -> nn.Lin
     return new.train(like.training)
 
 
-def shrink_block(block: nn.Module, layout: BlockLayout, attention_class: type, widths: Widths) -> None:
+def shrink_block(block: Any, layout: BlockLayout, attention_class: type, widths: Widths) -> None:
     """Gives a freshly built dense block the widths of a compressed one; the values are to be loaded."""
     attention = block.get_submodule(layout.attention)
     head_dim = attention.head_dim
@@ -318,7 +319,7 @@ def shrink_block(block: nn.Module, layout: BlockLayout, attention_class: type, w
 # ----------------------------------------------------------------------------------------------------------- models
 
 
-class ModeGPTModelMixin(ModelBase):
+class ModeGPTModelMixin(Dense):
     """Over a dense model class: blocks of the configuration's widths and strict loading."""
 
     attention_class: ClassVar[type[ModeGPTAttentionMixin]]

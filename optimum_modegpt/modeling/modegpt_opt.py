@@ -27,7 +27,7 @@ class ModeGPTOPTConfig(ModeGPTConfigMixin, OPTConfig):
     )
 
 
-class ModeGPTOPTAttention(ModeGPTAttentionMixin, OPTAttention):
+class ModeGPTOPTAttention(ModeGPTAttentionMixin, OPTAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """OPT's attention with query/key and value heads of widths of their own."""
 
     output_name = "out_proj"

@@ -21,7 +21,7 @@ import optimum_modegpt
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
-# Reads jobs [{folder, auto, dtype, out, save}] and writes the outputs of each model; {trust} and {block} are filled in.
+# Reads jobs [{folder, auto, dtype, out, save}] and writes the outputs of each model.
 WORKER = """
 import json, sys
 jobs, trust = json.loads(sys.argv[1]), sys.argv[2] == "remote"
@@ -47,6 +47,8 @@ for job in jobs:
         model.save_pretrained(job["save"])
 if trust:
     assert not any(name.startswith("optimum_modegpt.") for name in sys.modules)
+    # The code of one repository must not serve the next.
+    assert "modegpt_llama" not in transformers.CONFIG_MAPPING
     from transformers import pipeline
     made = pipeline("text-generation", jobs[0]["folder"], trust_remote_code=True)("a", max_new_tokens=2)
     assert made[0]["generated_text"].startswith("a")
