@@ -172,12 +172,20 @@ def load_config(source: Source) -> Any:
     """The configuration of a model.
 
     Raises:
+        OSError: it cannot be found or reached.
         UnsupportedModel: transformers does not know it.
     """
     try:
         return AutoConfig.from_pretrained(source.path, **source.arguments())
+    except OSError as error:
+        found = (
+            "has no readable config.json"
+            if Path(source.path).is_dir()
+            else "is no folder here and could not be read from the Hub"
+        )
+        raise OSError(f"{source.name!r} {found}: {error}") from error
     except ValueError as error:
-        raise UnsupportedModel(f"{source.base_model!r} cannot be loaded: {error}") from error
+        raise UnsupportedModel(f"{source.name!r} cannot be loaded: {error}") from error
 
 
 def load_model(source: Source, dtype: str) -> Any:
@@ -192,7 +200,7 @@ def load_model(source: Source, dtype: str) -> Any:
     except ModeGPTError:
         raise
     except ValueError as error:
-        raise UnsupportedModel(f"{source.base_model!r} cannot be loaded: {error}") from error
+        raise UnsupportedModel(f"{source.name!r} cannot be loaded: {error}") from error
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,428 @@
+"""The command line: results, refusals and their exact words, and that a failed run leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import RECIPE, save_dense, save_text
+from optimum.commands.optimum_cli import main as optimum_main
+from tiny import dense, tokenizer, tokens
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, demo, perplexity
+from optimum_modegpt.calibration.data import evaluation_windows
+from optimum_modegpt.integration import cli, cli_register, commands
+from optimum_modegpt.report import Report
+
+FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, text: Path) -> Path:
+    folder = tmp_path_factory.mktemp("results") / "compressed"
+    assert cli.main(["compress", str(checkpoint), "--output", str(folder), "--dataset", str(text), *FLAGS]) == 0
+    return folder
+
+
+def command(*arguments: Any, program: tuple[str, ...] = (sys.executable, "-m", "optimum_modegpt")) -> Any:
+    """A finished process."""
+    return subprocess.run(
+        [*program, *map(str, arguments)], capture_output=True, text=True, check=False, env={**os.environ}
+    )
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """What a command that fails prints as its error."""
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    return errors[errors.index("error: ") :]
+
+
+# ------------------------------------------------------------------------------------------------------------- compress
+
+
+def test_compress_and_evaluate_in_processes_of_their_own(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    output, report = tmp_path / "out", tmp_path / "report.json"
+    done = command("compress", checkpoint, "--output", output, "--dataset", text, "--report", report, *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "report.json"}
+    names = {path.name for path in output.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "report.json"} <= names
+    assert {"tokenizer.json", "tokenizer_config.json", "modegpt_common.py", "modegpt_llama.py"} <= names
+    assert Report.load(report) == Report.load(output / "report.json")
+    assert "removed 30." in done.stdout
+    assert f"saved in {output}" in done.stdout
+    following = done.stdout.splitlines()[-1]
+    assert following == f"next: python -m optimum_modegpt evaluate {output} --reference {checkpoint}"
+    scored = command(*following.split()[4:], "--dataset", text, "--json", tmp_path / "scores.json")
+    assert scored.returncode == 0, scored.stderr
+    assert "top-1 agreement" in scored.stdout
+
+
+def test_the_command_gives_the_quantizers_model(checkpoint: Path, compressed: Path, text: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    ModeGPTQuantizer(dataset=str(text), **RECIPE).quantize_model(model, progress=False)
+    reloaded = AutoModelForCausalLM.from_pretrained(compressed)
+    with torch.no_grad():
+        assert torch.equal(reloaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_dtype_is_that_of_the_weights(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    arguments = ["compress", str(checkpoint), "--output", str(tmp_path / "out"), "--dataset", str(text), *FLAGS]
+    assert cli.main([*arguments, "--dtype", "bfloat16"]) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype is torch.bfloat16
+
+
+def test_flags_win_over_the_file_over_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.json"
+    file.write_text(json.dumps({"sparsity": 0.4, "seed": 7, "quant_method": "modegpt"}))
+    options = cli.build_parser().parse_args(
+        ["compress", "m", "--output", "o", "--config", str(file), "--sparsity", "0.2", "--round-to", "1"]
+    )
+    assert commands.configuration(options) == ModeGPTConfig(sparsity=0.2, seed=7, round_to=1)
+
+
+VALUES = {"method": "paper", "allocation": "uniform", "round_to": "16", "dataset": "c4"}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModeGPTConfig)])
+def test_every_field_is_a_flag_with_its_help(field: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = {"float": "0.5", "int": "3"}.get(str(ModeGPTConfig.__dataclass_fields__[field].type).split(" ")[0], "word")
+    flag, value = f"--{field.replace('_', '-')}", VALUES.get(field, kind)
+    options = cli.build_parser().parse_args(["compress", "m", "--output", "o", flag, value])
+    expected = ModeGPTConfig.from_dict({field: type(getattr(options, field))(value)})
+    assert commands.configuration(options) == expected
+    assert str(getattr(expected, field)) == value
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["compress", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert flag in printed
+    assert cli.field_texts()[field][:30] in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"sparsty": 0.3}', "unknown field 'sparsty' in the compression configuration. Did you mean 'sparsity'?"),
+        ('{"sparsity": 30}', "for 30 % write sparsity=0.3"),
+        ("sparsity: 0.3", "cannot be read as JSON"),
+        ("[1]", "holds a list; expected an object of fields"),
+        (None, "cannot be read as JSON"),
+    ],
+)
+def test_a_bad_file_is_refused(
+    content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "recipe.json"
+    if content is not None:
+        file.write_text(content)
+    assert message in refusal(capsys, "compress", "m", "--output", tmp_path / "o", "--config", file)
+
+
+def test_percent_is_refused_with_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "compress", "m", "--output", tmp_path / "o", "--sparsity", 30)
+    assert message == (
+        "error: sparsity must lie in [0, 1), found 30.0. Fractions, not percent: for 30.0 % write sparsity=0.3.\n"
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+def test_a_full_folder_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "note").touch()
+    message = refusal(capsys, "compress", "no-such-model", "--output", tmp_path)
+    assert message == (
+        f"error: {tmp_path} exists and is not empty; choose another --output, or replace it with --overwrite.\n"
+    )
+    message = refusal(capsys, "compress", "no-such-model", "--output", tmp_path, "--overwrite")
+    assert "has no config.json, so it does not look like a model; --overwrite will not delete it" in message
+    assert "is a file; --output needs a folder" in refusal(capsys, "compress", "m", "--output", tmp_path / "note")
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
+
+
+def test_the_model_itself_is_never_overwritten(
+    checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(capsys, "compress", checkpoint, "--output", checkpoint, "--overwrite", "--dataset", text, *FLAGS)
+    assert "is the model that is to be compressed" in message
+
+
+def test_overwrite_replaces_after_success_only(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(checkpoint, output)
+    (output / "old").touch()
+    arguments = ["compress", checkpoint, "--output", output, "--overwrite", *FLAGS]
+    assert "nowhere.txt" in refusal(capsys, *arguments, "--dataset", "nowhere.txt")
+    assert (output / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert cli.main([*map(str, arguments), "--dataset", str(text)]) == 0
+    assert not (output / "old").exists()
+    assert (output / "report.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_is_filled(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    assert cli.main(["compress", str(checkpoint), "--output", str(output), "--dataset", str(text), *FLAGS]) == 0
+    assert (output / "config.json").exists()
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refusal(
+        capsys, "compress", "no-such-model", "--output", tmp_path / "o", "--report", tmp_path / "no" / "r.json"
+    )
+    assert "does not exist" in message
+
+
+def test_interrupt_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
+    text = save_text(tmp_path / "text.txt", words=200_000)
+    place = tmp_path / "place"
+    arguments = ["compress", checkpoint, "--output", place / "out", "--dataset", text, "--num-samples", "15000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "optimum_modegpt", *map(str, arguments), "--sequence-length", "32"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    end = time.monotonic() + 120
+    while not (place.is_dir() and any(place.iterdir())) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, errors
+    assert errors.endswith("interrupted; nothing was left behind.\n")
+    assert "Traceback" not in errors
+    assert list(place.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_compressed_model_is_refused(compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["compress", compressed, "--output", tmp_path / "o"], ["estimate", compressed]):
+        assert "already compressed" in refusal(capsys, *arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)).save_pretrained(model)
+    for arguments in (["compress", model, "--output", tmp_path / "o"], ["estimate", model]):
+        message = refusal(capsys, *arguments)
+        assert "model_type 'gpt2' is not supported; known: llama, mistral, opt, qwen2" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+
+
+def test_a_name_that_cannot_be_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for verb in (["compress", "nobody/nothing", "--output", tmp_path / "o"], ["inspect", "nobody/nothing"]):
+        assert "nobody/nothing" in refusal(capsys, *verb)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="nobody/nothing"):
+        cli.main(["inspect", "nobody/nothing", "--debug"])
+
+
+def test_a_device_that_is_not_there(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "o"
+    for device in ("warp", "meta:x"):
+        message = refusal(
+            capsys, "compress", checkpoint, "--output", output, "--dataset", text, "--device", device, *FLAGS
+        )
+        assert f"--device {device} cannot be used" in message
+
+
+def test_a_broken_checkpoint_is_one_message(
+    compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(compressed, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    config["per_layer_config"]["0"]["intermediate_size"] -= 1
+    (broken / "config.json").write_text(json.dumps(config))
+    message = refusal(capsys, "evaluate", broken, "--dataset", text, "--sequence-length", 32, "--max-windows", 2)
+    assert "does not fit its configuration" in message
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_writes_what_it_prints(
+    checkpoint: Path, compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--dataset", str(text), "--sequence-length", "32", "--max-windows", "7", "--json", str(tmp_path / "s")]
+    assert cli.main(["evaluate", str(compressed), "--reference", str(checkpoint), *flags]) == 0
+    found = json.loads((tmp_path / "s").read_text())
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    windows = evaluation_windows(str(text), tokenizer(), sequence_length=32, max_windows=7).tokens
+    assert windows.flatten().tolist() == tokenizer()(text.read_text(), add_special_tokens=False).input_ids[: 7 * 32]
+    assert found["perplexity"] == pytest.approx(perplexity(model, windows).perplexity)
+    assert found["tokens"] == 7 * 31
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    reference = perplexity(AutoModelForCausalLM.from_pretrained(checkpoint), windows).perplexity
+    assert found["reference_perplexity"] == pytest.approx(reference)
+    assert found["kl"] > 0
+    assert 0 <= found["top1_agreement"] <= 1
+    printed = capsys.readouterr().out
+    assert f"{found['perplexity']:.4f}" in printed
+    assert f"{found['kl']:.4f}" in printed
+
+
+def test_evaluate_without_a_reference(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    flags = ["--dataset", str(text), "--max-windows", "2", "--json", str(tmp_path / "scores")]
+    assert cli.main(["evaluate", str(checkpoint), *flags]) == 0
+    found = json.loads((tmp_path / "scores").read_text())
+    assert found["tokens"] == 2 * 63  # the context of 64 is the default length
+    assert not {"kl", "reference_perplexity"} & found.keys()
+
+
+def test_evaluate_refuses_what_cannot_be_compared(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "longer than the model's context of 64" in refusal(
+        capsys, "evaluate", checkpoint, "--dataset", text, "--sequence-length", 65
+    )
+    dense("llama-gqa-tied").save_pretrained(tmp_path / "other")
+    other = tokenizer()
+    other.add_tokens(["<new>"])
+    other.save_pretrained(tmp_path / "other")
+    message = refusal(capsys, "evaluate", checkpoint, "--reference", tmp_path / "other", "--dataset", text)
+    assert "differ in 1 entries of their vocabularies" in message
+    small = save_dense(tmp_path / "short", max_position_embeddings=16)
+    message = refusal(capsys, "evaluate", checkpoint, "--reference", small, "--dataset", text, "--max-windows", 1)
+    assert "longer than the model's context of 16" in message
+
+
+# ------------------------------------------------------------------------------------------------- inspect and estimate
+
+
+def test_inspect_reads_no_weights(
+    compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    assert cli.main(["inspect", str(compressed), "--json", str(tmp_path / "found")]) == 0
+    found = json.loads((tmp_path / "found").read_text())
+    report = Report.load(compressed / "report.json")
+    assert found["sparsity"] == pytest.approx(report.achieved_sparsity)
+    assert found["parameters"] == report.parameters.total_after
+    printed = capsys.readouterr().out
+    assert f"removed {report.achieved_sparsity:.2%} of the block projections" in printed
+    assert "sparsity=0.3" in printed
+
+
+def test_inspect_a_dense_model(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(checkpoint)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("llama, ")
+    assert f"This is a dense model. To compress it: python -m optimum_modegpt compress {checkpoint}" in printed
+
+
+def test_estimate_needs_no_weights(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(checkpoint / "config.json", tmp_path)
+    assert cli.main(["estimate", str(tmp_path), "--json", str(tmp_path / "found"), *FLAGS]) == 0
+    assert capsys.readouterr().out.startswith("ESTIMATE")
+    found = json.loads((tmp_path / "found").read_text())
+    assert found["calibration_tokens"] == 8 * 32
+    assert found["parameters"] == sum(p.numel() for p in dense("llama-gqa-tied").parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------- optimum-cli
+
+
+def optimum_cli(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Any:
+    """The exit code of `optimum-cli` with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        optimum_main()
+    return ended.value.code
+
+
+def test_optimum_cli_is_the_same_command(
+    compressed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    assert optimum_cli(monkeypatch, "modegpt", "inspect", compressed) == 0
+    through = capsys.readouterr().out
+    assert cli.main(["inspect", str(compressed)]) == 0
+    assert through == capsys.readouterr().out
+
+
+def test_optimum_cli_hands_on_options_and_exit_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert optimum_cli(monkeypatch, "modegpt", "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: optimum-cli modegpt")
+    assert optimum_cli(monkeypatch, "modegpt", "compress", "--help") == 0
+    assert capsys.readouterr().out.startswith("usage: optimum-cli modegpt compress")
+    assert optimum_cli(monkeypatch, "modegpt", "compress", "m", "--output", tmp_path, "--sparsity", "30") == 2
+    assert "write sparsity=0.3" in capsys.readouterr().err
+
+
+def test_optimum_cli_help_stays_light() -> None:
+    code = """
+import sys
+sys.argv = ["optimum-cli", "--help"]
+from optimum.commands.optimum_cli import main
+try:
+    main()
+finally:
+    print(sorted({"torch", "transformers", "optimum_modegpt"} & sys.modules.keys()))
+"""
+    done = command("-c", code, program=(sys.executable,))
+    assert "modegpt" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_registered_file_is_the_one_of_the_package() -> None:
+    from optimum.commands.register import register_modegpt
+
+    assert Path(register_modegpt.__file__).read_text() == Path(cli_register.__file__).read_text(), (
+        "the installed copy is older than the package's: install the package again"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- demo
+
+
+@pytest.mark.skipif(not demo.MODEL_DIR.is_dir(), reason="the demo model is not here")
+def test_demo_does_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out"
+    assert cli.main(["demo", "--output", str(output), "--method", "paper"]) == 0
+    printed = capsys.readouterr().out
+    assert f"reloaded from {output}" in printed
+    assert "top-1 agreement" in printed
+    assert "compressed: " in printed
+    record = json.loads((output / "config.json").read_text())["modegpt"]
+    assert record["base_model"] == record["recipe"]["dataset"] == record["calibration"]["name"] == "demo"
+    assert str(demo.MODEL_DIR) not in (output / "config.json").read_text()
+    assert cli.main(["evaluate", str(output), "--max-windows", "2", "--json", str(tmp_path / "scores")]) == 0
+    assert json.loads((tmp_path / "scores").read_text())["text"]["name"] == demo.EVALUATION_TEXT.name
