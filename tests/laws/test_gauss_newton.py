@@ -1,0 +1,315 @@
+"""The Gauss–Newton step on the MLP's input side: exact where the problem is linear, never worse than no step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from laws import difference, normal
+from torch import Tensor, nn
+
+from optimum_modegpt.decompositions.gauss_newton import TokenSample, _Linearised, hidden_channels, refit_inputs
+
+TOKENS, D_MODEL, WIDTH = 40, 5, 4
+ACTIVATIONS = {"silu": nn.SiLU(), "relu": nn.ReLU(), "gelu": nn.GELU(), "tanh gelu": nn.GELU("tanh")}
+EVERY = pytest.mark.parametrize("activation", ACTIVATIONS.values(), ids=list(ACTIVATIONS))
+SHAPES = pytest.mark.parametrize("matrices", [1, 2], ids=["plain", "gated"])
+
+
+def identity(x: Tensor) -> Tensor:
+    return x * 1.0
+
+
+def rows_of(matrices: int, width: int = WIDTH, seed: int = 0) -> tuple[Tensor, ...]:
+    return tuple(normal(width, D_MODEL, seed=seed + 10 * i) for i in range(matrices))
+
+
+def windows(
+    rows: tuple[Tensor, ...], down: Tensor, activation, *, count: int = 8, noise: float = 0.0, seed: int = 0
+) -> list[TokenSample]:
+    """Windows whose targets another MLP of `rows` and `down` has made."""
+    result = []
+    for index in range(count):
+        inputs = normal(TOKENS, D_MODEL, seed=seed + index)
+        target = hidden_channels(rows, inputs, activation) @ down
+        target = target + noise * normal(*target.shape, seed=seed + 50 + index)
+        result.append(TokenSample(inputs, target, normal(TOKENS, seed=seed + 100 + index).exp()))
+    return result
+
+
+def error(rows, down, samples, activation) -> float:
+    """Σ w ‖target − output‖²."""
+    return sum(
+        float((s.weight[:, None] * (s.target - hidden_channels(rows, s.inputs, activation) @ down).square()).sum())
+        for s in samples
+    )
+
+
+def problem(matrices: int, activation, *, seed: int = 0) -> tuple[tuple[Tensor, ...], Tensor, list[TokenSample]]:
+    """Rows of 4 channels that are to stand in for 6, some of the way off."""
+    wide, down = rows_of(matrices, 6, seed), normal(6, D_MODEL, seed=seed + 30)
+    samples = windows(wide, down, activation, seed=seed)
+    return tuple(row[:WIDTH] for row in wide), down[:WIDTH], samples
+
+
+# ------------------------------------------------------------------------------------------------------ linear problem
+
+
+@pytest.mark.parametrize("out", [WIDTH, 7])
+def test_linear_mlp_is_solved_exactly(out):
+    wanted, down = rows_of(1, seed=3), normal(WIDTH, out, seed=1)
+    samples = windows(wanted, down, identity)
+    (refitted,) = refit_inputs(rows_of(1), down, samples, identity, ridge=1e-12, iterations=60)
+    assert difference(refitted, wanted[0]) < 1e-6
+
+
+def test_linear_mlp_is_solved_as_by_least_squares():
+    rows, down = rows_of(1), normal(WIDTH, 3, seed=1)
+    samples = windows(rows_of(1, seed=3), down, identity, count=3, noise=1.0)
+    (refitted,) = refit_inputs(rows, down, samples, identity, ridge=1e-12, iterations=80)
+    root = torch.cat([s.weight.sqrt() for s in samples])[:, None]
+    inputs, target = (root * torch.cat([getattr(s, name) for s in samples]) for name in ("inputs", "target"))
+    best = torch.linalg.lstsq(inputs, target).solution  # (d_model, 3), of which Dᵀ W covers every value
+    assert difference(refitted.T @ down, best) < 1e-6
+
+
+def test_biases_are_the_last_column_of_the_rows():
+    wanted, down = normal(WIDTH, D_MODEL + 1, seed=3), normal(WIDTH, 6, seed=1)
+    samples = []
+    for index in range(8):
+        inputs = torch.cat((normal(TOKENS, D_MODEL, seed=index), torch.ones(TOKENS, 1).double()), dim=1)
+        samples.append(TokenSample(inputs, inputs @ wanted.T @ down, torch.ones(TOKENS).double()))
+    start = wanted.clone()
+    start[:, -1] = 0
+    (refitted,) = refit_inputs((start,), down, samples, identity, ridge=1e-12, iterations=60)
+    assert difference(refitted[:, -1], wanted[:, -1]) < 1e-6
+
+
+@SHAPES
+def test_ridge_holds_the_rows_where_they_are(matrices):
+    rows, down, samples = problem(matrices, nn.SiLU())
+    moves = []
+    for ridge in (1e-3, 1.0, 1e3, 1e6):
+        moved = refit_inputs(rows, down, samples, nn.SiLU(), ridge=ridge, iterations=4)
+        moves.append(sum(float((a - b).square().sum()) for a, b in zip(moved, rows, strict=True)) ** 0.5)
+    assert moves[0] > moves[1] > moves[2] > moves[3] > 0
+    assert moves[3] < 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------- derivatives
+
+
+@SHAPES
+@EVERY
+def test_hidden_channels_follow_their_definition(activation, matrices):
+    rows, inputs = rows_of(matrices), normal(3, D_MODEL, seed=1)
+    for t, y in enumerate(inputs):
+        for k in range(WIDTH):
+            value = activation(rows[0][k] @ y) * (rows[1][k] @ y if matrices == 2 else 1.0)
+            assert hidden_channels(rows, inputs, activation)[t, k] == pytest.approx(float(value), abs=1e-12)
+
+
+@SHAPES
+@EVERY
+def test_gradient_is_that_of_finite_differences(activation, matrices):
+    rows, down, samples = problem(matrices, activation)
+    gradients = _Linearised(rows, down, samples, activation, 0.1)._gradient()
+    step = 1e-6
+    for index, gradient in enumerate(gradients):
+        for k in range(WIDTH):
+            for j in range(D_MODEL):
+                errors = []
+                for sign in (1, -1):
+                    moved = [row.clone() for row in rows]
+                    moved[index][k, j] += sign * step
+                    errors.append(error(moved, down, samples, activation))
+                slope = -(errors[0] - errors[1]) / (4 * step)  # −½ dE/dW
+                assert float(gradient[k, j]) == pytest.approx(slope, rel=1e-4, abs=1e-5 * float(gradient.abs().max()))
+
+
+@SHAPES
+@EVERY
+def test_curvature_is_that_of_the_linearised_output(activation, matrices):
+    rows, down, samples = problem(matrices, activation)
+    linearised = _Linearised(rows, down, samples, activation, 0.1)
+    direction = [normal(WIDTH, D_MODEL, seed=70 + i) for i in range(matrices)]
+    step, form = 1e-6, 0.0
+    for s in samples:
+        ahead, behind = (
+            hidden_channels([r + sign * step * d for r, d in zip(rows, direction, strict=True)], s.inputs, activation)
+            for sign in (1, -1)
+        )
+        slope = (ahead - behind) @ down / (2 * step)
+        form += float((s.weight[:, None] * slope.square()).sum())
+    form += sum(mu * float(d.square().sum()) for mu, d in zip(linearised.damping, direction, strict=True))
+    product = linearised._normal_product(direction)
+    assert sum(float((p * d).sum()) for p, d in zip(product, direction, strict=True)) == pytest.approx(form, rel=1e-5)
+
+
+@SHAPES
+def test_preconditioner_is_the_kronecker_product_of_the_damped_factors(matrices):
+    ridge, activation = 0.1, nn.SiLU()
+    rows, down, samples = problem(matrices, activation)
+    inputs, weight = torch.cat([s.inputs for s in samples]), torch.cat([s.weight for s in samples])
+    before = inputs @ rows[0].T
+    value = activation(before)
+    slope = torch.stack([torch.autograd.functional.jacobian(activation, b).diagonal() for b in before])
+    derivatives = [slope * (inputs @ rows[1].T), value] if matrices == 2 else [slope]
+    linearised = _Linearised(rows, down, samples, activation, ridge)
+    gradient = [normal(WIDTH, D_MODEL, seed=80 + i) for i in range(matrices)]
+    result = linearised._precondition(gradient)
+    right = inputs.T @ (weight[:, None] * inputs) / weight.sum()
+    for z, matrix, solved, mu in zip(derivatives, gradient, result, linearised.damping, strict=True):
+        left = (down @ down.T) * (z.T @ (weight[:, None] * z))
+        scales = left.diagonal().mean(), right.diagonal().mean()
+        assert mu == pytest.approx(float(ridge * scales[0] * scales[1]))
+        factors = [m + ridge * s * torch.eye(len(m)).double() for m, s in zip((left, right), scales, strict=True)]
+        assert difference(factors[0] @ solved @ factors[1], matrix) < 1e-9
+
+
+# ---------------------------------------------------------------------------------------------------------- acceptance
+
+
+@SHAPES
+@EVERY
+@pytest.mark.parametrize("seed", [0, 200, 400])
+def test_error_on_held_back_windows_never_rises(activation, matrices, seed):
+    rows, down, samples = problem(matrices, activation, seed=seed)
+    refitted = refit_inputs(rows, down, samples, activation, ridge=0.1, iterations=4)
+    before, after = (error(r, down, samples[:2], activation) for r in (rows, refitted))
+    assert after <= before
+    assert after < 0.95 * before  # and these problems leave something to gain
+
+
+@SHAPES
+def test_target_that_is_met_leaves_the_rows_alone(matrices):
+    rows, down = rows_of(matrices), normal(WIDTH, D_MODEL, seed=30)
+    refitted = refit_inputs(rows, down, windows(rows, down, nn.SiLU()), nn.SiLU(), ridge=0.1, iterations=4)
+    assert all(torch.equal(a, b) for a, b in zip(refitted, rows, strict=True))
+
+
+@SHAPES
+def test_iterate_that_is_best_on_held_back_windows_is_taken(matrices):
+    rows, down, samples = problem(matrices, nn.SiLU())
+    noisy = samples[:2] + [
+        TokenSample(s.inputs, s.target + 3 * normal(*s.target.shape, seed=i), s.weight)
+        for i, s in enumerate(samples[2:5])
+    ]
+    steps = list(_Linearised(rows, down, noisy[2:], nn.SiLU(), 1e-3).iterates(20))
+    errors = [error([r + d for r, d in zip(rows, step, strict=True)], down, noisy[:2], nn.SiLU()) for step in steps]
+    best = min(range(20), key=errors.__getitem__)
+    assert best < 19
+    refitted = refit_inputs(rows, down, noisy, nn.SiLU(), ridge=1e-3, iterations=20)
+    assert error(refitted, down, noisy[:2], nn.SiLU()) <= errors[best] * (1 + 1e-9)
+
+
+def test_step_that_overshoots_is_halved_until_it_helps():
+    # φ = x² from 0.1 towards an output of 1: the linear step of 4.95 lands at 25; a quarter of it at 1.8.
+    samples = [TokenSample(*(torch.ones(1, 1).double() for _ in range(2)), torch.ones(1).double())] * 6
+    (refitted,) = refit_inputs(
+        (torch.full((1, 1), 0.1).double(),), torch.ones(1, 1).double(), samples, torch.square, ridge=1e-12, iterations=1
+    )
+    assert float(refitted) == pytest.approx(0.1 + 4.95 / 4)
+
+
+def test_step_that_never_helps_is_declined():
+    rows, down, samples = problem(2, nn.SiLU())
+    output = [hidden_channels(rows, s.inputs, nn.SiLU()) @ down for s in samples]
+    # Held-back windows want the opposite of what the fitted ones ask for.
+    against = [
+        TokenSample(s.inputs, o - (s.target - o) if index < 2 else s.target, s.weight)
+        for index, (s, o) in enumerate(zip(samples, output, strict=True))
+    ]
+    refitted = refit_inputs(rows, down, against, nn.SiLU(), ridge=0.1, iterations=4)
+    assert all(torch.equal(a, b) for a, b in zip(refitted, rows, strict=True))
+
+
+@pytest.mark.parametrize(("count", "held"), [(4, 2), (15, 2), (24, 3)])
+def test_an_eighth_of_the_windows_is_held_back(count, held):
+    rows, down = rows_of(1), normal(WIDTH, D_MODEL, seed=30)
+    unmet = windows(rows_of(1, seed=3), down, identity, count=count)
+    met = windows(rows, down, identity, count=count)
+    # Where all fitted windows are met there is no step, whatever stands in those held back.
+    (same,) = refit_inputs(rows, down, [*unmet[:held], *met[held:]], identity, ridge=0.1, iterations=4)
+    assert torch.equal(same, rows[0])
+    (moved,) = refit_inputs(rows, down, [*unmet[: held + 1], *met[held + 1 :]], identity, ridge=0.1, iterations=4)
+    assert not torch.equal(moved, rows[0])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_windows_are_all_used(count):
+    rows, down, samples = problem(2, nn.SiLU())
+    refitted = refit_inputs(rows, down, samples[:count], nn.SiLU(), ridge=0.1, iterations=4)
+    assert error(refitted, down, samples[:count], nn.SiLU()) < error(rows, down, samples[:count], nn.SiLU())
+
+
+# ---------------------------------------------------------------------------------------------------------- invariance
+
+
+@SHAPES
+def test_weight_of_a_token_is_how_often_it_is_there(matrices):
+    rows, down, samples = problem(matrices, nn.SiLU())
+    times = [torch.arange(TOKENS) % 3 + 1] * len(samples)
+    weighted = [TokenSample(s.inputs, s.target, n.double()) for s, n in zip(samples, times, strict=True)]
+    repeated = [
+        TokenSample(
+            s.inputs.repeat_interleave(n, 0), s.target.repeat_interleave(n, 0), torch.ones(int(n.sum())).double()
+        )
+        for s, n in zip(samples, times, strict=True)
+    ]
+    for a, b in zip(
+        *(refit_inputs(rows, down, x, nn.SiLU(), ridge=0.1, iterations=4) for x in (weighted, repeated)), strict=True
+    ):
+        assert difference(a, b) < 1e-10
+
+
+@SHAPES
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scale_of_the_token_weights_does_not_matter(matrices, scale):
+    rows, down, samples = problem(matrices, nn.SiLU())
+    scaled = [TokenSample(s.inputs, s.target, scale * s.weight) for s in samples]
+    for a, b in zip(
+        *(refit_inputs(rows, down, x, nn.SiLU(), ridge=0.1, iterations=4) for x in (samples, scaled)), strict=True
+    ):
+        assert difference(a, b) < 1e-9
+
+
+@SHAPES
+def test_order_of_the_channels_does_not_matter(matrices):
+    rows, down, samples = problem(matrices, nn.SiLU())
+    order = torch.tensor([2, 0, 3, 1])
+    expected = refit_inputs(rows, down, samples, nn.SiLU(), ridge=0.1, iterations=4)
+    refitted = refit_inputs([row[order] for row in rows], down[order], samples, nn.SiLU(), ridge=0.1, iterations=4)
+    for a, b in zip(refitted, expected, strict=True):
+        assert difference(a, b[order]) < 1e-9
+
+
+@SHAPES
+def test_dead_channels_and_constant_inputs_do_no_harm(matrices):
+    rows, down, samples = problem(matrices, nn.SiLU())
+    down[1] = 0
+    samples = [TokenSample(s.inputs * torch.tensor([1.0, 0, 1, 1, 1]), s.target, s.weight) for s in samples]
+    refitted = refit_inputs(rows, down, samples, nn.SiLU(), ridge=0.1, iterations=4)
+    for a, b in zip(refitted, rows, strict=True):
+        assert a.isfinite().all()
+        assert difference(a[1], b[1]) < 1e-9
+        assert difference(a[:, 1], b[:, 1]) < 1e-9
+        assert difference(a, b) > 1e-3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_result_is_the_same_every_time_and_without_gradients(mode):
+    rows, down, samples = problem(2, nn.SiLU())
+    expected = refit_inputs(rows, down, samples, nn.SiLU(), ridge=0.1, iterations=4)
+    with mode():
+        once, again = (refit_inputs(rows, down, samples, nn.SiLU(), ridge=0.1, iterations=4) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+    assert all(difference(a, b) < 1e-12 for a, b in zip(once, expected, strict=True))
+
+
+def test_float32_rows_give_nearly_the_same():
+    rows, down, samples = problem(2, nn.SiLU())
+    expected = refit_inputs(rows, down, samples, nn.SiLU(), ridge=0.1, iterations=4)
+    refitted = refit_inputs([row.float() for row in rows], down.float(), samples, nn.SiLU(), ridge=0.1, iterations=4)
+    for a, b in zip(refitted, expected, strict=True):
+        assert a.dtype == torch.float32
+        assert difference(a, b) < 1e-3
