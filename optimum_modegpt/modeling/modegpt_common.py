@@ -353,7 +353,8 @@ class ModeGPTModelMixin(Dense):
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
         # Let through, so that `_loading_problems` names every tensor.
         model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-        if problems := [*_loading_problems(model, info, new_head), *_rotary_problems(model)]:
+        own_info = model.__dict__.pop("_own_loading_info", info)
+        if problems := [*_loading_problems(model, own_info, new_head), *_rotary_problems(model)]:
             more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise ValueError(
                 f"{cls.__name__}: the checkpoint does not fit its configuration; part of the model would be noise:\n  "
@@ -361,6 +362,11 @@ class ModeGPTModelMixin(Dense):
                 + f"{more}\nThe folder is incomplete or was edited; save or download it again."
             )
         return (model, info) if wants_info else model
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        # Given an adapter's folder, `from_pretrained` tells of the adapter alone, so the model's own is noted here.
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        self._own_loading_info = loading_info.to_dict()
 
 
 def _loading_problems(model: ModeGPTModelMixin, info: dict[str, Any], new_head: bool) -> Iterator[str]:

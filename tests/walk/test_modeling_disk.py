@@ -217,6 +217,7 @@ def test_configuration_survives_every_round_trip(name: str, tmp_path: Path) -> N
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert type(loaded) is type(config)
     assert loaded.widths() == config.widths()
+    assert loaded.base_model_tp_plan is None
     assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict() | {"_name_or_path": ""}
     assert type(config)(**config.to_diff_dict()).widths() == config.widths()
     assert json.loads(config.to_json_string(use_diff=False))["per_layer_config"]

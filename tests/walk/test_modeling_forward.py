@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import FAMILIES, VARIANTS, classes, compressed, dense, tokens
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_modegpt.modeling.adoption import adopt
 from optimum_modegpt.modeling.modegpt_common import Widths, adopt_attention, install_linear, install_rope_index
@@ -134,6 +135,26 @@ def test_adoption_keeps_the_object_and_what_the_caller_set(name: str) -> None:
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_adoption_in_half_precision_saves_half_precision(tmp_path: Path) -> None:
+    name = "llama-gqa-tied"
+    model_class = classes(name)["AutoModelForCausalLM"]
+    dense(name).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    for block in blocks_of(model, name):
+        adopt_attention(block.self_attn, model_class.attention_class)
+    adopt(
+        model,
+        model_class,
+        model_class.config_class.from_dense(model.config, [Widths(8, 8, 48)] * 3, {"format_version": 1}),
+    )
+    expected = model(tokens()).logits
+    assert model.dtype is model.config.dtype is expected.dtype is torch.bfloat16
+    model.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert again.dtype is torch.bfloat16
+    assert torch.equal(again(tokens()).logits, expected), "the rotary table stays in float32 on both ways"
 
 
 @FAMILY

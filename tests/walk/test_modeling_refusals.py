@@ -43,7 +43,8 @@ def edited(
     tensors: Callable[[dict[str, Tensor]], object] = lambda _: None,
 ) -> Path:
     """A copy of a model's folder whose configuration and tensors the functions have changed in place."""
-    shutil.copytree(folder, target, dirs_exist_ok=True)
+    if folder != target:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
     values = json.loads((target / "config.json").read_text())
     config(values)
     (target / "config.json").write_text(json.dumps(values))
@@ -74,6 +75,20 @@ def test_missing_tensors(name: str, originals: Callable[[str], Path], tmp_path: 
         for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
             refuse(folder, f"missing: {key}", auto)
         refuse(folder, f"missing: {key.removeprefix('model.')}", AutoModel)
+
+
+@FAMILY
+def test_missing_tensor_below_an_adapter(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    base = edited(originals(name), tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    expected = adapted(tokens()).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")(tokens()).logits, expected)
+    key = block_key(name, "self_attn.k_proj.weight")
+    edited(base, base, tensors=lambda state: state.pop(key))
+    refuse(tmp_path / "adapter", f"missing: {key}")
 
 
 @FAMILY
