@@ -37,8 +37,8 @@ class ModeGPTQuantizer:
         tokenizer: Any = None,
         *,
         device: torch.device | None = None,
-        source: Source | None = None,
         progress: bool = True,
+        **hub: Any,
     ) -> PreTrainedModel:
         """Compresses `model` in place and returns it; on any error it is left as it was.
 
@@ -46,10 +46,14 @@ class ModeGPTQuantizer:
             model: a dense causal language model, in memory.
             tokenizer: object or name; None takes the configuration's, else that of the model's name.
             device: where to compute, one block at a time; None takes the device the model is on.
-            source: where the model comes from; None takes the name it remembers.
             progress: whether to show progress bars.
+            hub: arguments of the `from_pretrained` that loaded the model (revision, token, cache_dir, subfolder, …);
+                its tokenizer is read with the same.
+
+        Raises:
+            ModeGPTError: what cannot be done, before the model is touched.
         """
-        source = source or Source.of_model(model)
+        source = Source.of_model(model, hub)
         windows = self.prepare(model.config, tokenizer, source)
         return self.compress_with(model, windows, device=device, source=source, progress=progress)
 

@@ -17,7 +17,7 @@ from transformers.utils.hub import extract_commit_hash
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, resolve_sequence_length
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.errors import CalibrationDataError
+from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
 
 DEMO = "demo"
 """The name of the embedded model, and of its text as a dataset."""
@@ -39,9 +39,17 @@ class Source:
         return cls(None if name is None else str(name), hub, arguments.get("trust_remote_code"))
 
     @classmethod
-    def of_model(cls, model: Any) -> Source:
-        """The source of a model that is loaded already: the name it remembers."""
-        return cls(model.config._name_or_path or None)
+    def of_model(cls, model: Any, hub: Mapping[str, Any] | None = None) -> Source:
+        """The source of a model that is loaded already: the name it remembers, read with `hub`.
+
+        Raises:
+            InvalidConfig: for an argument that says nothing about the Hub.
+        """
+        hub = hub or {}
+        known = {*HUB_ARGUMENTS, "trust_remote_code"}
+        if strange := sorted(hub.keys() - known):
+            raise InvalidConfig(f"unknown argument {strange[0]!r}; expected one of {', '.join(sorted(known))}.")
+        return cls.of_arguments(model.config._name_or_path or None, hub)
 
     @property
     def is_demo(self) -> bool:

@@ -33,6 +33,7 @@ from optimum_modegpt import (
     UnsupportedModel,
 )
 from optimum_modegpt.integration.auto import install_keyword
+from optimum_modegpt.integration.source import Source, default_dataset
 
 
 @pytest.fixture(scope="module")
@@ -264,6 +265,45 @@ def test_the_tokenizer_is_read_with_the_callers_arguments(
     ((name, arguments),) = asked
     assert name == str(tmp_path)
     assert {key: arguments[key] for key in given} == given
+
+
+def test_the_quantizer_reads_the_tokenizer_with_the_callers_arguments(
+    tmp_path: Path, config: ModeGPTConfig, expected: PreTrainedModel
+) -> None:
+    save_dense(tmp_path / "inner")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
+    with pytest.raises(CalibrationDataError, match="no tokenizer could be loaded"):
+        ModeGPTQuantizer(config).quantize_model(model)
+    with pytest.raises(InvalidConfig, match="unknown argument 'subfoldr'"):
+        ModeGPTQuantizer(config).quantize_model(model, subfoldr="inner")
+    ModeGPTQuantizer(config).quantize_model(model, subfolder="inner")
+    assert model.config.modegpt["achieved"] == expected.config.modegpt["achieved"]
+
+
+def test_the_record_names_the_commit_that_was_read(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name, content in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
+        file = tmp_path / "models--me--model" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+    cache = {"cache_dir": str(tmp_path)}
+    assert Source("me/model", cache).revision == commit
+    assert Source("me/model", {**cache, "revision": "other"}).revision == "other"
+    assert Source(str(tmp_path), {"revision": "other"}).revision == "other"
+
+
+def test_the_embedded_model_brings_its_own_text() -> None:
+    assert default_dataset(ModeGPTConfig(), Source("demo")).dataset == "demo"
+    assert default_dataset(ModeGPTConfig(dataset="c4"), Source("demo")).dataset == "c4"
+    assert default_dataset(ModeGPTConfig(), Source("me/model")).dataset == "wikitext2"
+
+
+def test_a_folder_is_recorded_by_its_last_part(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    assert Source(str(tmp_path)).base_model == tmp_path.name
+    assert Source("me/model").base_model == "me/model"
+    assert Source("demo").base_model == "demo"
+    assert Source(str(tmp_path / "demo")).base_model == "./demo"  # not the embedded one
 
 
 def test_ready_tokens_need_no_tokenizer(tmp_path: Path, config: ModeGPTConfig) -> None:
