@@ -19,18 +19,17 @@ def influence_targets(influences: Sequence[float], sparsity: float, *, temperatu
     Without an active cap this is the paper's L·φ_avg·softmax(−s/ε). The blocks are capped in order of influence; c
     follows from what is left for the others. Asks for `sparsity` ≤ `cap`.
     """
-    lowest = min(influences)
-    weights = [math.exp(-(influence - lowest) / temperature) for influence in influences]
-    order = sorted(range(len(weights)), key=lambda i: -weights[i])
-    for capped in range(len(order) + 1):
-        left = sparsity * len(order) - cap * capped
-        mass = sum(weights[i] for i in order[capped:])
-        scale = left / mass if mass > 0 else 0.0
-        if capped == len(order) or scale * weights[order[capped]] <= cap:
+    order = sorted(range(len(influences)), key=lambda i: influences[i])
+    for capped in range(len(order)):
+        # Relative to the largest of those left: beside a capped block all others may underflow.
+        weights = [math.exp((influences[order[capped]] - influences[i]) / temperature) for i in order[capped:]]
+        scale = (sparsity * len(order) - cap * capped) / sum(weights)
+        if scale <= cap:
             break
-    return [
-        cap if rank < capped else scale * weights[i] for rank, i in sorted(enumerate(order), key=lambda pair: pair[1])
-    ]
+    else:
+        capped, scale, weights = len(order), cap, []
+    ranked = [cap] * capped + [scale * weight for weight in weights]
+    return [target for _, target in sorted(zip(order, ranked, strict=True))]
 
 
 def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:

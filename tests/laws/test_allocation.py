@@ -1,0 +1,376 @@
+"""Where how much is removed: targets from influences, widths from targets, widths from measured curves."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+
+from optimum_modegpt.allocation.plan import (
+    PartSize,
+    head_step,
+    largest_sparsity,
+    mlp_step,
+    part_size,
+    plan_sparsity,
+    total_weights,
+)
+from optimum_modegpt.allocation.sensitivity import interpolate, lower_hull, plan_from_curves
+from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
+
+INFLUENCES = {
+    "falling": [0.9, 0.5, 0.3, 0.2, 0.1],
+    "equal": [0.3] * 5,
+    "one block stands out": [0.01, 1.4, 1.5, 1.5, 1.6],
+    "two extremes": [0.0, 0.0, 2.0, 2.0],
+    "one block": [0.4],
+}
+EVERY = pytest.mark.parametrize("influences", INFLUENCES.values(), ids=list(INFLUENCES))
+TEMPERATURES = pytest.mark.parametrize("temperature", [1e-3, 0.1, 1.0, 100.0])
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+@EVERY
+@TEMPERATURES
+@pytest.mark.parametrize("cap", [0.95, 0.6])
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.6])
+def test_mean_is_the_sparsity_and_no_block_exceeds_the_cap(influences, temperature, cap, sparsity):
+    targets = influence_targets(influences, sparsity, temperature=temperature, cap=cap)
+    assert sum(targets) / len(targets) == pytest.approx(sparsity, abs=1e-12)
+    assert max(targets) <= cap * (1 + 1e-12)
+    assert min(targets) >= 0
+    for (a, first), (b, second) in itertools.combinations(zip(influences, targets, strict=True), 2):
+        assert first >= second - 1e-12 or a > b  # the less influential block loses more
+        assert first <= second + 1e-12 or a < b
+
+
+@TEMPERATURES
+def test_without_the_cap_it_is_the_papers_softmax(temperature):
+    influences = INFLUENCES["falling"]
+    targets = influence_targets(influences, 0.1, temperature=temperature, cap=1.0)
+    lowest = min(influences)
+    weights = [math.exp(-(influence - lowest) / temperature) for influence in influences]
+    assert targets == pytest.approx([5 * 0.1 * weight / sum(weights) for weight in weights])
+
+
+@EVERY
+@TEMPERATURES
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+def test_targets_are_the_optimum_under_the_cap(influences, temperature, sparsity):
+    """max −Σ s φ + ε H(φ) under Σ φ = const, φ ≤ cap: s_i + ε log φ_i is one level, and no higher where capped."""
+    cap = 0.7
+    targets = influence_targets(influences, sparsity, temperature=temperature, cap=cap)
+    level = [
+        (s + temperature * math.log(target), target >= cap * (1 - 1e-12))
+        for s, target in zip(influences, targets, strict=True)
+        if target > 1e-300
+    ]
+    free = [value for value, capped in level if not capped]
+    assert max(free, default=0) - min(free, default=0) < 1e-9
+    if free:
+        assert all(value <= free[0] + 1e-9 for value, capped in level if capped)
+
+
+def test_equal_influences_give_equal_targets():
+    assert influence_targets([0.3] * 4, 0.25, temperature=0.01, cap=0.9) == pytest.approx([0.25] * 4)
+    assert uniform_targets(4, 0.25) == [0.25] * 4
+
+
+def test_cold_softmax_fills_block_after_block():
+    assert influence_targets([0.1, 0.9, 0.5], 0.5, temperature=1e-3, cap=0.8) == pytest.approx([0.8, 0, 0.7])
+
+
+def test_cold_softmax_spares_no_block_that_is_needed():
+    assert influence_targets([0.0, 1.0, 2.0], 0.5, temperature=1e-4, cap=0.9) == pytest.approx([0.9, 0.6, 0])
+    assert influence_targets([0.0, 1.0, 1.0], 0.5, temperature=1e-4, cap=0.9) == pytest.approx([0.9, 0.3, 0.3])
+
+
+def test_hot_softmax_is_uniform():
+    assert influence_targets([0.1, 0.9, 0.5], 0.5, temperature=1e6, cap=0.8) == pytest.approx([0.5] * 3, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "round_to", "pairs", "step"),
+    [
+        (128, "auto", True, 8),
+        (64, "auto", False, 8),
+        (32, "auto", True, 8),
+        (30, "auto", True, 2),
+        (30, "auto", False, 1),
+        (64, 1, True, 2),
+        (64, 1, False, 1),
+        (64, 16, True, 16),
+        (64, 3, True, 6),
+        (64, 3, False, 3),
+    ],
+)
+def test_grid_of_a_head(head_dim, round_to, pairs, step):
+    assert head_step(head_dim, round_to, pairs=pairs) == step
+
+
+@pytest.mark.parametrize(
+    ("width", "round_to", "step"),
+    [
+        (14336, "auto", 128),
+        (3200, "auto", 128),
+        (3199, "auto", 64),
+        (1600, "auto", 64),
+        (1599, "auto", 32),
+        (800, "auto", 32),
+        (799, "auto", 16),
+        (512, "auto", 16),
+        (511, "auto", 1),
+        (14336, 256, 256),
+        (48, 8, 8),
+    ],
+)
+def test_grid_of_an_mlp(width, round_to, step):
+    assert mlp_step(width, round_to) == step
+
+
+@pytest.mark.parametrize(
+    ("dense", "step", "max_sparsity", "floor"),
+    [(64, 8, 0.95, 8), (64, 8, 0.75, 16), (64, 8, 0.7, 24), (64, 1, 0.95, 4), (6, 8, 0.5, 6), (100, 1, 0.9, 10)],
+)
+def test_floor_leaves_what_the_cap_asks_for_and_lies_on_the_grid(dense, step, max_sparsity, floor):
+    size = part_size(dense, 10, step, max_sparsity)
+    assert size.floor == floor
+    assert size.weights == 10 * dense
+    assert size.widths()[0] == dense
+    assert size.widths()[-1] == floor
+    assert all(width % step == 0 for width in size.widths()[1:])
+    assert size.widths() == sorted(set(size.widths()), reverse=True)
+
+
+def test_dense_width_off_the_grid_is_still_allowed():
+    size = part_size(30, 1, 8, 0.9)
+    assert size.widths() == [30, 24, 16, 8]
+    assert [size.nearest(width) for width in (31, 28, 26, 11, -5)] == [30, 30, 24, 8, 8]
+
+
+def block_sizes(blocks: int = 3, *, step: int = 8, mlp_step: int = 16, cap: float = 0.95):
+    return [
+        {
+            "mlp": part_size(352, 3 * 128, mlp_step, cap),
+            "qk": part_size(64, 4 * 128, step, cap),
+            "vo": part_size(64, 4 * 128, step, cap),
+        }
+        for _ in range(blocks)
+    ]
+
+
+def test_sparsity_counts_the_weights_of_all_parts():
+    sizes = block_sizes(2)
+    assert total_weights(sizes) == 2 * (352 * 384 + 2 * 64 * 512)
+    plan = [{"mlp": 176, "qk": 64, "vo": 64}, {"mlp": 352, "qk": 32, "vo": 64}]
+    assert plan_sparsity(plan, sizes) == pytest.approx((176 * 384 + 32 * 512) / total_weights(sizes))
+
+
+def test_largest_sparsity_is_that_of_the_floors():
+    sizes = block_sizes(2)
+    floors = 2 * (32 * 384 + 2 * 8 * 512)  # 17.6 and 3.2 rounded up to the grid
+    assert largest_sparsity(sizes) == pytest.approx(1 - floors / total_weights(sizes))
+    assert largest_sparsity(block_sizes(2, cap=0.5)) == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------- widths from targets
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.2, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize(("step", "mlp_step"), [(8, 16), (2, 1), (16, 64)])
+@pytest.mark.parametrize("temperature", [0.3, None])
+def test_total_is_met_within_half_a_step(sparsity, step, mlp_step, temperature):
+    sizes, blocks = block_sizes(5, step=step, mlp_step=mlp_step), 5
+    targets = uniform_targets(blocks, sparsity)
+    if temperature:
+        targets = influence_targets(INFLUENCES["falling"], sparsity, temperature=temperature, cap=0.8)
+    plan = plan_from_targets(targets, sizes)
+    half = max(size.step * size.weights_per_unit for block in sizes for size in block.values()) / 2
+    assert abs(plan_sparsity(plan, sizes) - sparsity) <= half / total_weights(sizes) + 1e-12
+    _check_widths(plan, sizes)
+    if sparsity == 0:
+        assert all(
+            ranks[part] == size.dense for ranks, block in zip(plan, sizes, strict=True) for part, size in block.items()
+        )
+
+
+def test_parts_of_a_block_get_its_target():
+    plan = plan_from_targets([0.25, 0.5], block_sizes(2, step=1, mlp_step=1))
+    assert plan == [{"qk": 48, "vo": 48, "mlp": 264}, {"qk": 32, "vo": 32, "mlp": 176}]
+
+
+def test_mlp_takes_what_the_heads_cannot():
+    sizes = [{"mlp": PartSize(100, 10, 1, 1), "qk": PartSize(10, 10, 10, 10), "vo": PartSize(10, 10, 10, 10)}]
+    assert plan_from_targets([0.25], sizes) == [{"qk": 10, "vo": 10, "mlp": 70}]
+
+
+def test_what_a_block_could_not_meet_is_carried_on():
+    stiff = {part: PartSize(10, 10, 10, 10) for part in ("mlp", "qk", "vo")}
+    soft = {"mlp": PartSize(100, 10, 1, 1), "qk": PartSize(10, 10, 10, 10), "vo": PartSize(10, 10, 10, 10)}
+    assert plan_from_targets([0.5, 0.25], [stiff, soft])[1]["mlp"] == 100 - 15 - 30
+
+
+# -------------------------------------------------------------------------------------------------- widths from curves
+
+
+CURVES = {
+    "convex": [(0.25, 0.1), (0.5, 0.4), (0.75, 1.6)],
+    "concave": [(0.25, 1.0), (0.5, 1.5), (0.75, 1.6)],
+    "falls again": [(0.25, 0.2), (0.5, 0.1), (0.75, 0.9)],
+    "flat": [(0.25, 0.0), (0.75, 0.0)],
+    "negative noise": [(0.1, -0.01), (0.5, 0.3)],
+    "unsorted, twice the same": [(0.75, 1.0), (0.25, 0.2), (0.25, 0.3)],
+    "nothing measured": [],
+}
+
+
+@pytest.mark.parametrize("curve", CURVES.values(), ids=list(CURVES))
+def test_hull_starts_at_zero_is_convex_and_below_the_curve_made_monotone(curve):
+    hull = lower_hull(curve)
+    assert hull[0] == (0.0, 0.0)
+    slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(hull)]
+    assert slopes == sorted(slopes)
+    assert all(slope >= 0 for slope in slopes)
+    for sparsity, _ in curve:
+        highest = max(max(d for s, d in curve if s <= sparsity), 0)
+        assert interpolate(hull, sparsity) <= highest + 1e-12
+    if curve:  # and it is the largest such: its corners lie on that curve
+        for sparsity, divergence in hull[1:]:
+            at = [d for s, d in curve if s == sparsity]
+            assert divergence in {max(d, 0, *(e for t, e in curve if t < sparsity)) for d in at}
+            assert divergence == max(min(at), 0, *(e for t, e in curve if t < sparsity))
+
+
+def test_hull_of_a_convex_curve_is_the_curve():
+    assert lower_hull(CURVES["convex"]) == [(0.0, 0.0), *CURVES["convex"]]
+    assert lower_hull(CURVES["concave"]) == [(0.0, 0.0), (0.75, 1.6)]
+
+
+def test_between_points_the_hull_is_straight_and_beyond_the_last_it_goes_on():
+    hull = lower_hull(CURVES["convex"])
+    for sparsity, expected in [(0, 0), (0.125, 0.05), (0.25, 0.1), (0.625, 1.0), (0.75, 1.6), (1.0, 2.8)]:
+        assert interpolate(hull, sparsity) == pytest.approx(expected)
+    assert interpolate([(0.0, 0.0)], 0.5) == 0
+
+
+def cost(plan, curves, sizes) -> float:
+    return sum(
+        interpolate(lower_hull(curve), 1 - plan[block][part] / sizes[block][part].dense)
+        for (block, part), curve in curves.items()
+    )
+
+
+def every_plan(sizes):
+    keys = [(block, part) for block, parts in enumerate(sizes) for part in parts]
+    for widths in itertools.product(*(sizes[block][part].widths() for block, part in keys)):
+        plan = [{} for _ in sizes]
+        for (block, part), width in zip(keys, widths, strict=True):
+            plan[block][part] = width
+        yield plan
+
+
+def random_curve(random_numbers: random.Random) -> list[tuple[float, float]]:
+    power, factor = random_numbers.uniform(1, 4), random_numbers.expovariate(1)
+    return [(s, factor * s**power) for s in (0.15, 0.3, 0.45, 0.6, 0.75, 0.95)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.8])
+def test_no_other_plan_removes_as_much_for_less(seed, sparsity):
+    random_numbers = random.Random(seed)
+    sizes = [{part: PartSize(8, 5, 2, 2) for part in ("mlp", "qk", "vo")} for _ in range(2)]
+    curves = {(block, part): random_curve(random_numbers) for block in range(2) for part in sizes[0]}
+    plan = plan_from_curves(curves, sizes, sparsity)
+    removed = plan_sparsity(plan, sizes)
+    assert abs(removed - sparsity) <= 10 / total_weights(sizes) / 2 + 1e-12 or removed == largest_sparsity(sizes)
+    cheapest = min(
+        cost(other, curves, sizes) for other in every_plan(sizes) if plan_sparsity(other, sizes) >= removed - 1e-12
+    )
+    assert cost(plan, curves, sizes) == pytest.approx(cheapest)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("sparsity", [0.2, 0.45, 0.7])
+def test_unlike_parts_end_within_one_step_of_the_cheapest_plan(seed, sparsity):
+    random_numbers = random.Random(seed)
+    sizes = [{"mlp": PartSize(24, 3, 2, 2), "qk": PartSize(8, 4, 2, 2), "vo": PartSize(8, 4, 1, 1)} for _ in range(1)]
+    sizes += [{"mlp": PartSize(12, 6, 2, 2), "qk": PartSize(8, 4, 2, 2), "vo": PartSize(8, 4, 4, 4)}]
+    curves = {(block, part): random_curve(random_numbers) for block in range(2) for part in sizes[0]}
+    plan = plan_from_curves(curves, sizes, sparsity)
+    removed, found = plan_sparsity(plan, sizes), cost(plan, curves, sizes)
+    cheapest = min(cost(p, curves, sizes) for p in every_plan(sizes) if plan_sparsity(p, sizes) >= removed - 1e-12)
+    steps = (
+        cost([{**b, **({part: width} if i == block else {})} for i, b in enumerate(plan)], curves, sizes) - found
+        for block, parts in enumerate(sizes)
+        for part, size in parts.items()
+        for width in size.widths()
+        if plan[block][part] - size.step <= width < plan[block][part]
+    )
+    assert found <= cheapest + max(steps, default=0.0) + 1e-12
+    _check_widths(plan, sizes)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.2, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("blocks", [2, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_target_is_met_on_a_grid_of_kernels(sparsity, blocks, seed):
+    random_numbers, sizes = random.Random(seed), block_sizes(blocks)
+    curves = {(block, part): random_curve(random_numbers) for block in range(blocks) for part in sizes[0]}
+    plan = plan_from_curves(curves, sizes, sparsity)
+    finest = 8 * 512 / total_weights(sizes)
+    assert abs(plan_sparsity(plan, sizes) - sparsity) <= max(finest / 2 if blocks == 2 else 0, 0.005)
+    _check_widths(plan, sizes)
+
+
+@pytest.mark.parametrize("curve", CURVES.values(), ids=list(CURVES))
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
+def test_any_curve_gives_a_plan_that_meets_the_target(curve, sparsity):
+    sizes = block_sizes(6, step=1, mlp_step=1)
+    curves = {(block, part): curve for block in range(6) for part in sizes[0]}
+    plan = plan_from_curves(curves, sizes, sparsity)
+    assert plan_sparsity(plan, sizes) == pytest.approx(sparsity, abs=0.001)
+    _check_widths(plan, sizes)
+
+
+def test_equal_parts_are_cut_evenly():
+    sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")} for _ in range(4)]
+    curves = {(block, part): [(0.9, 1.0)] for block in range(4) for part in sizes[0]}
+    plan = plan_from_curves(curves, sizes, 0.5)
+    assert {width for ranks in plan for width in ranks.values()} == {5}
+
+
+def test_nothing_to_remove_leaves_every_part_dense():
+    sizes = block_sizes(2)
+    curves = {(block, part): CURVES["flat"] for block in range(2) for part in sizes[0]}
+    plan = plan_from_curves(curves, sizes, 0.0)
+    assert plan == [{part: size.dense for part, size in block.items()} for block in sizes]
+    assert plan_sparsity(plan, sizes) == 0
+
+
+def test_more_than_the_floors_allow_ends_at_the_floors():
+    sizes = block_sizes(2, cap=0.5)
+    curves = {(block, part): CURVES["convex"] for block in range(2) for part in sizes[0]}
+    plan = plan_from_curves(curves, sizes, 0.8)
+    assert plan_sparsity(plan, sizes) == largest_sparsity(sizes)
+    _check_widths(plan, sizes)
+
+
+def test_cheap_part_is_cut_and_dear_one_is_kept():
+    sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")}]
+    curves = {(0, "mlp"): [(0.9, 9.0)], (0, "qk"): [(0.9, 0.01)], (0, "vo"): [(0.9, 1.0)]}
+    assert plan_from_curves(curves, sizes, 0.4) == [{"mlp": 10, "qk": 1, "vo": 7}]
+
+
+def _check_widths(plan, sizes):
+    for ranks, block in zip(plan, sizes, strict=True):
+        assert set(ranks) == set(block)
+        for part, size in block.items():
+            assert ranks[part] in size.widths()
+            assert type(ranks[part]) is int
