@@ -260,7 +260,9 @@ def cut_blocks(
         bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()})
     final_norm = copy.deepcopy(walk.architecture.final_norm)
     if walk.config.method == "default" and final_norm is not None and compressed is not dense:
-        residual_matched.match_norm(final_norm, dense, compressed)
+        final_norm = final_norm.to(walk.device)
+        head, dense_norm = walk.architecture.head(walk.device), copy.deepcopy(final_norm)
+        residual_matched.match_output(final_norm, head, dense, compressed, dense_norm)
     return modules, final_norm, errors
 
 

@@ -41,6 +41,12 @@ class Architecture:
         modules = (self.final_norm, projection, self.model.get_output_embeddings())
         return nn.Sequential(*(copy.deepcopy(module).to(device) for module in modules if module is not None))
 
+    def head(self, device: torch.device) -> torch.Tensor:
+        """The map (vocabulary, d_model) from the final norm's output to the logits, in float32 on `device`."""
+        matrix = self.model.get_output_embeddings().weight.detach().to(device).float()
+        projection = self._optional(self.family.projection) if self.family.projection else None
+        return matrix if projection is None else matrix @ projection.weight.detach().to(matrix)
+
     def _optional(self, path: str) -> Any:
         parent, _, name = path.rpartition(".")
         return getattr(self.model.base_model.get_submodule(parent), name)

@@ -8,7 +8,7 @@ makes up for what earlier blocks lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +33,19 @@ from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_
 from optimum_modegpt.decompositions.nystrom import eliminate
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, solve
 from optimum_modegpt.decompositions.rotary import eliminate_pairs, pair_indices, query_refit
+from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.modeling.modegpt_common import Widths
 
 REFIT_TOKENS = 65_536
 """Most tokens that the refit of gate and up looks at."""
+
+GAIN_TOKENS, LOGITS = 8192, 2**27
+"""Most tokens, and most numbers in their distributions, that the final gain is fitted to."""
+
+FINAL_ROUNDS = 2
+"""Rounds of refitting gate and up, then down, after the last elimination."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,31 @@ def match_norm(norm: Any, dense: Stream, compressed: Stream) -> None:
         slope.add(target.to(weight.device), source.to(weight.device))
     with torch.no_grad():
         weight.mul_(slope.value().to(weight))
+
+
+def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, dense_norm: Any) -> None:
+    """The final norm: first `match_norm`, then its gain is fitted to the dense model's next-token distributions.
+
+    `head` (vocabulary, d_model) maps the norm's output to logits. As many tokens are used, spread over all windows, as
+    keep the distributions within `LOGITS` numbers.
+    """
+    match_norm(norm, dense, compressed)
+    if getattr(norm, "weight", None) is None:
+        return
+    bare, device = SlopeSum(norm).norm, head.device
+    windows = sum(len(batch) for batch in dense)
+    tokens = windows * dense[0].shape[1]
+    stride = max(1, -(-tokens // max(windows, LOGITS // len(head))), tokens // GAIN_TOKENS)
+    samples = []
+    for target, source in zip(dense, compressed, strict=True):
+        for wanted, seen in zip(target[:, ::stride].to(device), source[:, ::stride].to(device), strict=True):
+            distribution = (dense_norm(wanted).float() @ head.T).softmax(-1)
+            samples.append(SoftmaxSample(bare(seen.float()), distribution))
+    bias = getattr(norm, "bias", None)
+    gain = norm.weight.detach().float()
+    bias = torch.zeros_like(gain) if bias is None else bias.detach().float()
+    with torch.no_grad():
+        norm.weight.copy_(match_softmax(gain, bias, head, *split_sample(samples)))
 
 
 # query and key
@@ -229,54 +261,91 @@ def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Ten
 
 def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
     """Channels by backward elimination from the refitted W*, then down refitted for those that stay."""
-    dense, rows, ridge = block.input_outputs(block.down), block.mlp_rows(), moments.ridge(config.output_ridge)
-    if rank < moments.width:
-        hessian = add_diagonal(moments.gram, ridge)
-        best = solve(hessian, moments.cross + ridge * dense)
-        kept = eliminate(hessian, best, rank, protected=int(moments.ones))
-        rows = tuple(row[kept] for row in rows)
-        moments, dense = moments.kept(kept), dense[moments.with_constant(kept)]
-    down = centred_refit(moments, dense, ridge)
-    return MLPFactors(rows, down, moments.relative_error(down))
+    factors = MLPFactors(block.mlp_rows(), block.input_outputs(block.down), 0.0)
+    return _eliminate_channels(factors, moments, rank, config)
 
 
 def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, config: ModeGPTConfig) -> MLPFactors:
-    """`cut_mlp`, and where channels were removed gate and up refitted as well, then down once more."""
+    """`cut_mlp`, and where channels are removed gate and up are refitted as well.
+
+    Half of the channels go first, and the others are chosen among refitted ones; each refit of gate and up is followed
+    by one of down with the new hidden channels. Two rounds of both close the second half.
+    """
     moments = observe_mlp(student, middle, targets.mlp, targets.mlp_weights)
-    factors = cut_mlp(student, moments, rank, config)
     if rank == moments.width or not config.refit_iterations:
-        return factors
-    device = student.output.weight.device
-    rows = tuple(row.float() for row in factors.rows)
-    weight, bias = factors.down[:rank].float(), factors.down[rank:].float()
-    samples = _token_samples(student, middle, targets, bias)
-    refitted = refit_inputs(
-        rows, weight, samples, student.activation, ridge=config.input_ridge, iterations=config.refit_iterations
+        return cut_mlp(student, moments, rank, config)
+    samples = _token_samples(student, middle, targets, REFIT_TOKENS)
+    factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
+    halfway = (rank + moments.width) // 2
+    for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
+        factors = _eliminate_channels(factors, moments, width, config)
+        for _ in range(rounds):
+            factors = _refit_inputs(student, factors, samples, config)
+            moments = _hidden_moments(student, factors.rows, samples)
+            factors = _refit_down(factors, moments, config)
+    if len(samples) < sum(len(batch) for batch in middle):
+        moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets, None))
+        factors = _refit_down(factors, moments, config)
+    return factors
+
+
+def _eliminate_channels(factors: MLPFactors, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
+    """The `rank` channels that backward elimination keeps, with down refitted under one λ throughout."""
+    rows, down, ridge = factors.rows, factors.down, moments.ridge(config.output_ridge)
+    if rank < moments.width:
+        hessian = add_diagonal(moments.gram, ridge)
+        best = solve(hessian, moments.cross + ridge * down)
+        kept = eliminate(hessian, best, rank, protected=int(moments.ones))
+        rows, down = tuple(row[kept] for row in rows), down[moments.with_constant(kept)]
+        moments = moments.kept(kept)
+    down = centred_refit(moments, down, ridge)
+    return MLPFactors(rows, down, moments.relative_error(down))
+
+
+def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig) -> MLPFactors:
+    """One Gauss–Newton step on gate and up with down fixed; the output bias is taken off the target."""
+    rank = len(factors.rows[0])
+    weight, bias = factors.down[:rank].float(), factors.down[rank:].float().sum(0)
+    unbiased = [replace(sample, target=sample.target - bias.to(sample.target)) for sample in samples]
+    rows = refit_inputs(
+        tuple(row.float() for row in factors.rows),
+        weight,
+        unbiased,
+        block.activation,
+        ridge=config.input_ridge,
+        iterations=config.refit_iterations,
     )
-    total = LinearMomentSum(ones=moments.ones)
-    for sample in _token_samples(student, middle, targets, bias[:0], limit=None):
-        inputs, target, weights = (x.to(device) for x in (sample.inputs, sample.target, sample.weight))
-        total.add(hidden_channels(refitted, inputs, student.activation), target, weights)
-    moments = total.value()
+    return replace(factors, rows=tuple(exact(row) for row in rows))
+
+
+def _refit_down(factors: MLPFactors, moments: LinearMoments, config: ModeGPTConfig) -> MLPFactors:
+    """Down refitted to the present hidden channels, centred on what it is."""
     down = centred_refit(moments, factors.down, moments.ridge(config.output_ridge))
-    return MLPFactors(tuple(exact(row) for row in refitted), down, moments.relative_error(down))
+    return MLPFactors(factors.rows, down, moments.relative_error(down))
 
 
-def _token_samples(
-    block: Block, middle: Stream, targets: DenseTargets, bias: Tensor, *, limit: int | None = REFIT_TOKENS
-) -> list[TokenSample]:
-    """The MLP's normalised inputs and targets, a window each, until `limit` tokens; `bias` is taken off the target."""
+def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[TokenSample]) -> LinearMoments:
+    """Moments of the hidden channels that `rows` give, with the samples' targets."""
+    total = LinearMomentSum(ones=block.down.bias is not None)
+    rows = tuple(row.float() for row in rows)
+    for sample in samples:
+        inputs, target, weight = (x.to(rows[0].device) for x in (sample.inputs, sample.target, sample.weight))
+        total.add(hidden_channels(rows, inputs, block.activation), target, weight)
+    return total.value()
+
+
+def _token_samples(block: Block, middle: Stream, targets: DenseTargets, limit: int | None) -> list[TokenSample]:
+    """The MLP's normalised inputs and its targets, a window each, until `limit` tokens."""
     assert targets.mlp_weights is not None
     samples, tokens = [], 0
-    augmented = getattr(block.module.get_submodule(block.layout.mlp_inputs[0]), "bias", None) is not None
+    biased = block.module.get_submodule(block.layout.mlp_inputs[0]).bias is not None
     for batch, target, weight in zip(middle, targets.mlp, targets.mlp_weights, strict=True):
         stream = batch.to(block.output.weight.device)
-        inputs = block.mlp_input(stream).float()
-        missing = target.to(stream.device).float() - stream.float() - bias.sum(0)
+        inputs, missing = block.mlp_input(stream).float(), target.to(stream.device).float() - stream.float()
         for window in range(len(stream)):
             if limit is not None and samples and tokens + inputs.shape[1] > limit:
                 return samples
-            seen = with_ones(inputs[window]) if augmented else inputs[window]
+            seen = with_ones(inputs[window]) if biased else inputs[window]
             samples.append(TokenSample(*(x.to(batch.device) for x in (seen, missing[window], weight[window]))))
             tokens += len(seen)
     return samples

@@ -1,0 +1,21 @@
+"""Prints a command of the README: `demo`, the main job, or `test`, the test suite. CI runs what the README says."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def commands() -> dict[str, str]:
+    """The README's shell commands by the name in the comment before them."""
+    text = README.read_text(encoding="utf-8")
+    return {
+        name: body.strip() for name, body in re.findall(r"<!-- command: (\w+) -->\n```bash\n(.*?)```", text, re.DOTALL)
+    }
+
+
+if __name__ == "__main__":
+    print(commands()[sys.argv[1]])

@@ -1,0 +1,240 @@
+"""The whole walk on tiny random models of every family: what it keeps, what it cuts, what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+from tiny import VARIANTS, dense, tokens
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.compress import compress
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import (
+    AlreadyCompressed,
+    CalibrationDataError,
+    InvalidConfig,
+    NumericalError,
+    UnsupportedModel,
+)
+from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
+from optimum_modegpt.report import PARTS, Report
+
+WINDOWS, LENGTH = 10, 16
+RECIPES = [("default", None), ("default", "uniform"), ("paper", None), ("paper", "sensitivity")]
+
+
+def windows(count: int = WINDOWS, length: int = LENGTH) -> TokenWindows:
+    return TokenWindows(tokens(count, length, seed=7), {"name": "random tokens", "windows": count})
+
+
+def run(model: Any, **fields: Any) -> Report:
+    return compress(model, ModeGPTConfig(round_to=1, **fields), windows(), progress=False)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(tokens(3, LENGTH, seed=3)).logits
+
+
+
+@pytest.mark.parametrize("method", ["default", "paper"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
+    model = dense(name)
+    expected = logits(model)
+    report = run(model, sparsity=0.0, method=method)
+    assert report.achieved_sparsity == 0
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_thirty_percent_by_every_recipe(name: str, tmp_path: Any) -> None:
+    reference = logits(dense(name))
+    for method, allocation in RECIPES:
+        model = dense(name)
+        before = sum(p.numel() for p in model.parameters())
+        report = run(model, sparsity=0.3, method=method, allocation=allocation)
+        assert isinstance(model, ModeGPTModelMixin)
+        assert abs(report.achieved_sparsity - 0.3) <= 0.005
+        assert removed_by_hand(model, name) == pytest.approx(report.achieved_sparsity)
+        assert report.parameters.total_before == before
+        assert report.parameters.total_after == sum(p.numel() for p in model.parameters())
+        assert bool(report.sensitivities) == (
+            report.config["allocation"] == "sensitivity" or method == "default" and not allocation
+        )
+        after = logits(model)
+        assert after.isfinite().all()
+        assert not torch.allclose(after, reference, atol=1e-3)
+        model.save_pretrained(tmp_path / method)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / method)
+        assert torch.equal(logits(again), after)
+
+
+def removed_by_hand(model: Any, name: str) -> float:
+    """1 − Σ new / Σ dense over the seven (or six) projections, counted from the modules."""
+
+    def count(of: Any) -> int:
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+        return sum(m.weight.numel() for path, m in of.named_modules() if path.rpartition(".")[2] in names)
+
+    return 1 - count(model) / count(dense(name))
+
+
+def test_no_row_is_masked_and_nothing_grows() -> None:
+    before, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    run(model, sparsity=0.4)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            old = before.get_submodule(path)
+            assert module.in_features <= old.in_features
+            assert module.out_features <= old.out_features
+            assert module.weight.abs().sum(1).min() > 0
+
+
+def test_the_same_seed_gives_the_same_bytes_and_leaves_the_global_generator_alone() -> None:
+    first, second = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    state = torch.random.get_rng_state()
+    run(first, sparsity=0.3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(99)
+    run(second, sparsity=0.3)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key]), key
+
+
+def test_the_batch_size_does_not_matter() -> None:
+    one, all_at_once = dense("qwen2"), dense("qwen2")
+    run(one, sparsity=0.3, allocation="uniform", batch_size=1)
+    run(all_at_once, sparsity=0.3, allocation="uniform", batch_size=WINDOWS)
+    torch.testing.assert_close(logits(one), logits(all_at_once), rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_stays_bfloat16_and_loses_little() -> None:
+    exact, rounded = dense("llama-mqa-biases"), dense("llama-mqa-biases").to(torch.bfloat16)
+    expected = run(exact, sparsity=0.3, allocation="uniform")
+    report = run(rounded, sparsity=0.3, allocation="uniform")
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    for ours, theirs in zip(report.blocks, expected.blocks, strict=True):
+        for part in PARTS:
+            assert ours.parts[part].relative_error == pytest.approx(theirs.parts[part].relative_error, abs=0.05)
+
+
+def test_training_mode_and_frozen_parameters_are_kept() -> None:
+    model = dense("llama-mha").train()
+    model.requires_grad_(False)
+    run(model, sparsity=0.3, allocation="uniform")
+    assert model.training
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_record_and_the_report_say_what_was_done(tmp_path: Any) -> None:
+    model = dense("llama-gqa-tied")
+    report = run(model, sparsity=0.3)
+    record = model.config.modegpt
+    assert record["recipe"]["sparsity"] == 0.3
+    assert record["achieved"]["sparsity"] == report.achieved_sparsity
+    assert record["calibration"]["name"] == "random tokens"
+    for block, layer in zip(report.blocks, model.model.layers, strict=True):
+        assert set(block.parts) == set(PARTS)
+        assert block.parts["qk"].rank == layer.self_attn.qk_head_dim
+        assert block.parts["vo"].rank == layer.self_attn.v_head_dim
+        assert block.parts["mlp"].rank == layer.mlp.down_proj.in_features
+        assert all(0 <= part.relative_error < 1 for part in block.parts.values())
+    assert [stage.name for stage in report.stages] == ["embed", "allocate (sensitivity)", "decompose", "adopt"]
+    assert all(stage.peak_memory > 0 for stage in report.stages)
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == report
+    assert json.loads(json.dumps(record)) == record
+
+
+def test_a_failure_leaves_the_model_untouched() -> None:
+    model = dense("llama-gqa-tied")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(NumericalError, match="block 1"):
+        run(model, sparsity=0.3, allocation="uniform")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    for key, value in model.state_dict().items():
+        assert torch.equal(value.nan_to_num(), before[key].nan_to_num()), key
+
+
+def test_an_interrupt_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimum_modegpt.methods import residual_matched
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    model = dense("llama-gqa-tied")
+    expected = logits(model)
+    monkeypatch.setattr(residual_matched, "refit_mlp", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, sparsity=0.3, allocation="uniform")
+    assert torch.equal(logits(model), expected)
+
+
+def test_compressing_twice_is_refused() -> None:
+    model = dense("llama-gqa-tied")
+    run(model, sparsity=0.2, allocation="uniform")
+    with pytest.raises(AlreadyCompressed, match="already compressed"):
+        run(model, sparsity=0.2)
+
+
+def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+    with pytest.raises(UnsupportedModel, match="gpt2.*known: llama, mistral, opt, qwen2"):
+        run(model)
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="no language-model head"):
+        run(dense("llama-gqa-tied").base_model)
+
+
+def test_a_variant_that_computes_something_else_is_refused() -> None:
+    model = dense("llama-gqa-tied")
+    layer = type(model.model.layers[0])
+
+    class Scaled(layer):  # pyright: ignore[reportGeneralTypeIssues]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return 0.5 * super().forward(*args, **kwargs)
+
+    model.model.layers[0].__class__ = Scaled
+    with pytest.raises(UnsupportedModel, match="variant is not supported"):
+        run(model)
+
+
+def test_windows_longer_than_the_context_are_refused() -> None:
+    model = dense("llama-gqa-tied")
+    with pytest.raises(CalibrationDataError, match="65 tokens, the model's context is 64"):
+        compress(model, ModeGPTConfig(), windows(2, 65), progress=False)
+
+
+def test_a_sparsity_out_of_reach_is_refused_before_work() -> None:
+    model = dense("llama-gqa-tied")
+    with pytest.raises(InvalidConfig, match="cannot be reached"):
+        compress(model, ModeGPTConfig(sparsity=0.9, max_sparsity=0.91, round_to=7), windows(), progress=False)
+
+
+def test_coarse_widths_that_miss_the_target_are_a_warning() -> None:
+    report = compress(
+        dense("llama-gqa-tied"),
+        ModeGPTConfig(sparsity=0.07, round_to=24, allocation="uniform"),
+        windows(),
+        progress=False,
+    )
+    assert abs(report.achieved_sparsity - 0.07) > 0.005
+    assert any("round_to=24" in warning for warning in report.warnings)
+
+
+def test_few_tokens_are_a_warning_that_says_how_many_are_needed() -> None:
+    report = compress(
+        dense("llama-gqa-tied"), ModeGPTConfig(allocation="uniform", round_to=1), windows(2, 8), progress=False
+    )
+    assert any("at least 48 tokens" in warning for warning in report.warnings)
