@@ -27,10 +27,10 @@ from optimum_modegpt.integration.headers import read_headers
 from optimum_modegpt.integration.output import check_output, replacing
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.source import DEMO, Source, context_of, dataset_hub, default_dataset
-from optimum_modegpt.report import PARTS
+from optimum_modegpt.report import PARTS, Report
 
 DEMO_WINDOWS = 64
-SAMPLE_PROMPT, SAMPLE_TOKENS = 12, 48
+PROMPT_WORDS, SAMPLE_TOKENS = 8, 48
 
 
 # ------------------------------------------------------------------------------------------------------ the commands
@@ -38,19 +38,7 @@ SAMPLE_PROMPT, SAMPLE_TOKENS = 12, 48
 
 def compress(options: Namespace) -> None:
     """Compresses a model and saves it; the folder appears at the end, whole."""
-    source = _source(options)
-    config = default_dataset(configuration(options), source)
-    check_output(options.output, overwrite=options.overwrite, model=source.path)
-    _check_file(options.report)
-    quantizer = ModeGPTQuantizer(config)
-    with replacing(options.output) as folder:
-        _compress_into(folder, quantizer, source, options)
-    report = quantizer.report
-    if report is None:
-        raise RuntimeError("compression ended without a report.")
-    if options.report is not None:
-        report.save(options.report)
-    print(report.summary())
+    print(_compress_to(options.output, options).summary())
     print(f"saved in {options.output}")
     print(f"next: {options.program} evaluate {options.output} --reference {options.model}")
 
@@ -107,15 +95,12 @@ def estimate(options: Namespace) -> None:
 
 def demonstrate(options: Namespace) -> None:
     """The whole job on the embedded model: compress, save, reload, evaluate before and after, generate."""
-    if options.output is None:
-        with tempfile.TemporaryDirectory() as folder:
-            options.output = Path(folder) / "demo-compressed"
-            compress(options)
-            _compare(options)
-        print("The compressed model was in a temporary folder; keep it with --output DIR.")
-    else:
-        compress(options)
-        _compare(options)
+    with tempfile.TemporaryDirectory() as folder:
+        output = options.output or Path(folder) / "demo"
+        print(_compress_to(output, options).summary())
+        _compare(output, options)
+    where = "a temporary folder; keep it with --output DIR" if options.output is None else str(output)
+    print(f"\nThe compressed model was saved in {where}.")
 
 
 # ---------------------------------------------------------------------------------------------------------- compress
@@ -144,14 +129,20 @@ def _read_fields(path: Path | None) -> dict[str, Any]:
     return fields
 
 
-def _compress_into(folder: Path, quantizer: ModeGPTQuantizer, source: Source, options: Namespace) -> None:
+def _compress_to(output: Path, options: Namespace) -> Report:
+    source = _source(options)
+    quantizer = ModeGPTQuantizer(default_dataset(configuration(options), source))
+    check_output(output, overwrite=options.overwrite, model=source.path)
+    _check_file(options.report)
     device = pick_device(options.device)
-    windows = quantizer.prepare(load_config(source), None, source)
-    model = load_model(source, options.dtype)
-    quantizer.compress_with(model, windows, source=source, device=device)
-    if quantizer.tokenizer is None:
-        quantizer.tokenizer = source.tokenizer()
-    quantizer.save(model, folder)
+    with replacing(output) as folder:
+        windows = quantizer.prepare(load_config(source), None, source)
+        model = load_model(source, options.dtype)
+        report = quantizer.compress_with(model, windows, source=source, device=device)
+        quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
+    if options.report is not None:
+        report.save(options.report)
+    return report
 
 
 # ----------------------------------------------------------------------------------------------------------- loading
@@ -249,11 +240,11 @@ def _evaluation_text(source: Source, model_config: Any) -> Any:
     return demo.EVALUATION_TEXT if is_demo else ModeGPTConfig.dataset
 
 
-def _compare(options: Namespace) -> None:
+def _compare(folder: Path, options: Namespace) -> None:
     """Reloads what was saved, and shows it beside the dense model."""
-    dense_source, source = _source(options), Source(str(options.output))
-    tokenizer, device = source.tokenizer(), pick_device(options.device)
-    dense, small = (load_model(each, "auto").to(device) for each in (dense_source, source))
+    source, device = Source(str(folder)), pick_device(options.device)
+    tokenizer = source.tokenizer()
+    dense, small = (load_model(each, "auto").to(device) for each in (_source(options), source))
     windows = evaluation_windows(
         demo.EVALUATION_TEXT,
         tokenizer,
@@ -261,13 +252,14 @@ def _compare(options: Namespace) -> None:
         max_windows=DEMO_WINDOWS,
     )
     result = scores(small, dense, windows, None)
-    print(f"\nreloaded from {options.output}, on {result['tokens']:,} tokens of text not seen before:")
+    print(f"\nreloaded, on {result['tokens']:,} tokens of text that was not used before:")
     print(_scores_table(result))
-    prompt = windows.tokens[:1, :SAMPLE_PROMPT].to(device)
-    print(f"\nboth go on from: {tokenizer.decode(prompt[0])}")
+    opening = " ".join(demo.EVALUATION_TEXT.read_text(encoding="utf-8").split()[:PROMPT_WORDS])
+    prompt = tokenizer(opening, return_tensors="pt").input_ids.to(device)
+    print(f"\nboth go on from: {opening}")
     for name, model in (("dense", dense), ("compressed", small)):
         written = model.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
-        print(f"{name:>10}: {tokenizer.decode(written[0, SAMPLE_PROMPT:], skip_special_tokens=True)}")
+        print(f"{name:>10}: {tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)}")
 
 
 # ------------------------------------------------------------------------------------------------------------ tables

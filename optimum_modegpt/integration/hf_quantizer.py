@@ -73,7 +73,8 @@ class ModeGPTHfQuantizer(HfQuantizer):
         self._check_placement(model)
         self._remove_traces(model)
         progress = logging.is_progress_bar_enabled()
-        return self.quantizer.compress_with(model, self.windows, source=self._source(model), progress=progress)
+        self.quantizer.compress_with(model, self.windows, source=self._source(model), progress=progress)
+        return model
 
     def _source(self, model: PreTrainedModel) -> Source:
         return being_loaded() or Source.of_model(model)

@@ -55,7 +55,8 @@ class ModeGPTQuantizer:
         """
         source = Source.of_model(model, hub)
         windows = self.prepare(model.config, tokenizer, source)
-        return self.compress_with(model, windows, device=device, source=source, progress=progress)
+        self.compress_with(model, windows, device=device, source=source, progress=progress)
+        return model
 
     compress_model = quantize_model
 
@@ -73,7 +74,7 @@ class ModeGPTQuantizer:
         source: Source,
         device: torch.device | None = None,
         progress: bool = True,
-    ) -> PreTrainedModel:
+    ) -> Report:
         """Compresses `model` in place with calibration windows that `prepare` has read."""
         self.report = compress(
             model,
@@ -84,7 +85,7 @@ class ModeGPTQuantizer:
             revision=source.revision,
             progress=progress,
         )
-        return model
+        return self.report
 
     def save(self, model: PreTrainedModel, save_dir: str | Path, tokenizer: Any = None) -> None:
         """Writes weights, configuration, code files, tokenizer and `report.json`.
