@@ -83,6 +83,7 @@ def attention_block(head_dim: int, window: int | None = None) -> Any:
 
 def difference(actual: Tensor, expected: Tensor) -> float:
     """Relative difference in the Frobenius norm; absolute where nothing is expected."""
+    actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).norm() / (expected.norm() or 1.0))
 
 
