@@ -3,7 +3,8 @@
     python -m optimum_modegpt.demo.train --output DIR
 
 writes `DIR/model`, `DIR/calibration.txt` and `DIR/evaluation.txt`, the very files that lie beside this script.
-One processor core is enough; the loss is the ordinary one, the matrices are optimised with Muon, the rest with AdamW.
+A quarter of an hour on one processor core is enough: the matrices are optimised with Muon, the rest with AdamW. The
+texts and the tokenizer come out the same to the byte, the weights up to the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
 
 
 def new_model() -> LlamaForCausalLM:
-    """The untrained model: half a million parameters, three quarters of them in the blocks' projections."""
+    """The untrained model: 0.6 million parameters, five sixths of them in the projections of the blocks."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -135,7 +136,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Train the demo model of optimum_modegpt on text of our own making.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its two texts")
-    parser.add_argument("--steps", type=int, default=5500, help="steps of 2,048 tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2400, help="steps of 2,048 tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order (default: %(default)s)")
     return parser.parse_args()
 
