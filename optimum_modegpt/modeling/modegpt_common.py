@@ -197,7 +197,7 @@ class ModeGPTAttentionMixin(Dense):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
-        if width := self.kernel_width(implementation or "", paged="cache" in kwargs):
+        if width := self.kernel_width(implementation or "", query.shape[2], paged="cache" in kwargs):
             query, key, value = (_pad(x, width) for x in (query, key, value))
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attn_output, attn_weights = attention_interface(
@@ -215,15 +215,17 @@ class ModeGPTAttentionMixin(Dense):
         attn_output = attn_output[..., : self.v_head_dim].reshape(*shape, -1).contiguous()
         return getattr(self, self.output_name)(attn_output), attn_weights
 
-    def kernel_width(self, implementation: str, paged: bool) -> int | None:
+    def kernel_width(self, implementation: str, queries: int, paged: bool) -> int | None:
         """The head dim that query, key and value are padded to, None where widths may differ.
 
         Zero columns change no product. A paged cache has one width for all blocks, that of the dense model; flash
-        kernels take one width for the three.
+        kernels take one width for the three, and so do the fast paths of sdpa. A single query against a cache is
+        cheap on any path, so nothing of the cache is copied for it.
         """
         if paged:
             return self.head_dim
-        return max(self.qk_head_dim, self.v_head_dim) if "flash" in implementation else None
+        one_width = "flash" in implementation or (implementation == "sdpa" and queries > 1)
+        return max(self.qk_head_dim, self.v_head_dim) if one_width else None
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary embedding of the kept pairs; query (batch, heads, length, qk), key (batch, kv_heads, length, qk)."""
@@ -246,7 +248,7 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _pad(x: Tensor, width: int) -> Tensor:
-    return nn.functional.pad(x, (0, width - x.shape[-1]))
+    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 # ------------------------------------------------------------------------------------------- building and installing
