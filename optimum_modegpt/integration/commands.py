@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -30,7 +31,7 @@ from optimum_modegpt.integration.source import DEMO, Source, context_of, dataset
 from optimum_modegpt.report import PARTS, Report
 
 DEMO_WINDOWS = 64
-PROMPT_WORDS, SAMPLE_TOKENS = 8, 48
+PROMPT_WORDS, SAMPLE_TOKENS = 12, 48
 
 
 # ------------------------------------------------------------------------------------------------------ the commands
@@ -254,7 +255,7 @@ def _compare(folder: Path, options: Namespace) -> None:
     result = scores(small, dense, windows, None)
     print(f"\nreloaded, on {result['tokens']:,} tokens of text that was not used before:")
     print(_scores_table(result))
-    opening = " ".join(demo.EVALUATION_TEXT.read_text(encoding="utf-8").split()[:PROMPT_WORDS])
+    opening = "".join(re.findall(r"\s*\S+", demo.EVALUATION_TEXT.read_text(encoding="utf-8"))[:PROMPT_WORDS])
     prompt = tokenizer(opening, return_tensors="pt").input_ids.to(device)
     print(f"\nboth go on from: {opening}")
     for name, model in (("dense", dense), ("compressed", small)):
