@@ -413,7 +413,6 @@ def test_the_registered_file_is_the_one_of_the_package() -> None:
 # ----------------------------------------------------------------------------------------------------------------- demo
 
 
-@pytest.mark.skipif(not demo.MODEL_DIR.is_dir(), reason="the demo model is not here")
 def test_demo_does_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "out"
     assert cli.main(["demo", "--output", str(output), "--method", "paper"]) == 0
