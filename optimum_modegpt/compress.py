@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import os
 import warnings
@@ -88,6 +89,7 @@ def compress(
     config: ModeGPTConfig,
     calibration: TokenWindows,
     *,
+    plan: Plan | None = None,
     device: torch.device | None = None,
     base_model: str | None = None,
     revision: str | None = None,
@@ -99,6 +101,7 @@ def compress(
         model: a dense causal language model of a known family, with its weights in memory.
         config: what to do.
         calibration: token windows of the model's own vocabulary.
+        plan: kept widths by block and part, in place of the configuration's sparsity and allocation.
         device: where to compute, one block at a time; `None` computes where the model is.
         base_model, revision: where the model came from, for the record; `None` takes what the model says.
         progress: whether to show progress bars.
@@ -109,16 +112,20 @@ def compress(
     """
     architecture = resolve(model)
     device = device or architecture.blocks[0].output.weight.device
-    walk = Walk(architecture, config, calibration, device, progress, StageClock(device))
     sizes = part_sizes(architecture, config)
+    if plan is not None:
+        check_plan(plan, sizes)
+        config = dataclasses.replace(config, sparsity=plan_sparsity(plan, sizes))
+    walk = Walk(architecture, config, calibration, device, progress, StageClock(device))
     check_request(walk, sizes)
     before = count_parameters(model)
     with torch.no_grad(), evaluation_mode(model), collected_warnings(walk):
         with walk.clock.stage("embed"):
             front = enter(architecture, calibration.tokens, walk.batch_size)
             check_reading(walk, front)
-        with walk.clock.stage(f"allocate ({config.resolved_allocation})"):
-            plan = make_plan(walk, front, sizes)
+        if plan is None:
+            with walk.clock.stage(f"allocate ({config.resolved_allocation})"):
+                plan = make_plan(walk, front, sizes)
         with walk.clock.stage("decompose"):
             blocks, final_norm, errors = cut_blocks(walk, front, plan)
     with walk.clock.stage("adopt"):
@@ -169,6 +176,21 @@ def check_request(walk: Walk, sizes: Sizes) -> None:
             f"only {tokens.numel()} calibration tokens for an MLP width of {widest}: the moments are rank deficient. "
             f"Use at least {widest} tokens, better {4 * widest}."
         )
+
+
+def check_plan(plan: Plan, sizes: Sizes) -> None:
+    """A plan from outside must have every part of every block at an allowed width."""
+    if len(plan) != len(sizes):
+        raise InvalidConfig(f"the plan has {len(plan)} blocks, the model {len(sizes)}.")
+    for index, (ranks, block) in enumerate(zip(plan, sizes, strict=True)):
+        if set(ranks) != set(block):
+            raise InvalidConfig(f"plan, block {index}: parts {sorted(ranks)}, expected {sorted(block)}.")
+        for part, size in block.items():
+            if ranks[part] not in size.widths():
+                raise InvalidConfig(
+                    f"plan, block {index}: {part} width {ranks[part]}; allowed are {size.dense} and the multiples of "
+                    f"{size.step} from {size.floor} up to it (round_to and max_sparsity of the configuration)."
+                )
 
 
 def check_reading(walk: Walk, front: Front) -> None:

@@ -42,7 +42,6 @@ def logits(model: Any) -> Tensor:
         return model(tokens(3, LENGTH, seed=3)).logits
 
 
-
 @pytest.mark.parametrize("method", ["default", "paper"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
@@ -66,7 +65,7 @@ def test_thirty_percent_by_every_recipe(name: str, tmp_path: Any) -> None:
         assert report.parameters.total_before == before
         assert report.parameters.total_after == sum(p.numel() for p in model.parameters())
         assert bool(report.sensitivities) == (
-            report.config["allocation"] == "sensitivity" or method == "default" and not allocation
+            report.config["allocation"] == "sensitivity" or (method == "default" and not allocation)
         )
         after = logits(model)
         assert after.isfinite().all()
@@ -188,7 +187,7 @@ def test_compressing_twice_is_refused() -> None:
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
-    with pytest.raises(UnsupportedModel, match="gpt2.*known: llama, mistral, opt, qwen2"):
+    with pytest.raises(UnsupportedModel, match=r"gpt2.*known: llama, mistral, opt, qwen2"):
         run(model)
 
 
@@ -238,3 +237,26 @@ def test_few_tokens_are_a_warning_that_says_how_many_are_needed() -> None:
         dense("llama-gqa-tied"), ModeGPTConfig(allocation="uniform", round_to=1), windows(2, 8), progress=False
     )
     assert any("at least 48 tokens" in warning for warning in report.warnings)
+
+
+def test_a_plan_of_ones_own_is_followed() -> None:
+    model = dense("llama-gqa-tied")
+    plan = [{"mlp": 40, "qk": 8, "vo": 5}, {"mlp": 48, "qk": 4, "vo": 8}, {"mlp": 30, "qk": 6, "vo": 8}]
+    report = compress(model, ModeGPTConfig(round_to=1), windows(), plan=plan, progress=False)
+    assert [{part: block.parts[part].rank for part in PARTS} for block in report.blocks] == plan
+    assert report.requested_sparsity == report.achieved_sparsity
+    assert report.achieved_sparsity == pytest.approx(removed_by_hand(model, "llama-gqa-tied"))
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ([{"mlp": 48, "qk": 8, "vo": 8}], "1 blocks, the model 3"),
+        ([{"mlp": 48, "qk": 8}] * 3, "parts \\['mlp', 'qk'\\]"),
+        ([{"mlp": 48, "qk": 7, "vo": 8}] * 3, "qk width 7; allowed are 8 and the multiples of 2"),
+        ([{"mlp": 49, "qk": 8, "vo": 8}] * 3, "mlp width 49"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(plan: Any, message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        compress(dense("llama-gqa-tied"), ModeGPTConfig(round_to=1), windows(), plan=plan, progress=False)
