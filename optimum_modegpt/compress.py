@@ -46,7 +46,7 @@ from optimum_modegpt.errors import (
 from optimum_modegpt.methods import published, residual_matched, sensitivity
 from optimum_modegpt.modeling.adoption import adopt
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION, Widths
-from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report
+from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, count_parameters
 from optimum_modegpt.stages import StageClock
 
 logger = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ def compress(
     return make_report(walk, sizes, plan, errors, record, before)
 
 
-# ------------------------------------------------------------------------------------------------------- before the work
+# before the work
 
 
 def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
@@ -208,7 +208,7 @@ def check_reading(walk: Walk, front: Front) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------------- plan
+# plan
 
 
 def make_plan(walk: Walk, front: Front, sizes: Sizes) -> Plan:
@@ -258,7 +258,7 @@ def measure_influences(walk: Walk, front: Front) -> list[float]:
     return influences
 
 
-# ------------------------------------------------------------------------------------------------------------ decompose
+# decompose
 
 
 def cut_blocks(
@@ -313,7 +313,7 @@ def published_step(
     return student, published.compress_block(student, moments, widths, walk.config), after, after
 
 
-# ----------------------------------------------------------------------------------------------------- adopt and report
+# adopt and report
 
 
 def install(
@@ -341,7 +341,7 @@ def make_record(walk: Walk, achieved: float, base_model: str | None, revision: s
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
         "base_revision": revision,
-        "recipe": walk.config.to_dict(),
+        "recipe": portable(walk.config),
         "calibration": dict(walk.calibration.record),
         "achieved": {"sparsity": achieved},
     }
@@ -365,7 +365,7 @@ def make_report(
     return Report(
         base_model=record["base_model"],
         revision=record["base_revision"],
-        config=walk.config.to_dict(),
+        config=portable(walk.config),
         requested_sparsity=walk.config.sparsity,
         achieved_sparsity=achieved,
         parameters=Parameters(
@@ -385,12 +385,16 @@ def make_report(
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- helpers
+# helpers
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model, tied ones once, without buffers."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def portable(config: ModeGPTConfig) -> dict[str, Any]:
+    """The configuration for a record that travels: of local files and folders only the last part of the path."""
+    fields = config.to_dict()
+    for name in ("dataset", "tokenizer"):
+        if isinstance(fields[name], str) and os.path.exists(fields[name]):
+            fields[name] = Path(fields[name]).name
+    return fields
 
 
 def origin(model: PreTrainedModel) -> str | None:

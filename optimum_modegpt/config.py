@@ -82,14 +82,9 @@ class ModeGPTConfig(QuantizationConfigMixin):
             _one_of("allocation", self.allocation, ALLOCATIONS)
         for name in ("num_samples", "refit_iterations", "seed"):
             _integer(name, getattr(self, name), minimum=1 if name == "num_samples" else 0)
-        for name, minimum in (("sequence_length", 2), ("batch_size", 1)):
-            if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), minimum=minimum)
         if self.round_to != "auto":
             _integer("round_to", self.round_to, minimum=1, also="'auto'")
-        for name in ("dataset_split", "text_column"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise InvalidConfig(f"{name} must be a string or None, found {getattr(self, name)!r}.")
+        self._check_optional()
         for name in ("dataset", "tokenizer"):
             self._check_live(name)
 
@@ -105,11 +100,19 @@ class ModeGPTConfig(QuantizationConfigMixin):
         for name in ("influence_temperature", "leverage_ridge", "output_ridge", "query_ridge", "input_ridge"):
             _real(name, getattr(self, name), 0.0, math.inf)
 
+    def _check_optional(self) -> None:
+        for name, minimum in (("sequence_length", 2), ("batch_size", 1)):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), minimum=minimum)
+        for name in ("dataset_split", "text_column"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
+                raise InvalidConfig(f"{name} must be a string or None, found {getattr(self, name)!r}.")
+
     def _check_live(self, name: str) -> None:
         value = getattr(self, name)
         if isinstance(value, str) and (not value or value.startswith(IN_MEMORY)):
             raise InvalidConfig(
-                f"{name}={value!r} describes something that lived in another program (or nothing); pass the {name} again."
+                f"{name}={value!r} describes what lived in another program (or nothing); pass the {name} again."
             )
         if name == "dataset" and value is None:
             raise InvalidConfig("dataset=None: expected a name, a file, texts, a Dataset or token ids.")

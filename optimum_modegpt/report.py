@@ -54,6 +54,11 @@ class Parameters:
     total_after: int
 
 
+def count_parameters(model: Any) -> int:
+    """Parameters of a torch module: tied ones once, no buffers."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 @dataclass(frozen=True)
 class Report:
     """The record of one compression."""

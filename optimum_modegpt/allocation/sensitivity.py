@@ -28,11 +28,9 @@ def lower_hull(curve: Curve) -> list[tuple[float, float]]:
 
 def interpolate(hull: Sequence[tuple[float, float]], sparsity: float) -> float:
     """The hull's divergence at `sparsity`; beyond its last point the last slope goes on."""
-    for left, right in itertools.pairwise(hull):
-        if sparsity <= right[0]:
-            break
-    else:
-        left, right = (hull[-2], hull[-1]) if len(hull) > 1 else ((0.0, 0.0), (1.0, 0.0))
+    if len(hull) == 1:
+        return hull[0][1]
+    left, right = next((pair for pair in itertools.pairwise(hull) if sparsity <= pair[1][0]), (hull[-2], hull[-1]))
     return left[1] + _slope(left, right) * (sparsity - left[0])
 
 

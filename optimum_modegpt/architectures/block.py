@@ -1,4 +1,4 @@
-"""A decoder block as the walk sees it: weights by role, halves to run, parts to install. No family names beyond here."""
+"""A decoder block as the walk sees it: weights by role, halves to run, parts to install; no names of a family."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Block:
     # ------------------------------------------------------------------------------------------------------- weights
 
     def head_rows(self, role: str) -> Tensor:
-        """Rows of the "query", "key" or "value" projection by head, (heads or kv_heads, head_dim, in [+ 1]); float64."""
+        """Rows of the "query", "key" or "value" projection by head, (heads, head_dim, in [+ 1]); float64."""
         return _rows(self._linear(getattr(self.layout, role))).unflatten(0, (-1, self.head_dim))
 
     def mlp_rows(self) -> tuple[Tensor, ...]:

@@ -48,7 +48,9 @@ class LinearMomentSum:
 
     def value(self) -> LinearMoments:
         """The moments so far."""
-        assert isinstance(self.gram, Tensor) and isinstance(self.cross, Tensor) and isinstance(self.energy, Tensor)
+        assert isinstance(self.gram, Tensor), "no tokens were added"
+        assert isinstance(self.cross, Tensor)
+        assert isinstance(self.energy, Tensor)
         return LinearMoments(self.gram, self.cross, self.energy, self.ones)
 
 
@@ -77,7 +79,7 @@ def with_ones(inputs: Tensor) -> Tensor:
 
 
 def token_weights(residual: Tensor, norm: nn.Module) -> Tensor:
-    """1 / mean square of the residual (…, d_model), or 1 / variance under a LayerNorm: what the next norm divides by."""
+    """1 / mean square of the residual (…, d_model), 1 / variance under a LayerNorm: what the next norm divides by."""
     residual = residual.float()
     centred = residual - residual.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else residual
     return centred.square().mean(-1).clamp_min(WEIGHT_FLOOR).reciprocal()
@@ -109,7 +111,8 @@ class SlopeSum:
 
     def value(self) -> Tensor:
         """The slopes (d_model,); 1 for a channel that is always zero."""
-        assert isinstance(self.product, Tensor) and isinstance(self.square, Tensor)
+        assert isinstance(self.product, Tensor), "no tokens were added"
+        assert isinstance(self.square, Tensor)
         silent = self.square <= torch.finfo(self.square.dtype).tiny
         return torch.where(silent, 1.0, self.product / self.square.masked_fill(silent, 1.0))
 

@@ -127,8 +127,3 @@ def chunked(reduce: Callable[..., Tensor], *columns: Tensor) -> float:
 def nats_of(target: Tensor, logits: Tensor) -> Tensor:
     """Negative log-likelihood of the targets in nats, (positions,), from logits (positions, vocabulary)."""
     return nn.functional.cross_entropy(logits.float(), target, reduction="none")
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """Number of parameters: tied ones once, no buffers."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -23,12 +23,12 @@ from optimum_modegpt.evaluation.estimate import Estimate, on_meta
 from optimum_modegpt.evaluation.estimate import estimate as estimate_costs
 from optimum_modegpt.evaluation.fidelity import check_tokenizers, fidelity
 from optimum_modegpt.evaluation.inspection import Inspection, inspection
-from optimum_modegpt.evaluation.perplexity import count_parameters, perplexity
+from optimum_modegpt.evaluation.perplexity import perplexity
 from optimum_modegpt.integration.headers import read_headers
 from optimum_modegpt.integration.output import check_output, replacing
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.source import DEMO, Source, context_of, dataset_hub, default_dataset
-from optimum_modegpt.report import PARTS, Report
+from optimum_modegpt.report import PARTS, Report, count_parameters
 
 DEMO_WINDOWS = 64
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 48

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QueryKeyFactors:
-    """Rows (heads, rank, in [+ 1]) of query and key; the rotary pairs (kv_heads, rank / 2) kept, None without rotation."""
+    """Rows (heads, rank, in [+ 1]) of query and key; the rotary pairs (kv_heads, rank / 2), None without rotation."""
 
     query: Tensor
     key: Tensor

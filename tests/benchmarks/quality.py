@@ -45,7 +45,7 @@ def main() -> None:
             row = measure(options, name, sparsity)
             rows.append(row)
             print(
-                f"{sparsity:.0%} {name:<20} {row['perplexity']:8.3f}   removed {row['removed']:.4f}  {row['seconds']:.1f} s",
+                f"{sparsity:.0%} {name:<20} {row['perplexity']:8.3f}  removed {row['removed']:.4f} {row['seconds']:.1f} s",
                 flush=True,
             )
     dense = score(options, load(options))
@@ -136,11 +136,7 @@ def table(rows: list[dict[str, Any]], dense: float, options: argparse.Namespace)
     for sparsity in options.sparsity:
         found = {row["recipe"]: row["perplexity"] for row in rows if row["sparsity"] == sparsity}
         published = [value for name, value in found.items() if name.startswith("paper")]
-        share = (
-            ""
-            if not published or "default" not in found
-            else f"{share_left(found['default'], min(published), dense):.2f}"
-        )
+        share = f"{share_left(found['default'], min(published), dense):.2f}" if published and "default" in found else ""
         lines.append(f"| {sparsity:.0%} | " + " | ".join(f"{found[name]:.2f}" for name in names) + f" | {share} |")
     return "\n".join(lines)
 

@@ -20,6 +20,7 @@ from optimum_modegpt.evaluation.fidelity import check_tokenizers
 from optimum_modegpt.evaluation.inspection import inspection
 from optimum_modegpt.integration.headers import read_headers
 from optimum_modegpt.integration.source import Source
+from optimum_modegpt.report import count_parameters
 
 
 def log_probabilities(model: PreTrainedModel, windows: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def test_inspection_counts_what_is_stored(name: str, shard: str, tmp_path: Path)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "10KB")
     found = inspection(AutoConfig.from_pretrained(tmp_path), read_headers(Source(str(tmp_path))))
-    assert found.parameters == scoring.count_parameters(model)
+    assert found.parameters == count_parameters(model)
     assert found.record == model.config.modegpt
     assert [block.ranks for block in found.blocks] == [
         {"mlp": widths.mlp, "qk": widths.qk, "vo": widths.vo} for widths in model.config.widths()
@@ -147,7 +148,7 @@ def test_a_dense_checkpoint_is_counted_too(tmp_path: Path) -> None:
     save_dense(tmp_path)
     found = inspection(AutoConfig.from_pretrained(tmp_path), read_headers(Source(str(tmp_path))))
     assert found.model_type == "llama"
-    assert found.parameters == scoring.count_parameters(dense("llama-gqa-tied"))
+    assert found.parameters == count_parameters(dense("llama-gqa-tied"))
     assert found.blocks == ()
     assert found.record is None
 
@@ -167,7 +168,7 @@ def test_the_estimate_counts_without_weights() -> None:
     model = on_meta(AutoModelForCausalLM, dense("llama-mha").config)
     assert all(parameter.is_meta for parameter in model.parameters())
     found = estimate(model, ModeGPTConfig(**RECIPE), 32)
-    assert found.parameters == scoring.count_parameters(dense("llama-mha"))
+    assert found.parameters == count_parameters(dense("llama-mha"))
     assert found.block_parameters == block_weights(dense("llama-mha"))
     assert found.calibration_tokens == 8 * 32
     assert found.disk == int((found.parameters - 0.3 * found.block_parameters) * 4)

@@ -137,7 +137,15 @@ def test_grid_of_an_mlp(width, round_to, step):
 
 @pytest.mark.parametrize(
     ("dense", "step", "max_sparsity", "floor"),
-    [(64, 8, 0.95, 8), (64, 8, 0.75, 16), (64, 8, 0.7, 24), (64, 1, 0.95, 4), (6, 8, 0.5, 6), (100, 1, 0.9, 10)],
+    [
+        (64, 8, 0.95, 8),
+        (64, 8, 0.75, 16),
+        (64, 8, 0.7, 24),
+        (64, 1, 0.95, 4),
+        (6, 8, 0.5, 6),
+        (100, 1, 0.9, 10),
+        (20, 1, 0.95, 1),
+    ],
 )
 def test_floor_leaves_what_the_cap_asks_for_and_lies_on_the_grid(dense, step, max_sparsity, floor):
     size = part_size(dense, 10, step, max_sparsity)
@@ -366,6 +374,12 @@ def test_cheap_part_is_cut_and_dear_one_is_kept():
     sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")}]
     curves = {(0, "mlp"): [(0.9, 9.0)], (0, "qk"): [(0.9, 0.01)], (0, "vo"): [(0.9, 1.0)]}
     assert plan_from_curves(curves, sizes, 0.4) == [{"mlp": 10, "qk": 1, "vo": 7}]
+
+
+def test_divergence_counts_per_weight_not_per_unit_of_width():
+    sizes = [{"mlp": PartSize(10, 30, 1, 1), "qk": PartSize(10, 1, 1, 1), "vo": PartSize(10, 1, 1, 1)}]
+    curves = {(0, part): [(0.9, 1.0)] for part in sizes[0]}
+    assert plan_from_curves(curves, sizes, 90 / 320) == [{"mlp": 7, "qk": 10, "vo": 10}]
 
 
 def _check_widths(plan, sizes):

@@ -84,6 +84,37 @@ def test_value_bias_is_exact_at_any_rank(name, method):
 
 
 @VARIANTS
+def test_output_stays_at_the_dense_one_on_the_new_basis_where_the_tokens_do_not_count(name):
+    case = Case(name)
+    block, config = case.block, ModeGPTConfig(output_ridge=1e12)
+    with torch.no_grad():
+        targets = residual_matched.run_dense(block, case.stream, case.arguments)
+        moments = residual_matched.observe_output(block, case.stream, targets.attention, None, case.arguments)
+        factors = residual_matched.cut_value_output(block, moments, 3, config)
+        bases = (factors.value @ torch.linalg.pinv(block.head_rows("value"))).mT  # (kv_heads, head_dim, 3)
+    dense_output = block.input_outputs(block.output)
+    rows = dense_output[:32].unflatten(0, (4, 8))  # (heads, head_dim, d_model)
+    expected = torch.linalg.pinv(bases.repeat_interleave(4 // block.kv_heads, dim=0)) @ rows
+    assert difference(factors.output[:12], expected.flatten(0, 1)) < 1e-6
+    assert difference(factors.output[12:], dense_output[32:]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama-mqa-biases", "opt"])
+def test_value_bias_that_is_folded_into_the_output_steers_no_basis(name):
+    case, errors, cuts = Case(name), [], []
+    for bias in (0.0, 100.0):
+        with torch.no_grad():
+            case.part("value").bias.fill_(bias)
+            moments, _ = published.observe(case.block, case.stream, case.arguments)
+            factors = published.cut_value_output(case.block, moments.values, 4)
+        errors.append(factors.relative_error)
+        cuts.append(factors.value[..., :-1].mT @ factors.value[..., :-1])  # free of signs
+        assert factors.value[..., -1].abs().max() == 0
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    assert difference(cuts[1], cuts[0]) < 1e-3
+
+
+@VARIANTS
 @METHODS
 def test_pairs_that_no_query_reads_go_without_loss(name, method):
     case = Case(name)

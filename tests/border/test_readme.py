@@ -1,0 +1,90 @@
+"""What the README shows runs, and what it claims stands in the result files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import dense, tokenizer
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+HUB_NAME = "Qwen/Qwen2.5-1.5B"
+ROW = re.compile(r"^\| (\S+) +\| (\d+) % \| (.+?) \|$", re.MULTILINE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A tiny model and a text, where the README has a name of the Hub and a named dataset."""
+    model = dense("llama-gqa-tied")
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text("A short text about a long river. " * 400, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_python_runs_as_printed(folder: Path) -> None:
+    first, second = PYTHON
+    data = f'dataset="{folder}/text.txt", num_samples=8, sequence_length=32'
+    first = first.replace(HUB_NAME, str(folder / "dense")).replace("sparsity=0.3", f"sparsity=0.3, {data}")
+    loading = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder / 'dense')!r})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(folder / 'dense')!r})\n"
+    )
+    result = run([sys.executable, "-c", first + loading + second], folder)
+    assert "removed" in result.stdout
+    assert (folder / "qwen-modegpt-30" / "config.json").is_file()
+    assert (folder / "small" / "report.json").is_file()
+
+
+def test_the_shell_commands_run_as_printed(folder: Path) -> None:
+    (commands,) = (block for block in SHELL if block.startswith("optimum-cli"))
+    text = f"--dataset {folder}/text.txt --sequence-length 32"
+    for command in commands.strip().splitlines():
+        program, *words = command.replace(HUB_NAME, str(folder / "dense")).split()
+        verb = words[1]
+        extra = {"compress": f"{text} --num-samples 8", "evaluate": f"{text} --max-windows 8"}.get(verb, "")
+        run([str(Path(sys.executable).with_name(program)), *words, *extra.split()], folder)
+    assert (folder / "qwen-modegpt-30" / "report.json").is_file()
+
+
+def test_the_readme_has_the_two_commands() -> None:
+    named = re.findall(r"<!-- command: (\w+) -->\n```bash\n(.*?)```", README, re.DOTALL)
+    assert [name for name, _ in named] == ["demo", "test"]
+
+
+def test_the_results_are_those_of_the_files() -> None:
+    rows = ROW.findall(README)
+    assert rows
+    for name, percent, cells in rows:
+        shown = [cell.strip(" *") for cell in cells.split("|")]
+        assert shown == expected_cells(name, int(percent) / 100), (name, percent)
+
+
+def expected_cells(name: str, sparsity: float) -> list[str]:
+    """The numbers of a README row from the result file, formatted as the README has them."""
+    data: dict[str, Any] = json.loads((ROOT / "model_cards" / name / "results.json").read_text(encoding="utf-8"))
+    found = {row["recipe"]: row["perplexity"] for row in data["results"] if row["sparsity"] == sparsity}
+    published = min(value for recipe, value in found.items() if recipe.startswith("paper"))
+    columns = [found["paper ε 0.05"], found["paper ε 0.1"], published, found["MLP only"], found["default, no refit"]]
+    dense_perplexity = data["dense_perplexity"]
+    share = math.log(found["default"] / dense_perplexity) / math.log(published / dense_perplexity)
+    return [f"{value:.2f}" for value in (dense_perplexity, *columns, found["default"], share)]
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command offline in `folder`, where it must succeed."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
