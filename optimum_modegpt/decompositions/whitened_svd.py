@@ -25,9 +25,13 @@ def two_sided_basis(query: Tensor, key: Tensor, rank: int) -> tuple[Tensor, Tens
 
 
 def tail_error(query: Tensor, key: Tensor, rank: int) -> Tensor:
-    """Relative error (groups,) of the logits that `two_sided_basis` leaves: (Σ_{i>rank} S_i² / Σ S_i²)^½."""
+    """Relative error (groups,) of the logits that `two_sided_basis` leaves: (Σ_{i>rank} S_i² / Σ S_i²)^½.
+
+    Zero for a silent head, which has no logits to lose.
+    """
     singular = torch.linalg.svdvals(roots(query)[0] @ roots(key)[0])
-    return (singular[:, rank:].square().sum(-1) / singular.square().sum(-1)).sqrt()
+    silent = (query * key).sum((-2, -1)) <= 0  # tr(C_Q C_K): what the damping of the roots would hide
+    return (singular[:, rank:].square().sum(-1) / singular.square().sum(-1)).sqrt().masked_fill(silent, 0.0)
 
 
 def joint_value_output(values: Tensor, output: Tensor, rank: int) -> tuple[Tensor, Tensor]:
