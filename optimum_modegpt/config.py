@@ -161,7 +161,7 @@ class ModeGPTConfig(QuantizationConfigMixin):
 
 def _percent(value: Any) -> float | None:
     """The fraction meant by a value that looks like a percentage."""
-    return value / 100 if isinstance(value, numbers.Real) and 1 < value < 100 else None
+    return value / 100 if isinstance(value, (int, float)) and 1 < value < 100 else None
 
 
 def _describe(value: Any) -> str:

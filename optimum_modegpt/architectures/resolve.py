@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class Architecture:
 
     def head(self, device: torch.device) -> torch.Tensor:
         """The map (vocabulary, d_model) from the final norm's output to the logits, in float32 on `device`."""
-        matrix = self.model.get_output_embeddings().weight.detach().to(device).float()
+        matrix = cast(nn.Linear, self.model.get_output_embeddings()).weight.detach().to(device).float()
         projection = self._optional(self.family.projection) if self.family.projection else None
         return matrix if projection is None else matrix @ projection.weight.detach().to(matrix)
 
@@ -100,16 +100,18 @@ def resolve(model: PreTrainedModel) -> Architecture:
 
 
 def _block(module: nn.Module, family: Family, index: int, norm_first: bool) -> Block:
-    head_dim = module.get_submodule(family.layout.attention).head_dim
-    for path in (family.layout.query, family.layout.key, family.layout.value, family.layout.output):
-        linear = module.get_submodule(path)
+    layout = family.layout
+    attention = (layout.query, layout.key, layout.value, layout.output)
+    for path in (*attention, *layout.mlp_inputs, layout.mlp_output):
+        linear: Any = module.get_submodule(path)
         if type(linear) is not nn.Linear or linear.weight.is_meta:
+            state = ", without its weights in memory" if isinstance(linear, nn.Linear) else ""
             raise UnsupportedModel(
-                f"block {index}: {path} is {type(linear).__name__}"
-                f"{' on the meta device' if isinstance(linear, nn.Linear) else ''}, expected a loaded nn.Linear. "
-                "Compress the plain model: before adapters and quantisation, with its weights in memory."
+                f"block {index}: {path} is {type(linear).__name__}{state}; expected a plain nn.Linear, loaded. "
+                "Compress before adapters, quantisation and offloading."
             )
-    heads, kv_heads = (
-        module.get_submodule(path).out_features // head_dim for path in (family.layout.query, family.layout.key)
+    head_dim: Any = module.get_submodule(layout.attention).head_dim
+    query, key = (cast(nn.Linear, module.get_submodule(path)) for path in (layout.query, layout.key))
+    return Block(
+        module, family, index, query.out_features // head_dim, key.out_features // head_dim, head_dim, norm_first
     )
-    return Block(module, family, index, heads, kv_heads, head_dim, norm_first)

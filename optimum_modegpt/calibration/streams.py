@@ -55,7 +55,7 @@ def enter(architecture: Architecture, tokens: Tensor, batch_size: int) -> Front:
     masks and rotary tables are the model's, whatever the family.
     """
     with _recorders(architecture) as recorders:
-        device = architecture.model.get_input_embeddings().weight.device
+        device: Any = architecture.model.get_input_embeddings().weight.device
 
         def run(batch: Tensor) -> Tensor:
             architecture.model.base_model(input_ids=batch.to(device), use_cache=False)

@@ -10,6 +10,7 @@ derivative of a hidden channel by its row: z = φ(Gy) for U, φ′(Gy)∘(Uy) fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,7 +137,8 @@ class _Linearised:
         total = [mu * d for mu, d in zip(self.damping, direction, strict=True)]
         for sample in self._on_device(self.samples):
             derivatives = self._derivatives(sample.inputs)
-            hidden = sum(z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True))
+            moved = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
+            hidden = functools.reduce(torch.add, moved)
             self._add_transposed(total, sample, hidden @ self.down, derivatives)
         return total
 
@@ -151,15 +153,16 @@ class _Linearised:
     def _derivatives(self, inputs: Tensor) -> list[Tensor]:
         """z per matrix, in the order of the rows."""
         before = inputs @ self.rows[0].T
-        value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))
+        value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))  # pyright: ignore[reportAssignmentType]
         return [slope * (inputs @ self.rows[1].T), value] if len(self.rows) == 2 else [slope]
 
     def _factor_moments(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Σ w yyᵀ, Σ w, and Σ w zzᵀ per matrix; float64."""
-        inputs, weight, channels = None, 0.0, [0.0] * len(self.rows)
+        zero = exact(torch.zeros((), device=self.down.device))
+        inputs, weight, channels = zero, zero, [zero] * len(self.rows)
         for sample in self._on_device(self.samples):
             root = sample.weight.sqrt()[:, None]
-            inputs = _moment(root * sample.inputs) + (0 if inputs is None else inputs)
+            inputs = inputs + _moment(root * sample.inputs)
             weight = weight + exact(sample.weight.sum())
             derivatives = self._derivatives(sample.inputs)
             channels = [total + _moment(root * z) for total, z in zip(channels, derivatives, strict=True)]
@@ -182,4 +185,4 @@ def _moment(x: Tensor) -> Tensor:
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    return sum((a * b).sum() for a, b in zip(left, right, strict=True))
+    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()

@@ -44,10 +44,8 @@ def main() -> None:
         for name in options.recipes:
             row = measure(options, name, sparsity)
             rows.append(row)
-            print(
-                f"{sparsity:.0%} {name:<20} {row['perplexity']:8.3f}  removed {row['removed']:.4f} {row['seconds']:.1f} s",
-                flush=True,
-            )
+            measured = f"{row['perplexity']:8.3f}  removed {row['removed']:.4f}  {row['seconds']:.1f} s"
+            print(f"{sparsity:.0%} {name:<20}{measured}", flush=True)
     dense = score(options, load(options))
     print(f"\n{table(rows, dense, options)}")
     if options.json:

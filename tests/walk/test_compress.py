@@ -196,6 +196,24 @@ def test_a_model_without_a_head_is_refused() -> None:
         run(dense("llama-gqa-tied").base_model)
 
 
+def test_a_model_with_replaced_projections_is_refused() -> None:
+    model = dense("llama-gqa-tied")
+
+    class Adapter(nn.Linear):
+        pass
+
+    model.model.layers[1].mlp.up_proj.__class__ = Adapter
+    with pytest.raises(UnsupportedModel, match=r"block 1: mlp.up_proj is Adapter; expected a plain nn.Linear"):
+        run(model)
+
+
+def test_a_model_without_its_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = type(dense("llama-gqa-tied"))(dense("llama-gqa-tied").config)
+    with pytest.raises(UnsupportedModel, match="without its weights in memory"):
+        run(model)
+
+
 def test_a_variant_that_computes_something_else_is_refused() -> None:
     model = dense("llama-gqa-tied")
     layer = type(model.model.layers[0])
