@@ -105,7 +105,7 @@ def _block(module: nn.Module, family: Family, index: int, norm_first: bool) -> B
     for path in (*attention, *layout.mlp_inputs, layout.mlp_output):
         linear: Any = module.get_submodule(path)
         if type(linear) is not nn.Linear or linear.weight.is_meta:
-            state = ", without its weights in memory" if isinstance(linear, nn.Linear) else ""
+            state = ", without its weights in memory" if type(linear) is nn.Linear else ""
             raise UnsupportedModel(
                 f"block {index}: {path} is {type(linear).__name__}{state}; expected a plain nn.Linear, loaded. "
                 "Compress before adapters, quantisation and offloading."

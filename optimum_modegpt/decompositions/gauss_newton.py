@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optimum_modegpt.decompositions.psd import damp, exact, mean_diagonal
+from optimum_modegpt.decompositions.psd import damp, exact, inverse, mean_diagonal
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -97,8 +97,8 @@ class _Linearised:
         output_moments = [metric * channel for channel in channels]
         scale = mean_diagonal(input_moment)
         self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in output_moments]
-        self.input_factor = torch.linalg.cholesky(damp(input_moment, ridge))
-        self.output_factors = [torch.linalg.cholesky(damp(moment, ridge)) for moment in output_moments]
+        self.input_inverse = inverse(damp(input_moment, ridge))
+        self.output_inverses = [inverse(damp(moment, ridge)) for moment in output_moments]
 
     def iterates(self, iterations: int) -> Iterator[tuple[Tensor, ...]]:
         """The conjugate-gradient iterates, one tensor a matrix."""
@@ -169,11 +169,10 @@ class _Linearised:
         return inputs, weight, channels
 
     def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
-        result = []
-        for matrix, factor in zip(gradient, self.output_factors, strict=True):
-            left = torch.cholesky_solve(exact(matrix), factor)
-            result.append(torch.cholesky_solve(left.T, self.input_factor).T.to(matrix))
-        return result
+        return [
+            (output @ exact(matrix) @ self.input_inverse).to(matrix)
+            for matrix, output in zip(gradient, self.output_inverses, strict=True)
+        ]
 
     def _on_device(self, samples: Iterable[TokenSample]) -> Iterator[TokenSample]:
         for sample in samples:

@@ -10,6 +10,11 @@ from torch import Tensor
 from optimum_modegpt.decompositions.psd import add_diagonal, mean_diagonal, solve
 
 
+def relative(lost: Tensor, total: Tensor) -> float:
+    """(lost / total)^½ of two energies; 0 where there is none, and where rounding made the loss negative."""
+    return float((lost.clamp_min(0) / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt())
+
+
 @dataclass(frozen=True)
 class LinearMoments:
     """Weighted moments of a linear map's input z with its target t, sums over tokens; float64.
@@ -48,7 +53,7 @@ class LinearMoments:
     def relative_error(self, weight: Tensor) -> float:
         """‖t − zᵀ weight‖ / ‖t‖ over the tokens of the moments; `weight` (n, d)."""
         residual = self.energy - 2 * (self.cross * weight).sum() + (weight * (self.gram @ weight)).sum()
-        return float((residual.clamp_min(0) / self.energy.clamp_min(torch.finfo(self.energy.dtype).tiny)).sqrt())
+        return relative(residual, self.energy)
 
 
 def centred_refit(moments: LinearMoments, dense: Tensor, ridge: Tensor) -> Tensor:

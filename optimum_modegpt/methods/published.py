@@ -12,7 +12,7 @@ from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
 from optimum_modegpt.calibration.streams import Stream, inputs_of
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.decompositions.least_squares import LinearMoments
+from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
 from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinates, select_pairs
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
@@ -71,9 +71,9 @@ def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKey
         select_coordinates(moments.query, moments.key, rank) if pairs is None else pair_indices(pairs, block.head_dim)
     )
     products = moments.query.diagonal(dim1=-2, dim2=-1) * moments.key.diagonal(dim1=-2, dim2=-1)
-    error = (1 - products.gather(1, kept).sum() / products.sum()).clamp_min(0).sqrt()
+    lost = products.sum() - products.gather(1, kept).sum()
     kept_queries = kept.repeat_interleave(block.heads // block.kv_heads, dim=0)
-    return QueryKeyFactors(_take(query, kept_queries), _take(key, kept), pairs, float(error))
+    return QueryKeyFactors(_take(query, kept_queries), _take(key, kept), pairs, relative(lost, products.sum()))
 
 
 def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFactors:
@@ -85,21 +85,21 @@ def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFact
     value, output = block.head_rows("value"), block.input_outputs(block.output)
     bias = output[-1:] if block.output.bias is not None else output[:0]
     heads = output[: block.heads * block.head_dim].unflatten(0, (block.kv_heads, -1, block.head_dim))
-    bases, outputs, lost, total = [], [], 0.0, 0.0
+    bases, outputs, lost, total = [], [], values.new_zeros(()), values.new_zeros(())
     for moment, group in zip(values, heads, strict=True):
         side_by_side = group.transpose(0, 1).flatten(1)  # (head_dim, heads of the group · d_model)
         basis, joint = joint_value_output(moment, side_by_side, rank)
         bases.append(basis)
         outputs.append(joint.unflatten(1, (len(group), -1)).transpose(0, 1).flatten(0, 1))
         difference = side_by_side - basis @ joint
-        lost += float((difference * (moment @ difference)).sum())
-        total += float((side_by_side * (moment @ side_by_side)).sum())
+        lost += (difference * (moment @ difference)).sum()
+        total += (side_by_side * (moment @ side_by_side)).sum()
     cut = torch.stack(bases).mT @ value  # (kv_heads, rank, in [+ 1])
     if len(bias) and block.module.get_submodule(block.layout.value).bias is not None:
         value_bias = value[..., -1].repeat_interleave(block.heads // block.kv_heads, dim=0)
         bias = bias + value_bias.flatten() @ output[:-1]
         cut = torch.cat((cut[..., :-1], torch.zeros_like(cut[..., -1:])), dim=-1)
-    return ValueOutputFactors(cut, torch.cat((*outputs, bias)), (max(lost, 0.0) / max(total, 1e-300)) ** 0.5)
+    return ValueOutputFactors(cut, torch.cat((*outputs, bias)), relative(lost, total))
 
 
 def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:

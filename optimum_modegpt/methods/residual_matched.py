@@ -29,7 +29,7 @@ from optimum_modegpt.calibration.moments import (
 from optimum_modegpt.calibration.streams import Stream, inputs_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
-from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit
+from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import eliminate
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, solve
 from optimum_modegpt.decompositions.rotary import eliminate_pairs, pair_indices, query_refit
@@ -201,8 +201,7 @@ def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int, config: Mod
     query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
     kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
-    error = float((errors.sum() / total.sum()).clamp_min(0).sqrt())
-    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, error)
+    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, relative(errors.sum(), total.sum()))
 
 
 # value and output
