@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,8 +138,7 @@ class Block:
 
     def student(self, device: torch.device) -> Block:
         """A copy on `device` whose attention is of the compressed class at full width, ready for `install_*`."""
-        module = copy.deepcopy(self.module).to(device)
-        copied = Block(module, self.family, self.index, self.heads, self.kv_heads, self.head_dim, self.norm_first)
+        copied = self._copied(device)
         modeling.adopt_attention(copied.attention, self.family.attention_class)
         return copied
 
@@ -146,8 +146,15 @@ class Block:
         """This block on `device`: itself where it is there already, else a copy."""
         if self.output.weight.device == device:
             return self
-        module = copy.deepcopy(self.module).to(device)
-        return Block(module, self.family, self.index, self.heads, self.kv_heads, self.head_dim, self.norm_first)
+        return self._copied(device)
+
+    def _copied(self, device: torch.device) -> Block:
+        """A copy whose tensors went straight to `device`: the host never holds a second set for it."""
+        tensors: dict[int, Any] = {id(buffer): buffer.to(device, copy=True) for buffer in self.module.buffers()}
+        for parameter in self.module.parameters():
+            copied = parameter.detach().to(device, copy=True)
+            tensors[id(parameter)] = nn.Parameter(copied, requires_grad=parameter.requires_grad)
+        return dataclasses.replace(self, module=copy.deepcopy(self.module, tensors))
 
     def install_query_key(self, query: Tensor, key: Tensor, pairs: Tensor | None) -> None:
         """Replaces query and key by rows (heads, rank, in [+ 1]); `pairs` (kv_heads, rank / 2) are the rotary ones."""

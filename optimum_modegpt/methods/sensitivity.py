@@ -73,14 +73,16 @@ def measure(
         list(zip(architecture.blocks, sizes, strict=True)), desc="sensitivities", unit="block", disable=not progress
     ):
         dense = block.on(device)
-        arguments = moment_front.on(block.index, device)
+        arguments, passing = moment_front.on(block.index, device), front.on(block.index, device)
         targets = residual_matched.run_dense(dense, stream, arguments, weighted=False)
         students = _students(dense, stream, targets, arguments, size, plan.ratios, config)
-        for part, sparsity, student in students:
-            changed = _run(student, entering, front.on(block.index, device))
-            outputs = _through(architecture, block.index + 1, changed, front, device)
+        changed = [(part, sparsity, _run(student, entering, passing)) for part, sparsity, student in students]
+        # All variants pass a later block together, so that it comes to the device once.
+        joined = _through(architecture, block.index + 1, [b for *_, out in changed for b in out], front, device)
+        for index, (part, sparsity, _) in enumerate(changed):
+            outputs = joined[index * len(reference) : (index + 1) * len(reference)]
             curves.setdefault((block.index, part), []).append((sparsity, _divergence(tail, reference, outputs)))
-        stream, entering = targets.after, _run(dense, entering, front.on(block.index, device))
+        stream, entering = targets.after, _run(dense, entering, passing)
     return curves
 
 
