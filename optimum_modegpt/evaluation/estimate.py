@@ -10,14 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import check_model_type
+from optimum_modegpt.compress import TOKENS_AT_ONCE
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.methods import sensitivity
+from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS
 
 FLOAT64 = 8
 FLOAT32 = 4
-REFIT_TOKENS = 65_536
-"""Most tokens that the refit of gate and up looks at in one block."""
-CHUNK_TOKENS = 4_096
-"""Tokens of one forward chunk, where the batch size is automatic."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ def estimate(model: PreTrainedModel, config: ModeGPTConfig, sequence_length: int
     parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = sum(_shapes(block, layout).weights for block in blocks)
     forward = tokens * (weights + len(blocks) * shapes.heads * sequence_length)
+    # Both streams and, of the block in work, the dense sums, the stream between its parts and the one after it.
+    streams = (2 + 5) * tokens * shapes.d_model * element if config.method == "default" else 0
+    sample = 2 * min(tokens, REFIT_TOKENS) * shapes.d_model * FLOAT32 if config.refit_iterations else 0
     return Estimate(
         parameters=parameters,
         block_parameters=weights,
@@ -80,31 +82,34 @@ def estimate(model: PreTrainedModel, config: ModeGPTConfig, sequence_length: int
         device_memory=_device_memory(shapes, config, sequence_length, element),
         cpu_memory={
             "weights, dense and compressed": 2 * parameters * element,
-            "two residual streams": 2 * tokens * shapes.d_model * element,
+            "residual streams": streams or 2 * tokens * shapes.d_model * element,
+            "sample for the refit of gate and up": sample if config.method == "default" else 0,
         },
         disk=int((parameters - config.sparsity * weights) * element),
         forward_multiply_adds=forward,
-        forward_passes=_forward_passes(shapes, config, tokens, forward / len(blocks)),
+        forward_passes=_forward_passes(
+            shapes, config, (config.num_samples, sequence_length, len(blocks)), forward / len(blocks)
+        ),
     )
 
 
 def _device_memory(shapes: Shapes, config: ModeGPTConfig, sequence_length: int, element: int) -> dict[str, int]:
     tokens = config.num_samples * sequence_length
-    windows = config.batch_size or max(1, CHUNK_TOKENS // sequence_length)
+    windows = config.batch_size or max(1, TOKENS_AT_ONCE // sequence_length)
     chunk = min(tokens, windows * sequence_length)
-    needs = {
+    return {
         "largest block, dense and compressed": 2 * shapes.weights * element,
         "moments in float64": shapes.moments * FLOAT64,
         "one chunk of tokens": chunk * (4 * shapes.d_model + 2 * shapes.heads + 3 * shapes.mlp) * max(element, FLOAT32),
     }
-    if config.method == "default" and config.refit_iterations:
-        needs["sample for the gate and up refit"] = (
-            min(tokens, REFIT_TOKENS) * (shapes.mlp + 2 * shapes.d_model) * FLOAT32
-        )
-    return needs
 
 
-def _forward_passes(shapes: Shapes, config: ModeGPTConfig, tokens: int, block_forward: float) -> dict[str, float]:
+def _forward_passes(
+    shapes: Shapes, config: ModeGPTConfig, extent: tuple[int, int, int], block_forward: float
+) -> dict[str, float]:
+    """`extent` is (windows, length, blocks), `block_forward` the multiply-adds of one block over all tokens."""
+    windows, length, blocks = extent
+    tokens = windows * length
     default = config.method == "default"
     work = {
         "residual streams": 2.0 if default else 1.0,
@@ -112,9 +117,11 @@ def _forward_passes(shapes: Shapes, config: ModeGPTConfig, tokens: int, block_fo
         "factorisations": 3 * (shapes.mlp**3 + shapes.heads**3) / block_forward,
     }
     if config.resolved_allocation == "sensitivity":
-        work["sensitivities (at most)"] = 2.0
+        used = sensitivity.budget(blocks, windows)
+        variants = 3 * len(used.ratios) * (blocks + 1) / 2
+        work["sensitivities"] = (used.moment_windows + variants * used.divergence_windows) / windows
     if default:
-        products = 6 * config.refit_iterations * min(tokens, REFIT_TOKENS)
+        products = 6 * (1 + FINAL_ROUNDS) * config.refit_iterations * min(tokens, REFIT_TOKENS)
         work["gate and up refit"] = products * shapes.d_model * shapes.mlp / block_forward
     return work
 
