@@ -162,7 +162,7 @@ class Block:
         self._install_rows(self.layout.key, key.flatten(0, 1))
         self.attention.set_widths(query.shape[1], self.attention.v_head_dim)
         if pairs is not None:
-            modeling.install_rope_index(self.attention, pairs)
+            modeling.install_rope_index(self.attention, pairs.to(self.output.weight.device))
 
     def install_value_output(self, value: Tensor, output: Tensor) -> None:
         """Replaces value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model)."""

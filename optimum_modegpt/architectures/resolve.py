@@ -91,6 +91,11 @@ def resolve(model: PreTrainedModel) -> Architecture:
         model, "is_loaded_in_4bit", False
     ):
         raise UnsupportedModel("the model is quantised; compress first and quantise the result.")
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise UnsupportedModel(
+            "the model is spread over devices by accelerate; load it without device_map (one block at a time goes to the "
+            "compute device by itself)."
+        )
     modules: Sequence[nn.Module] = model.base_model.get_submodule(family.layout.blocks)  # pyright: ignore[reportAssignmentType]
     norm_first = family.norm_first_flag is None or bool(getattr(config, family.norm_first_flag))
     blocks = tuple(_block(module, family, index, norm_first) for index, module in enumerate(modules))

@@ -207,6 +207,14 @@ def test_a_model_with_replaced_projections_is_refused() -> None:
         run(model)
 
 
+def test_a_model_spread_over_devices_is_refused() -> None:
+    from accelerate import cpu_offload
+
+    model = cpu_offload(dense("llama-gqa-tied"), execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModel, match="spread over devices"):
+        run(model)
+
+
 def test_a_model_without_its_weights_is_refused() -> None:
     with torch.device("meta"):
         model = type(dense("llama-gqa-tied"))(dense("llama-gqa-tied").config)

@@ -79,7 +79,7 @@ def test_missing_tensors(name: str, originals: Callable[[str], Path], tmp_path: 
 
 @FAMILY
 def test_missing_tensor_below_an_adapter(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     base = edited(originals(name), tmp_path / "base")
     config = peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
