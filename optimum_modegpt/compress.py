@@ -42,12 +42,13 @@ from optimum_modegpt.errors import (
     InvalidConfig,
     NumericalError,
     UnsupportedModel,
+    naming,
 )
 from optimum_modegpt.methods import published, residual_matched, sensitivity
 from optimum_modegpt.modeling.adoption import adopt
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION, Widths
 from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, count_parameters
-from optimum_modegpt.stages import StageClock
+from optimum_modegpt.stages import StageClock, compute_device
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ TOKENS_AT_ONCE = 4096
 """Tokens per forward pass where the batch size is not given."""
 SPARSITY_TOLERANCE = 0.005
 """A plan that misses the requested sparsity by more is a warning."""
+ENOUGH_WINDOWS = 4
+"""Fewer windows than these for the sensitivities' divergence are a warning."""
 READING_TOLERANCE = 1e-3
 """Largest relative difference between a block's own forward pass and our reading of it."""
 
@@ -72,6 +75,7 @@ class Walk:
     warnings: list[str] = field(default_factory=list)
     curves: dict[tuple[int, str], list[tuple[float, float]]] = field(default_factory=dict)
     influences: list[float] = field(default_factory=list)
+    budget: sensitivity.Budget | None = None
 
     @property
     def batch_size(self) -> int:
@@ -90,7 +94,7 @@ def compress(
     calibration: TokenWindows,
     *,
     plan: Plan | None = None,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
     base_model: str | None = None,
     revision: str | None = None,
     progress: bool = True,
@@ -102,7 +106,7 @@ def compress(
         config: what to do.
         calibration: token windows of the model's own vocabulary.
         plan: kept widths by block and part, in place of the configuration's sparsity and allocation.
-        device: where to compute, one block at a time; `None` computes where the model is.
+        device: where to compute, one block at a time; `None` takes the accelerator where there is one.
         base_model, revision: where the model came from, for the record; `None` takes what the model says.
         progress: whether to show progress bars.
 
@@ -111,7 +115,8 @@ def compress(
         NumericalError: with the block and part; the model is as it was.
     """
     architecture = resolve(model)
-    device = device or architecture.blocks[0].output.weight.device
+    device = compute_device(device, architecture.blocks[0].output.weight.device)
+    check_tensors(architecture)
     sizes = part_sizes(architecture, config)
     if plan is not None:
         check_plan(plan, sizes)
@@ -194,17 +199,41 @@ def check_plan(plan: Plan, sizes: Sizes) -> None:
 
 
 def check_reading(walk: Walk, front: Front) -> None:
-    """Compares our reading of a block with the block's own forward pass, on one window."""
-    block = walk.architecture.blocks[0].on(walk.device)
-    window, arguments = front.stream[0][:1].to(walk.device), front.on(0, walk.device)
-    own, ours = block.forward(window, arguments).float(), block.composed_forward(window, arguments).float()
-    if not own.isfinite().all():
-        raise NumericalError("block 0: its output is not finite on the calibration text; check dtype and weights.")
-    difference = float((own - ours).norm() / own.norm().clamp_min(1e-30))
-    if difference > max(READING_TOLERANCE, 10 * torch.finfo(block.output.weight.dtype).eps):
+    """Compares every block's own forward pass with that of its compressed class at full width, on one window.
+
+    A block that computes something else than its family's would come out of the walk as something it never was.
+    """
+    window = front.stream[0][:1].to(walk.device)
+    for block in walk.architecture.blocks:
+        arguments = front.on(block.index, walk.device)
+        own = block.on(walk.device).forward(window, arguments)
+        ours = block.student(walk.device).composed_forward(window, arguments)
+        if not own.isfinite().all():
+            raise NumericalError(
+                f"block {block.index}: its output is not finite on the calibration text. Load the model in bfloat16 or "
+                "float32, or check its weights."
+            )
+        difference = float((own.float() - ours.float()).norm() / own.float().norm().clamp_min(1e-30))
+        if difference > max(READING_TOLERANCE, 10 * torch.finfo(own.dtype).eps):
+            raise UnsupportedModel(
+                f"{type(walk.architecture.model).__name__}, block {block.index} computes something else than its "
+                f"family's norm, attention, norm, MLP (relative difference {difference:.1e}); this variant is not "
+                "supported."
+            )
+        window = own
+
+
+def check_tensors(architecture: Architecture) -> None:
+    """Refuses a model with tensors that its compressed class would not have."""
+    family, config = architecture.family, architecture.model.config
+    widths = [block.dense_widths for block in architecture.blocks]
+    model_class: Any = family.models["AutoModelForCausalLM"]
+    with torch.device("meta"):
+        known = model_class(family.config.from_dense(config, widths, {"format_version": FORMAT_VERSION})).state_dict()
+    if unknown := sorted(architecture.model.state_dict().keys() - known.keys()):
         raise UnsupportedModel(
-            f"{type(walk.architecture.model).__name__}: a block computes something else than its family's norm, "
-            f"attention, norm, MLP (relative difference {difference:.1e}); this variant is not supported."
+            f"{type(architecture.model).__name__} has tensors that its family does not: {', '.join(unknown[:5])}"
+            f"{' …' if len(unknown) > 5 else ''}. Compress the plain model."
         )
 
 
@@ -217,11 +246,18 @@ def make_plan(walk: Walk, front: Front, sizes: Sizes) -> Plan:
     if config.sparsity == 0:
         return [{part: size.dense for part, size in block.items()} for block in sizes]
     if config.resolved_allocation == "sensitivity":
+        walk.budget = sensitivity.budget(blocks, len(walk.calibration.tokens))
+        if walk.budget.divergence_windows < min(ENOUGH_WINDOWS, len(walk.calibration.tokens) // 3):
+            walk.warn(
+                f"with {blocks} blocks the sensitivities are measured on {walk.budget.divergence_windows} window(s) at "
+                f"{len(walk.budget.ratios)} ratios, to stay near the cost of the rest; the plan is noisier for it."
+            )
         walk.curves = sensitivity.measure(
             walk.architecture,
             walk.calibration.tokens,
             sizes,
             config,
+            plan=walk.budget,
             device=walk.device,
             batch_size=walk.batch_size,
             progress=walk.progress,
@@ -253,7 +289,8 @@ def measure_influences(walk: Walk, front: Front) -> list[float]:
             output = dense.forward(batch.to(walk.device), arguments)
             total.add(batch.to(walk.device), output)
             after.append(output.to(batch.device))
-        influences.append(total.value())
+        with naming(f"block {block.index}"):
+            influences.append(total.value())
         stream = after
     return influences
 
@@ -273,10 +310,8 @@ def cut_blocks(
     for block, ranks in bar:
         home = block.output.weight.device
         widths, arguments = Widths(ranks["qk"], ranks["vo"], ranks["mlp"]), front.on(block.index, walk.device)
-        try:
+        with naming(f"block {block.index}"):
             student, error, dense, compressed = step(walk, block, dense, compressed, widths, arguments)
-        except NumericalError as cause:
-            raise NumericalError(f"block {block.index}: {cause}") from cause
         modules.append(student.module.to(home))
         errors.append(error)
         bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()})
@@ -327,12 +362,11 @@ def install(
     widths = [Widths(ranks["qk"], ranks["vo"], ranks["mlp"]) for ranks in plan]
     model, family = architecture.model, architecture.family
     config = family.config.from_dense(model.config, widths, record)
+    base = f"{model.base_model_prefix}." if model.base_model is not model else ""
+    replacements = {f"{base}{family.layout.blocks}.{index}": block for index, block in enumerate(blocks)}
     if final_norm is not None:
-        architecture.final_norm.load_state_dict(final_norm.state_dict())
-    block_list = architecture.block_list
-    for index, block in enumerate(blocks):
-        block_list[index] = block
-    adopt(model, family.models["AutoModelForCausalLM"], config)  # pyright: ignore[reportArgumentType]
+        replacements[f"{base}{family.final_norm}"] = final_norm
+    adopt(model, family.models["AutoModelForCausalLM"], config, replacements)  # pyright: ignore[reportArgumentType]
 
 
 def make_record(walk: Walk, achieved: float, base_model: str | None, revision: str | None) -> dict[str, Any]:
@@ -379,6 +413,7 @@ def make_report(
         sensitivities={
             f"{block}.{part}": [list(point) for point in curve] for (block, part), curve in walk.curves.items()
         },
+        sensitivity_budget={} if walk.budget is None else {**vars(walk.budget), "ratios": list(walk.budget.ratios)},
         influences=walk.influences,
         warnings=tuple(walk.warnings),
         versions={name: version(name) for name in ("torch", "transformers", "optimum-modegpt")},
@@ -410,13 +445,14 @@ def commit(model: PreTrainedModel) -> str | None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Dropout off inside, the model's own mode back afterwards."""
-    training = model.training
+    """Dropout off inside, the modes of all modules back afterwards."""
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
 
 
 @contextmanager

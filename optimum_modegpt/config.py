@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,6 +18,7 @@ from optimum_modegpt.errors import InvalidConfig
 
 METHODS = ("default", "paper")
 ALLOCATIONS = ("sensitivity", "influence", "uniform")
+LARGEST_INTEGER = 2**63 - 1
 IN_MEMORY = "in memory: "
 """Prefix of the description that stands for a live dataset or tokenizer in `to_dict`."""
 
@@ -76,34 +78,38 @@ class ModeGPTConfig(QuantizationConfigMixin):
     quant_method: ClassVar[str] = "modegpt"  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
+        for name in ("dataset", "tokenizer"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
         self._check_fractions()
         _one_of("method", self.method, METHODS)
         if self.allocation is not None:
             _one_of("allocation", self.allocation, ALLOCATIONS)
         for name in ("num_samples", "refit_iterations", "seed"):
-            _integer(name, getattr(self, name), minimum=1 if name == "num_samples" else 0)
+            setattr(self, name, _integer(name, getattr(self, name), minimum=1 if name == "num_samples" else 0))
         if self.round_to != "auto":
-            _integer("round_to", self.round_to, minimum=1, also="'auto'")
+            self.round_to = _integer("round_to", self.round_to, minimum=1, also="'auto'")
         self._check_optional()
         for name in ("dataset", "tokenizer"):
             self._check_live(name)
 
     def _check_fractions(self) -> None:
         hint = f" Fractions, not percent: for {self.sparsity} % write sparsity={_percent(self.sparsity)}."
-        _real("sparsity", self.sparsity, 0.0, 1.0, includes_minimum=True, hint=hint if _percent(self.sparsity) else "")
-        _real("max_sparsity", self.max_sparsity, 0.0, 1.0)
+        hint = hint if _percent(self.sparsity) else ""
+        self.sparsity = _real("sparsity", self.sparsity, 0.0, 1.0, includes_minimum=True, hint=hint)
+        self.max_sparsity = _real("max_sparsity", self.max_sparsity, 0.0, 1.0)
         if self.sparsity > self.max_sparsity:
             raise InvalidConfig(
                 f"sparsity={self.sparsity} is above max_sparsity={self.max_sparsity}, the most that any part may lose; "
                 "lower the first or raise the second."
             )
         for name in ("influence_temperature", "leverage_ridge", "output_ridge", "query_ridge", "input_ridge"):
-            _real(name, getattr(self, name), 0.0, math.inf)
+            setattr(self, name, _real(name, getattr(self, name), 0.0, math.inf))
 
     def _check_optional(self) -> None:
         for name, minimum in (("sequence_length", 2), ("batch_size", 1)):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), minimum=minimum)
+                setattr(self, name, _integer(name, getattr(self, name), minimum=minimum))
         for name in ("dataset_split", "text_column"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise InvalidConfig(f"{name} must be a string or None, found {getattr(self, name)!r}.")
@@ -175,18 +181,24 @@ def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise InvalidConfig(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}.")
 
 
-def _integer(name: str, value: Any, *, minimum: int, also: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
+def _integer(name: str, value: Any, *, minimum: int, also: str = "") -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Integral)
+        or not minimum <= int(value) <= LARGEST_INTEGER
+    ):
         also = f" or {also}" if also else ""
         raise InvalidConfig(f"{name} must be an integer of at least {minimum}{also}, found {value!r}.")
+    return int(value)
 
 
 def _real(
     name: str, value: Any, minimum: float, maximum: float, *, includes_minimum: bool = False, hint: str = ""
-) -> None:
+) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidConfig(f"{name} must be a number, found {value!r}.")
     number = float(value)
     if not (minimum < number < maximum or (includes_minimum and number == minimum)):
         bracket = "[" if includes_minimum else "("
         raise InvalidConfig(f"{name} must lie in {bracket}{minimum:g}, {maximum:g}), found {value!r}.{hint}")
+    return number

@@ -10,6 +10,9 @@ ModeGPTError
 └── EvaluationError          the text or the models given to an evaluation cannot be compared
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class ModeGPTError(Exception):
     """Root of all errors raised by optimum_modegpt; the message says what was found, what was expected, what to do."""
@@ -45,3 +48,12 @@ class EvaluationError(ModeGPTError, ValueError):
 
 class IllConditionedWarning(UserWarning):
     """A moment was too ill-conditioned for the usual factorisation; what was done instead stands in the message."""
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Puts `place`, a block or a part, before the message of a NumericalError that comes from inside."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{place}: {error}") from error

@@ -78,6 +78,8 @@ class Report:
     device: str
     sensitivities: dict[str, list[list[float]]] = field(default_factory=dict)
     """"block.part" -> measured [sparsity, KL divergence in nats per token]; empty unless the allocation measured it."""
+    sensitivity_budget: dict[str, Any] = field(default_factory=dict)
+    """Windows for moments and for divergences, and the ratios, that the sensitivities were measured with."""
     influences: list[float] = field(default_factory=list)
     """Block influence 1 − E cos(input, output) of every block; empty unless the allocation used it."""
     warnings: tuple[str, ...] = ()

@@ -16,6 +16,20 @@ from optimum_modegpt.report import Stage
 SAMPLING_SECONDS = 0.02
 
 
+def compute_device(wanted: torch.device | str | None, home: torch.device) -> torch.device:
+    """Where to compute for a model that is at `home`: as wanted, else the accelerator where there is one, else there.
+
+    An accelerator without a number is the current one, so that its device compares equal to that of its tensors.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = torch.device(wanted) if wanted is not None else home
+    if wanted is None and accelerator is not None and home.type != accelerator.type:
+        device = accelerator
+    if accelerator is not None and device.type == accelerator.type and device.index is None:
+        device = torch.device(device.type, torch.accelerator.current_device_index())
+    return device
+
+
 class StageClock:
     """Collects `Stage`s: on an accelerator the peak of its allocator, else the sampled resident size of the process."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from optimum_modegpt.allocation.plan import Plan, Sizes
+from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes
 
 
 def uniform_targets(blocks: int, sparsity: float) -> list[float]:
@@ -36,7 +36,7 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
     """Widths from a target sparsity per block, equal in its parts before rounding.
 
     Head dims go to the nearest allowed width; the MLP takes what is left of the block's target, and what a block could
-    not meet is carried to the next one, so that the whole stays near its target.
+    not meet is carried to the next one, in the end back through all of them, so that the whole stays near its target.
     """
     plan: Plan = []
     carried = 0.0
@@ -44,8 +44,14 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
         ranks = {part: block[part].nearest(block[part].dense * (1 - target)) for part in ("qk", "vo")}
         wanted = target * sum(size.weights for size in block.values()) + carried
         removed = sum((block[part].dense - rank) * block[part].weights_per_unit for part, rank in ranks.items())
-        mlp = block["mlp"]
-        ranks["mlp"] = mlp.nearest(mlp.dense - (wanted - removed) / mlp.weights_per_unit)
-        carried = wanted - removed - (mlp.dense - ranks["mlp"]) * mlp.weights_per_unit
+        ranks["mlp"], carried = _absorb(block["mlp"], block["mlp"].dense, wanted - removed)
         plan.append(ranks)
+    for ranks, block in zip(reversed(plan), reversed(sizes), strict=True):
+        ranks["mlp"], carried = _absorb(block["mlp"], ranks["mlp"], carried)
     return plan
+
+
+def _absorb(mlp: PartSize, width: int, weights: float) -> tuple[int, float]:
+    """The MLP width after removing about `weights` weights more, and what of them is still left to remove."""
+    nearest = mlp.nearest(width - weights / mlp.weights_per_unit)
+    return nearest, weights - (width - nearest) * mlp.weights_per_unit

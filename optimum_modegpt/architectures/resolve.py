@@ -51,11 +51,6 @@ class Architecture:
         parent, _, name = path.rpartition(".")
         return getattr(self.model.base_model.get_submodule(parent), name)
 
-    @property
-    def norm_first(self) -> bool:
-        """Whether norms stand before the parts, as in all but a few models."""
-        return self.blocks[0].norm_first
-
 
 def check_model_type(model_type: str) -> Family:
     """The family of a transformers model_type.
@@ -93,8 +88,8 @@ def resolve(model: PreTrainedModel) -> Architecture:
         raise UnsupportedModel("the model is quantised; compress first and quantise the result.")
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UnsupportedModel(
-            "the model is spread over devices by accelerate; load it without device_map (one block at a time goes to the "
-            "compute device by itself)."
+            "the model is spread over devices by accelerate; load it without device_map: one block at a time goes to "
+            "the compute device by itself."
         )
     modules: Sequence[nn.Module] = model.base_model.get_submodule(family.layout.blocks)  # pyright: ignore[reportAssignmentType]
     norm_first = family.norm_first_flag is None or bool(getattr(config, family.norm_first_flag))

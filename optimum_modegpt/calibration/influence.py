@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from optimum_modegpt.errors import NumericalError
 
 
 class InfluenceSum:
@@ -19,5 +23,11 @@ class InfluenceSum:
         self.tokens += cosine.numel()
 
     def value(self) -> float:
-        """The influence so far."""
+        """The influence so far.
+
+        Raises:
+            NumericalError: where the stream was not finite.
+        """
+        if not math.isfinite(self.total):
+            raise NumericalError("the residual stream is not finite on the calibration text; check dtype and weights.")
         return self.total / self.tokens

@@ -31,7 +31,6 @@ class LinearMomentSum:
     gram: Tensor | float = 0.0
     cross: Tensor | float = 0.0
     energy: Tensor | float = 0.0
-    tokens: int = 0
 
     def add(self, inputs: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Adds tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
@@ -44,7 +43,6 @@ class LinearMomentSum:
         self.gram = self.gram + exact(inputs.T @ inputs)
         self.cross = self.cross + exact(inputs.T @ target)
         self.energy = self.energy + exact(target.square().sum())
-        self.tokens += len(inputs)
 
     def value(self) -> LinearMoments:
         """The moments so far."""
@@ -176,6 +174,8 @@ class AttentionCurvatureSum:
 
         `query` (batch, heads, rows, d), `key` (batch, length, d), `visible` (rows, length).
         """
+        # Neither softmax nor scatter feels a common shift; without it large key biases would cancel in float32.
+        key = key - key.mean(1, keepdim=True)
         logits = query @ key[:, None].mT * self.block.attention.scaling
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)  # (batch, heads, rows, length)
         mean = weights @ key[:, None]  # (batch, heads, rows, d)

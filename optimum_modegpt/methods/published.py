@@ -16,6 +16,7 @@ from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
 from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinates, select_pairs
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
+from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.modeling.modegpt_common import Widths
 
@@ -54,9 +55,12 @@ def compress_block(
     student: Block, moments: PublishedMoments, widths: Widths, config: ModeGPTConfig
 ) -> dict[str, float]:
     """Cuts the three parts of `student`, a copy of the dense block; relative error by part."""
-    query_key = cut_query_key(student, moments.query_key, widths.qk)
-    value_output = cut_value_output(student, moments.values, widths.vo)
-    mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
+    with naming("qk"):
+        query_key = cut_query_key(student, moments.query_key, widths.qk)
+    with naming("vo"):
+        value_output = cut_value_output(student, moments.values, widths.vo)
+    with naming("mlp"):
+        mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
     student.install_value_output(value_output.value, value_output.output)
     student.install_mlp(mlp.rows, mlp.down)

@@ -7,7 +7,8 @@ makes up for what earlier blocks lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,7 @@ from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, e
 from optimum_modegpt.decompositions.rotary import eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
+from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.modeling.modegpt_common import Widths
 
@@ -78,7 +80,7 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weight
         end = middle + block.down(block.mlp_hidden(block.mlp_input(middle)))
         attention.append(total.to(batch.device))
         mlp.append(end.to(batch.device))
-        after.append(block.after_mlp(end).to(batch.device))
+        after.append(mlp[-1] if block.norm_first else block.after_mlp(end).to(batch.device))
         for kept, sums, norm in zip(weights, (total, end), (block.attention_norm, block.mlp_norm), strict=True):
             kept.append(token_weights(sums, norm).to(batch.device))
     attention_weights, mlp_weights = (_with_mean_one(w) if weighted else None for w in weights)
@@ -102,17 +104,20 @@ def compress_block(
     """
     if student.norm_first:
         match_norm(student.attention_norm, dense, compressed)
-    query_key = cut_query_key(student, observe_query_key(student, compressed, arguments), widths.qk, config)
+    with naming("qk"):
+        query_key = cut_query_key(student, observe_query_key(student, compressed, arguments), widths.qk, config)
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
 
-    moments = observe_output(student, compressed, targets.attention, targets.attention_weights, arguments)
-    value_output = cut_value_output(student, moments, widths.vo, config)
+    with naming("vo"):
+        moments = observe_output(student, compressed, targets.attention, targets.attention_weights, arguments)
+        value_output = cut_value_output(student, moments, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output)
     sums = _map(compressed, student, lambda h: h + student.attend(student.attention_input(h), arguments))
 
     match_norm(student.mlp_norm if student.norm_first else student.attention_norm, targets.attention, sums)
     middle = _map(sums, student, student.after_attention)
-    mlp = refit_mlp(student, middle, targets, widths.mlp, config)
+    with naming("mlp"):
+        mlp = refit_mlp(student, middle, targets, widths.mlp, config)
     student.install_mlp(mlp.rows, mlp.down)
     sums = _map(middle, student, lambda h: h + student.down(student.mlp_hidden(student.mlp_input(h))))
 
@@ -152,7 +157,9 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
     stride = max(1, -(-tokens // max(windows, LOGITS // len(head))), tokens // GAIN_TOKENS)
     samples = []
     for target, source in zip(dense, compressed, strict=True):
-        for wanted, seen in zip(target[:, ::stride].to(device), source[:, ::stride].to(device), strict=True):
+        for wanted, seen in zip(
+            target[:, stride - 1 :: stride].to(device), source[:, stride - 1 :: stride].to(device), strict=True
+        ):
             distribution = (dense_norm(wanted).float() @ head.T).softmax(-1)
             samples.append(SoftmaxSample(bare(seen.float()), distribution))
     bias = getattr(norm, "bias", None)
@@ -218,7 +225,7 @@ def observe_output(
             hidden = batch.to(device)
             block.attend(block.attention_input(hidden), arguments)
             weight = None if weights is None else weights[index].to(device)
-            total.add(heads.pop(), target.to(device) - hidden, weight)
+            total.add(heads.pop(), target.to(device).float() - hidden.float(), weight)
     return total.value()
 
 
@@ -254,7 +261,7 @@ def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Ten
     for index, (batch, target) in enumerate(zip(middle, targets, strict=True)):
         stream = batch.to(device)
         weight = None if weights is None else weights[index].to(device)
-        total.add(block.mlp_hidden(block.mlp_input(stream)), target.to(device) - stream, weight)
+        total.add(block.mlp_hidden(block.mlp_input(stream)), target.to(device).float() - stream.float(), weight)
     return total.value()
 
 
@@ -273,7 +280,8 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
     moments = observe_mlp(student, middle, targets.mlp, targets.mlp_weights)
     if rank == moments.width or not config.refit_iterations:
         return cut_mlp(student, moments, rank, config)
-    samples = _token_samples(student, middle, targets, REFIT_TOKENS)
+    windows = max(1, REFIT_TOKENS // middle[0].shape[1])
+    samples = list(itertools.islice(_token_samples(student, middle, targets), windows))
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
@@ -283,7 +291,7 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
             moments = _hidden_moments(student, factors.rows, samples)
             factors = _refit_down(factors, moments, config)
     if len(samples) < sum(len(batch) for batch in middle):
-        moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets, None))
+        moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets))
         factors = _refit_down(factors, moments, config)
     return factors
 
@@ -304,12 +312,13 @@ def _eliminate_channels(factors: MLPFactors, moments: LinearMoments, rank: int, 
 def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig) -> MLPFactors:
     """One Gauss–Newton step on gate and up with down fixed; the output bias is taken off the target."""
     rank = len(factors.rows[0])
-    weight, bias = factors.down[:rank].float(), factors.down[rank:].float().sum(0)
-    unbiased = [replace(sample, target=sample.target - bias.to(sample.target)) for sample in samples]
+    weight, bias = factors.down[:rank].float(), factors.down[rank:].float()
+    if len(bias):
+        samples = [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
     rows = refit_inputs(
         tuple(row.float() for row in factors.rows),
         weight,
-        unbiased,
+        samples,
         block.activation,
         ridge=config.input_ridge,
         iterations=config.refit_iterations,
@@ -333,21 +342,16 @@ def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[To
     return total.value()
 
 
-def _token_samples(block: Block, middle: Stream, targets: DenseTargets, limit: int | None) -> list[TokenSample]:
-    """The MLP's normalised inputs and its targets, a window each, until `limit` tokens."""
+def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Iterator[TokenSample]:
+    """The MLP's normalised inputs and its targets, window after window, kept where the stream is."""
     assert targets.mlp_weights is not None
-    samples, tokens = [], 0
     biased = block.module.get_submodule(block.layout.mlp_inputs[0]).bias is not None
     for batch, target, weight in zip(middle, targets.mlp, targets.mlp_weights, strict=True):
         stream = batch.to(block.output.weight.device)
         inputs, missing = block.mlp_input(stream).float(), target.to(stream.device).float() - stream.float()
         for window in range(len(stream)):
-            if limit is not None and samples and tokens + inputs.shape[1] > limit:
-                return samples
             seen = with_ones(inputs[window]) if biased else inputs[window]
-            samples.append(TokenSample(*(x.to(batch.device) for x in (seen, missing[window], weight[window]))))
-            tokens += len(seen)
-    return samples
+            yield TokenSample(*(x.to(batch.device) for x in (seen, missing[window], weight[window])))
 
 
 # helpers

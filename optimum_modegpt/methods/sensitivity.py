@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from optimum_modegpt.allocation.plan import PartSize, Sizes
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.streams import Front, Stream, enter
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.report import PARTS
 
@@ -53,6 +55,7 @@ def measure(
     sizes: Sizes,
     config: ModeGPTConfig,
     *,
+    plan: Budget,
     device: torch.device,
     batch_size: int,
     progress: bool,
@@ -62,7 +65,6 @@ def measure(
     Every part is cut alone, with dense statistics and its own dense output as the target, without token weights, norm
     gains and the refit of gate and up; the rest of the model stays dense.
     """
-    plan = budget(len(architecture.blocks), len(tokens))
     split = min(plan.moment_windows, len(tokens) - 1) if len(tokens) > 1 else 0
     moment_front = enter(architecture, tokens[: max(1, split)], batch_size)
     front = enter(architecture, tokens[split : split + plan.divergence_windows], batch_size)
@@ -76,12 +78,19 @@ def measure(
         arguments, passing = moment_front.on(block.index, device), front.on(block.index, device)
         targets = residual_matched.run_dense(dense, stream, arguments, weighted=False)
         students = _students(dense, stream, targets, arguments, size, plan.ratios, config)
-        changed = [(part, sparsity, _run(student, entering, passing)) for part, sparsity, student in students]
+        with naming(f"block {block.index}"):
+            changed = [(part, sparsity, _run(student, entering, passing)) for part, sparsity, student in students]
         # All variants pass a later block together, so that it comes to the device once.
         joined = _through(architecture, block.index + 1, [b for *_, out in changed for b in out], front, device)
         for index, (part, sparsity, _) in enumerate(changed):
             outputs = joined[index * len(reference) : (index + 1) * len(reference)]
-            curves.setdefault((block.index, part), []).append((sparsity, _divergence(tail, reference, outputs)))
+            divergence = _divergence(tail, reference, outputs)
+            if not math.isfinite(divergence):
+                raise NumericalError(
+                    f"block {block.index}, {part}: with {sparsity:.0%} of it removed the output distribution is not "
+                    "finite. Load the model in bfloat16 or float32, or check its weights."
+                )
+            curves.setdefault((block.index, part), []).append((sparsity, divergence))
         stream, entering = targets.after, _run(dense, entering, passing)
     return curves
 
@@ -107,15 +116,16 @@ def _students(
             {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in ratios} - {size.dense}
         ):
             student = dense.student(device)
-            if part == "qk":
-                cut = residual_matched.cut_query_key(student, query_key, rank, config)
-                student.install_query_key(cut.query, cut.key, cut.pairs)
-            elif part == "vo":
-                cut = residual_matched.cut_value_output(student, output, rank, config)
-                student.install_value_output(cut.value, cut.output)
-            else:
-                cut = residual_matched.cut_mlp(student, mlp, rank, config)
-                student.install_mlp(cut.rows, cut.down)
+            with naming(part):
+                if part == "qk":
+                    cut = residual_matched.cut_query_key(student, query_key, rank, config)
+                    student.install_query_key(cut.query, cut.key, cut.pairs)
+                elif part == "vo":
+                    cut = residual_matched.cut_value_output(student, output, rank, config)
+                    student.install_value_output(cut.value, cut.output)
+                else:
+                    cut = residual_matched.cut_mlp(student, mlp, rank, config)
+                    student.install_mlp(cut.rows, cut.down)
             yield part, 1 - rank / size.dense, student
 
 

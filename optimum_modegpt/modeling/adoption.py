@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+MODULE_STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
+"""Attributes of modules that are a choice of the caller, not of the class."""
 
-def adopt(model: PreTrainedModel, model_class: type[PreTrainedModel], config: Any) -> None:
-    """Turns `model`, whose blocks are already compressed, into a `model_class`; the caller's object stays the same.
+
+def adopt(
+    model: PreTrainedModel, model_class: type[PreTrainedModel], config: Any, replacements: Mapping[str, nn.Module]
+) -> None:
+    """Turns `model` into a `model_class`, with other modules at the paths of `replacements`; the object stays the same.
 
     The new object is built from its configuration on the meta device and filled strictly, exactly as a reload is, so
-    what works here works from disk. Tensors are moved over, not copied.
+    what works here works from disk. Tensors are moved over, not copied. `model` changes in the last line alone.
     """
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         new = model_class(config)
-    new.load_state_dict(model.state_dict(), strict=True, assign=True)
+    new.load_state_dict(dict(_tensors(model, replacements)), strict=True, assign=True)
     new.tie_weights()
-    for name, buffer in dict(model.named_buffers()).items():
-        owner, _, leaf = name.rpartition(".")
-        target = new.get_submodule(owner)
-        if leaf in target._non_persistent_buffers_set:  # the rotary table: derived, so in no state dict
-            setattr(target, leaf, buffer)
-    for name, parameter in model.named_parameters():
-        new.get_parameter(name).requires_grad_(parameter.requires_grad)
+    for path, target in new.named_modules():
+        _carry_over(model.get_submodule(path), target)
     new.generation_config = model.generation_config
-    new.train(model.training)
-    model.__class__ = new.__class__
-    model.__dict__ = new.__dict__
+    model.__class__, model.__dict__ = new.__class__, new.__dict__
+
+
+def _tensors(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.state_dict().items():
+        if not any(name.startswith(f"{path}.") for path in replacements):
+            yield name, tensor
+    for path, replacement in replacements.items():
+        for name, tensor in replacement.state_dict().items():
+            yield f"{path}.{name}", tensor
+
+
+def _carry_over(source: nn.Module, target: nn.Module) -> None:
+    """What no state dict holds: derived buffers such as the rotary table, frozen parameters, modes."""
+    for name in target._non_persistent_buffers_set:
+        setattr(target, name, getattr(source, name))
+    for name, parameter in target.named_parameters(recurse=False):
+        parameter.requires_grad_(source.get_parameter(name).requires_grad)
+    for name in MODULE_STATE:
+        if name in vars(source):
+            setattr(target, name, getattr(source, name))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
 import torch
-from tiny import VARIANTS, dense, tokens
+from tiny import VARIANTS, classes, dense, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
@@ -26,7 +29,7 @@ from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 from optimum_modegpt.report import PARTS, Report
 
 WINDOWS, LENGTH = 10, 16
-RECIPES = [("default", None), ("default", "uniform"), ("paper", None), ("paper", "sensitivity")]
+RECIPES = [("default", None), ("default", "influence"), ("paper", None), ("paper", "sensitivity"), ("paper", "uniform")]
 
 
 def windows(count: int = WINDOWS, length: int = LENGTH) -> TokenWindows:
@@ -124,12 +127,63 @@ def test_bfloat16_stays_bfloat16_and_loses_little() -> None:
             assert ours.parts[part].relative_error == pytest.approx(theirs.parts[part].relative_error, abs=0.05)
 
 
-def test_training_mode_and_frozen_parameters_are_kept() -> None:
+def test_float16_is_compressed_too() -> None:
+    model = dense("llama-gqa-tied").half()
+    report = run(model, sparsity=0.3, allocation="uniform")
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert all(part.relative_error < 1 for block in report.blocks for part in block.parts.values())
+    assert logits(model).isfinite().all()
+
+
+def test_modes_and_frozen_parameters_are_kept() -> None:
     model = dense("llama-mha").train()
     model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    model.model.layers[1].eval()
+    model.gradient_checkpointing_enable()
     run(model, sparsity=0.3, allocation="uniform")
     assert model.training
-    assert not any(p.requires_grad for p in model.parameters())
+    assert [layer.training for layer in model.model.layers] == [True, False, True]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+    assert model.is_gradient_checkpointing
+    assert model(tokens(1, LENGTH)).logits.isfinite().all()
+
+
+def test_the_refit_may_see_a_part_of_the_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimum_modegpt.methods import residual_matched
+
+    monkeypatch.setattr(residual_matched, "REFIT_TOKENS", 5 * LENGTH)
+    report = run(dense("llama-mqa-biases"), sparsity=0.3, allocation="uniform")
+    whole = run(dense("llama-mqa-biases"), sparsity=0.3, allocation="uniform")
+    assert report.blocks[0].parts["mlp"].relative_error == pytest.approx(
+        whole.blocks[0].parts["mlp"].relative_error, rel=0.5
+    )
+
+
+@pytest.mark.parametrize("recipe", [("default", "sensitivity"), ("paper", "influence")])
+def test_copies_on_the_device_do_not_grow_with_depth(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every copy of a dense block is counted while it lives; "cpu:0" makes the walk treat the model as elsewhere."""
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most: list[int] = []
+    on = Block.on
+
+    def counted(block: Block, device: torch.device) -> Block:
+        copied = on(block, device)
+        assert copied is not block
+        alive.add(copied.module)
+        gc.collect()
+        most.append(len(alive))
+        return copied
+
+    monkeypatch.setattr(Block, "on", counted)
+    peaks = []
+    for depth in (2, 6):
+        model = dense("llama-gqa-tied", num_hidden_layers=depth)
+        most.clear()
+        config = ModeGPTConfig(round_to=1, method=recipe[0], allocation=recipe[1])
+        compress(model, config, windows(), device="cpu:0", progress=False)
+        peaks.append(max(most))
+    assert peaks[0] == peaks[1] <= 3
 
 
 def test_the_record_and_the_report_say_what_was_done(tmp_path: Any) -> None:
@@ -152,16 +206,56 @@ def test_the_record_and_the_report_say_what_was_done(tmp_path: Any) -> None:
     assert json.loads(json.dumps(record)) == record
 
 
-def test_a_failure_leaves_the_model_untouched() -> None:
+@pytest.mark.parametrize("allocation", ["uniform", "influence", "sensitivity"])
+def test_a_failure_names_the_block_and_leaves_the_model_untouched(allocation: Any) -> None:
     model = dense("llama-gqa-tied")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(NumericalError, match="block 1"):
-        run(model, sparsity=0.3, allocation="uniform")
+        run(model, sparsity=0.3, allocation=allocation)
     assert type(model).__name__ == "LlamaForCausalLM"
     for key, value in model.state_dict().items():
         assert torch.equal(value.nan_to_num(), before[key].nan_to_num()), key
+
+
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_moments_that_overflow_are_an_error_that_names_block_and_part(method: Any) -> None:
+    model = dense("llama-gqa-tied")
+    with torch.no_grad():  # finite activations, but their squares are not
+        model.model.layers[1].mlp.up_proj.weight.mul_(1e20)
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-20)
+    with pytest.raises(NumericalError, match="block 1: mlp: a second moment is not finite"):
+        run(model, sparsity=0.3, allocation="uniform", method=method)
+
+
+def test_a_head_that_is_not_finite_is_no_reason_to_remove_anything() -> None:
+    model = dense("llama-mha")
+    with torch.no_grad():
+        model.lm_head.weight[3, 0] = torch.nan
+    with pytest.raises(NumericalError, match="output distribution is not finite"):
+        run(model, sparsity=0.3)
+
+
+def test_a_failure_at_the_very_end_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense("opt")
+    expected, tensors = logits(model), dict(model.named_parameters())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classes("opt")["AutoModelForCausalLM"], "load_state_dict", fail)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, sparsity=0.3, allocation="uniform")
+    assert torch.equal(logits(model), expected)
+    assert all(parameter is tensors[name] for name, parameter in model.named_parameters())
+
+
+def test_a_model_with_tensors_of_its_own_is_refused() -> None:
+    model = dense("llama-gqa-tied")
+    model.extra = nn.Linear(2, 2)
+    with pytest.raises(UnsupportedModel, match=r"extra\.bias, extra\.weight"):
+        run(model)
 
 
 def test_an_interrupt_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,15 +316,17 @@ def test_a_model_without_its_weights_is_refused() -> None:
         run(model)
 
 
-def test_a_variant_that_computes_something_else_is_refused() -> None:
+@pytest.mark.parametrize("path", ["model.layers.0", "model.layers.2", "model.layers.1.self_attn"])
+def test_a_variant_that_computes_something_else_is_refused(path: str) -> None:
     model = dense("llama-gqa-tied")
-    layer = type(model.model.layers[0])
+    module: Any = model.get_submodule(path)
 
-    class Scaled(layer):  # pyright: ignore[reportGeneralTypeIssues]
+    class Changed(type(module)):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return 0.5 * super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+            return (0.5 * output[0], *output[1:]) if isinstance(output, tuple) else 0.5 * output
 
-    model.model.layers[0].__class__ = Scaled
+    module.__class__ = Changed
     with pytest.raises(UnsupportedModel, match="variant is not supported"):
         run(model)
 
