@@ -133,10 +133,10 @@ def _read_fields(path: Path | None) -> dict[str, Any]:
 def _compress_to(output: Path, options: Namespace) -> Report:
     source = _source(options)
     quantizer = ModeGPTQuantizer(default_dataset(configuration(options), source))
-    check_output(output, overwrite=options.overwrite, model=source.path)
+    check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
     _check_file(options.report)
     device = pick_device(options.device)
-    with replacing(output) as folder:
+    with replacing(output, overwrite=options.overwrite) as folder:
         windows = quantizer.prepare(load_config(source), None, source)
         model = load_model(source, options.dtype)
         report = quantizer.compress_with(model, windows, source=source, device=device)
@@ -144,6 +144,13 @@ def _compress_to(output: Path, options: Namespace) -> Report:
     if options.report is not None:
         report.save(options.report)
     return report
+
+
+def _used_paths(source: Source, config: ModeGPTConfig, options: Namespace) -> list[Path]:
+    """Files and folders that a compression reads, and the report that it writes."""
+    named = (source.path, config.dataset, config.tokenizer, options.config)
+    read = [Path(each) for each in named if isinstance(each, str | Path) and Path(each).exists()]
+    return read if options.report is None else [*read, options.report]
 
 
 # ----------------------------------------------------------------------------------------------------------- loading

@@ -1,69 +1,132 @@
-"""A result folder appears whole or not at all."""
+"""A result folder appears whole or not at all, and takes the place of nothing but a result of ours."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
 from optimum_modegpt.errors import OutputError
 
+OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".txt", ".jinja")
+OWN_NAMES = ("README.md", ".gitattributes")
+ATTEMPTS = 5
+"""How often a run with --overwrite tries to take a place that another run takes at the same moment."""
 
-def check_output(folder: Path, *, overwrite: bool, model: str | None = None) -> None:
-    """Refuses a folder that cannot or must not be written; `model` is the folder that is being read.
+
+def check_output(folder: Path, *, overwrite: bool, used: Iterable[Path] = ()) -> None:
+    """Refuses a folder that cannot or must not be written; `used` is what the run reads or writes besides.
 
     Raises:
-        OutputError: the folder is a file or not empty, or what stands there is no model, or is the one that is read.
+        OutputError: the folder is a file, holds what is in use, or is not empty and no result to be overwritten.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; --output needs a folder.")
+    place = folder.resolve()
+    for path in used:
+        if place == path.resolve():
+            raise OutputError(f"{folder} is what this run reads (model, text or tokenizer); choose another --output.")
+        if place in path.resolve().parents:
+            raise OutputError(f"{folder} holds {path}, which this run uses; choose another --output.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
         raise OutputError(f"{folder} exists and is not empty; choose another --output, or replace it with --overwrite.")
-    if model is not None and Path(model).exists() and Path(model).resolve() == folder.resolve():
-        raise OutputError(f"{folder} is the model that is to be compressed; choose another --output.")
-    if not (folder / CONFIG_NAME).is_file():
+    _check_ours(folder, folder)
+
+
+def _check_ours(folder: Path, name: Path) -> None:
+    """Refuses to delete a folder that is anything but a compressed model; `name` is what the user calls it."""
+    try:
+        model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        model_type = None
+    if not str(model_type).startswith("modegpt_"):
+        found = f"has no readable {CONFIG_NAME}" if model_type is None else f"is a model of type {model_type!r}"
+        raise OutputError(f"{name} {found}; --overwrite deletes compressed models only. Choose another --output.")
+    if foreign := sorted(path.name for path in folder.iterdir() if not _is_own(path)):
+        more = ", …" if len(foreign) > 5 else ""
         raise OutputError(
-            f"{folder} has no {CONFIG_NAME}, so it does not look like a model; --overwrite will not delete it."
+            f"{name} holds what no compressed model has: {', '.join(foreign[:5])}{more}. --overwrite will not delete "
+            "it; move it away, or choose another --output."
         )
 
 
+def _is_own(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and (path.suffix in OWN_SUFFIXES or path.name in OWN_NAMES)
+
+
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new empty folder beside `folder` that takes its place at the end.
 
-    On any error it is gone, and what stood at `folder` is as before.
+    On an error inside it is gone with every folder made for it, and what stood at `folder` is as before. Where the
+    place was taken meanwhile, the finished result is kept beside it.
 
     Raises:
-        OutputError: the place cannot be written.
+        OutputError: the place cannot be written, or was taken meanwhile.
     """
     folder = folder.resolve()
     mark = uuid.uuid4().hex[:8]
-    partial, old = (folder.with_name(f".{folder.name}.{kind}-{mark}") for kind in ("partial", "old"))
+    partial = folder.with_name(f".{folder.name}.partial-{mark}")
+    made = [parent for parent in partial.parents if not parent.exists()]
+    try:
+        _make(partial, folder)
+        yield partial
+        _place(partial, folder, mark, overwrite=overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # not empty: something was saved there
+                parent.rmdir()
+
+
+def _make(partial: Path, folder: Path) -> None:
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error}") from error
-    try:
-        yield partial
-        _swap(partial, folder, old)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _swap(partial: Path, folder: Path, old: Path) -> None:
-    if not folder.exists():
+def _place(partial: Path, folder: Path, mark: str, *, overwrite: bool) -> None:
+    """Moves the finished result to its place, or beside it where the place may not be taken."""
+    error: OSError | None = None
+    for attempt in range(ATTEMPTS if overwrite else 1):
+        try:
+            return _swap(partial, folder, folder.with_name(f".{folder.name}.old-{mark}-{attempt}"), overwrite)
+        except OutputError as refusal:
+            error = refusal
+            break
+        except OSError as lost:
+            error = lost
+    kept = folder.with_name(f"{folder.name}.finished-{mark}")
+    partial.rename(kept)
+    reason = error if isinstance(error, OutputError) else f"{folder} was taken while this run was at work ({error})."
+    raise OutputError(f"{reason}\nThe finished model is kept in {kept}") from error
+
+
+def _swap(partial: Path, folder: Path, old: Path, overwrite: bool) -> None:
+    """One try; a rename never takes the place of a folder that is not empty."""
+    with suppress(OSError):
+        folder.rmdir()  # only where it is empty
+    if not overwrite or not folder.exists():
         partial.rename(folder)
         return
     folder.rename(old)
     try:
+        _check_ours(old, folder)
+    except OutputError:
+        old.rename(folder)
+        raise
+    try:
         partial.rename(folder)
     except BaseException:
-        old.rename(folder)
+        # Another run's result may stand there by now.
+        shutil.rmtree(old) if folder.exists() else old.rename(folder)
         raise
     shutil.rmtree(old)

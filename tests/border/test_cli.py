@@ -159,30 +159,43 @@ def test_a_full_folder_is_refused_before_any_work(tmp_path: Path, capsys: pytest
         f"error: {tmp_path} exists and is not empty; choose another --output, or replace it with --overwrite.\n"
     )
     message = refusal(capsys, "compress", "no-such-model", "--output", tmp_path, "--overwrite")
-    assert "has no config.json, so it does not look like a model; --overwrite will not delete it" in message
+    assert "has no readable config.json; --overwrite deletes compressed models only" in message
     assert "is a file; --output needs a folder" in refusal(capsys, "compress", "m", "--output", tmp_path / "note")
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
 
-def test_the_model_itself_is_never_overwritten(
-    checkpoint: Path, text: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("used", ["model", "dataset", "config", "report"])
+def test_what_a_run_uses_is_never_overwritten(
+    used: str, compressed: Path, checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refusal(capsys, "compress", checkpoint, "--output", checkpoint, "--overwrite", "--dataset", text, *FLAGS)
-    assert "is the model that is to be compressed" in message
+    output = shutil.copytree(compressed, tmp_path / "out")
+    before = {path.name for path in output.iterdir()}
+    flags = ["--output", output, "--overwrite", "--dataset", text]
+    inside = {
+        "model": ["compress", shutil.copytree(checkpoint, output / "inner") if used == "model" else checkpoint, *flags],
+        "dataset": ["compress", checkpoint, *flags[:3], "--dataset", shutil.copy(text, output / "text.txt")],
+        "config": ["compress", checkpoint, *flags, "--config", output / "config.json"],
+        "report": ["compress", checkpoint, *flags, "--report", output / "r.json"],
+    }
+    (output / "config.json").write_text("{}") if used == "config" else None
+    assert "which this run uses" in refusal(capsys, *inside[used], *FLAGS)
+    assert before <= {path.name for path in output.iterdir()}
+    message = refusal(capsys, "compress", checkpoint, "--output", checkpoint, "--overwrite", *FLAGS)
+    assert "is what this run reads" in message
 
 
 def test_overwrite_replaces_after_success_only(
-    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
-    shutil.copytree(checkpoint, output)
-    (output / "old").touch()
+    shutil.copytree(compressed, output)
+    (output / "old.txt").touch()
     arguments = ["compress", checkpoint, "--output", output, "--overwrite", *FLAGS]
     assert "nowhere.txt" in refusal(capsys, *arguments, "--dataset", "nowhere.txt")
-    assert (output / "old").exists()
+    assert (output / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert cli.main([*map(str, arguments), "--dataset", str(text)]) == 0
-    assert not (output / "old").exists()
+    assert not (output / "old.txt").exists()
     assert (output / "report.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -205,7 +218,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(
 
 def test_interrupt_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> None:
     text = save_text(tmp_path / "text.txt", words=200_000)
-    place = tmp_path / "place"
+    place = tmp_path / "new" / "place"
     arguments = ["compress", checkpoint, "--output", place / "out", "--dataset", text, "--num-samples", "15000"]
     process = subprocess.Popen(
         [sys.executable, "-m", "optimum_modegpt", *map(str, arguments), "--sequence-length", "32"],
@@ -220,7 +233,7 @@ def test_interrupt_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> No
     assert process.returncode == 130, errors
     assert errors.endswith("interrupted; nothing was left behind.\n")
     assert "Traceback" not in errors
-    assert list(place.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

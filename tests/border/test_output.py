@@ -1,0 +1,112 @@
+"""The place of a result: what may be deleted for it, and what happens to work that loses a race."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from optimum_modegpt import OutputError
+from optimum_modegpt.integration.output import check_output, replacing
+
+
+def result(folder: Path, mark: str = "", model_type: str = "modegpt_llama") -> Path:
+    """A folder that looks like a result of ours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "mark": mark}))
+    for name in ("model.safetensors", "modegpt_llama.py", "README.md", "merges.txt", ".gitattributes"):
+        (folder / name).touch()
+    return folder
+
+
+def mark_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["mark"]
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_result_of_ours_may_be_overwritten(tmp_path: Path) -> None:
+    check_output(result(tmp_path), overwrite=True)
+    with pytest.raises(OutputError, match="not empty"):
+        check_output(tmp_path, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    ("foreign", "message"),
+    [
+        ("dense", "is a model of type 'llama'"),
+        ("broken", r"has no readable config\.json"),
+        ("folder", "what no compressed model has: checkpoints"),
+        ("file", "what no compressed model has: thesis.docx"),
+        ("link", "what no compressed model has: link.json"),
+    ],
+)
+def test_anything_else_is_never_deleted(foreign: str, message: str, tmp_path: Path) -> None:
+    folder = result(tmp_path / "out", model_type="llama" if foreign == "dense" else "modegpt_llama")
+    if foreign == "broken":
+        (folder / "config.json").write_text("[]")
+    if foreign == "folder":
+        (folder / "checkpoints").mkdir()
+    if foreign == "file":
+        (folder / "thesis.docx").touch()
+    if foreign == "link":
+        (folder / "link.json").symlink_to(tmp_path)
+    before = names(folder)
+    with pytest.raises(OutputError, match=message):
+        check_output(folder, overwrite=True)
+    assert names(folder) == before
+
+
+def test_what_came_in_meanwhile_is_not_deleted_and_the_work_is_kept(tmp_path: Path) -> None:
+    folder = result(tmp_path / "out", "old")
+    words = r"(?s)what no compressed model has: thesis.docx.*kept in .*out\.finished-"
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True) as partial:
+        result(partial, "new")
+        (folder / "thesis.docx").touch()
+    assert mark_of(folder) == "old"
+    assert (folder / "thesis.docx").exists()
+    (kept,) = names(tmp_path) - {"out"}
+    assert mark_of(tmp_path / kept) == "new"
+
+
+def test_the_second_of_two_runs_does_not_replace_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "out"
+    words = r"(?s)was taken while this run was at work.*kept in .*out\.finished-"
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=False) as second:
+        result(second, "second")
+        with replacing(folder, overwrite=False) as first:
+            result(first, "first")
+    assert mark_of(folder) == "first"
+    (kept,) = names(folder.parent) - {"out"}
+    assert mark_of(folder.parent / kept) == "second"
+
+
+def test_a_lost_race_with_overwrite_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, rename = result(tmp_path / "out", "old"), Path.rename
+    lost = []
+
+    def taken(self: Path, target: Path) -> Path:
+        if target == folder and not lost:
+            lost.append(target)
+            result(folder, "other")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", taken)
+    with replacing(folder, overwrite=True) as partial:
+        result(partial, "new")
+    assert lost
+    assert mark_of(folder) == "new"
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_failed_run_removes_the_folders_made_for_it(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b" / "out"
+    with pytest.raises(RuntimeError), replacing(folder, overwrite=False):
+        raise RuntimeError
+    assert names(tmp_path) == set()
+    with replacing(folder, overwrite=False) as partial:
+        result(partial)
+    assert names(folder.parent) == {"out"}
