@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -56,6 +57,8 @@ TOKENS_AT_ONCE = 4096
 """Tokens per forward pass where the batch size is not given."""
 SPARSITY_TOLERANCE = 0.005
 """A plan that misses the requested sparsity by more is a warning."""
+DISTINCT_SHARE = 0.9
+"""A smaller share of distinct calibration windows is a warning."""
 ENOUGH_WINDOWS = 4
 """Fewer windows than these for the sensitivities' divergence are a warning."""
 READING_TOLERANCE = 1e-3
@@ -174,6 +177,11 @@ def check_request(walk: Walk, sizes: Sizes) -> None:
         raise InvalidConfig(
             f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
             f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
+        )
+    if (distinct := len(tokens.unique(dim=0))) < DISTINCT_SHARE * len(tokens):
+        walk.warn(
+            f"only {distinct} of the {len(tokens)} calibration windows differ: the text repeats itself, and the model "
+            "will be good at nothing else. Calibrate on varied text like that which the model will see."
         )
     widest = max(block["mlp"].dense for block in sizes)
     if tokens.numel() < widest:
@@ -312,6 +320,7 @@ def cut_blocks(
         widths, arguments = Widths(ranks["qk"], ranks["vo"], ranks["mlp"]), front.on(block.index, walk.device)
         with naming(f"block {block.index}"):
             student, error, dense, compressed = step(walk, block, dense, compressed, widths, arguments)
+            check_result(error, compressed)
         modules.append(student.module.to(home))
         errors.append(error)
         bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()})
@@ -321,6 +330,15 @@ def cut_blocks(
         head, dense_norm = walk.architecture.head(walk.device), copy.deepcopy(final_norm)
         residual_matched.match_output(final_norm, head, dense, compressed, dense_norm)
     return modules, final_norm, errors
+
+
+def check_result(error: dict[str, float], compressed: Stream) -> None:
+    """A block whose fit or output is not finite is never installed."""
+    for part, value in error.items():
+        if not math.isfinite(value):
+            raise NumericalError(f"{part}: its fit is not finite; calibrate on more, and more varied, text.")
+    if not all(batch.isfinite().all() for batch in compressed):
+        raise NumericalError("the compressed block's output is not finite; calibrate on more, and more varied, text.")
 
 
 def matched_step(

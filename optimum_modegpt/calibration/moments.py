@@ -16,6 +16,9 @@ from optimum_modegpt.decompositions.psd import exact
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
 
+SLOPE_RIDGE = 1e-4
+"""Of the norm gains, as a fraction of the mean energy of a channel."""
+
 QUERY_STRIDE = 4
 """Every this many-th query takes part in the attention curvature."""
 
@@ -108,11 +111,11 @@ class SlopeSum:
         self.square = self.square + exact(source.square().sum(0))
 
     def value(self) -> Tensor:
-        """The slopes (d_model,); 1 for a channel that is always zero."""
+        """The slopes (d_model,), with a ridge that holds those of nearly silent channels at 1."""
         assert isinstance(self.product, Tensor), "no tokens were added"
         assert isinstance(self.square, Tensor)
-        silent = self.square <= torch.finfo(self.square.dtype).tiny
-        return torch.where(silent, 1.0, self.product / self.square.masked_fill(silent, 1.0))
+        ridge = (SLOPE_RIDGE * self.square.mean()).clamp_min(torch.finfo(self.square.dtype).tiny)
+        return (self.product + ridge) / (self.square + ridge)
 
 
 @dataclass(frozen=True)

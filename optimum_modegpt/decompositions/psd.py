@@ -13,7 +13,11 @@ ROOT_RIDGE = 1e-6
 """Damping of matrix roots and of pair selection, as a fraction of the mean diagonal."""
 
 EIGENVALUE_FLOOR = 1e-12
-"""Eigenvalues below this fraction of the largest count as noise."""
+"""Eigenvalues below this fraction of the largest count as noise of float64."""
+
+PRODUCT_NOISE = 1e-6
+"""Where a damped moment has eigenvalues below zero, those below this fraction of the largest are noise of the float32
+products it was summed from."""
 
 
 def exact(x: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def damp(moment: Tensor, ridge: float) -> Tensor:
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
     """matrix⁻¹ right for a positive definite `matrix`, by Cholesky.
 
-    Where the factorisation fails, by eigenvalues floored at `EIGENVALUE_FLOOR` of the largest, with a warning.
+    Where the factorisation fails, by eigenvalues floored at `PRODUCT_NOISE` of the largest, with a warning.
     Shapes (…, n, n) and (…, n, m).
     """
     require_finite(matrix)
@@ -54,7 +58,7 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not info.any():
         return torch.cholesky_solve(right, factor)
-    values, vectors = _floored_eigenvalues(matrix)
+    values, vectors = _floored_eigenvalues(matrix, PRODUCT_NOISE)
     warnings.warn(
         f"Cholesky of a {matrix.shape[-1]}-wide moment failed; solved by floored eigenvalues. "
         "More calibration tokens or a larger ridge avoid this.",
@@ -73,7 +77,7 @@ def inverse(matrix: Tensor) -> Tensor:
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     """moment^½ and moment^−½, both symmetric, damped by `ROOT_RIDGE`."""
-    values, vectors = _floored_eigenvalues(damp(moment, ROOT_RIDGE))
+    values, vectors = _floored_eigenvalues(damp(moment, ROOT_RIDGE), EIGENVALUE_FLOOR)
     return (vectors * values.sqrt()[..., None, :]) @ vectors.mT, (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
 
 
@@ -86,8 +90,8 @@ def require_finite(matrix: Tensor) -> None:
         )
 
 
-def _floored_eigenvalues(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _floored_eigenvalues(matrix: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
     require_finite(matrix)
     values, vectors = torch.linalg.eigh(matrix)
-    floor = (values[..., -1:] * EIGENVALUE_FLOOR).clamp_min(torch.finfo(values.dtype).tiny)
+    floor = (values[..., -1:] * fraction).clamp_min(torch.finfo(values.dtype).tiny)
     return torch.maximum(values, floor), vectors

@@ -52,15 +52,16 @@ def joint_value_output(values: Tensor, output: Tensor, rank: int) -> tuple[Tenso
 
 
 def value_basis(inputs: Tensor, output: Tensor, rank: int) -> Tensor:
-    """B = G^−½ U_r (d, rank), U_r the leading left singular vectors of G^½ W* (ours).
+    """B (d, rank), orthonormal, spanning G^−½ U_r with U_r the leading left singular vectors of G^½ W* (ours).
 
     `inputs` G (d, d) is the second moment of a key-value group's head outputs, summed over its query heads; `output`
     W* (d, m) are the refitted output rows of these heads side by side. Optimal for each head alone with one query head
-    per group; the joint refit that follows makes up for the rest with several.
+    per group; the joint refit that follows makes up for the rest with several. Orthonormal, so that directions the
+    tokens never visit come out no larger than they were.
     """
     root, inverse_root = roots(inputs)
     left = torch.linalg.svd(root @ output, full_matrices=False).U
-    return inverse_root @ left[:, :rank]
+    return torch.linalg.qr(inverse_root @ left[:, :rank]).Q
 
 
 def block_diagonal(bases: Tensor, repeats: int, *, ones: bool) -> Tensor:

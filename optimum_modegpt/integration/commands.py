@@ -68,7 +68,7 @@ def evaluate(options: Namespace) -> None:
     dense = None if reference is None else load_model(reference, options.dtype).to(device)
     result = {"model": options.model, **scores(model, dense, windows, options.batch_size), "text": windows.record}
     _write_json(options.json, result)
-    print(_scores_table(result))
+    print(scores_table(result))
 
 
 def inspect(options: Namespace) -> None:
@@ -77,7 +77,7 @@ def inspect(options: Namespace) -> None:
     source = _source(options)
     found = inspection(load_config(source), read_headers(source))
     _write_json(options.json, found.to_dict())
-    print(_inspection_table(found))
+    print(inspection_table(found))
     if not found.blocks:
         print(f"This is a dense model. To compress it: {options.program} compress {options.model} --output DIR")
 
@@ -91,7 +91,7 @@ def estimate(options: Namespace) -> None:
     length = resolve_sequence_length(config.sequence_length, context_of(model_config))
     found = estimate_costs(on_meta(AutoModelForCausalLM, model_config), config, length)
     _write_json(options.json, found.to_dict())
-    print(_estimate_table(found))
+    print(estimate_table(found))
 
 
 def demonstrate(options: Namespace) -> None:
@@ -167,57 +167,6 @@ def _reference(options: Namespace) -> Source | None:
     return Source.of_arguments(options.reference, arguments)
 
 
-def load_config(source: Source) -> Any:
-    """The configuration of a model.
-
-    Raises:
-        OSError: it cannot be found or reached.
-        UnsupportedModel: transformers does not know it.
-    """
-    try:
-        return AutoConfig.from_pretrained(source.path, **source.arguments())
-    except OSError as error:
-        found = (
-            "has no readable config.json"
-            if Path(source.path).is_dir()
-            else "is no folder here and could not be read from the Hub"
-        )
-        raise OSError(f"{source.name!r} {found}: {error}") from error
-    except ValueError as error:
-        raise UnsupportedModel(f"{source.name!r} cannot be loaded: {error}") from error
-
-
-def load_model(source: Source, dtype: str) -> Any:
-    """A causal language model, in the memory of the host.
-
-    Raises:
-        UnsupportedModel: it is none, or its files do not fit together.
-    """
-    logging.set_verbosity_error()
-    try:
-        return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.arguments())
-    except ModeGPTError:
-        raise
-    except ValueError as error:
-        raise UnsupportedModel(f"{source.name!r} cannot be loaded: {error}") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the accelerator, or the host where there is none.
-
-    Raises:
-        InvalidConfig: for a name that torch does not know, or a device that is not there.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return found or torch.get_default_device()
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InvalidConfig(f"--device {name} cannot be used: {reason}. --device auto takes what is there.") from error
-
-
 def _check_file(path: Path | None) -> None:
     if path is not None and not path.absolute().parent.is_dir():
         raise OutputError(f"{path} cannot be written: the folder {path.absolute().parent} does not exist.")
@@ -261,65 +210,10 @@ def _compare(folder: Path, options: Namespace) -> None:
     )
     result = scores(small, dense, windows, None)
     print(f"\nreloaded, on {result['tokens']:,} tokens of text that was not used before:")
-    print(_scores_table(result))
+    print(scores_table(result))
     opening = "".join(re.findall(r"\s*\S+", demo.EVALUATION_TEXT.read_text(encoding="utf-8"))[:PROMPT_WORDS])
     prompt = tokenizer(opening, return_tensors="pt").input_ids.to(device)
     print(f"\nboth go on from: {opening}")
     for name, model in (("dense", dense), ("compressed", small)):
         written = model.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)
         print(f"{name:>10}: {tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)}")
-
-
-# ------------------------------------------------------------------------------------------------------------ tables
-
-
-def _scores_table(result: dict[str, Any]) -> str:
-    rows = [f"{'perplexity':<16}{result['perplexity']:>14.4f}", f"{'parameters':<16}{result['parameters']:>14,}"]
-    if "kl" in result:
-        rows = [
-            f"{'':<16}{'model':>14}{'reference':>14}",
-            f"{rows[0]}{result['reference_perplexity']:>14.4f}",
-            f"{rows[1]}{result['reference_parameters']:>14,}",
-            f"{'KL divergence':<16}{result['kl']:>14.4f}  nats per position",
-            f"{'top-1 agreement':<16}{result['top1_agreement']:>14.2%}",
-        ]
-    return "\n".join([*rows, f"{'scored positions':<16}{result['tokens']:>14,}"])
-
-
-def _inspection_table(found: Inspection) -> str:
-    rows = [f"{found.model_type}, {found.parameters:,} parameters"]
-    if not found.blocks:
-        return rows[0]
-    rows.append(f"{'block':>5}" + "".join(f"{part:>14}" for part in PARTS))
-    for block in found.blocks:
-        cells = (f"{block.ranks[part]}/{block.dense_ranks[part]}" for part in PARTS)
-        rows.append(f"{block.index:>5}" + "".join(f"{cell:>14}" for cell in cells))
-    record = found.record or {}
-    rows.append(f"removed {found.sparsity:.2%} of the block projections")
-    rows.append(f"compressed from {record.get('base_model')} (revision {record.get('base_revision')})")
-    recipe = record.get("recipe") or {}
-    rows.append("recipe: " + ", ".join(f"{key}={value}" for key, value in recipe.items() if value is not None))
-    return "\n".join(rows)
-
-
-def _estimate_table(found: Estimate) -> str:
-    rows = [
-        "ESTIMATE from shapes alone; measured figures are in the report of a compression.",
-        f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
-        f"{found.calibration_tokens:,} calibration tokens",
-    ]
-    for title, needs in (("device memory", found.device_memory), ("host memory", found.cpu_memory)):
-        rows.append(f"{title}: {_bytes(sum(needs.values()))}")
-        rows += [f"  {_bytes(size):>12}  {name}" for name, size in needs.items()]
-    rows.append(f"disk: {_bytes(found.disk)}")
-    passes = found.forward_passes
-    rows.append(
-        f"work: {sum(passes.values()):.1f} forward passes over the calibration tokens "
-        f"({found.forward_multiply_adds:.2e} multiply-adds each)"
-    )
-    rows += [f"  {count:>12.2f}  {name}" for name, count in passes.items()]
-    return "\n".join(rows)
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

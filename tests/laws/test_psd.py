@@ -9,7 +9,7 @@ import torch
 from laws import MOMENTS, difference, eye, moment, normal
 
 from optimum_modegpt.decompositions.psd import (
-    EIGENVALUE_FLOOR,
+    PRODUCT_NOISE,
     ROOT_RIDGE,
     add_diagonal,
     damp,
@@ -67,13 +67,13 @@ def test_singular_moment_warns_and_is_solved_in_its_range(scale):
     assert difference(solution[:2], normal(3, 2)[:2]) < 1e-12
     with pytest.warns(IllConditionedWarning):
         floored = solve(matrix, eye(3))
-    assert floored[2, 2] * scale == pytest.approx(1 / (2 * EIGENVALUE_FLOOR))
+    assert floored[2, 2] * scale == pytest.approx(1 / (2 * PRODUCT_NOISE))
 
 
 def test_indefinite_by_rounding_is_treated_as_singular():
     matrix = torch.diag(torch.tensor([1.0, -1e-17], dtype=torch.float64))
     with pytest.warns(IllConditionedWarning):
-        assert solve(matrix, eye(2))[1, 1] == pytest.approx(1 / EIGENVALUE_FLOOR)
+        assert solve(matrix, eye(2))[1, 1] == pytest.approx(1 / PRODUCT_NOISE)
 
 
 def test_singular_moment_in_a_batch_leaves_the_others_right():

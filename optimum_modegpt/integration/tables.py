@@ -1,0 +1,65 @@
+"""What the commands print: results as text for people."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optimum_modegpt.evaluation.estimate import Estimate
+from optimum_modegpt.evaluation.inspection import Inspection
+from optimum_modegpt.report import PARTS
+
+
+def scores_table(result: dict[str, Any]) -> str:
+    """Perplexity and parameters; with a reference beside its own, and the distance from it."""
+    rows = [f"{'perplexity':<16}{result['perplexity']:>14.4f}", f"{'parameters':<16}{result['parameters']:>14,}"]
+    if "kl" in result:
+        rows = [
+            f"{'':<16}{'model':>14}{'reference':>14}",
+            f"{rows[0]}{result['reference_perplexity']:>14.4f}",
+            f"{rows[1]}{result['reference_parameters']:>14,}",
+            f"{'KL divergence':<16}{result['kl']:>14.4f}  nats per position",
+            f"{'top-1 agreement':<16}{result['top1_agreement']:>14.2%}",
+        ]
+    return "\n".join([*rows, f"{'scored positions':<16}{result['tokens']:>14,}"])
+
+
+def inspection_table(found: Inspection) -> str:
+    """Kept and dense widths by block and part, what was removed, and how."""
+    rows = [f"{found.model_type}, {found.parameters:,} parameters"]
+    if not found.blocks:
+        return rows[0]
+    rows.append(f"{'block':>5}" + "".join(f"{part:>14}" for part in PARTS))
+    for block in found.blocks:
+        cells = (f"{block.ranks[part]}/{block.dense_ranks[part]}" for part in PARTS)
+        rows.append(f"{block.index:>5}" + "".join(f"{cell:>14}" for cell in cells))
+    record = found.record or {}
+    recipe = record.get("recipe") or {}
+    asked = f" (asked for {recipe['sparsity']:.2%})" if isinstance(recipe.get("sparsity"), float) else ""
+    rows.append(f"removed {found.sparsity:.2%} of the block projections{asked}")
+    rows.append(f"compressed from {record.get('base_model')} (revision {record.get('base_revision')}) with")
+    rows += [f"  {key} = {value}" for key, value in recipe.items() if value is not None]
+    return "\n".join(rows)
+
+
+def estimate_table(found: Estimate) -> str:
+    """Memory, disk and work, in sums and parts."""
+    rows = [
+        "ESTIMATE from shapes alone; measured figures are in the report of a compression.",
+        f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
+        f"{found.calibration_tokens:,} calibration tokens",
+    ]
+    for title, needs in (("device memory", found.device_memory), ("host memory", found.cpu_memory)):
+        rows.append(f"{title}: {_bytes(sum(needs.values()))}")
+        rows += [f"  {_bytes(size):>12}  {name}" for name, size in needs.items()]
+    rows.append(f"disk: {_bytes(found.disk)}")
+    passes = found.forward_passes
+    rows.append(
+        f"work: {sum(passes.values()):.1f} forward passes over the calibration tokens "
+        f"({found.forward_multiply_adds:.2e} multiply-adds each)"
+    )
+    rows += [f"  {count:>12.2f}  {name}" for name, count in passes.items()]
+    return "\n".join(rows)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
