@@ -36,6 +36,9 @@ def test_the_python_runs_as_printed(folder: Path) -> None:
     first, second = PYTHON
     data = f'dataset="{folder}/text.txt", num_samples=8, sequence_length=32'
     first = first.replace(HUB_NAME, str(folder / "dense")).replace("sparsity=0.3", f"sparsity=0.3, {data}")
+    second = second.replace('dataset="my_text.txt"', data)
+    assert data in first
+    assert data in second
     loading = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(folder / 'dense')!r})\n"
@@ -55,7 +58,7 @@ def test_the_shell_commands_run_as_printed(folder: Path) -> None:
         verb = words[1]
         extra = {"compress": f"{text} --num-samples 8", "evaluate": f"{text} --max-windows 8"}.get(verb, "")
         run([str(Path(sys.executable).with_name(program)), *words, *extra.split()], folder)
-    assert (folder / "qwen-modegpt-30" / "report.json").is_file()
+    assert (folder / "qwen-small" / "report.json").is_file()
 
 
 def test_the_readme_has_the_two_commands() -> None:

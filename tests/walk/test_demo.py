@@ -1,0 +1,50 @@
+"""The embedded model shows what compression costs, and that the method matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from benchmarks.quality import mlp_only
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_modegpt import ModeGPTConfig, demo, perplexity
+from optimum_modegpt.calibration.data import calibration_windows, evaluation_windows
+from optimum_modegpt.compress import compress
+
+LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def scores() -> dict[str, float]:
+    """Perplexity on held-out text of the dense model and after removing 30 %, by recipe."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
+    text = evaluation_windows(str(demo.EVALUATION_TEXT), tokenizer, sequence_length=LENGTH, max_windows=32)
+    found = {"dense": perplexity(load(), text.tokens).perplexity}
+    for recipe, fields in {"default": {}, "paper": {"allocation": "uniform"}, "mlp only": {}}.items():
+        method: Any = "default" if recipe == "default" else "paper"
+        config = ModeGPTConfig(dataset=str(demo.CALIBRATION_TEXT), num_samples=96, method=method, round_to=1, **fields)
+        model = load()
+        windows = calibration_windows(config, tokenizer, sequence_length=LENGTH)
+        plan = mlp_only(model, config) if recipe == "mlp only" else None
+        report = compress(model, config, windows, plan=plan, progress=False)
+        assert report.achieved_sparsity == pytest.approx(0.3, abs=0.005)
+        found[recipe] = perplexity(model, text.tokens).perplexity
+    return found
+
+
+def load() -> Any:
+    return AutoModelForCausalLM.from_pretrained(demo.MODEL_DIR)
+
+
+def test_thirty_percent_cost_less_than_half_of_the_perplexity(scores: dict[str, float]) -> None:
+    assert scores["default"] < 1.5 * scores["dense"]
+
+
+def test_the_published_method_is_clearly_worse_and_the_mlps_alone_worse_still(scores: dict[str, float]) -> None:
+    assert 1.5 * scores["default"] < scores["paper"] < scores["mlp only"]
+
+
+def test_the_demo_is_small() -> None:
+    files = [path for path in demo.MODEL_DIR.iterdir()] + [demo.CALIBRATION_TEXT, demo.EVALUATION_TEXT]
+    assert sum(path.stat().st_size for path in files) <= 3_000_000
