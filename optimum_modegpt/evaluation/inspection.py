@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.report import PARTS
 
 
@@ -52,20 +53,54 @@ class Inspection:
 
 
 def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
-    """Ranks, parameters, sparsity and record of the checkpoint of `config`, whose tensors are `tensors`."""
+    """Ranks, parameters, sparsity and record of the checkpoint of `config`, whose tensors are `tensors`.
+
+    Raises:
+        EvaluationError: the configuration was edited: it cannot be read, or says other widths than the tensors have.
+    """
     parameters = sum(tensor.size for tensor in tensors.values() if tensor.dtype.startswith(("F", "BF")))
     if not config.model_type.startswith("modegpt_"):
         return Inspection(config.model_type, parameters)
+    try:
+        widths_of_blocks = config.widths()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise EvaluationError(f"the configuration cannot be read: {error}") from error
+    if not getattr(config, "quantization_config", None):  # packed weights have other shapes
+        _check_shapes(config, widths_of_blocks, tensors)
     dense = dict(zip(("qk", "vo", "mlp"), (*[config.dense_head_dim] * 2, _dense_mlp(config)), strict=True))
     blocks = tuple(
         BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, {part: dense[part] for part in PARTS})
-        for index, widths in enumerate(config.widths())
+        for index, widths in enumerate(widths_of_blocks)
     )
     return Inspection(config.model_type, parameters, blocks, _sparsity(config, blocks, tensors), config.modegpt)
 
 
 def _dense_mlp(config: Any) -> int:
     return getattr(config, config.layout.mlp_width)
+
+
+def _check_shapes(config: Any, widths_of_blocks: list[Any], tensors: Mapping[str, TensorHeader]) -> None:
+    layout, heads = config.layout, config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    problems = []
+    for index, widths in enumerate(widths_of_blocks):
+        outs = {layout.query: heads * widths.qk, layout.key: kv_heads * widths.qk, layout.value: kv_heads * widths.vo}
+        expected = {path: (0, size) for path, size in (outs | dict.fromkeys(layout.mlp_inputs, widths.mlp)).items()}
+        expected |= {layout.output: (1, heads * widths.vo), layout.mlp_output: (1, widths.mlp)}
+        for path, (axis, size) in expected.items():
+            name = f"{layout.blocks}.{index}.{path}.weight"
+            found = next((tensors[key].shape for key in tensors if f".{key}".endswith(f".{name}")), None)
+            if found is None or len(found) != 2 or found[axis] != size:
+                problems.append(f"{name} is {'missing' if found is None else found}, axis {axis} should be {size}")
+    if any(f".{layout.blocks}.{len(widths_of_blocks)}." in f".{key}" for key in tensors):
+        problems.append(f"there are more blocks than {len(widths_of_blocks)}")
+    if problems:
+        more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise EvaluationError(
+            "config.json and the weights disagree; the folder was edited or is incomplete:\n  "
+            + "\n  ".join(problems[:5])
+            + more
+        )
 
 
 def _sparsity(config: Any, blocks: tuple[BlockRanks, ...], tensors: Mapping[str, TensorHeader]) -> float:

@@ -103,6 +103,8 @@ def batches(model: PreTrainedModel, windows: Tensor, batch_size: int | None, pro
     if batch_size is None:
         row = windows.shape[1] * model.config.get_text_config().vocab_size * 4
         batch_size = min(32, max(1, LOGITS_BYTES // row))
+    if batch_size < 1:
+        raise EvaluationError(f"batch_size must be at least 1 or None, found {batch_size}.")
     for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", disable=not progress):
         yield batch.to(model.device)
 

@@ -45,7 +45,7 @@ class ModeGPTQuantizer:
         Args:
             model: a dense causal language model, in memory.
             tokenizer: object or name; None takes the configuration's, else that of the model's name.
-            device: where to compute, one block at a time; None takes the device the model is on.
+            device: where to compute, one block at a time; None takes the accelerator where there is one.
             progress: whether to show progress bars.
             hub: arguments of the `from_pretrained` that loaded the model (revision, token, cache_dir, subfolder, …);
                 its tokenizer is read with the same.
@@ -53,6 +53,10 @@ class ModeGPTQuantizer:
         Raises:
             ModeGPTError: what cannot be done, before the model is touched.
         """
+        if not isinstance(model, PreTrainedModel):
+            raise InvalidConfig(
+                f"expected a PreTrainedModel, loaded, found {type(model).__name__} {str(model)[:40]!r}."
+            )
         source = Source.of_model(model, hub)
         windows = self.prepare(model.config, tokenizer, source)
         self.compress_with(model, windows, device=device, source=source, progress=progress)

@@ -29,7 +29,7 @@ def readable(source: Source) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise UnsupportedModel(
-            f"{source.name!r} cannot be loaded: its weights are cut off or damaged ({error}). Download or save it again."
+            f"{source.name!r} cannot be loaded: weights are cut off or damaged ({error}). Save or download it again."
         ) from error
     except Exception as error:
         reason = str(error) or type(error).__name__
@@ -81,7 +81,8 @@ def pick_device(name: str) -> torch.device | None:
     if name == "auto":
         return None
     try:
-        device = torch.empty(0, device=name).device
+        device = torch.device(name)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidConfig(f"--device {name} cannot be used: {reason}. --device auto takes what is there.") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -19,8 +20,12 @@ from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, 
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
 
+logger = logging.getLogger(__name__)
+
 DEMO = "demo"
 """The name of the embedded model, and of its text as a dataset."""
+SMALLEST_SHARE = 0.5
+"""A tokenizer with fewer tokens than this share of the model's vocabulary is probably another model's."""
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -106,7 +111,7 @@ class Source:
         except (OSError, ValueError) as error:
             raise CalibrationDataError(
                 f"no tokenizer could be loaded from {self.base_model!r}: {error} "
-                "Pass tokenizer= (a name or an object), or token ids as the dataset."
+                "Name one: tokenizer, on the command line --tokenizer."
             ) from error
 
 
@@ -135,11 +140,37 @@ def find_tokenizer(config: ModeGPTConfig, given: Any, source: Source) -> Any:
     """
     chosen = given if given is not None else config.tokenizer
     if isinstance(chosen, str):
-        token = {key: source.hub[key] for key in ("token", "local_files_only", "cache_dir") if key in source.hub}
-        return replace(source, name=chosen, hub=token).tokenizer()
+        return tokenizer_named(chosen, source)
     if chosen is not None:
         return chosen
     return source.tokenizer() if _needs_tokenizer(config.dataset) else None
+
+
+def tokenizer_named(name: str, source: Source) -> Any:
+    """The tokenizer of this name or folder, read with the rights of a model's source.
+
+    Raises:
+        CalibrationDataError: when there is none.
+    """
+    token = {key: source.hub[key] for key in ("token", "local_files_only", "cache_dir") if key in source.hub}
+    return replace(source, name=name, hub=token).tokenizer()
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Refuses a tokenizer with more tokens than the model knows, and warns of one with far fewer.
+
+    Raises:
+        InvalidConfig: with both numbers.
+    """
+    known = len(tokenizer) if hasattr(tokenizer, "__len__") else vocab_size
+    if known > vocab_size:
+        raise InvalidConfig(
+            f"the tokenizer has {known} tokens, the model knows {vocab_size}; use the model's own tokenizer."
+        )
+    if known < SMALLEST_SHARE * vocab_size:
+        logger.warning(
+            "the tokenizer has %d tokens, the model knows %d: is it the one the model was made with?", known, vocab_size
+        )
 
 
 def _needs_tokenizer(dataset: Any) -> bool:
@@ -156,6 +187,7 @@ def calibrate(config: ModeGPTConfig, tokenizer: Any, model_config: Any, source: 
     """
     text = model_config.get_text_config()
     context = context_of(model_config)
+    check_vocabulary(tokenizer, text.vocab_size)
     is_demo = isinstance(config.dataset, str) and config.dataset == DEMO
     read = replace(config, dataset=str(demo.CALIBRATION_TEXT)) if is_demo else config
     windows = calibration_windows(

@@ -75,9 +75,12 @@ def test_compress_and_evaluate_in_processes_of_their_own(checkpoint: Path, text:
     assert Report.load(report) == Report.load(output / "report.json")
     assert "removed 30." in done.stdout
     assert f"saved in {output}" in done.stdout
-    following = done.stdout.splitlines()[-1]
-    assert following == f"next: python -m optimum_modegpt evaluate {output} --reference {checkpoint}"
-    scored = command(*following.split()[4:], "--dataset", text, "--json", tmp_path / "scores.json")
+    assert done.stderr == ""
+    advice, following = done.stdout.splitlines()[-2:]
+    assert "evaluate on text kept apart" in advice
+    expected = f"next: python -m optimum_modegpt evaluate {output} --reference {checkpoint}"
+    assert following == f"{expected} --dataset {text} --sequence-length 32"
+    scored = command(*following.split()[4:], "--json", tmp_path / "scores.json")
     assert scored.returncode == 0, scored.stderr
     assert "top-1 agreement" in scored.stdout
 
@@ -268,7 +271,7 @@ def test_a_device_that_is_not_there(
     checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "o"
-    for device in ("warp", "meta:x"):
+    for device in ("warp", "meta:x", "meta", "cpu:7"):
         message = refusal(
             capsys, "compress", checkpoint, "--output", output, "--dataset", text, "--device", device, *FLAGS
         )
@@ -286,7 +289,136 @@ def test_a_broken_checkpoint_is_one_message(
     assert "does not fit its configuration" in message
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "inspect"])
+def test_weights_that_are_cut_off_are_one_message(
+    verb: str, checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    flags = ["--dataset", text] if verb == "evaluate" else []
+    message = refusal(capsys, verb, broken, *flags)
+    assert {"evaluate": "cut off or damaged", "inspect": "no readable safetensors"}[verb] in message
+
+
+EDITS: dict[str, tuple[Any, str]] = {
+    "dense type": (lambda c: c.update(model_type="llama"), "config.json was edited. It has the record of a compressed"),
+    "no record": (lambda c: c.pop("modegpt"), "no `modegpt` record"),
+    "no widths": (lambda c: c.pop("per_layer_config"), "qk_head_dim is None"),
+    "text for widths": (lambda c: c.update(per_layer_config="x"), "cannot be loaded"),
+    "no heads": (lambda c: c.update(num_attention_heads=0), "config.json and the weights disagree"),
+    "other width": (lambda c: c["per_layer_config"]["0"].update(intermediate_size=31), "config.json and the weights"),
+    "fewer blocks": (
+        lambda c: c.update(num_hidden_layers=1, per_layer_config={"0": c["per_layer_config"]["0"]}),
+        "more blocks than 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_inspect_tells_of_an_edited_configuration(
+    edit: str, compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(compressed, tmp_path / "edited")
+    config = json.loads((folder / "config.json").read_text())
+    EDITS[edit][0](config)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert EDITS[edit][1] in refusal(capsys, "inspect", folder)
+
+
 # ------------------------------------------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_finds_a_tokenizer(
+    checkpoint: Path, compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    AutoModelForCausalLM.from_pretrained(compressed).save_pretrained(bare)
+    arguments = ["evaluate", bare, "--dataset", text, "--max-windows", 1]
+    message = refusal(capsys, *arguments)
+    assert "--tokenizer" in message
+    assert "object" not in message
+    for more in (["--reference", checkpoint], ["--tokenizer", checkpoint]):
+        assert cli.main([str(word) for word in (*arguments, *more)]) == 0
+
+
+def test_a_tokenizer_of_another_size(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    larger = tokenizer()
+    larger.add_tokens([f"<{i}>" for i in range(9)])
+    larger.save_pretrained(tmp_path / "larger")
+    arguments = ["evaluate", checkpoint, "--dataset", text, "--max-windows", 1]
+    message = refusal(capsys, *arguments, "--tokenizer", tmp_path / "larger")
+    assert f"the tokenizer has {len(larger)} tokens, the model knows 260" in message
+    message = refusal(
+        capsys,
+        "compress",
+        checkpoint,
+        "--output",
+        tmp_path / "o",
+        "--dataset",
+        text,
+        "--tokenizer",
+        tmp_path / "larger",
+    )
+    assert f"the tokenizer has {len(larger)} tokens, the model knows 260" in message
+    wide = save_dense(tmp_path / "wide", vocab_size=600)
+    assert cli.main(["evaluate", str(wide), "--dataset", str(text), "--max-windows", "1"]) == 0
+    assert f"the tokenizer has {len(tokenizer())} tokens, the model knows 600" in caplog.text
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--max-windows"])
+def test_counts_below_one_are_refused_before_any_work(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "nobody/nothing", flag, "0"])
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert "expected an integer of at least 1, found '0'" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compress", "m", "--output", ""], "expected a path, found nothing"),
+        (["compress", "m", "--outp", "o"], "--output"),
+        (["compress", "m", "--output", "o", "--spars", "0.3"], "unrecognized arguments: --spars"),
+    ],
+)
+def test_an_error_of_arguments_is_short(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert lines[1:] == [lines[1]]
+    assert lines[1].endswith("--help")
+
+
+def test_the_help_speaks_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["compress", "--help"])
+    printed = capsys.readouterr().out
+    for words in ("Default: None", "None takes", "list of strings", "object"):
+        assert words not in printed
+
+
+@pytest.mark.parametrize(
+    "words", [["compress", "m", "--output", "o", "--report"], ["evaluate", "m", "--json"], ["inspect", "m", "--json"]]
+)
+def test_a_file_that_is_a_folder_is_refused_before_any_work(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    assert "sub is a folder; name the file to write" in refusal(capsys, *words, "sub")
+
+
+def test_the_next_step_is_ready_for_a_shell(tmp_path: Path) -> None:
+    words = ["compress", "my model", "--output", "my result", "--trust-remote-code"]
+    next_step = commands._next_step(cli.build_parser("program").parse_args(words))
+    assert next_step == "next: program evaluate 'my result' --reference 'my model' --trust-remote-code"
 
 
 def test_evaluate_writes_what_it_prints(
@@ -349,7 +481,8 @@ def test_inspect_reads_no_weights(
     assert found["parameters"] == report.parameters.total_after
     printed = capsys.readouterr().out
     assert f"removed {report.achieved_sparsity:.2%} of the block projections" in printed
-    assert "sparsity=0.3" in printed
+    assert "of the block projections (asked for 30.00%)" in printed
+    assert "\n  sparsity = 0.3\n" in printed
 
 
 def test_inspect_a_dense_model(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,6 +490,14 @@ def test_inspect_a_dense_model(checkpoint: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert printed.startswith("llama, ")
     assert f"This is a dense model. To compress it: python -m optimum_modegpt compress {checkpoint}" in printed
+
+
+def test_inspect_recommends_only_what_can_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)).save_pretrained(tmp_path)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "cannot be compressed; known: llama, mistral, opt, qwen2" in printed
+    assert "To compress it" not in printed
 
 
 def test_estimate_needs_no_weights(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -433,6 +574,10 @@ def test_demo_does_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert printed.splitlines()[-1] == f"The compressed model was saved in {output}."
     assert "top-1 agreement" in printed
     assert "compressed: " in printed
+    assert [line[:2] for line in printed.splitlines() if line[:2] in ("1.", "2.", "3.")] == ["1.", "2.", "3."]
+    assert "err: relative error" in printed
+    samples = [line for line in printed.splitlines() if line.lstrip().startswith(("dense: ", "compressed: "))]
+    assert all(sample.endswith((".", "!", "?")) for sample in samples)
     record = json.loads((output / "config.json").read_text())["modegpt"]
     assert record["base_model"] == record["recipe"]["dataset"] == record["calibration"]["name"] == "demo"
     assert str(demo.MODEL_DIR) not in (output / "config.json").read_text()

@@ -145,6 +145,12 @@ def test_the_quantizer_refuses_a_compressed_model(compressed: Path, config: Mode
         ModeGPTQuantizer(config).quantize_model(model)
 
 
+@pytest.mark.parametrize("thing", ["Qwen/Qwen2.5-1.5B", None, torch.nn.Linear(2, 2)])
+def test_the_quantizer_refuses_what_is_no_model(thing: Any, config: ModeGPTConfig) -> None:
+    with pytest.raises(InvalidConfig, match=f"expected a PreTrainedModel, loaded, found {type(thing).__name__}"):
+        ModeGPTQuantizer(config).quantize_model(thing)
+
+
 def test_an_unknown_family_is_refused_before_its_weights_are_read(tmp_path: Path, config: ModeGPTConfig) -> None:
     small = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)
     GPT2LMHeadModel(small).save_pretrained(tmp_path)

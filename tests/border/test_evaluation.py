@@ -110,6 +110,11 @@ def test_windows_that_do_not_fit_are_refused(found: Tensor, message: str) -> Non
         perplexity(dense("llama-gqa-tied"), found)
 
 
+def test_an_empty_batch_is_refused(windows: Tensor) -> None:
+    with pytest.raises(EvaluationError, match="batch_size must be at least 1 or None, found 0"):
+        perplexity(dense("opt"), windows, batch_size=0)
+
+
 def test_different_vocabularies_are_refused(windows: Tensor) -> None:
     with pytest.raises(EvaluationError, match="predicts 260 tokens, the reference 300"):
         fidelity(dense("llama-gqa-tied"), dense("llama-gqa-tied", vocab_size=300), windows)

@@ -63,7 +63,7 @@ def test_anything_else_is_never_deleted(foreign: str, message: str, tmp_path: Pa
 def test_what_came_in_meanwhile_is_not_deleted_and_the_work_is_kept(tmp_path: Path) -> None:
     folder = result(tmp_path / "out", "old")
     words = r"(?s)what no compressed model has: thesis.docx.*kept in .*out\.finished-"
-    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True) as partial:
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True) as partial:  # noqa: PT012
         result(partial, "new")
         (folder / "thesis.docx").touch()
     assert mark_of(folder) == "old"
@@ -75,7 +75,7 @@ def test_what_came_in_meanwhile_is_not_deleted_and_the_work_is_kept(tmp_path: Pa
 def test_the_second_of_two_runs_does_not_replace_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "out"
     words = r"(?s)was taken while this run was at work.*kept in .*out\.finished-"
-    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=False) as second:
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=False) as second:  # noqa: PT012
         result(second, "second")
         with replacing(folder, overwrite=False) as first:
             result(first, "first")
