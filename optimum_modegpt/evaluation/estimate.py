@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_modegpt.architectures import check_model_type
-from optimum_modegpt.compress import TOKENS_AT_ONCE
+from optimum_modegpt.allocation.plan import largest_sparsity
+from optimum_modegpt.architectures import Architecture, Block, Family, check_model_type
+from optimum_modegpt.compress import SPARSITY_TOLERANCE, TOKENS_AT_ONCE, part_sizes
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS
 
@@ -62,10 +64,12 @@ def estimate(model: PreTrainedModel, config: ModeGPTConfig, sequence_length: int
     """What `compress` would need for `model`, which may stand on the meta device.
 
     Raises:
-        AlreadyCompressed, UnsupportedModel: as `compress` would.
+        AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.
     """
-    layout = check_model_type(model.config.model_type).layout
+    family = check_model_type(model.config.model_type)
+    layout = family.layout
     blocks: Any = model.base_model.get_submodule(layout.blocks)
+    _check_reachable(model, family, blocks, config)
     shapes = max((_shapes(block, layout) for block in blocks), key=lambda shape: shape.weights)
     element = model.dtype.itemsize
     tokens = config.num_samples * sequence_length
@@ -91,6 +95,20 @@ def estimate(model: PreTrainedModel, config: ModeGPTConfig, sequence_length: int
             shapes, config, (config.num_samples, sequence_length, len(blocks)), forward / len(blocks)
         ),
     )
+
+
+def _check_reachable(model: PreTrainedModel, family: Family, modules: Any, config: ModeGPTConfig) -> None:
+    layout, blocks = family.layout, []
+    for index, module in enumerate(modules):
+        head_dim = module.get_submodule(layout.attention).head_dim
+        heads, kv_heads = (module.get_submodule(path).out_features // head_dim for path in (layout.query, layout.key))
+        blocks.append(Block(module, family, index, heads, kv_heads, head_dim, True))
+    limit = largest_sparsity(part_sizes(Architecture(model, family, tuple(blocks)), config))
+    if limit + SPARSITY_TOLERANCE < config.sparsity:
+        raise InvalidConfig(
+            f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
+            f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
+        )
 
 
 def _device_memory(shapes: Shapes, config: ModeGPTConfig, sequence_length: int, element: int) -> dict[str, int]:

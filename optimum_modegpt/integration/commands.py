@@ -297,5 +297,5 @@ def _compare(folder: Path, options: Namespace) -> None:
 
 def whole_sentences(text: str) -> str:
     """The text up to the end of its last full sentence; all of it where there is none."""
-    found = re.match(r".*[.!?]", text, flags=re.DOTALL)
+    found = re.match(r""".*(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?]["']?(?=\s|$)""", text, flags=re.DOTALL)
     return found.group() if found else text

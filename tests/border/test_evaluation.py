@@ -13,7 +13,15 @@ from tiny import compressed, dense, fill, tokenizer, tokens
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from optimum_modegpt import AlreadyCompressed, EvaluationError, ModeGPTConfig, UnsupportedModel, fidelity, perplexity
+from optimum_modegpt import (
+    AlreadyCompressed,
+    EvaluationError,
+    InvalidConfig,
+    ModeGPTConfig,
+    UnsupportedModel,
+    fidelity,
+    perplexity,
+)
 from optimum_modegpt.evaluation import perplexity as scoring
 from optimum_modegpt.evaluation.estimate import estimate, on_meta
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
@@ -209,6 +217,8 @@ def test_the_estimate_refuses_what_compress_refuses() -> None:
         estimate(fill(compressed("opt")), ModeGPTConfig(), 32)
     other = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
     model = on_meta(AutoModelForCausalLM, other)
+    with pytest.raises(InvalidConfig, match=r"sparsity=0\.9 cannot be reached: .* round_to=64"):
+        estimate(grown(), ModeGPTConfig(sparsity=0.9, round_to=64), 32)
     model.config.model_type = "unheard-of"
     with pytest.raises(UnsupportedModel, match="unheard-of"):
         estimate(model, ModeGPTConfig(), 32)
