@@ -1,35 +1,28 @@
-"""The families, one literal each, keyed by transformers' model_type."""
+"""The families by transformers' model_type."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 from optimum_modegpt.architectures.spec import Family
 from optimum_modegpt.modeling import modegpt_llama, modegpt_mistral, modegpt_opt, modegpt_qwen2
 
+
+def _llama_like(module: ModuleType, config: type) -> Family:
+    return Family(
+        config=config,
+        models=module.MODELS,
+        attention_norm="input_layernorm",
+        mlp_norm="post_attention_layernorm",
+        activation="mlp.act_fn",
+        final_norm="norm",
+    )
+
+
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        config=modegpt_llama.ModeGPTLlamaConfig,
-        models=modegpt_llama.MODELS,
-        attention_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
-        activation="mlp.act_fn",
-        final_norm="norm",
-    ),
-    "mistral": Family(
-        config=modegpt_mistral.ModeGPTMistralConfig,
-        models=modegpt_mistral.MODELS,
-        attention_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
-        activation="mlp.act_fn",
-        final_norm="norm",
-    ),
-    "qwen2": Family(
-        config=modegpt_qwen2.ModeGPTQwen2Config,
-        models=modegpt_qwen2.MODELS,
-        attention_norm="input_layernorm",
-        mlp_norm="post_attention_layernorm",
-        activation="mlp.act_fn",
-        final_norm="norm",
-    ),
+    "llama": _llama_like(modegpt_llama, modegpt_llama.ModeGPTLlamaConfig),
+    "mistral": _llama_like(modegpt_mistral, modegpt_mistral.ModeGPTMistralConfig),
+    "qwen2": _llama_like(modegpt_qwen2, modegpt_qwen2.ModeGPTQwen2Config),
     "opt": Family(
         config=modegpt_opt.ModeGPTOPTConfig,
         models=modegpt_opt.MODELS,
