@@ -157,17 +157,12 @@ def tokenizer_named(name: str, source: Source) -> Any:
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Refuses a tokenizer with more tokens than the model knows, and warns of one with far fewer.
+    """Warns of a tokenizer with more tokens than the model knows, or with far fewer.
 
-    Raises:
-        InvalidConfig: with both numbers.
+    More can be harmless, a padding token added later; an id that the model does not know is refused with the text.
     """
     known = len(tokenizer) if hasattr(tokenizer, "__len__") else vocab_size
-    if known > vocab_size:
-        raise InvalidConfig(
-            f"the tokenizer has {known} tokens, the model knows {vocab_size}; use the model's own tokenizer."
-        )
-    if known < SMALLEST_SHARE * vocab_size:
+    if not SMALLEST_SHARE * vocab_size <= known <= vocab_size:
         logger.warning(
             "the tokenizer has %d tokens, the model knows %d: is it the one the model was made with?", known, vocab_size
         )
