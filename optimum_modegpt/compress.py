@@ -173,11 +173,7 @@ def check_request(walk: Walk, sizes: Sizes) -> None:
             f"calibration windows have {tokens.shape[1]} tokens, the model's context is {context}; "
             f"set sequence_length to {context} or less."
         )
-    if (limit := largest_sparsity(sizes)) + SPARSITY_TOLERANCE < config.sparsity:
-        raise InvalidConfig(
-            f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
-            f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
-        )
+    check_reachable(config, sizes)
     if (distinct := len(tokens.unique(dim=0))) < DISTINCT_SHARE * len(tokens):
         walk.warn(
             f"only {distinct} of the {len(tokens)} calibration windows differ: the text repeats itself, and the model "
@@ -188,6 +184,15 @@ def check_request(walk: Walk, sizes: Sizes) -> None:
         walk.warn(
             f"only {tokens.numel()} calibration tokens for an MLP width of {widest}: the moments are rank deficient. "
             f"Use at least {widest} tokens, better {4 * widest}."
+        )
+
+
+def check_reachable(config: ModeGPTConfig, sizes: Sizes) -> None:
+    """Refuses a sparsity above what the widths allow."""
+    if (limit := largest_sparsity(sizes)) + SPARSITY_TOLERANCE < config.sparsity:
+        raise InvalidConfig(
+            f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
+            f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
         )
 
 

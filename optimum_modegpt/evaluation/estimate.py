@@ -9,11 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optimum_modegpt.allocation.plan import largest_sparsity
 from optimum_modegpt.architectures import Architecture, Block, Family, check_model_type
-from optimum_modegpt.compress import SPARSITY_TOLERANCE, TOKENS_AT_ONCE, part_sizes
+from optimum_modegpt.compress import TOKENS_AT_ONCE, check_reachable, part_sizes
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS
 
@@ -103,12 +101,7 @@ def _check_reachable(model: PreTrainedModel, family: Family, modules: Any, confi
         head_dim = module.get_submodule(layout.attention).head_dim
         heads, kv_heads = (module.get_submodule(path).out_features // head_dim for path in (layout.query, layout.key))
         blocks.append(Block(module, family, index, heads, kv_heads, head_dim, True))
-    limit = largest_sparsity(part_sizes(Architecture(model, family, tuple(blocks)), config))
-    if limit + SPARSITY_TOLERANCE < config.sparsity:
-        raise InvalidConfig(
-            f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
-            f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
-        )
+    check_reachable(config, part_sizes(Architecture(model, family, tuple(blocks)), config))
 
 
 def _device_memory(shapes: Shapes, config: ModeGPTConfig, sequence_length: int, element: int) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import types
@@ -55,6 +56,10 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
             raise
         print("\ninterrupted; nothing was left behind.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:
+        # The reader, `head` for one, has had enough; Python must not complain of it once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ModeGPTError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if options.debug:
             raise

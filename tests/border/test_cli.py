@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -574,3 +575,9 @@ def test_demo_does_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert str(demo.MODEL_DIR) not in (output / "config.json").read_text()
     assert cli.main(["evaluate", str(output), "--max-windows", "2", "--json", str(tmp_path / "scores")]) == 0
     assert json.loads((tmp_path / "scores").read_text())["text"]["name"] == demo.EVALUATION_TEXT.name
+
+
+def test_a_reader_that_has_had_enough_is_no_error(checkpoint: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m optimum_modegpt inspect {shlex.quote(str(checkpoint))} | true"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
