@@ -145,16 +145,16 @@ def match_norm(norm: Any, dense: Stream, compressed: Stream) -> None:
 def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, dense_norm: Any) -> None:
     """The final norm: first `match_norm`, then its gain is fitted to the dense model's next-token distributions.
 
-    `head` (vocabulary, d_model) maps the norm's output to logits. As many tokens are used, spread over all windows, as
-    keep the distributions within `LOGITS` numbers.
+    `head` (vocabulary, d_model) maps the norm's output to logits. Up to `GAIN_TOKENS` tokens are used, as long as their
+    distributions stay within `LOGITS` numbers, but at least one of every window.
     """
     match_norm(norm, dense, compressed)
     if getattr(norm, "weight", None) is None:
         return
     bare, device = SlopeSum(norm).norm, head.device
-    windows = sum(len(batch) for batch in dense)
-    tokens = windows * dense[0].shape[1]
-    stride = max(1, -(-tokens // max(windows, LOGITS // len(head))), tokens // GAIN_TOKENS)
+    length = dense[0].shape[1]
+    tokens = sum(len(batch) for batch in dense) * length
+    stride = min(length, -(-tokens // max(1, min(GAIN_TOKENS, LOGITS // len(head)))))
     samples = []
     for target, source in zip(dense, compressed, strict=True):
         for wanted, seen in zip(

@@ -38,7 +38,10 @@ class Budget:
 
 
 def budget(blocks: int, windows: int) -> Budget:
-    """At most as many block-forwards as the two streams take: fewer windows first, then fewer ratios."""
+    """As many block-forwards of a window as the two streams take, or `LEAST_BUDGET`: fewer windows, then fewer ratios.
+
+    The least it can be, one window at three ratios, costs more than that in models of more than about 55 blocks.
+    """
     moment_windows = max(1, min(MOMENT_WINDOWS, windows * 2 // 3))
     available = max(1, min(DIVERGENCE_WINDOWS, windows - moment_windows))
     allowed = max(LEAST_BUDGET, 2 * blocks * windows)

@@ -160,6 +160,22 @@ def test_the_refit_may_see_a_part_of_the_tokens_only(monkeypatch: pytest.MonkeyP
     )
 
 
+def test_every_window_has_a_say_in_the_final_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    from optimum_modegpt.methods import residual_matched
+
+    seen: list[int] = []
+    split = residual_matched.split_sample
+
+    def counted(samples: Any) -> Any:
+        seen.extend(len(sample.features) for sample in samples)
+        return split(samples)
+
+    monkeypatch.setattr(residual_matched, "split_sample", counted)
+    monkeypatch.setattr(residual_matched, "GAIN_TOKENS", 2)
+    run(dense("llama-gqa-tied"), sparsity=0.3, allocation="uniform")
+    assert seen == [1] * WINDOWS
+
+
 @pytest.mark.parametrize("recipe", [("default", "sensitivity"), ("paper", "influence")])
 def test_copies_on_the_device_do_not_grow_with_depth(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every copy of a dense block is counted while it lives; "cpu:0" makes the walk treat the model as elsewhere."""
