@@ -11,7 +11,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 class ModeGPTCommand(BaseOptimumCLICommand):
     """Hands all of its arguments to the package's own command line."""
 
-    COMMAND = CommandInfo(name="modegpt", help="Compress, evaluate and inspect language models with MoDeGPT.")
+    COMMAND = CommandInfo(name="modegpt", help="Compress, evaluate and compare language models with MoDeGPT.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -23,7 +24,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, demo, perplexity
 from optimum_modegpt.calibration.data import evaluation_windows
-from optimum_modegpt.integration import cli, cli_register, commands
+from optimum_modegpt.integration import cli, cli_register
+from optimum_modegpt.integration.commands import compress as compress_command
+from optimum_modegpt.integration.commands.configuration import configuration, field_texts
+from optimum_modegpt.integration.commands.demo import whole_sentences
 from optimum_modegpt.report import Report
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -76,7 +80,8 @@ def test_compress_and_evaluate_in_processes_of_their_own(checkpoint: Path, text:
     assert Report.load(report) == Report.load(output / "report.json")
     assert "removed 30." in done.stdout
     assert f"saved in {output}" in done.stdout
-    assert done.stderr == ""
+    # torchao complains of itself when transformers imports it.
+    assert [line for line in done.stderr.splitlines() if not re.search(r"torchao|torch/utils/_pytree", line)] == []
     advice, following = done.stdout.splitlines()[-2:]
     assert "evaluate on text kept apart" in advice
     expected = f"next: python -m optimum_modegpt evaluate {output} --reference {checkpoint}"
@@ -106,7 +111,7 @@ def test_flags_win_over_the_file_over_the_defaults(tmp_path: Path) -> None:
     options = cli.build_parser().parse_args(
         ["compress", "m", "--output", "o", "--config", str(file), "--sparsity", "0.2", "--round-to", "1"]
     )
-    assert commands.configuration(options) == ModeGPTConfig(sparsity=0.2, seed=7, round_to=1)
+    assert configuration(options) == ModeGPTConfig(sparsity=0.2, seed=7, round_to=1)
 
 
 VALUES = {"method": "paper", "allocation": "uniform", "round_to": "16", "dataset": "c4"}
@@ -118,13 +123,13 @@ def test_every_field_is_a_flag_with_its_help(field: str, capsys: pytest.CaptureF
     flag, value = f"--{field.replace('_', '-')}", VALUES.get(field, kind)
     options = cli.build_parser().parse_args(["compress", "m", "--output", "o", flag, value])
     expected = ModeGPTConfig.from_dict({field: type(getattr(options, field))(value)})
-    assert commands.configuration(options) == expected
+    assert configuration(options) == expected
     assert str(getattr(expected, field)) == value
     with pytest.raises(SystemExit):
         cli.build_parser().parse_args(["compress", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert flag in printed
-    assert cli.field_texts()[field][:30] in printed
+    assert field_texts()[field][:30] in printed
 
 
 @pytest.mark.parametrize(
@@ -407,7 +412,7 @@ def test_a_file_that_is_a_folder_is_refused_before_any_work(
 
 def test_the_next_step_is_ready_for_a_shell(tmp_path: Path) -> None:
     words = ["compress", "my model", "--output", "my result", "--trust-remote-code"]
-    next_step = commands._next_step(cli.build_parser("program").parse_args(words))
+    next_step = compress_command._next_step(cli.build_parser("program").parse_args(words))
     assert next_step == "next: program evaluate 'my result' --reference 'my model' --trust-remote-code"
 
 
@@ -569,8 +574,8 @@ def test_demo_does_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[s
         next(line for line in printed.splitlines() if line.startswith(heading)) for heading in headings
     ]
     assert "err: relative error" in printed
-    assert commands.whole_sentences('"Go," said Mr. Oak. Then old Mr. Ash') == '"Go," said Mr. Oak.'
-    assert commands.whole_sentences("no end") == "no end"
+    assert whole_sentences('"Go," said Mr. Oak. Then old Mr. Ash') == '"Go," said Mr. Oak.'
+    assert whole_sentences("no end") == "no end"
     record = json.loads((output / "config.json").read_text())["modegpt"]
     assert record["base_model"] == record["recipe"]["dataset"] == record["calibration"]["name"] == "demo"
     assert str(demo.MODEL_DIR) not in (output / "config.json").read_text()

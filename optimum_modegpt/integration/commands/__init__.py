@@ -1,0 +1,9 @@
+"""The commands, a module each: `add` declares its arguments, `run` takes the parsed ones and does it.
+
+`run` prints the result, raises what goes wrong, and may return an exit code.
+"""
+
+from optimum_modegpt.integration.commands import compress, demo, estimate, evaluate, inspect
+
+COMMANDS = (compress, evaluate, inspect, estimate, demo)
+"""In the order in which the help lists them."""

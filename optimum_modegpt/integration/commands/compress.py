@@ -1,0 +1,72 @@
+"""`compress`: makes a model smaller and saves it."""
+
+from __future__ import annotations
+
+import shlex
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.integration.commands.common import add_device, check_file, path, shows_progress, source_of, verb
+from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
+from optimum_modegpt.integration.output import check_output, replacing
+from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
+from optimum_modegpt.integration.reading import load_config, load_model, pick_device
+from optimum_modegpt.integration.source import Source, default_dataset
+from optimum_modegpt.report import Report
+
+
+def add(verbs: Any) -> None:
+    """Declares the arguments."""
+    parser = verb(verbs, "compress", run, "Compress MODEL and save it.")
+    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
+    parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
+    parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report there")
+    add_configuration(parser)
+    add_device(parser)
+
+
+def run(options: Namespace) -> None:
+    """Compresses a model and saves it; the folder appears at the end, whole."""
+    print(compress_to(options.output, options).summary())
+    print(f"saved in {options.output}")
+    print(_next_step(options))
+
+
+def compress_to(output: Path, options: Namespace) -> Report:
+    """The work itself, with the options of `compress`."""
+    source = source_of(options)
+    quantizer = ModeGPTQuantizer(default_dataset(configuration(options), source))
+    check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
+    check_file(options.report)
+    device = pick_device(options.device)
+    with replacing(output, overwrite=options.overwrite) as folder:
+        windows = quantizer.prepare(load_config(source), None, source)
+        model = load_model(source, options.dtype)
+        report = quantizer.compress_with(model, windows, source=source, device=device, progress=shows_progress())
+        quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
+    if options.report is not None:
+        report.save(options.report)
+    return report
+
+
+def _next_step(options: Namespace) -> str:
+    """The command that evaluates the result, ready for a shell; on the user's own text where one was given."""
+    words = ["evaluate", str(options.output), "--reference", options.model]
+    config, advice = configuration(options), ""
+    if options.trust_remote_code:
+        words.append("--trust-remote-code")
+    if isinstance(config.dataset, str) and Path(config.dataset).exists():
+        words += ["--dataset", config.dataset]
+        if config.sequence_length is not None:
+            words += ["--sequence-length", str(config.sequence_length)]
+        advice = "Text that was calibrated on flatters the result: evaluate on text kept apart, in place of this one.\n"
+    return f"{advice}next: {options.program} {shlex.join(words)}"
+
+
+def _used_paths(source: Source, config: ModeGPTConfig, options: Namespace) -> list[Path]:
+    """Files and folders that a compression reads, and the report that it writes."""
+    named = (source.path, config.dataset, config.tokenizer, options.config)
+    read = [Path(each) for each in named if isinstance(each, str | Path) and Path(each).exists()]
+    return read if options.report is None else [*read, options.report]

@@ -1,0 +1,81 @@
+"""`demo`: the whole job on the embedded model."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from optimum_modegpt import demo
+from optimum_modegpt.calibration.data import evaluation_windows, resolve_sequence_length
+from optimum_modegpt.integration.commands.common import add_debug, models_on, path, source_of
+from optimum_modegpt.integration.commands.compress import compress_to
+from optimum_modegpt.integration.commands.evaluate import scores
+from optimum_modegpt.integration.reading import pick_device
+from optimum_modegpt.integration.source import Source, context_of
+from optimum_modegpt.integration.tables import scores_table
+
+DEMO_WINDOWS = 64
+DEMO_LEGEND = (
+    "Kept/dense widths of a block's parts: mlp (channels), qk (query and key heads), vo (value and output heads);"
+    "\nerr: relative error of what the part computes, on the calibration text."
+)
+PROMPT_WORDS, SAMPLE_TOKENS = 12, 48
+
+
+def add(verbs: Any) -> None:
+    """Declares the arguments."""
+    parser = verbs.add_parser("demo", help="The whole job on the embedded model: compress, evaluate, reload, generate.")
+    parser.set_defaults(run=run, model="demo", revision=None, token=None, trust_remote_code=False)
+    parser.set_defaults(dtype="auto", config=None, report=None)
+    parser.add_argument("--output", type=path, metavar="DIR", help="keep the compressed model there")
+    parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
+    parser.add_argument("--sparsity", type=float, default=argparse.SUPPRESS, help="as in compress")
+    parser.add_argument("--method", default=argparse.SUPPRESS, help="as in compress")
+    parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator if there is one")
+    add_debug(parser)
+
+
+def run(options: Namespace) -> None:
+    """The whole job on the embedded model: compress, save, reload, evaluate before and after, generate."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = options.output or Path(folder) / "demo"
+        print("1. compress the embedded model")
+        print(DEMO_LEGEND)
+        print(compress_to(output, options).summary())
+        _compare(output, options)
+    where = "a temporary folder; keep it with --output DIR" if options.output is None else str(output)
+    print(f"\nThe compressed model was saved in {where}.")
+
+
+def _compare(folder: Path, options: Namespace) -> None:
+    """Reloads what was saved, and shows it beside the dense model."""
+    small, dense = models_on(pick_device(options.device), "auto", Source(str(folder)), source_of(options))
+    assert dense is not None
+    tokenizer = Source(str(folder)).tokenizer()
+    windows = evaluation_windows(
+        demo.EVALUATION_TEXT,
+        tokenizer,
+        sequence_length=resolve_sequence_length(None, context_of(small.config)),
+        max_windows=DEMO_WINDOWS,
+    )
+    result = scores(small, dense, windows, None)
+    print(f"\n2. reload and evaluate, on {result['tokens']:,} tokens of text that was not used before")
+    print(scores_table(result))
+    opening = "".join(re.findall(r"\s*\S+", demo.EVALUATION_TEXT.read_text(encoding="utf-8"))[:PROMPT_WORDS])
+    prompt = tokenizer(opening, return_tensors="pt").input_ids.to(small.device)
+    print(f"\n3. generate: both go on from: {opening}")
+    for name, model in (("dense", dense), ("compressed", small)):
+        written: Any = model.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)  # pyright: ignore[reportCallIssue]
+        print(
+            f"{name:>10}: {whole_sentences(tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))}"
+        )
+
+
+def whole_sentences(text: str) -> str:
+    """The text up to the end of its last full sentence; all of it where there is none."""
+    found = re.match(r""".*(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?]["']?(?=\s|$)""", text, flags=re.DOTALL)
+    return found.group() if found else text

@@ -1,0 +1,37 @@
+"""`estimate`: what compressing a model would take, without loading its weights."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+
+from optimum_modegpt.architectures import check_model_type
+from optimum_modegpt.calibration.data import resolve_sequence_length
+from optimum_modegpt.evaluation.estimate import estimate, on_meta
+from optimum_modegpt.integration.commands.common import check_file, path, source_of, verb, write_json
+from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
+from optimum_modegpt.integration.reading import load_config, readable
+from optimum_modegpt.integration.source import context_of
+from optimum_modegpt.integration.tables import estimate_table
+
+
+def add(verbs: Any) -> None:
+    """Declares the arguments."""
+    parser = verb(verbs, "estimate", run, "Memory and work that compressing MODEL needs; loads no weights.")
+    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
+    add_configuration(parser)
+
+
+def run(options: Namespace) -> None:
+    """What compressing a model would take, without loading its weights."""
+    check_file(options.json)
+    source = source_of(options)
+    model_config, config = load_config(source), configuration(options)
+    check_model_type(model_config.model_type)
+    length = resolve_sequence_length(config.sequence_length, context_of(model_config))
+    with readable(source):
+        found = estimate(on_meta(AutoModelForCausalLM, model_config), config, length)
+    write_json(options.json, found.to_dict())
+    print(estimate_table(found))
