@@ -126,7 +126,6 @@ def compress(
         config = dataclasses.replace(config, sparsity=plan_sparsity(plan, sizes))
     walk = Walk(architecture, config, calibration, device, progress, StageClock(device))
     check_request(walk, sizes)
-    before = count_parameters(model)
     with torch.no_grad(), evaluation_mode(model), collected_warnings(walk):
         with walk.clock.stage("embed"):
             front = enter(architecture, calibration.tokens, walk.batch_size)
@@ -138,9 +137,10 @@ def compress(
             blocks, final_norm, errors = cut_blocks(walk, front, plan)
     with walk.clock.stage("adopt"):
         achieved = plan_sparsity(plan, sizes)
-        record = make_record(walk, achieved, base_model or origin(model), revision or commit(model))
+        parameters = parameters_around(architecture, blocks, total_weights(sizes), achieved)
+        record = make_record(walk, achieved, parameters, base_model or origin(model), revision or commit(model))
         install(architecture, blocks, final_norm, plan, record)
-    return make_report(walk, sizes, plan, errors, record, before)
+    return make_report(walk, sizes, plan, errors, record, parameters)
 
 
 # before the work
@@ -392,20 +392,36 @@ def install(
     adopt(model, family.models["AutoModelForCausalLM"], config, replacements)  # pyright: ignore[reportArgumentType]
 
 
-def make_record(walk: Walk, achieved: float, base_model: str | None, revision: str | None) -> dict[str, Any]:
+def parameters_around(architecture: Architecture, blocks: list[nn.Module], weights: int, achieved: float) -> Parameters:
+    """Parameters before and after, counted while both are there; `weights` are those of the dense projections."""
+    before = count_parameters(architecture.model)
+    dense = sum(count_parameters(block.module) for block in architecture.blocks)
+    after = before - dense + sum(map(count_parameters, blocks))
+    return Parameters(weights, round(weights * (1 - achieved)), before, after)
+
+
+def make_record(
+    walk: Walk, achieved: float, parameters: Parameters, base_model: str | None, revision: str | None
+) -> dict[str, Any]:
     """What config.json says of the compression."""
     return {
         "format_version": FORMAT_VERSION,
         "base_model": base_model,
         "base_revision": revision,
         "recipe": portable(walk.config),
+        "dtype": str(walk.architecture.model.dtype).removeprefix("torch."),
         "calibration": dict(walk.calibration.record),
-        "achieved": {"sparsity": achieved},
+        "achieved": {"sparsity": achieved, "parameters": dataclasses.asdict(parameters)},
     }
 
 
 def make_report(
-    walk: Walk, sizes: Sizes, plan: Plan, errors: list[dict[str, float]], record: dict[str, Any], total_before: int
+    walk: Walk,
+    sizes: Sizes,
+    plan: Plan,
+    errors: list[dict[str, float]],
+    record: dict[str, Any],
+    parameters: Parameters,
 ) -> Report:
     """Everything that was done, for people and programs."""
     blocks = tuple(
@@ -418,16 +434,13 @@ def make_report(
         )
         for index, (ranks, size, error) in enumerate(zip(plan, sizes, errors, strict=True))
     )
-    weights, achieved = total_weights(sizes), record["achieved"]["sparsity"]
     return Report(
         base_model=record["base_model"],
         revision=record["base_revision"],
         config=portable(walk.config),
         requested_sparsity=walk.config.sparsity,
-        achieved_sparsity=achieved,
-        parameters=Parameters(
-            weights, round(weights * (1 - achieved)), total_before, count_parameters(walk.architecture.model)
-        ),
+        achieved_sparsity=record["achieved"]["sparsity"],
+        parameters=parameters,
         blocks=blocks,
         calibration=dict(walk.calibration.record),
         stages=tuple(walk.clock.stages),

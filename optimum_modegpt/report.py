@@ -84,6 +84,8 @@ class Report:
     """Block influence 1 − E cos(input, output) of every block; empty unless the allocation used it."""
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    weight_bytes: int | None = None
+    """Size of the safetensors files; None until the model is saved."""
     report_version: int = REPORT_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,14 +28,19 @@ def read_headers(source: Source) -> dict[str, TensorHeader]:
         raise EvaluationError(f"{source.base_model!r} has no readable safetensors weights: {error}") from error
 
 
-def _local(folder: Path) -> dict[str, TensorHeader]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the model in a folder, in the order of their names; they need not be there."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     names = {SAFE_WEIGHTS_NAME}
     if index.is_file():
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / name for name in sorted(names)]
+
+
+def _local(folder: Path) -> dict[str, TensorHeader]:
     found = {}
-    for name in sorted(names):
-        with safe_open(folder / name, framework="pt") as file:
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a mapping
                 tensor = file.get_slice(key)
                 found[key] = TensorHeader(tensor.get_dtype(), tuple(tensor.get_shape()))
