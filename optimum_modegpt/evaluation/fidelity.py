@@ -52,21 +52,16 @@ def fidelity(
     """
     for each in (model, reference):
         check_windows(each, windows)
-    sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
-    if sizes[0] != sizes[1]:
-        raise EvaluationError(
-            f"the model predicts {sizes[0]} tokens, the reference {sizes[1]}; only models with one vocabulary can be "
-            "compared."
-        )
-    nats = reference_nats = kl = agreement = 0.0
+    check_vocabularies(model, reference)
+    nats = reference_nats = kl = agreeing = 0.0
     with evaluating(model, reference):
         for batch in batches(model, windows, batch_size, progress):
             ours = logits_of(model, batch)
             theirs = logits_of(reference, batch.to(reference.device)).to(ours.device)
             nats += chunked(nats_of, targets(batch), ours)
             reference_nats += chunked(nats_of, targets(batch), theirs)
-            kl += chunked(_divergence, theirs, ours)
-            agreement += chunked(_agreement, theirs, ours)
+            kl += chunked(divergence, theirs, ours)
+            agreeing += chunked(agreement, theirs, ours)
     if not math.isfinite(kl):
         raise EvaluationError(f"the divergence from the reference is {kl}: logits are not finite; try another --dtype.")
     found = finish(nats, windows)
@@ -74,9 +69,23 @@ def fidelity(
         perplexity=found.perplexity,
         reference_perplexity=finish(reference_nats, windows).perplexity,
         kl=kl / found.tokens,
-        top1_agreement=agreement / found.tokens,
+        top1_agreement=agreeing / found.tokens,
         tokens=found.tokens,
     )
+
+
+def check_vocabularies(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """Refuses two models that do not predict the same tokens.
+
+    Raises:
+        EvaluationError: when their vocabularies differ in size.
+    """
+    sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise EvaluationError(
+            f"the model predicts {sizes[0]} tokens, the reference {sizes[1]}; only models with one vocabulary can be "
+            "compared."
+        )
 
 
 def check_tokenizers(ours: Any, theirs: Any) -> None:
@@ -94,10 +103,12 @@ def check_tokenizers(ours: Any, theirs: Any) -> None:
         )
 
 
-def _divergence(reference: Tensor, logits: Tensor) -> Tensor:
+def divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference ‖ model) in nats, (positions,), from logits of shape (positions, vocabulary)."""
     expected = reference.float().log_softmax(dim=-1)
     return (expected.exp() * (expected - logits.float().log_softmax(dim=-1))).sum(dim=-1)
 
 
-def _agreement(reference: Tensor, logits: Tensor) -> Tensor:
+def agreement(reference: Tensor, logits: Tensor) -> Tensor:
+    """Whether both find the same token most likely, (positions,), from logits of shape (positions, vocabulary)."""
     return reference.argmax(dim=-1) == logits.argmax(dim=-1)

@@ -53,13 +53,22 @@ def perplexity(
 def finish(nats: float, windows: Tensor) -> Perplexity:
     """The perplexity from the summed nats of all scored positions."""
     tokens = windows.shape[0] * (windows.shape[1] - 1)
+    return Perplexity(exponential(nats, tokens), tokens)
+
+
+def exponential(nats: float, tokens: int) -> float:
+    """exp(nats / tokens), infinite beyond the largest float.
+
+    Raises:
+        EvaluationError: the nats are not finite.
+    """
     if not math.isfinite(nats):
         raise EvaluationError(
             f"the model's loss on this text is {nats}. Its weights or activations overflow: try another --dtype, and "
             "check that the folder is complete."
         )
     mean = nats / tokens
-    return Perplexity(math.exp(mean) if mean < math.log(torch.finfo(torch.float64).max) else math.inf, tokens)
+    return math.exp(mean) if mean < math.log(torch.finfo(torch.float64).max) else math.inf
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
@@ -68,8 +77,7 @@ def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
     Raises:
         EvaluationError: with what was found and expected.
     """
-    config = model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise EvaluationError(f"expected windows of shape (windows, length ≥ 2), found {tuple(windows.shape)}.")
     if context is not None and windows.shape[1] > context:
@@ -77,10 +85,19 @@ def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
             f"windows of {windows.shape[1]} tokens are longer than the model's context of {context}; lower the "
             "sequence length."
         )
-    if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
+    check_ids(model, windows)
+
+
+def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """Refuses token ids outside of the model's vocabulary.
+
+    Raises:
+        EvaluationError: with the largest id and the size of the vocabulary.
+    """
+    known = model.config.get_text_config().vocab_size
+    if int(ids.min()) < 0 or int(ids.max()) >= known:
         raise EvaluationError(
-            f"the text has token ids up to {int(windows.max())}, the model knows {config.vocab_size}; use its own "
-            "tokenizer."
+            f"the text has token ids up to {int(ids.max())}, the model knows {known}; use its own tokenizer."
         )
 
 
@@ -120,10 +137,15 @@ def targets(batch: Tensor) -> Tensor:
 
 
 def chunked(reduce: Callable[..., Tensor], *columns: Tensor) -> float:
-    """The sum over all positions of what `reduce` gives for chunks of them; float32 inside, float64 across."""
+    """The sum of what `by_position` gives."""
+    return float(by_position(reduce, *columns).sum())
+
+
+def by_position(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
+    """What `reduce` gives for chunks of the positions, (positions,) in float64 on the CPU; float32 inside."""
     size = max(1, CHUNK_BYTES // (4 * columns[-1].shape[-1]))
     parts = (reduce(*chunk) for chunk in zip(*(column.split(size) for column in columns), strict=True))
-    return sum(float(part.cpu().double().sum()) for part in parts)
+    return torch.cat([part.cpu().double() for part in parts])
 
 
 def nats_of(target: Tensor, logits: Tensor) -> Tensor:

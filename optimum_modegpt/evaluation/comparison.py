@@ -1,0 +1,440 @@
+"""A model beside the one it should replace, prompt by prompt: what differs, where, how fast, and in how much memory.
+
+For each prompt the reference writes a greedy continuation, and both models then read the same tokens, prompt and
+continuation, in one pass (teacher forcing). A position is the prediction of a token from all before it: those of the
+prompt from its second token on, and all of the continuation. KL divergence and agreements are over all positions,
+perplexities over those of the prompts only: a text that the reference wrote would favour it. Each model's own greedy
+continuation, written at batch size 1, shows where they part and gives the latency.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.evaluation.fidelity import agreement, check_vocabularies, divergence
+from optimum_modegpt.evaluation.greedy import Continuation, continuation, stops_of
+from optimum_modegpt.evaluation.perplexity import (
+    by_position,
+    check_ids,
+    evaluating,
+    exponential,
+    logits_of,
+    nats_of,
+    targets,
+)
+from optimum_modegpt.evaluation.prompts import EncodedPrompt, Prompt, encode
+from optimum_modegpt.evaluation.thresholds import Check, Thresholds
+from optimum_modegpt.report import count_parameters
+
+logger = logging.getLogger(__name__)
+
+TOP = 5
+WARM_UP_TOKENS = 8
+
+
+# ------------------------------------------------------------------------------------------------------- what is found
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Two models on the same tokens, by position, (positions,) in float64 on the CPU."""
+
+    kl: Tensor
+    """KL(reference ‖ model) over the whole vocabulary, in nats."""
+    top1: Tensor
+    """1 where both find the same token most likely, else 0."""
+    top5: Tensor
+    """Share of the reference's five likeliest tokens that are among the model's five likeliest."""
+    nats: Tensor
+    reference_nats: Tensor
+    """Negative log-likelihood of the token that follows."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What one model did with one prompt."""
+
+    perplexity: float | None
+    """Of the prompt; None for a prompt of one token."""
+    continuation: str
+    """Greedy, without special tokens."""
+    tokens: int
+    first_token_seconds: float
+    seconds_per_token: float | None
+    """Of the tokens after the first; None where there is none."""
+
+
+@dataclass(frozen=True)
+class PromptComparison:
+    """Both models on one prompt; means are over its positions."""
+
+    index: int
+    """Of the prompt among those given, from 0."""
+    prompt: str
+    prompt_tokens: int
+    """That were read."""
+    cut_tokens: int
+    """Tokens at its beginning that were left out because prompt and continuation would not fit the context."""
+    positions: int
+    kl: float
+    kl_max: float
+    """At the position where it is largest."""
+    kl_of_continuation: tuple[float, ...]
+    """At each position of the reference's continuation."""
+    top1_agreement: float
+    top5_overlap: float
+    parting_token: int | None
+    """Index of the first token in which the continuations differ; None where they are equal."""
+    parting_character: int | None
+    """The same in their texts."""
+    model: Written
+    reference: Written
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The model's perplexity over the reference's; None for a prompt of one token."""
+        return _ratio(self.model.perplexity, self.reference.perplexity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, safe for JSON."""
+        return {**dataclasses.asdict(self), "perplexity_ratio": self.perplexity_ratio}
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Median and 95th percentile over the prompts."""
+
+    median: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one model takes, measured on this machine at batch size 1; sizes in bytes, times in seconds."""
+
+    parameters: int
+    weight_bytes: int
+    """Parameters and buffers."""
+    cache_bytes_per_token: float | None
+    """Keys and values of all blocks for one token of context."""
+    peak_device_bytes: int | None
+    """Weights and the largest rise of device memory while it wrote; None on a CPU."""
+    first_token: Quantiles
+    per_token: Quantiles | None
+    """None where no continuation has a second token."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both models on all prompts. Means over positions count every position of every prompt once."""
+
+    records: tuple[PromptComparison, ...]
+    perplexity: float | None
+    reference_perplexity: float | None
+    """exp of the mean nats over the tokens of all prompts but each first one; None where all have one token."""
+    costs: Costs
+    reference_costs: Costs
+    setting: dict[str, Any]
+    """max_new_tokens, device and dtype of both, versions, and when it began (UTC)."""
+
+    @property
+    def positions(self) -> int:
+        """Of all prompts."""
+        return sum(record.positions for record in self.records)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(reference ‖ model), in nats per position."""
+        return self._mean(record.kl for record in self.records)
+
+    @property
+    def kl_max(self) -> float:
+        """KL(reference ‖ model) at the position where it is largest, in nats."""
+        return max(record.kl_max for record in self.records)
+
+    @property
+    def top1_agreement(self) -> float:
+        """Fraction of positions where both find the same token most likely."""
+        return self._mean(record.top1_agreement for record in self.records)
+
+    @property
+    def top5_overlap(self) -> float:
+        """Mean share of the reference's five likeliest tokens that are among the model's five likeliest."""
+        return self._mean(record.top5_overlap for record in self.records)
+
+    @property
+    def perplexity_ratio(self) -> float | None:
+        """The model's perplexity over the reference's."""
+        return _ratio(self.perplexity, self.reference_perplexity)
+
+    @property
+    def equal_continuations(self) -> int:
+        """Prompts that both continue with the same tokens."""
+        return sum(record.parting_token is None for record in self.records)
+
+    def worst_first(self) -> list[PromptComparison]:
+        """The records by falling mean KL divergence."""
+        return sorted(self.records, key=lambda record: -record.kl)
+
+    def check(self, thresholds: Thresholds) -> tuple[Check, ...]:
+        """A check for each limit that is set.
+
+        Raises:
+            EvaluationError: a limit is set for what could not be measured.
+        """
+        return thresholds.checks(self.sums())
+
+    def sums(self) -> dict[str, Any]:
+        """Everything but the records and the setting, safe for JSON."""
+        return {
+            "prompts": len(self.records),
+            "positions": self.positions,
+            "kl": self.kl,
+            "kl_max": self.kl_max,
+            "top1_agreement": self.top1_agreement,
+            "top5_overlap": self.top5_overlap,
+            "perplexity": self.perplexity,
+            "reference_perplexity": self.reference_perplexity,
+            "perplexity_ratio": self.perplexity_ratio,
+            "equal_continuations": self.equal_continuations,
+            "costs": dataclasses.asdict(self.costs),
+            "reference_costs": dataclasses.asdict(self.reference_costs),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, safe for JSON."""
+        return {**self.sums(), "setting": self.setting, "records": [record.to_dict() for record in self.records]}
+
+    def _mean(self, values: Iterable[float]) -> float:
+        weights = [record.positions for record in self.records]
+        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights)
+
+
+def _ratio(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first / second
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def compare(
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 48,
+    on_record: Callable[[PromptComparison], None] | None = None,
+    progress: bool = False,
+) -> Comparison:
+    """Compares `model` with `reference` on each prompt; the module says on which positions.
+
+    Args:
+        model: on the device where it shall run; latency is measured there.
+        reference: on the same device or another one.
+        tokenizer: that of both.
+        prompts: texts, or conversations for the tokenizer's chat template. Longer ones than the context leaves room
+            for lose their beginning, with a warning.
+        max_new_tokens: of each continuation; it ends earlier where the model ends the text.
+        on_record: called with each record as soon as it is there.
+        progress: whether to show a progress bar.
+
+    Raises:
+        EvaluationError: the prompts or the models cannot be compared, or a result is not finite.
+    """
+    check_vocabularies(model, reference)
+    encoded = [encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    room = _room((model, reference), max_new_tokens)
+    _check_prompts(encoded, (model, reference), room)
+    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    pair = _Pair(model, reference, tokenizer, max_new_tokens, room)
+    with evaluating(model, reference):
+        pair.warm_up(encoded[0])
+        for index, prompt in enumerate(tqdm(encoded, desc="compare", unit="prompt", disable=not progress)):
+            record = pair.record(index, prompt)
+            if on_record is not None:
+                on_record(record)
+    return pair.comparison(began)
+
+
+def distances(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -> Distances:
+    """Both models on `ids` (tokens,): tokens − 1 positions. The caller sees to evaluation mode and inference mode.
+
+    Raises:
+        EvaluationError: when logits are not finite.
+    """
+    batch = ids[None].to(model.device)
+    ours = logits_of(model, batch)
+    theirs = logits_of(reference, batch.to(reference.device)).to(ours.device)
+    found = Distances(
+        kl=by_position(divergence, theirs, ours),
+        top1=by_position(agreement, theirs, ours),
+        top5=by_position(_overlap, theirs, ours),
+        nats=by_position(nats_of, targets(batch), ours),
+        reference_nats=by_position(nats_of, targets(batch), theirs),
+    )
+    if not found.kl.isfinite().all():
+        raise EvaluationError("the divergence from the reference is not finite: logits overflow; try another --dtype.")
+    return found
+
+
+def _overlap(reference: Tensor, logits: Tensor) -> Tensor:
+    top = min(TOP, logits.shape[-1])
+    first, second = (each.topk(top, dim=-1).indices for each in (reference, logits))  # (positions, top)
+    return (first[:, :, None] == second[:, None, :]).sum(dim=(1, 2)) / top
+
+
+def parting(first: Sequence[Any], second: Sequence[Any]) -> int | None:
+    """Index of the first item in which two sequences differ; None where they are equal."""
+    differing = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differing, None if len(first) == len(second) else min(len(first), len(second)))
+
+
+def _room(models: Iterable[PreTrainedModel], max_new_tokens: int) -> int | None:
+    """The most tokens that a prompt may have; None where neither model has a limit."""
+    if max_new_tokens < 1:
+        raise EvaluationError(f"max_new_tokens must be at least 1, found {max_new_tokens}.")
+    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    context = min((each for each in contexts if each is not None), default=None)
+    if context is not None and max_new_tokens >= context:
+        raise EvaluationError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context} tokens; lower it."
+        )
+    return None if context is None else context - max_new_tokens
+
+
+def _check_prompts(encoded: Sequence[EncodedPrompt], models: Iterable[PreTrainedModel], room: int | None) -> None:
+    if not encoded:
+        raise EvaluationError("there are no prompts to compare on.")
+    for model in models:
+        check_ids(model, torch.cat([prompt.ids for prompt in encoded]))
+    long = sum(room is not None and len(prompt.ids) > room for prompt in encoded)
+    if long:
+        logger.warning(
+            "%d of %d prompts are longer than the %d tokens that the context leaves beside the continuation; "
+            "they were cut to their last %d.",
+            *(long, len(encoded), room, room),
+        )
+
+
+class _Pair:
+    """Both models at work; sums of what a record does not keep."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel,
+        tokenizer: Any,
+        max_new_tokens: int,
+        room: int | None,
+    ) -> None:
+        self.models = {"model": model, "reference": reference}
+        self.tokenizer, self.max_new_tokens, self.room = tokenizer, max_new_tokens, room
+        self.stops = stops_of(reference)
+        self.records: list[PromptComparison] = []
+        self.written: dict[str, list[Continuation]] = {name: [] for name in self.models}
+        self.nats, self.scored = dict.fromkeys(self.models, 0.0), 0
+
+    def warm_up(self, prompt: EncodedPrompt) -> None:
+        """First calls allocate and choose kernels; they are not measured."""
+        for model in self.models.values():
+            continuation(model, self._fitting(prompt), min(WARM_UP_TOKENS, self.max_new_tokens), self.stops)
+
+    def record(self, index: int, prompt: EncodedPrompt) -> PromptComparison:
+        """Both models on one prompt; which of them writes first alternates."""
+        ids = self._fitting(prompt)
+        order = ("reference", "model") if index % 2 else ("model", "reference")
+        new = {name: continuation(self.models[name], ids, self.max_new_tokens, self.stops) for name in order}
+        for name, each in new.items():
+            self.written[name].append(each)
+        found = distances(self.models["model"], self.models["reference"], torch.cat((ids, new["reference"].tokens)))
+        read = len(ids) - 1
+        nats = {"model": found.nats[:read], "reference": found.reference_nats[:read]}
+        self.scored += read
+        for name, each in nats.items():
+            self.nats[name] += float(each.sum())
+        sides = {name: self._side(new[name], nats[name]) for name in self.models}
+        record = PromptComparison(
+            index=index,
+            prompt=prompt.text,
+            prompt_tokens=len(ids),
+            cut_tokens=len(prompt.ids) - len(ids),
+            positions=len(found.kl),
+            kl=float(found.kl.mean()),
+            kl_max=float(found.kl.max()),
+            kl_of_continuation=tuple(found.kl[read:].tolist()),
+            top1_agreement=float(found.top1.mean()),
+            top5_overlap=float(found.top5.mean()),
+            parting_token=parting(*(new[name].tokens.tolist() for name in self.models)),
+            parting_character=parting(*(sides[name].continuation for name in self.models)),
+            **sides,
+        )
+        self.records.append(record)
+        return record
+
+    def comparison(self, began: str) -> Comparison:
+        """The sums over all records."""
+        perplexities = {
+            name: exponential(self.nats[name], self.scored) if self.scored else None for name in self.models
+        }
+        return Comparison(
+            records=tuple(self.records),
+            perplexity=perplexities["model"],
+            reference_perplexity=perplexities["reference"],
+            costs=_costs(self.models["model"], self.written["model"]),
+            reference_costs=_costs(self.models["reference"], self.written["reference"]),
+            setting={
+                "began": began,
+                "max_new_tokens": self.max_new_tokens,
+                **{
+                    f"{name}_{key}": str(getattr(self.models[name], key)).removeprefix("torch.")
+                    for name in self.models
+                    for key in ("device", "dtype")
+                },
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        )
+
+    def _fitting(self, prompt: EncodedPrompt) -> Tensor:
+        return prompt.ids if self.room is None else prompt.ids[-self.room :]
+
+    def _side(self, new: Continuation, nats: Tensor) -> Written:
+        return Written(
+            perplexity=exponential(float(nats.sum()), len(nats)) if len(nats) else None,
+            continuation=self.tokenizer.decode(new.tokens, skip_special_tokens=True),
+            tokens=len(new.tokens),
+            first_token_seconds=new.first_token_seconds,
+            seconds_per_token=new.seconds_per_token,
+        )
+
+
+def _costs(model: PreTrainedModel, written: Sequence[Continuation]) -> Costs:
+    weights = model.get_memory_footprint()
+    working = [each.working_bytes for each in written if each.working_bytes is not None]
+    per_token = [each.seconds_per_token for each in written if each.seconds_per_token is not None]
+    return Costs(
+        parameters=count_parameters(model),
+        weight_bytes=weights,
+        cache_bytes_per_token=written[0].cache_bytes_per_token,
+        peak_device_bytes=weights + max(working) if working else None,
+        first_token=_quantiles([each.first_token_seconds for each in written]),
+        per_token=_quantiles(per_token) if per_token else None,
+    )
+
+
+def _quantiles(values: Sequence[float]) -> Quantiles:
+    median, p95 = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.5, 0.95], dtype=torch.float64))
+    return Quantiles(float(median), float(p95))

@@ -1,0 +1,104 @@
+"""One greedy continuation: what a model writes, how fast, and what memory it takes for it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from optimum_modegpt.stages import StageClock
+
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "use_cache": True,
+    "return_dict_in_generate": True,
+}
+"""In full: a model's own generation_config would fill in what is left out, and that of two models may differ."""
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """New tokens (tokens,) on the CPU, and the cost of writing them at batch size 1."""
+
+    tokens: Tensor
+    first_token_seconds: float
+    """From the call to the first token: the prefill and what `generate` prepares."""
+    seconds_per_token: float | None
+    """Mean over the tokens after the first; None where there is only one."""
+    cache_bytes_per_token: float | None
+    """Of keys and values in all blocks; None for a model without such a cache."""
+    working_bytes: int | None
+    """How far device memory rose above what stood there before; None where the allocator does not tell, as on a CPU."""
+
+
+class _Ticks(BaseStreamer):
+    """Notes when `generate` hands over the prompt, and then each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops: dict[str, Any]) -> Continuation:
+    """What `model` writes after `ids` (tokens,), the likeliest token each time.
+
+    `stops` are the token ids that end or pad a text: eos_token_id and pad_token_id.
+    """
+    batch = ids[None].to(model.device)
+    ticks, clock = _Ticks(), StageClock(model.device)
+    before = clock.allocator.memory_allocated(model.device) if clock.allocator else 0
+    with clock.stage("generate") if clock.allocator else nullcontext():
+        start = time.perf_counter()
+        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            batch,
+            attention_mask=batch.new_ones(batch.shape),
+            max_new_tokens=max_new_tokens,
+            streamer=ticks,
+            **GREEDY,
+            **stops,
+        )
+    _, first, *_ = ticks.times
+    tokens = output.sequences[0, len(ids) :].cpu()
+    return Continuation(
+        tokens=tokens,
+        first_token_seconds=first - start,
+        seconds_per_token=(ticks.times[-1] - first) / (len(tokens) - 1) if len(tokens) > 1 else None,
+        cache_bytes_per_token=_cache_bytes(getattr(output, "past_key_values", None)),
+        working_bytes=clock.stages[-1].peak_memory - before if clock.stages else None,
+    )
+
+
+def stops_of(model: PreTrainedModel) -> dict[str, Any]:
+    """What ends a text of this model, for `continuation`; a pad token is named even where none is needed."""
+    config: Any = model.generation_config
+    ends = config.eos_token_id
+    first = ends[0] if isinstance(ends, list) else ends
+    return {"eos_token_id": ends, "pad_token_id": first if config.pad_token_id is None else config.pad_token_id}
+
+
+def _cache_bytes(cache: Any) -> float | None:
+    """By its own length for each block: a sliding window keeps fewer tokens."""
+    sizes = [
+        tensor.numel() * tensor.element_size() / tensor.shape[-2]
+        for layer in getattr(cache, "layers", ())
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(tensor, Tensor) and tensor.ndim == 4
+    ]
+    return sum(sizes) if sizes else None

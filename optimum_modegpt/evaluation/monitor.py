@@ -1,0 +1,352 @@
+"""Watches a served model: compares a sampled share of live requests with the model that it replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import queue
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_modegpt.errors import EvaluationError, InvalidConfig
+from optimum_modegpt.evaluation.comparison import distances
+from optimum_modegpt.evaluation.fidelity import check_vocabularies
+from optimum_modegpt.evaluation.thresholds import Check, Thresholds
+
+logger = logging.getLogger(__name__)
+
+MEANS = ("kl", "top1_agreement", "top5_overlap")
+Sink = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class MonitorSummary:
+    """What a monitor saw until now; means over requests."""
+
+    requests: int
+    """Sequences that were served while it watched."""
+    compared: int
+    skipped: int
+    """Chosen, but left out because the queue was full."""
+    waiting: int
+    """Chosen, and not compared yet."""
+    errors: int
+    """Requests that could not be observed, compared, or written to the sink; each was logged."""
+    last_error: str | None
+    kl: float | None
+    """Mean KL(reference ‖ model), in nats per position; None before the first comparison, like all that follow."""
+    kl_max: float | None
+    top1_agreement: float | None
+    top5_overlap: float | None
+    recent_kl: float | None
+    """Exponentially weighted mean with the span of the window: the newest of `window` requests weighs 2 / (window + 1).
+    The thresholds hold for this and the next."""
+    recent_agreement: float | None
+    status: Literal["unchecked", "warming up", "held", "broken"]
+    """Unchecked without thresholds; warming up until `window` requests were compared."""
+    broken: tuple[str, ...]
+    """The thresholds that do not hold now, in words."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, safe for JSON."""
+        return dataclasses.asdict(self)
+
+
+class CanaryMonitor:
+    """Compares a share of the requests to `model` with what `reference` would have predicted.
+
+        with CanaryMonitor(model, reference, thresholds=Thresholds(max_kl=0.1), sink="canary.jsonl") as monitor:
+            with monitor.watching():
+                serve(model)
+        print(monitor.summary())
+
+    A thread of its own reads prompt and answer with both models, at every position as in `compare`. The request waits
+    for nothing but the copy of its token ids to the host; a full queue skips and counts. The answers are those without
+    a monitor, bit for bit: nothing of the model, its mode or the global random state is touched. The comparison takes
+    its share of the device, though: two forward passes over each chosen request. Put the reference on another device,
+    or lower `fraction`, where that matters. Start it in the process that serves; threads do not survive a fork.
+    Nothing that goes wrong later reaches the serving code: it is logged, counted, and shown by `summary`.
+
+    Args:
+        model: the served model, in evaluation mode.
+        reference: the one it replaced, in evaluation mode, on any device.
+        fraction: of the requests that are compared, chosen by a generator of the monitor's own.
+        seed: of that generator; the same requests in the same order are chosen again.
+        window: span in compared requests of the recent means, and how many it takes before thresholds are judged.
+        queue_size: chosen requests that may wait.
+        thresholds: for the recent means; `max_kl` and `min_agreement`.
+        sink: a file that JSON lines are added to, one for each comparison, or a function that takes each record.
+
+    Raises:
+        InvalidConfig: a number is out of range, or a threshold cannot be watched.
+        EvaluationError: the models have other vocabularies, or one of them is in training mode.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel,
+        *,
+        fraction: float = 0.05,
+        seed: int = 0,
+        window: int = 100,
+        queue_size: int = 64,
+        thresholds: Thresholds | None = None,
+        sink: Sink | str | Path | None = None,
+    ) -> None:
+        _check_numbers(fraction, window, queue_size, thresholds)
+        _check_models(model, reference)
+        self.model, self.reference = model, reference
+        self.fraction, self.window = fraction, window
+        self.thresholds = thresholds or Thresholds()
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._totals = _Totals(window)
+        self._requests = self._skipped = self._errors = 0
+        self._last_error: str | None = None
+        self._was_broken = self._closed = False
+        self._sink = _sink(sink)
+        self._queue: queue.Queue[_Request | None] = queue.Queue(queue_size)
+        self._thread = threading.Thread(target=self._work, name="modegpt-canary", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> CanaryMonitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextmanager
+    def watching(self) -> Iterator[PreTrainedModel]:
+        """While it lasts, every `model.generate` is observed, also one that a pipeline calls."""
+        model: Any = self.model
+        generate, own = model.generate, vars(model).get("generate")
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            output = generate(*args, **kwargs)
+            with self._counting_errors("a request could not be observed"):
+                ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+                if ids is None:
+                    raise EvaluationError("generate was called without token ids; only prompts of ids are compared.")
+                self._observe(ids, getattr(output, "sequences", output), kwargs.get("attention_mask"))
+            return output
+
+        model.generate = observed
+        try:
+            yield model
+        finally:
+            del model.generate
+            if own is not None:
+                model.generate = own
+
+    def observe(self, input_ids: Tensor, output_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Tells of requests that were served; for serving code that does not call `model.generate`.
+
+        Args:
+            input_ids: prompts, (requests, prompt length), padded on either side where `attention_mask` says so.
+            output_ids: prompts and answers, (requests or a multiple, length), as `generate` returns them.
+            attention_mask: 1 at each token of a prompt that counts; None where all do.
+        """
+        with self._counting_errors("a request could not be observed"):
+            self._observe(input_ids, output_ids, attention_mask)
+
+    def summary(self) -> MonitorSummary:
+        """What was seen until now."""
+        with self._lock:
+            totals, checks = self._totals, self._checks()
+            return MonitorSummary(
+                requests=self._requests,
+                compared=totals.count,
+                skipped=self._skipped,
+                waiting=self._queue.unfinished_tasks,
+                errors=self._errors,
+                last_error=self._last_error,
+                **totals.means(),
+                status=self._status(checks),
+                broken=tuple(str(check) for check in checks if not check.held),
+            )
+
+    def flush(self) -> None:
+        """Waits until every chosen request was compared."""
+        self._queue.join()
+
+    def close(self) -> None:
+        """Compares what still waits, and ends the thread; later requests are not observed."""
+        with self._lock:
+            was_closed, self._closed = self._closed, True
+        if was_closed:
+            return
+        self._queue.put(None)
+        self._thread.join()
+
+    # -------------------------------------------------------------------------------------------- on the request's path
+
+    def _observe(self, input_ids: Tensor, output_ids: Tensor, attention_mask: Tensor | None) -> None:
+        repeats = len(output_ids) // len(input_ids)
+        for row in range(len(output_ids)):
+            with self._lock:
+                if self._closed:
+                    return
+                number, self._requests = self._requests, self._requests + 1
+                chosen = self._random.random() < self.fraction
+            if chosen:
+                mask = None if attention_mask is None else attention_mask[row // repeats]
+                self._put(self._request(number, input_ids.shape[1], output_ids[row], mask))
+
+    def _request(self, number: int, prompt_length: int, ids: Tensor, mask: Tensor | None) -> _Request:
+        prompt, answer = ids[:prompt_length].cpu(), ids[prompt_length:].cpu()
+        if mask is not None:
+            prompt = prompt[mask.cpu().bool()]
+        return _Request(number, prompt, _until_end(answer, self.model.generation_config))
+
+    def _put(self, request: _Request) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                self._queue.put_nowait(request)
+            except queue.Full:
+                self._skipped += 1
+
+    # --------------------------------------------------------------------------------------------------- in the thread
+
+    def _work(self) -> None:
+        while (request := self._queue.get()) is not None:
+            with self._counting_errors(f"request {request.number} could not be compared"):
+                self._compare(request)
+            self._queue.task_done()
+        self._queue.task_done()
+
+    @torch.inference_mode()
+    def _compare(self, request: _Request) -> None:
+        found = distances(self.model, self.reference, torch.cat((request.prompt, request.answer)))
+        record = {
+            "request": request.number,
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "prompt_tokens": len(request.prompt),
+            "answer_tokens": len(request.answer),
+            "kl": float(found.kl.mean()),
+            "kl_max": float(found.kl.max()),
+            "top1_agreement": float(found.top1.mean()),
+            "top5_overlap": float(found.top5.mean()),
+        }
+        with self._lock:
+            self._totals.add(record)
+            means, checks = self._totals.means(), self._checks()
+            status = self._status(checks)
+            crossed, self._was_broken = (status == "broken") != self._was_broken, status == "broken"
+        if crossed:
+            logger.warning("canary: thresholds %s; %s", status, "; ".join(map(str, checks)))
+        self._sink({**record, **{key: means[key] for key in ("recent_kl", "recent_agreement")}, "status": status})
+
+    # ----------------------------------------------------------------------------------------------------------- shared
+
+    def _checks(self) -> tuple[Check, ...]:
+        if self._totals.count == 0:
+            return ()
+        return self.thresholds.checks(
+            {"kl": self._totals.recent("kl"), "top1_agreement": self._totals.recent("top1_agreement")}
+        )
+
+    def _status(self, checks: tuple[Check, ...]) -> Literal["unchecked", "warming up", "held", "broken"]:
+        if self.thresholds == Thresholds():
+            return "unchecked"
+        if self._totals.count < self.window:
+            return "warming up"
+        return "held" if all(check.held for check in checks) else "broken"
+
+    @contextmanager
+    def _counting_errors(self, what: str) -> Iterator[None]:
+        """Serving goes on whatever happens here; `summary` and the log tell of it."""
+        try:
+            yield
+        except Exception as error:
+            with self._lock:
+                self._errors += 1
+                self._last_error = f"{what}: {type(error).__name__}: {error}"
+            logger.warning("canary: %s", self._last_error, exc_info=error)
+
+
+@dataclass(frozen=True)
+class _Request:
+    number: int
+    prompt: Tensor
+    answer: Tensor
+
+
+class _Totals:
+    """Running means of the records, and exponentially weighted ones without the pull of their start."""
+
+    def __init__(self, window: int) -> None:
+        self.decay = 1 - 2 / (window + 1)
+        self.count, self.weight, self.kl_max = 0, 0.0, 0.0
+        self.sums: dict[str, float] = dict.fromkeys(MEANS, 0.0)
+        self.weighted: dict[str, float] = dict.fromkeys(MEANS, 0.0)
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.count += 1
+        self.weight = self.decay * self.weight + 1
+        self.kl_max = max(self.kl_max, record["kl_max"])
+        for key in self.sums:
+            self.sums[key] += record[key]
+            self.weighted[key] = self.decay * self.weighted[key] + record[key]
+
+    def recent(self, key: str) -> float | None:
+        return self.weighted[key] / self.weight if self.count else None
+
+    def means(self) -> dict[str, float | None]:
+        return {
+            **{key: total / self.count if self.count else None for key, total in self.sums.items()},
+            "kl_max": self.kl_max if self.count else None,
+            "recent_kl": self.recent("kl"),
+            "recent_agreement": self.recent("top1_agreement"),
+        }
+
+
+def _sink(given: Sink | str | Path | None) -> Sink:
+    """Opens the file anew for each record, so that it may be rotated; once now, so that a wrong path shows here."""
+    if given is None or callable(given):
+        return given or (lambda record: None)
+
+    def append(*records: dict[str, Any]) -> None:
+        with Path(given).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    append()
+    return append
+
+
+def _until_end(answer: Tensor, config: Any) -> Tensor:
+    """The answer with its end-of-text token and without the padding after it."""
+    ends = torch.tensor([] if config.eos_token_id is None else config.eos_token_id).flatten()
+    found = torch.isin(answer, ends).nonzero()
+    return answer[: int(found[0]) + 1] if len(found) else answer
+
+
+def _check_numbers(fraction: float, window: int, queue_size: int, thresholds: Thresholds | None) -> None:
+    if not 0 <= fraction <= 1:
+        raise InvalidConfig(f"fraction must lie in [0, 1], found {fraction}.")
+    for name, value in (("window", window), ("queue_size", queue_size)):
+        if value < 1:
+            raise InvalidConfig(f"{name} must be at least 1, found {value}.")
+    if thresholds is not None and thresholds.max_perplexity_ratio is not None:
+        raise InvalidConfig("a monitor takes max_kl and min_agreement; for max_perplexity_ratio use compare.")
+
+
+def _check_models(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    check_vocabularies(model, reference)
+    for name, each in (("served model", model), ("reference", reference)):
+        if each.training:
+            raise EvaluationError(f"the {name} is in training mode; call its eval() before it is watched.")

@@ -1,0 +1,105 @@
+"""Prompts: texts or conversations, from a file or from the caller, as token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_modegpt.errors import EvaluationError
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or a conversation: messages with `role` and `content`."""
+KEYS = ("prompt", "text", "messages")
+"""Where an object of a JSON file holds its prompt."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as the models read it: its text, a conversation after the chat template, and its ids (tokens,)."""
+
+    text: str
+    ids: Tensor
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file: .txt a line each, .jsonl an object each with one of `KEYS`, .json a list of either.
+
+    Raises:
+        EvaluationError: the file cannot be read, holds none, or holds something else; with its place.
+    """
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise EvaluationError(f"{path}: expected a file of prompts that ends in {', '.join(READERS)}.")
+    try:
+        found = reader(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} cannot be read as prompts: {error}") from error
+    if not found:
+        raise EvaluationError(f"{path}: there is no prompt in it.")
+    return [_prompt(item, f"{path}, {place}") for place, item in found]
+
+
+def encode(prompt: Prompt, tokenizer: Any, place: str) -> EncodedPrompt:
+    """The tokens of a prompt as they are served: special tokens added, conversations ready for the answer.
+
+    Raises:
+        EvaluationError: it is empty, or a conversation that the tokenizer's chat template does not take; says where.
+    """
+    is_text = isinstance(prompt, str)
+    text = prompt if is_text else _conversation(prompt, tokenizer, place)
+    ids = torch.tensor(tokenizer(text, add_special_tokens=is_text, verbose=False)["input_ids"], dtype=torch.int64)
+    if not text.strip() or len(ids) == 0:
+        raise EvaluationError(f"{place} is empty; a model needs something to go on from.")
+    return EncodedPrompt(text, ids)
+
+
+def _conversation(messages: Any, tokenizer: Any, place: str) -> str:
+    from jinja2.exceptions import TemplateError
+
+    if not getattr(tokenizer, "chat_template", None):
+        raise EvaluationError(
+            f"{place} is a conversation, and the tokenizer has no chat template. Use the tokenizer of a chat model, or "
+            "give the prompt as text."
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError, KeyError) as error:
+        raise EvaluationError(f"{place}: the chat template refuses the conversation: {error}") from error
+
+
+Found = list[tuple[str, Any]]
+
+
+def _lines(text: str) -> Found:
+    return [(f"line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _objects(text: str) -> Found:
+    return [(place, json.loads(line)) for place, line in _lines(text)]
+
+
+def _items(text: str) -> Found:
+    items = json.loads(text)
+    if not isinstance(items, list):
+        raise ValueError(f"expected a list, found {type(items).__name__}")
+    return [(f"item {number}", item) for number, item in enumerate(items, 1)]
+
+
+READERS: dict[str, Callable[[str], Found]] = {".txt": _lines, ".jsonl": _objects, ".json": _items}
+
+
+def _prompt(item: Any, place: str) -> Prompt:
+    key = next((key for key in KEYS if key in item), None) if isinstance(item, dict) else None
+    prompt = item[key] if isinstance(item, dict) and key else item
+    if isinstance(prompt, str):
+        return prompt
+    if key == "messages" and isinstance(prompt, list) and prompt and all(isinstance(one, dict) for one in prompt):
+        return prompt
+    expected = '{"prompt": text}, {"text": text}, {"messages": [{"role": …, "content": …}, …]} or a string'
+    raise EvaluationError(f"{place}: expected {expected}, found {json.dumps(item, ensure_ascii=False)[:80]}.")
