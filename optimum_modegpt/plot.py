@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,23 +21,28 @@ def plot_ranks(report: Report, path: str | Path | None = None) -> Figure:
     Raises:
         ImportError: without matplotlib, naming the extra that brings it.
     """
+    kept = {part: [block.parts[part].rank / block.parts[part].dense_rank for block in report.blocks] for part in PARTS}
+    return plot_kept(kept, f"{report.base_model or 'model'}: {report.achieved_sparsity:.1%} removed", path)
+
+
+def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path | None = None) -> Figure:
+    """Kept fractions by part, one bar a block; as `plot_ranks`, for what has no report."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'optimum-modegpt[plot]'") from error
-    indices = [block.index for block in report.blocks]
-    figure = Figure(figsize=(max(6.0, 0.3 * len(indices) + 2), 6.0), layout="constrained")
+    indices = range(len(kept["mlp"]))
+    figure = Figure(figsize=(max(6.0, 0.3 * len(indices) + 2), 5.0), layout="constrained")
     axes = figure.subplots(len(PARTS), 1, sharex=True, sharey=True)
     for part, axis in zip(PARTS, axes, strict=True):
-        kept = [block.parts[part].rank / block.parts[part].dense_rank for block in report.blocks]
-        axis.bar(indices, kept, color=COLOURS[part])
+        axis.bar(indices, kept[part], color=COLOURS[part])
         axis.set_title(TITLES[part], loc="left", fontsize=10)
         axis.set_ylim(0, 1)
         axis.spines[["top", "right"]].set_visible(False)
     axes[1].set_ylabel("kept fraction of the width")
     axes[-1].set_xlabel("block")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(f"{report.base_model or 'model'}: {report.achieved_sparsity:.1%} removed", fontsize=11)
+    figure.suptitle(title, fontsize=11)
     if path is not None:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=100)
     return figure

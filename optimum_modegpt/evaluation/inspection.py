@@ -61,22 +61,27 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
     parameters = sum(tensor.size for tensor in tensors.values() if tensor.dtype.startswith(("F", "BF")))
     if not config.model_type.startswith("modegpt_"):
         return Inspection(config.model_type, parameters)
+    blocks = block_ranks(config)
+    if not getattr(config, "quantization_config", None):  # packed weights have other shapes
+        _check_shapes(config, config.widths(), tensors)
+    return Inspection(config.model_type, parameters, blocks, _sparsity(config, blocks, tensors), config.modegpt)
+
+
+def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
+    """Kept and dense widths of every block of a compressed model, as its configuration has them.
+
+    Raises:
+        EvaluationError: the configuration was edited and cannot be read.
+    """
     try:
         widths_of_blocks = config.widths()
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(f"the configuration cannot be read: {error}") from error
-    if not getattr(config, "quantization_config", None):  # packed weights have other shapes
-        _check_shapes(config, widths_of_blocks, tensors)
-    dense = dict(zip(("qk", "vo", "mlp"), (*[config.dense_head_dim] * 2, _dense_mlp(config)), strict=True))
-    blocks = tuple(
-        BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, {part: dense[part] for part in PARTS})
+    dense = {"mlp": getattr(config, config.layout.mlp_width), "qk": config.dense_head_dim, "vo": config.dense_head_dim}
+    return tuple(
+        BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, dense)
         for index, widths in enumerate(widths_of_blocks)
     )
-    return Inspection(config.model_type, parameters, blocks, _sparsity(config, blocks, tensors), config.modegpt)
-
-
-def _dense_mlp(config: Any) -> int:
-    return getattr(config, config.layout.mlp_width)
 
 
 def _check_shapes(config: Any, widths_of_blocks: list[Any], tensors: Mapping[str, TensorHeader]) -> None:

@@ -37,6 +37,12 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+def weight_bytes(folder: Path) -> int | None:
+    """Size of the safetensors files of the model in a folder; None where they are not there."""
+    files = weight_files(folder)
+    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
+
+
 def _local(folder: Path) -> dict[str, TensorHeader]:
     found = {}
     for path in weight_files(folder):

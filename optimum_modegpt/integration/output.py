@@ -14,7 +14,7 @@ from transformers.utils import CONFIG_NAME
 from optimum_modegpt.errors import OutputError
 
 OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".txt", ".jinja")
-OWN_NAMES = ("README.md", ".gitattributes")
+OWN_NAMES = ("README.md", "ranks.png", ".gitattributes")
 ATTEMPTS = 5
 """How often a run with --overwrite tries to take a place that another run takes at the same moment."""
 
@@ -49,7 +49,7 @@ def _check_ours(folder: Path, name: Path) -> None:
     if not str(model_type).startswith("modegpt_"):
         found = f"has no readable {CONFIG_NAME}" if model_type is None else f"is a model of type {model_type!r}"
         raise OutputError(f"{name} {found}; --overwrite deletes compressed models only. Choose another --output.")
-    if foreign := sorted(path.name for path in folder.iterdir() if not _is_own(path)):
+    if foreign := sorted(path.name for path in folder.iterdir() if not is_own(path)):
         more = ", …" if len(foreign) > 5 else ""
         raise OutputError(
             f"{name} holds what no compressed model has: {', '.join(foreign[:5])}{more}. --overwrite will not delete "
@@ -57,7 +57,8 @@ def _check_ours(folder: Path, name: Path) -> None:
         )
 
 
-def _is_own(path: Path) -> bool:
+def is_own(path: Path) -> bool:
+    """Whether this is a file that a saved model has."""
     return path.is_file() and not path.is_symlink() and (path.suffix in OWN_SUFFIXES or path.name in OWN_NAMES)
 
 

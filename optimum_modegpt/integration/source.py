@@ -9,11 +9,14 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import hf_hub_download, hf_hub_url, metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
+from yaml import YAMLError
 
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, resolve_sequence_length
@@ -26,6 +29,9 @@ DEMO = "demo"
 """The name of the embedded model, and of its text as a dataset."""
 SMALLEST_SHARE = 0.5
 """A tokenizer with fewer tokens than this share of the model's vocabulary is probably another model's."""
+CARD = "README.md"
+CARD_FIELDS = ("license", "license_name", "license_link", "language")
+"""What a card says that holds for a compressed model too."""
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -95,6 +101,39 @@ class Source:
         known = extract_commit_hash(cached if isinstance(cached, str) else None, None)
         return known or revision
 
+    def card(self) -> dict[str, Any]:
+        """Licence and language, as far as the card of the model states them.
+
+        No card, or one that cannot be read, is no reason to stop: then they are unknown.
+        """
+        if self.name is None:
+            return {}
+        try:
+            found = metadata_load(self._card_file()) or {}
+        except (FileNotFoundError, EntryNotFoundError):
+            logger.info("%r has no card here, so its licence is not known.", self.base_model)
+            return {}
+        except (OSError, ValueError, YAMLError) as error:
+            logger.warning("the card of %r cannot be read, so its licence is not known: %s", self.base_model, error)
+            return {}
+        card = {key: found[key] for key in CARD_FIELDS if _is_text(found.get(key))}
+        if (link := card.pop("license_link", None)) and (link := self._absolute(link)):
+            card["license_link"] = link
+        return card
+
+    def _card_file(self) -> Path:
+        """The card's file, from the Hub where need be; it stands at the top also where the model is in a subfolder."""
+        if Path(self.path).is_dir():
+            return Path(self.path) / CARD
+        hub = {key: value for key, value in self.hub.items() if key != "subfolder"}
+        return Path(hf_hub_download(self.path, CARD, **hub))
+
+    def _absolute(self, link: str) -> str | None:
+        """A link of the card that holds elsewhere too; None where it leads into a local folder."""
+        if urlparse(link).scheme in ("http", "https"):
+            return link
+        return None if Path(self.path).is_dir() else hf_hub_url(self.path, link, revision=self.hub.get("revision"))
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for a `from_pretrained` that reads the same place."""
         trust = {} if self.trust_remote_code is None else {"trust_remote_code": self.trust_remote_code}
@@ -113,6 +152,12 @@ class Source:
                 f"no tokenizer could be loaded from {self.base_model!r}: {error} "
                 "Name one: tokenizer, on the command line --tokenizer."
             ) from error
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a field of a card is a string or several; YAML has other ideas of `no`, for one."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(each, str) and each for each in values)
 
 
 _LOADING: ContextVar[Source | None] = ContextVar("modegpt_source", default=None)
