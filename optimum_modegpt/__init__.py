@@ -16,11 +16,14 @@ from optimum_modegpt.errors import (
     NumericalError,
     OutputError,
     UnsupportedModel,
+    UploadError,
 )
 from optimum_modegpt.evaluation.fidelity import Fidelity, fidelity
 from optimum_modegpt.evaluation.perplexity import Perplexity, perplexity
+from optimum_modegpt.integration.adapters import register_targets
 from optimum_modegpt.integration.auto import ModeGPTModelForCausalLM, install_keyword
 from optimum_modegpt.integration.hf_quantizer import register
+from optimum_modegpt.integration.hub import install_companion
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.plot import plot_ranks
 from optimum_modegpt.report import Report
@@ -42,6 +45,7 @@ __all__ = [
     "Perplexity",
     "Report",
     "UnsupportedModel",
+    "UploadError",
     "__version__",
     "fidelity",
     "perplexity",
@@ -49,4 +53,6 @@ __all__ = [
 ]
 
 register()
+register_targets()
 install_keyword()
+install_companion()

@@ -99,14 +99,21 @@ def classes(name: str) -> dict[str, type[PreTrainedModel]]:
     return importlib.import_module(f"optimum_modegpt.modeling.modegpt_{family}").MODELS
 
 
-def compressed(name: str, *, auto: str = "AutoModelForCausalLM", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A random model of our class, every block of other widths: query/key narrower than value, wider, and dense."""
+def compressed(
+    name: str,
+    *,
+    auto: str = "AutoModelForCausalLM",
+    seed: int = 0,
+    widths: list[Widths] | None = None,
+    **changes: Any,
+) -> PreTrainedModel:
+    """A random model of our class; the usual widths: query/key narrower than value, wider, and dense."""
     model_class = classes(name)[auto]
     config_class, values = VARIANTS[name]
     dense_config = config_class(**(values | changes))
-    head_dim = getattr(dense_config, "head_dim", None) or 8
+    head_dim = getattr(dense_config, "head_dim", None) or dense_config.hidden_size // dense_config.num_attention_heads
     odd = 0 if model_class.attention_class.rotary else 1
-    widths = [Widths(4 + odd, 7, 31), Widths(6 + odd, 3, 40), Widths(head_dim, head_dim, 48)]
+    widths = widths or [Widths(4 + odd, 7, 31), Widths(6 + odd, 3, 40), Widths(head_dim, head_dim, 48)]
     record = {"format_version": 1, "base_model": name}
     model = fill(model_class(model_class.config_class.from_dense(dense_config, widths, record)), seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -133,3 +140,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=64
     )
+
+
+def fine_tune(model: Any, steps: int = 4, learning_rate: float = 1e-2) -> list[float]:
+    """The losses of a few steps on one batch; the model is in evaluation mode afterwards."""
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=learning_rate)
+    losses = []
+    model.train()
+    for _ in range(steps):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
