@@ -5,15 +5,18 @@ This file is also remote code: it is copied beside the weights and must import n
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 # What stands below a mixin: at run time a family's dense class.
@@ -63,6 +66,40 @@ class Widths:
 
 # --------------------------------------------------------------------------------------------------- configuration
 
+SIZE_LIMIT = 2**30
+"""Far above every size there is; the bytes of a matrix of two such sizes can still be counted in 64 bits."""
+LISTED_LIMITS = {"num_hidden_layers": 2**12, "num_labels": 2**20}
+"""Limits of what is listed one by one, in memory, as soon as a configuration is read."""
+SIZES = (
+    *LISTED_LIMITS,
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Refuses sizes of a configuration, by name, that no model has; those that are absent or None are not checked.
+
+    Raises:
+        ValueError: a size is no integer, below 1 or absurdly large, or the heads do not fall into groups.
+    """
+    for name in SIZES:
+        size, limit = values.get(name), LISTED_LIMITS.get(name, SIZE_LIMIT)
+        if size is not None and (type(size) is not int or not 1 <= size <= limit):
+            raise ValueError(f"config.json: {name} is {size!r}; expected an integer in [1, {limit}].")
+    heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads is not None and groups is not None and heads % groups:
+        raise ValueError(
+            f"config.json: num_attention_heads is {heads}; expected a multiple of num_key_value_heads, {groups}."
+        )
+
 
 class ModeGPTConfigMixin(Dense):
     """Over a dense configuration class: native `per_layer_config` with the widths, dense sizes at the top level."""
@@ -73,6 +110,37 @@ class ModeGPTConfigMixin(Dense):
     base_model_tp_plan = None
     # The top level keeps the dense sizes on purpose: rotary table and softmax scale are made from them.
     allow_global_per_layer_attribute_access = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """As every configuration's, for values that can be trusted: a hostile file is refused before it is expanded.
+
+        Raises:
+            ValueError: with the name and the value of what cannot be.
+        """
+        if "modegpt" in kwargs:
+            _check_record(kwargs["modegpt"])
+        ours = {"_auto_class", "transformers_weights", *vars(ModeGPTConfigMixin), *ModeGPTConfigMixin.__annotations__}
+        if foreign := sorted(kwargs.keys() & ours):
+            raise ValueError(f"config.json has {foreign}, which no compressed model has. Save or download it again.")
+        check_sizes(vars(self) | kwargs)
+        if kwargs.get("per_layer_config") is not None:
+            self._check_blocks(kwargs["per_layer_config"])
+        super().__post_init__(**kwargs)
+
+    def _check_blocks(self, entries: Any) -> None:
+        """There is one entry a block, and none has what we do not write: caches would read it, the modules not."""
+        if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
+            raise ValueError("config.json: per_layer_config is no object of objects, one for every block.")
+        found = [str(key).lstrip("0") or "0" for key in entries]
+        strange = set(found) ^ {str(index) for index in range(self.num_hidden_layers)}
+        if strange or len(found) != self.num_hidden_layers:
+            raise ValueError(
+                f"config.json: per_layer_config has {len(found)} entries; expected one for each of "
+                f"{self.num_hidden_layers} blocks, so look at {sorted(strange)[:5]}."
+            )
+        known = {"qk_head_dim", "v_head_dim", "head_dim", self.layout.mlp_width}
+        if foreign := {name for entry in entries.values() for name in entry} - known:
+            raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
 
     @classmethod
     def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
@@ -109,29 +177,11 @@ class ModeGPTConfigMixin(Dense):
             ValueError: when the record is missing or newer, or a width is missing, no integer, below 1 or above the
                 dense one: before anything is built.
         """
-        self._check_version()
+        _check_record(getattr(self, "modegpt", None))
         mlp_width = self.layout.mlp_width
         limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
         limits[mlp_width] = getattr(self, mlp_width)
-        known = {"head_dim", *limits}
-        # Caches read what stands here, so whatever we do not write ourselves would contradict the modules.
-        if foreign := (self.per_layer_attributes or set()) - known:
-            raise ValueError(f"config.json: per_layer_config has {sorted(foreign)}; expected only {sorted(known)}.")
         return [self._widths_of(index, limits) for index in range(self.num_hidden_layers)]
-
-    def _check_version(self) -> None:
-        record = getattr(self, "modegpt", None)
-        if not isinstance(record, dict):
-            raise ValueError(
-                "config.json has no `modegpt` record, so this is no compressed model. To compress a dense one, give "
-                "compression_config to AutoModelForCausalLM.from_pretrained."
-            )
-        version = record.get("format_version")
-        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-            raise ValueError(
-                f"config.json says modegpt format_version {version!r}; this code reads up to {FORMAT_VERSION}. "
-                "Update optimum-modegpt."
-            )
 
     def _widths_of(self, index: int, limits: dict[str, int]) -> Widths:
         layer = self.per_layer_config[index]
@@ -148,6 +198,20 @@ class ModeGPTConfigMixin(Dense):
                 f"expected {max(qk, vo)}, the larger of qk_head_dim and v_head_dim."
             )
         return Widths(qk, vo, mlp)
+
+
+def _check_record(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(
+            "config.json has no `modegpt` record, so this is no compressed model. To compress a dense one, give "
+            "compression_config to AutoModelForCausalLM.from_pretrained."
+        )
+    version = record.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"config.json says modegpt format_version {version!r}; this code reads up to {FORMAT_VERSION}. "
+            "Update optimum-modegpt."
+        )
 
 
 def _silence_per_layer_warnings() -> None:
@@ -318,6 +382,48 @@ def shrink_block(block: Any, layout: BlockLayout, attention_class: type, widths:
         install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
 
 
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files that transformers reads from a local folder; none where it holds no safetensors.
+
+    Raises:
+        ValueError: the index cannot be read, or names what is no safetensors file of its folder.
+    """
+    suffix = f".{variant}" if variant else ""
+    whole, index = folder / f"model{suffix}.safetensors", folder / f"model.safetensors.index{suffix}.json"
+    if whole.is_file() or not index.is_file():
+        return [whole] if whole.is_file() else []
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        names: list[Any] = sorted({*content["weight_map"].values(), *([] if "metadata" in content else ["metadata"])})
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is no index of safetensors files ({error}). Save or download it again.") from error
+    for name in names:
+        # A path would lead out of the folder, and any other kind of file would be opened as a pickle.
+        if not isinstance(name, str) or not name.endswith(".safetensors") or {"/", "\\", ":"} & set(name):
+            raise ValueError(f"{index} names {name!r}; expected safetensors files of its own folder.")
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there. Save or download the model again.")
+    return [folder / name for name in names]
+
+
+def _check_weights(folder: Path, variant: str | None) -> None:
+    """Refuses a local folder whose weights are pickles, led astray, cut off or damaged, before they are loaded."""
+    files = weight_files(folder, variant)
+    if not files and (pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*"))):
+        raise ValueError(
+            f"{folder} has no safetensors but {', '.join(pickles)}. A pickle can run code, so the weights of a "
+            "compressed model are read from safetensors only."
+        )
+    for file in files:
+        try:
+            load_state_dict(file, map_location="meta")
+        except Exception as error:
+            raise ValueError(f"{file} is cut off or damaged ({error}). Save or download it again.") from error
+
+
 # ----------------------------------------------------------------------------------------------------------- models
 
 
@@ -345,30 +451,51 @@ class ModeGPTModelMixin(Dense):
         super().post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As every model's, but a checkpoint that does not fit is an error: transformers would fill it with noise.
 
         A tensor of the base model or the language model's head that is missing or mis-shaped, or an unexpected one in
-        the base model, is refused. A new task head may be initialised, and one that the class lacks left out.
+        the base model, is refused. A new task head may be initialised, and one that the class lacks left out. Weights
+        are read from safetensors only.
         """
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("The weights of a compressed model are safetensors; leave out use_safetensors=False.")
+        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
+        if folder.is_dir():
+            _check_weights(folder, kwargs.get("variant"))
         wants_info = kwargs.pop("output_loading_info", False)
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
-        # Let through, so that `_loading_problems` names every tensor.
-        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        # Mismatches are let through, so that every tensor is named.
+        kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         own_info = model.__dict__.pop("_own_loading_info", info)
-        if problems := [*_loading_problems(model, own_info, new_head), *_rotary_problems(model)]:
-            more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-            raise ValueError(
-                f"{cls.__name__}: the checkpoint does not fit its configuration; part of the model would be noise:\n  "
-                + "\n  ".join(problems[:20])
-                + f"{more}\nThe folder is incomplete or was edited; save or download it again."
-            )
+        _refuse(model, [*_loading_problems(model, own_info, new_head), *_rotary_problems(model)])
         return (model, info) if wants_info else model
 
-    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
-        # Given an adapter's folder, `from_pretrained` tells of the adapter alone, so the model's own is noted here.
-        super()._adjust_missing_and_unexpected_keys(loading_info)
-        self._own_loading_info = loading_info.to_dict()
+    def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
+        """The step before what a checkpoint lacks is made up: refused here, in time, as its size is the config's word.
+
+        Given an adapter's folder, `from_pretrained` tells of the adapter alone, so what it lacks is also noted here.
+        """
+        found = copy.deepcopy(loading_info)
+        self._adjust_missing_and_unexpected_keys(found)
+        tied = self.all_tied_weights_keys
+        partners = tied | {source: target for target, source in tied.items()}
+        found.missing_keys = {key for key in found.missing_keys if partners.get(key, key) in found.missing_keys}
+        self._own_loading_info = found.to_dict()
+        _refuse(self, list(_loading_problems(self, self._own_loading_info, new_head=True)))
+        super().mark_tied_weights_as_initialized(loading_info)
+
+
+def _refuse(model: ModeGPTModelMixin, problems: list[str]) -> None:
+    if problems:
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(
+            f"{type(model).__name__}: the checkpoint does not fit its configuration; part of the model would be "
+            "noise:\n  "
+            + "\n  ".join(problems[:20])
+            + f"{more}\nThe folder is incomplete or was edited; save or download it again."
+        )
 
 
 def _loading_problems(model: ModeGPTModelMixin, info: dict[str, Any], new_head: bool) -> Iterator[str]:
@@ -390,8 +517,10 @@ def _loading_problems(model: ModeGPTModelMixin, info: dict[str, Any], new_head: 
 def _rotary_problems(model: ModeGPTModelMixin) -> Iterator[str]:
     pairs = model.config.dense_head_dim // 2
     for name, buffer in model.named_buffers():
-        if name.endswith("rope_index") and not buffer.is_meta and not bool(((buffer >= 0) & (buffer < pairs)).all()):
-            yield f"out of range: {name} has values outside [0, {pairs})"
+        if not name.endswith("rope_index") or buffer.is_meta:
+            continue
+        if buffer.is_floating_point() or not bool(((buffer >= 0) & (buffer < pairs)).all()):
+            yield f"out of range: {name} has values that are no integers in [0, {pairs})"
 
 
 def register(*models: type[ModeGPTModelMixin]) -> dict[str, type[ModeGPTModelMixin]]:
