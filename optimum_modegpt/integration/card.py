@@ -32,6 +32,8 @@ MARK = (
 TAGS = ["modegpt", "compressed", "structured-pruning", "low-rank"]
 TEXT_IDENTITY = ("name", "split", "text_column", "file_sha256")
 """What makes two records of a text the same text; a newer measurement replaces an older one on it."""
+TASK_SETTINGS = ("stderr", "num_fewshot", "samples", "version", "lm_eval")
+"""What belongs to the score of a task, as far as it is known."""
 PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "text-classification"}
 
 
@@ -213,7 +215,7 @@ def perplexities(found: Contents) -> list[EvalResult]:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=hub_dataset(text) or "text",
+            dataset_type=hub_dataset(text) or text["name"],  # results of one type would be merged
             dataset_name=text["name"],
             dataset_split=text.get("split"),
             dataset_revision=text.get("revision"),
@@ -235,6 +237,7 @@ def task_results(found: Contents) -> list[EvalResult]:
             dataset_name=task,
             metric_type=metric,
             metric_value=round(score["value"], 4),
+            metric_args={key: score[key] for key in TASK_SETTINGS if score.get(key) is not None} or None,
         )
         for task, metrics in found.evaluation.get("tasks", {}).items()
         for metric, score in metrics.items()

@@ -1,0 +1,329 @@
+"""The model card: what it says, where that comes from, and that what it shows runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import RECIPE, save_dense, save_text
+from huggingface_hub import ModelCard
+from tiny import compressed
+from transformers import AutoModelForCausalLM
+
+from optimum_modegpt import ModeGPTQuantizer, UnsupportedModel
+from optimum_modegpt.integration.card import MARK, add_evaluation, is_ours, write_card
+from optimum_modegpt.integration.cli import main
+from optimum_modegpt.integration.source import Source
+
+BASE_CARD = """---
+license: other
+license_name: tiny-licence
+license_link: https://example.org/LICENSE
+language: [en, de]
+---
+# A tiny model
+"""
+NEEDS = {"BitsAndBytesConfig": ("bitsandbytes", "accelerate"), "peft": ("peft",)}
+"""What a snippet of the card needs, by a word in it."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, its text, and its compressed model under the name that the card uses."""
+    place = tmp_path_factory.mktemp("place")
+    save_dense(place / "dense").joinpath("README.md").write_text(BASE_CARD, encoding="utf-8")
+    save_text(place / "text.txt")
+    recipe = [word for key, value in RECIPE.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    arguments = ["compress", str(place / "dense"), "--dataset", str(place / "text.txt"), *recipe]
+    assert main([*arguments, "--output", str(place / "out")]) == 0
+    (place / "out").rename(place / named(place / "out"))
+    return place
+
+
+@pytest.fixture
+def folder(place: Path, tmp_path: Path) -> Path:
+    """A copy of the compressed model."""
+    return Path(shutil.copytree(next(place.glob("dense-modegpt-*")), tmp_path / "result"))
+
+
+def named(folder: Path) -> str:
+    """The name that a card gives its model."""
+    return str(card(folder).data.model_name)
+
+
+def card(folder: Path) -> Any:
+    return ModelCard.load(folder / "README.md")
+
+
+def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    change(data)
+    file.write_text(json.dumps(data), encoding="utf-8")
+
+
+def evaluated(folder: Path, name: str, perplexity: float, **more: Any) -> dict[str, Any]:
+    """A result as `evaluate` writes it."""
+    text = {"name": name, "split": None, "revision": None, "text_column": None, "file_sha256": f"digest of {name}"}
+    text |= {"windows": 4, "sequence_length": 32, "tokens": 128, "available_windows": 9, "sha256": "digest"}
+    return {"model": str(folder), "perplexity": perplexity, "tokens": 124, "parameters": 7, "text": text | more}
+
+
+# ----------------------------------------------------------------------------------------------------- what it says
+
+
+def test_the_header_is_what_the_hub_reads(folder: Path) -> None:
+    data = card(folder).data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == "text-generation"
+    assert {"modegpt", "compressed"} <= set(data.tags)
+    assert (data.license, data.license_name, data.language) == ("other", "tiny-licence", ["en", "de"])
+    assert data.license_link == "https://example.org/LICENSE"
+    assert data.base_model is None  # a folder's name is none of the Hub
+    assert data.eval_results is None
+
+
+def test_the_figures_are_those_of_the_report(folder: Path) -> None:
+    text, report = card(folder).text, json.loads((folder / "report.json").read_text())
+    numbers = report["parameters"]
+    assert f"{numbers['total_before']:,} → {numbers['total_after']:,}" in text
+    assert f"{numbers['blocks_before']:,} → {numbers['blocks_after']:,}" in text
+    before, after = (
+        size / 1e6 for size in (4 * numbers["total_before"], (folder / "model.safetensors").stat().st_size)
+    )
+    assert f"{before:.2f} MB → {after:.2f} MB" in text
+    assert report["weight_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert f"{100 * report['achieved_sparsity']:.2f} %" in text
+    assert report["calibration"]["sha256"] in text
+    assert report["calibration"]["file_sha256"] in text
+    assert "8 × 32 tokens of `text.txt`" in text
+    for block in report["blocks"]:
+        cells = [f"{p['rank']} / {p['dense_rank']} | {p['relative_error']:.3f}" for p in block["parts"].values()]
+        assert f"| {block['index']} | {' | '.join(cells)} |" in text
+    assert "Neither perplexity nor tasks nor speed were measured." in text
+
+
+def test_warnings_of_the_compression_are_told(folder: Path) -> None:
+    edit(folder / "report.json", lambda report: report.update(warnings=["a warning of ours"]))
+    assert "- a warning of ours" in write_card(folder).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("recovered", "relation"), [(None, "quantized"), ({"steps": 1200}, "finetune")])
+def test_a_base_on_the_hub_is_linked(recovered: Any, relation: str, folder: Path) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["modegpt"] |= {"base_model": "org/base", "base_revision": "abc"}
+        config["modegpt"] |= {} if recovered is None else {"recovered": recovered}
+
+    edit(folder / "config.json", change)
+    write_card(folder)
+    assert card(folder).data.base_model == "org/base"
+    assert card(folder).data.base_model_relation == relation
+    assert "compress org/base --revision abc --dtype float32" in card(folder).text
+    assert ("1,200 steps" in card(folder).text) == (recovered is not None)
+
+
+@pytest.mark.parametrize("recovered", [{"distilled": True, "lora_rank": 4, "tokens": 5000, "dataset": "corpus"}])
+def test_a_recovery_is_told(recovered: dict[str, Any], folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config["modegpt"].update(recovered=recovered))
+    text = " ".join(write_card(folder).read_text(encoding="utf-8").split())
+    assert "fine-tuned with distillation from the dense model on `corpus`, 5,000 tokens, LoRA of rank 4" in text
+
+
+# ------------------------------------------------------------------------------------------------------- the licence
+
+
+@pytest.mark.parametrize(
+    "readme", [None, "# No header", "---\nlicense: no\n---\n", "---\nlicense: [\n---\n", "---\n- a\n---\n"]
+)
+def test_a_licence_that_is_not_stated_is_unknown(readme: str | None, folder: Path, tmp_path: Path) -> None:
+    if readme is not None:
+        (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    found = Source(str(tmp_path)).card()
+    assert found == {}
+    edit(folder / "config.json", lambda config: config["modegpt"].update(base_card=found))
+    write_card(folder)
+    assert card(folder).data.license == "unknown"
+    assert "| licence | **not known**" in card(folder).text
+
+
+def test_a_relative_link_of_a_folder_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n", encoding="utf-8")
+    assert Source(str(tmp_path)).card() == {"license": "other"}
+
+
+def test_a_card_of_the_hub_comes_from_the_revision_that_was_read(tmp_path: Path) -> None:
+    commit = 40 * "a"
+    snapshot = tmp_path / "models--org--base" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text("---\nlicense: llama3\nlicense_link: LICENSE\n---\n", encoding="utf-8")
+    found = Source("org/base", {"cache_dir": str(tmp_path), "revision": commit, "subfolder": "small"}).card()
+    assert found["license"] == "llama3"
+    assert found["license_link"].endswith(f"/org/base/resolve/{commit}/LICENSE")
+    assert Source("org/other", {"cache_dir": str(tmp_path)}).card() == {}
+
+
+# -------------------------------------------------------------------------------------------------- what it shows runs
+
+
+def test_the_python_runs_as_printed(place: Path, tmp_path: Path) -> None:
+    here = Path(shutil.copytree(place, tmp_path / "place"))
+    readme = next(here.glob("dense-modegpt-*")) / "README.md"
+    blocks = re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    assert blocks[0].startswith("import optimum_modegpt")
+    needs = [[name for word, names in NEEDS.items() if word in block for name in names] for block in blocks]
+    runnable = [b for b, names in zip(blocks, needs, strict=True) if all(map(importlib.util.find_spec, names))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    check = "\nassert model.config.model_type == 'modegpt_llama' and tokenizer('a').input_ids"
+    script = runnable[0] + check + "\n" + "".join(runnable[1:])
+    done = subprocess.run([sys.executable, "-c", script], cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_command_makes_the_same_model_again(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (made,) = place.glob("dense-modegpt-*")
+    for name in ("dense", "text.txt"):
+        (tmp_path / name).symlink_to(place / name)
+    monkeypatch.chdir(tmp_path)
+    command = re.search(r"^optimum-cli modegpt (compress .*)$", card(made).text, re.MULTILINE)
+    assert command is not None
+    assert main(shlex.split(command[1])) == 0
+    assert (tmp_path / made.name / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
+
+
+def test_the_evaluation_command_measures_the_same_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Path(shutil.copytree(place, tmp_path / "place"))
+    (made,) = here.glob("dense-modegpt-*")
+    monkeypatch.chdir(here)
+    settings = ["--reference", "dense", "--dataset", "text.txt", "--max-windows", "3", "--update-card"]
+    assert main(["evaluate", str(made), *settings]) == 0
+    measured = (made / "evaluation.json").read_text(encoding="utf-8")
+    command = re.search(r"^optimum-cli modegpt (evaluate .*)$", card(made).text, re.MULTILINE)
+    assert command is not None
+    (made / "evaluation.json").unlink()
+    assert main([*shlex.split(command[1]), "--update-card"]) == 0
+    assert (made / "evaluation.json").read_text(encoding="utf-8") == measured
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> None:
+    add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
+    add_evaluation(folder, evaluated(folder, "two.txt", 6.0))
+    add_evaluation(folder, evaluated(folder, "one.txt", 4.5, windows=9))
+    task = {"value": 0.5, "stderr": 0.01}
+    add_evaluation(folder, {"model": "x", "tasks": {"quiz": {"acc": task}}, "reference_tasks": {"quiz": {"acc": task}}})
+    add_evaluation(folder, {"model": "x", "tasks": {"riddle": {"acc": task | {"stderr": None}}}})
+    results = [
+        (result.dataset_name, result.metric_type, result.metric_value) for result in card(folder).data.eval_results
+    ]
+    assert sorted(results) == [
+        ("one.txt", "perplexity", 4.5),
+        ("quiz", "acc", 0.5),
+        ("riddle", "acc", 0.5),
+        ("two.txt", "perplexity", 6.0),
+    ]
+    text = card(folder).text
+    assert "| `one.txt` | 9 × 32 | **4.50** |" in text
+    assert "**0.5000 ± 0.0100** | 0.5000 ± 0.0100 |" in text
+    assert "**0.5000** | – |" in text
+    assert "--tasks quiz,riddle" in text
+    assert "--dataset two.txt --sequence-length 32 --max-windows 4" in text
+    assert str(folder) not in (folder / "evaluation.json").read_text()
+
+
+# ------------------------------------------------------------------------------------------------- whose card it is
+
+
+@pytest.mark.parametrize("words", ["# My own words\n", "---\nlicense: mit\n---\n"])
+def test_a_card_that_a_person_wrote_stays(words: str, folder: Path) -> None:
+    (folder / "README.md").write_text(words, encoding="utf-8")
+    assert write_card(folder) == folder / "README.md"
+    add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
+    ModeGPTQuantizer().save(AutoModelForCausalLM.from_pretrained(folder), folder)
+    assert (folder / "README.md").read_text(encoding="utf-8") == words
+
+
+def test_a_card_is_ours_until_the_mark_is_taken_out(folder: Path) -> None:
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert is_ours(text)
+    assert not is_ours(text.replace(MARK, ""))
+
+
+def test_the_same_files_give_the_same_card(folder: Path) -> None:
+    before = (folder / "README.md").read_bytes()
+    assert write_card(folder).read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------ what is not there
+
+
+def test_without_matplotlib_no_picture_is_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "ranks.png").unlink(missing_ok=True)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "ranks.png" not in write_card(folder).read_text(encoding="utf-8")
+    assert not (folder / "ranks.png").exists()
+
+
+def test_with_matplotlib_the_picture_lies_beside_the_card(folder: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
+    (folder / "ranks.png").unlink(missing_ok=True)
+    assert "](ranks.png)" in write_card(folder).read_text(encoding="utf-8")
+    assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_was_loaded_and_saved_again_says_what_its_record_knows(folder: Path, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    write_card(tmp_path / "again")
+    first, again = card(folder), card(tmp_path / "again")
+    assert again.data.license == "other"
+    assert "made with" in first.text
+    assert "made with" not in again.text
+    assert "AutoTokenizer" not in again.text
+    for line in (
+        "| all parameters |",
+        "| weight files |",
+        "| sha256 of its token ids |",
+        "optimum-cli modegpt compress",
+    ):
+        assert re.findall(f"^{re.escape(line)}.*", first.text, re.MULTILINE) == re.findall(
+            f"^{re.escape(line)}.*", again.text, re.MULTILINE
+        )
+
+
+def test_a_record_that_says_little_makes_a_card_that_says_little(tmp_path: Path) -> None:
+    compressed("opt").save_pretrained(tmp_path)
+    write_card(tmp_path)
+    assert named(tmp_path) == "opt-modegpt"
+    assert "Make it again" not in card(tmp_path).text
+    assert "None" not in card(tmp_path).text
+
+
+def test_the_report_of_another_model_is_not_believed(folder: Path) -> None:
+    edit(folder / "report.json", lambda report: report["config"].update(sparsity=0.5))
+    assert "made with" not in write_card(folder).read_text(encoding="utf-8")
+
+
+def test_what_was_in_memory_is_no_argument_of_a_command(folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config["modegpt"]["recipe"].update(dataset="in memory: 3 texts"))
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "modegpt compress" not in text
+    assert "dataset=dataset" in text
+    assert "`dataset` was an object: 3 texts." in text
+
+
+def test_a_dense_model_gets_no_card(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel, match="holds a dense model"):
+        write_card(save_dense(tmp_path))
+    assert not (tmp_path / "README.md").exists()
