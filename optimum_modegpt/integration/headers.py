@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors import SafetensorError, safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.inspection import TensorHeader
 from optimum_modegpt.integration.source import Source
+from optimum_modegpt.modeling.modegpt_common import weight_files
 
 
 def read_headers(source: Source) -> dict[str, TensorHeader]:
@@ -24,32 +23,27 @@ def read_headers(source: Source) -> dict[str, TensorHeader]:
     folder = Path(source.path or "")
     try:
         return _local(folder) if folder.is_dir() else _remote(source)
-    except (NotASafetensorsRepoError, SafetensorError, FileNotFoundError, KeyError, json.JSONDecodeError) as error:
+    except (NotASafetensorsRepoError, SafetensorError, FileNotFoundError, LookupError, ValueError) as error:
         raise EvaluationError(f"{source.base_model!r} has no readable safetensors weights: {error}") from error
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model in a folder, in the order of their names; they need not be there."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = {SAFE_WEIGHTS_NAME}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [folder / name for name in sorted(names)]
 
 
 def weight_bytes(folder: Path) -> int | None:
     """Size of the safetensors files of the model in a folder; None where they are not there."""
     files = weight_files(folder)
-    return sum(file.stat().st_size for file in files) if all(file.is_file() for file in files) else None
+    return sum(file.stat().st_size for file in files) if files else None
 
 
 def _local(folder: Path) -> dict[str, TensorHeader]:
-    found = {}
+    found: dict[str, TensorHeader] = {}
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                tensor = file.get_slice(key)
-                found[key] = TensorHeader(tensor.get_dtype(), tuple(tensor.get_shape()))
+        try:
+            with safe_open(path, framework="pt") as file:
+                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+                found |= {key: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is cut off or damaged ({error}). Save or download it again.") from error
+    if not found:
+        raise FileNotFoundError(f"{folder} holds none, or they are empty.")
     return found
 
 

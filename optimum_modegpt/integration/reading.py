@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
 from optimum_modegpt.integration.source import Source
+from optimum_modegpt.modeling.modegpt_common import check_sizes, weight_files
 
 
 @contextmanager
@@ -45,6 +46,8 @@ def load_config(source: Source) -> Any:
     """
     try:
         with readable(source):
+            # Before transformers makes anything of them: some families list their blocks as they are read.
+            check_sizes(PreTrainedConfig.get_config_dict(source.path, **source.arguments())[0])
             config = AutoConfig.from_pretrained(source.path, **source.arguments())
     except OSError as error:
         found = (
@@ -69,6 +72,7 @@ def load_model(source: Source, dtype: str) -> Any:
     """
     logging.set_verbosity_error()
     with readable(source):
+        weight_files(Path(source.path))  # an index that leads out of its folder is refused
         return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.arguments())
 
 
