@@ -7,6 +7,7 @@ ModeGPTError
 │   └── AlreadyCompressed    the model is a result of this package
 ├── NumericalError           a moment or an activation cannot be decomposed
 ├── OutputError              the place where the result should go cannot be used
+│   └── UploadError          the Hub did not take the result, which is complete on this machine
 └── EvaluationError          the text or the models given to an evaluation cannot be compared
 """
 
@@ -39,7 +40,11 @@ class NumericalError(ModeGPTError, ArithmeticError):
 
 
 class OutputError(ModeGPTError, OSError):
-    """The output folder cannot be used."""
+    """The place where the result should go, a folder or a repository, cannot be used."""
+
+
+class UploadError(OutputError):
+    """The Hub refused an upload or could not be reached; the folder is complete, and the message says how to go on."""
 
 
 class EvaluationError(ModeGPTError, ValueError):

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
 
 import torch
@@ -16,6 +16,7 @@ from transformers.utils import logging
 from optimum_modegpt.errors import ModeGPTError
 from optimum_modegpt.integration.commands import COMMANDS
 from optimum_modegpt.integration.commands.common import shows_progress
+from optimum_modegpt.integration.plain import PlainOutput, printable
 
 PROGRAM = "python -m optimum_modegpt"
 FAILED, INTERRUPTED = 2, 130
@@ -36,12 +37,12 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Runs one command and returns its exit code; 2 is an error that is told in one message, 130 is Ctrl-C."""
     options = build_parser(program).parse_args(arguments)
     try:
-        with quiet_bars():
+        with quiet_bars(), redirect_stdout(PlainOutput(sys.stdout)):
             return options.run(options) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if options.debug:
             raise
-        print("\ninterrupted; nothing was left behind.", file=sys.stderr)
+        print(f"\ninterrupted; {str(interrupt) or 'nothing was left behind.'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader, `head` for one, has had enough; Python must not complain of it once more at exit.
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     except (ModeGPTError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if options.debug:
             raise
-        print(f"error: {_advice(error)}", file=sys.stderr)
+        print(f"error: {printable(_advice(error))}", file=sys.stderr)
         return FAILED
 
 

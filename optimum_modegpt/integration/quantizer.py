@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import check_model_type
@@ -14,6 +15,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.integration.hub import KEPT_REPORT, Upload
 from optimum_modegpt.integration.source import Source, calibrate, find_tokenizer
 from optimum_modegpt.report import Report
 
@@ -80,6 +82,7 @@ class ModeGPTQuantizer:
         progress: bool = True,
     ) -> Report:
         """Compresses `model` in place with calibration windows that `prepare` has read."""
+        card = source.card()
         self.report = compress(
             model,
             self.config,
@@ -89,20 +92,51 @@ class ModeGPTQuantizer:
             revision=source.revision,
             progress=progress,
         )
+        model.config.modegpt["base_card"] = card
+        vars(model)[KEPT_REPORT] = self.report
         return self.report
 
     def save(self, model: PreTrainedModel, save_dir: str | Path, tokenizer: Any = None) -> None:
-        """Writes weights, configuration, code files, tokenizer and `report.json`.
+        """Writes weights, configuration, code files, tokenizer, `report.json` and the model card.
 
         Without `tokenizer` the one that the calibration used is saved, where it used one.
         """
         folder = Path(save_dir)
-        model.save_pretrained(folder)
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        if self.report is not None:
-            self.report.save(folder / "report.json")
+        model.save_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        model: PreTrainedModel,
+        repo_id: str,
+        tokenizer: Any = None,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+    ) -> CommitInfo:
+        """Saves as `save` does, in a temporary folder, and uploads it in one commit, which it returns.
+
+        Args:
+            model: what was compressed.
+            repo_id: "user/name"; created where it does not exist.
+            tokenizer: as in `save`.
+            private: whether a repository that is created is private; None takes the account's default.
+            revision: branch to commit to, created where it does not exist, or a pull request such as "refs/pr/1".
+            create_pr: whether to open a pull request instead.
+            token: access token; None takes the one that is logged in.
+            commit_message: one line; chosen where it is None.
+
+        Raises:
+            OutputError: the upload cannot work, and nothing was done.
+            UploadError: it failed; the message says where the finished folder is and how to go on.
+        """
+        upload = Upload(repo_id, private, revision, create_pr, token, commit_message)
+        return upload.push_saved(lambda folder: self.save(model, folder, tokenizer))
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dict, safe for JSON."""

@@ -431,6 +431,8 @@ class ModeGPTModelMixin(Dense):
     """Over a dense model class: blocks of the configuration's widths and strict loading."""
 
     attention_class: ClassVar[type[ModeGPTAttentionMixin]]
+    companion: ClassVar[Any] = None
+    """Set by the package where it is imported: what it adds to `save_pretrained` and `push_to_hub`."""
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -471,6 +473,16 @@ class ModeGPTModelMixin(Dense):
         own_info = model.__dict__.pop("_own_loading_info", info)
         _refuse(model, [*_loading_problems(model, own_info, new_head), *_rotary_problems(model)])
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As every model's; where optimum_modegpt is imported, with its report and model card."""
+        save = super().save_pretrained
+        return save(*args, **kwargs) if self.companion is None else self.companion.save(self, save, *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As every model's; where optimum_modegpt is imported, with its report and model card."""
+        push = super().push_to_hub
+        return push(*args, **kwargs) if self.companion is None else self.companion.push(self, *args, **kwargs)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """The step before what a checkpoint lacks is made up: refused here, in time, as its size is the config's word.

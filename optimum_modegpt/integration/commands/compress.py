@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.integration.card import REPORT
 from optimum_modegpt.integration.commands.common import add_device, check_file, path, shows_progress, source_of, verb
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
+from optimum_modegpt.integration.hub import Upload
 from optimum_modegpt.integration.output import check_output, replacing
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.reading import load_config, load_model, pick_device
@@ -23,14 +27,23 @@ def add(verbs: Any) -> None:
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
     parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
     parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report there")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result, to user/name on the Hub")
+    parser.add_argument("--private", action="store_true", help="make REPO private if it is new")
+    parser.add_argument("--create-pr", action="store_true", help="upload as a pull request")
     add_configuration(parser)
     add_device(parser)
 
 
 def run(options: Namespace) -> None:
-    """Compresses a model and saves it; the folder appears at the end, whole."""
+    """Compresses a model and saves it; the folder appears at the end, whole, and is uploaded where asked for."""
+    upload = _upload(options)
+    if upload is not None:
+        upload.check()
     print(compress_to(options.output, options).summary())
     print(f"saved in {options.output}")
+    if upload is not None:
+        commit = upload.push(options.output)
+        print(f"uploaded: {commit.pr_url or commit.commit_url}")
     print(_next_step(options))
 
 
@@ -47,8 +60,22 @@ def compress_to(output: Path, options: Namespace) -> Report:
         report = quantizer.compress_with(model, windows, source=source, device=device, progress=shows_progress())
         quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
     if options.report is not None:
-        report.save(options.report)
+        shutil.copyfile(output / REPORT, options.report)
     return report
+
+
+def _upload(options: Namespace) -> Upload | None:
+    """Where the result goes besides the folder.
+
+    Raises:
+        InvalidConfig: it is said how to upload, but not where.
+    """
+    if options.push_to_hub is not None:
+        private = options.private or None
+        return Upload(options.push_to_hub, private=private, create_pr=options.create_pr, token=options.token)
+    if options.private or options.create_pr:
+        raise InvalidConfig("--private and --create-pr say how to upload; say where with --push-to-hub REPO.")
+    return None
 
 
 def _next_step(options: Namespace) -> str:

@@ -1,0 +1,352 @@
+"""A Hub on this machine: as much of its HTTP API for models as pushing and loading ask for, in memory.
+
+`with serving() as hub:` listens at `hub.url`; a client process takes it from HF_ENDPOINT. What clients asked for stands
+in `hub.log`. `hub.refused` and `hub.dropped` hold the repositories whose commits are refused, and whose large files are
+cut off while they are sent.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, NoReturn
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+NAME = "(?P<repo>[^/]+/[^/]+)"
+REVISION = "(?P<revision>[^/]+)"
+LARGE = (".safetensors", ".bin", "tokenizer.json", ".png")
+
+
+@dataclass(frozen=True)
+class Blob:
+    """One version of a file."""
+
+    data: bytes
+    large: bool
+
+    @property
+    def oid(self) -> str:
+        """SHA-256 of a large file; that of a git blob for others."""
+        if self.large:
+            return hashlib.sha256(self.data).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
+
+
+@dataclass
+class Repo:
+    """Branches and pull requests by name, and the files of each commit."""
+
+    private: bool = False
+    refs: dict[str, str] = field(default_factory=dict)
+    commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
+
+    def sha(self, revision: str) -> str | None:
+        """The commit of a branch, a pull request or a commit."""
+        return revision if revision in self.commits else self.refs.get(revision)
+
+    def files(self, revision: str = "main") -> dict[str, Blob]:
+        """The files at a revision."""
+        return self.commits[self.refs.get(revision, revision)]
+
+    def commit(self, ref: str, files: Mapping[str, Blob]) -> str:
+        """Makes a commit of these files and nothing else, and moves `ref` to it."""
+        state = [len(self.commits), *((path, blob.oid) for path, blob in files.items())]
+        sha = hashlib.sha1(repr(state).encode()).hexdigest()
+        self.commits[sha], self.refs[ref] = dict(files), sha
+        return sha
+
+
+@dataclass
+class Hub:
+    """All repositories, who may write, and what was asked."""
+
+    url: str = ""
+    tokens: dict[str, str] = field(default_factory=lambda: {"secret": "user"})
+    repos: dict[str, Repo] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)
+    dropped: set[str] = field(default_factory=set)
+
+    def create(self, name: str, private: bool = False) -> Repo:
+        """A new repository with one commit, as the Hub makes it."""
+        repo = self.repos[name] = Repo(private)
+        repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)})
+        return repo
+
+    def asked(self, pattern: str) -> list[str]:
+        """The requests that match."""
+        return [line for line in self.log if re.search(pattern, line)]
+
+
+class Refusal(Exception):
+    """An answer that is an error."""
+
+    def __init__(self, status: int, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def log_message(self, *args: Any) -> None:
+        """Nothing on stderr."""
+
+    def answer(self) -> None:
+        """Finds the route, and turns a refusal into its status and headers."""
+        parts = urlsplit(self.path)
+        self.hub.log.append(f"{self.command} {unquote(parts.path)}")
+        self.unread = int(self.headers.get("Content-Length") or 0)
+        self.query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
+        try:
+            for pattern, name in ROUTES:
+                if found := re.fullmatch(pattern, f"{self.command} {parts.path}"):
+                    given = {key: unquote(value) for key, value in found.groupdict("").items()}
+                    return getattr(self, name)(**given)
+            raise Refusal(404, f"no route {self.command} {parts.path}")
+        except Refusal as refusal:
+            self.body()
+            self.send(refusal.status, {"error": str(refusal)}, refusal.headers)
+
+    def body(self) -> bytes:
+        """What the client sent, as far as it was not read yet."""
+        size, self.unread = self.unread, 0
+        return self.rfile.read(size)
+
+    def send(self, status: int, content: Any, headers: Mapping[str, str] | None = None) -> None:
+        """Bytes as they are, everything else as JSON."""
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
+        for key, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    # ------------------------------------------------------------------------------------------------------- rights
+
+    def user(self) -> str | None:
+        """Who asks; None for anonymous requests."""
+        given = self.headers.get("Authorization")
+        if given is None:
+            return None
+        token = given.removeprefix("Bearer ")
+        if token not in self.hub.tokens:
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        return self.hub.tokens[token]
+
+    def repo(self, name: str, *, write: bool = False) -> Repo:
+        """A repository that the client may see; what it may not see looks like one that is not there."""
+        user, repo = self.user(), self.hub.repos.get(name)
+        if repo is None or (repo.private and user != name.split("/")[0]):
+            raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
+        if write and (user is None or (user != name.split("/")[0] and "create_pr" not in self.query)):
+            raise Refusal(403, f"You don't have the rights to write to {name}")
+        return repo
+
+    def at(self, repo: Repo, revision: str) -> str:
+        """The commit of a revision."""
+        sha = repo.sha(revision)
+        return sha if sha is not None else self.missing(f"Invalid rev id: {revision}", "RevisionNotFound")
+
+    def missing(self, message: str, code: str) -> NoReturn:
+        """Refuses."""
+        raise Refusal(404, message, code)
+
+    # ------------------------------------------------------------------------------------------------------ writing
+
+    def whoami(self) -> None:
+        user = self.user()
+        if user is None:
+            raise Refusal(401, "Invalid username or password.")
+        self.send(200, {"name": user, "type": "user", "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+
+    def create(self) -> None:
+        asked, user = json.loads(self.body()), self.user()
+        if user is None:
+            raise Refusal(401, "Invalid username or password.")
+        name = f"{asked.get('organization') or user}/{asked['name']}"
+        url = {"url": f"{self.hub.url}/{name}"}
+        if name.split("/")[0] != user:
+            raise Refusal(403, f"You don't have the rights to create a model under the namespace {name.split('/')[0]}")
+        if name in self.hub.repos:
+            return self.send(409, {"error": "You already created this model repo", **url})
+        self.hub.create(name, private=asked.get("visibility") == "private" or bool(asked.get("private")))
+        self.send(200, url)
+
+    def branch(self, repo: str, branch: str) -> None:
+        found, start = self.repo(repo, write=True), json.loads(self.body() or b"{}").get("startingPoint", "main")
+        if branch in found.refs:
+            raise Refusal(409, f"Reference refs/heads/{branch} already exists")
+        found.refs[branch] = self.at(found, start)
+        self.send(200, {})
+
+    def validate_yaml(self) -> None:
+        content = json.loads(self.body())["content"]
+        found = re.match(r"---\n(.*?)\n---\n", content, flags=re.DOTALL)
+        try:
+            data = yaml.safe_load(found.group(1)) if found else {}
+        except yaml.YAMLError as error:
+            data, problem = None, str(error)
+        else:
+            problem = "" if isinstance(data, dict) else "expected a mapping"
+        warnings = [] if data else [{"message": "empty or missing yaml metadata in repo card"}]
+        errors = [{"message": problem}] if problem else []
+        self.send(400 if errors else 200, {"errors": errors, "warnings": warnings})
+
+    def preupload(self, repo: str, revision: str) -> None:
+        found = self.repo(repo, write=True)
+        known = found.files(self.at(found, revision))
+        self.send(200, {"files": [_upload_mode(file, known) for file in json.loads(self.body())["files"]]})
+
+    def lfs_batch(self, repo: str) -> None:
+        self.repo(repo, write=True)
+        objects = []
+        for one in json.loads(self.body())["objects"]:
+            href = f"{self.hub.url}/lfs/{repo}/{one['oid']}"
+            actions = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+            objects.append(one if one["oid"] in self.hub.objects else one | {"actions": actions})
+        self.send(200, {"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, repo: str, oid: str) -> None:
+        if repo in self.hub.dropped:
+            self.rfile.read(self.unread // 2)
+            self.close_connection = True
+            return
+        data = self.body()
+        if hashlib.sha256(data).hexdigest() != oid:
+            raise Refusal(400, "the content does not have this hash")
+        self.hub.objects[oid] = data
+        self.send(200, {})
+
+    def lfs_verify(self, repo: str, oid: str) -> None:
+        if len(self.hub.objects.get(oid, b"")) != json.loads(self.body())["size"]:
+            raise Refusal(404, "the object was not uploaded")
+        self.send(200, {})
+
+    def commit(self, repo: str, revision: str) -> None:
+        found = self.repo(repo, write=True)
+        if repo in self.hub.refused:
+            raise Refusal(403, "You have exceeded your storage quota")
+        files = dict(found.files(self.at(found, revision)))
+        for line in map(json.loads, self.body().splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = Blob(base64.b64decode(value["content"]), False)
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = Blob(self.hub.objects[value["oid"]], True)
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        number = 1 + sum(ref.startswith("refs/pr/") for ref in found.refs)
+        sha = found.commit(f"refs/pr/{number}" if "create_pr" in self.query else revision, files)
+        page = f"{self.hub.url}/{repo}"
+        pull_request = f"{page}/discussions/{number}" if "create_pr" in self.query else None
+        self.send(200, {"commitUrl": f"{page}/commit/{sha}", "commitOid": sha, "pullRequestUrl": pull_request})
+
+    # ------------------------------------------------------------------------------------------------------ reading
+
+    def info(self, repo: str, revision: str = "main") -> None:
+        found = self.repo(repo)
+        sha = self.at(found, revision)
+        siblings = [{"rfilename": path} for path in sorted(found.commits[sha])]
+        self.send(200, {"id": repo, "sha": sha, "private": found.private, "tags": [], "siblings": siblings})
+
+    def refs(self, repo: str) -> None:
+        refs = self.repo(repo).refs.items()
+        branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": sha} for name, sha in refs]
+        self.send(200, {"branches": branches, "tags": [], "converts": []})
+
+    def tree(self, repo: str, revision: str, path: str) -> None:
+        found = self.repo(repo)
+        files = found.files(self.at(found, revision))
+        below = [name for name in sorted(files) if not path or name.startswith(f"{path}/")]
+        if not below:
+            self.missing(f"{path} does not exist", "EntryNotFound")
+        self.send(200, [_tree_entry(name, files[name]) for name in below])
+
+    def resolve(self, repo: str, revision: str, path: str) -> None:
+        found = self.repo(repo)
+        sha = self.at(found, revision)
+        blob = found.commits[sha].get(path)
+        if blob is None:
+            self.missing("Entry not found", "EntryNotFound")
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{blob.oid}"', "Accept-Ranges": "bytes"}
+        if blob.large:
+            headers |= {"X-Linked-Etag": f'"{blob.oid}"', "X-Linked-Size": str(len(blob.data))}
+        self.send_part(blob.data, headers)
+
+    def send_part(self, data: bytes, headers: Mapping[str, str]) -> None:
+        """All of it, or the range that was asked for."""
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None:
+            return self.send(200, data, headers)
+        first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+        if first > last:
+            return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+        self.send(206, data[first : last + 1], {**headers, "Content-Range": f"bytes {first}-{last}/{len(data)}"})
+
+
+ROUTES = (
+    ("GET /api/whoami-v2", "whoami"),
+    ("POST /api/repos/create", "create"),
+    ("POST /api/validate-yaml", "validate_yaml"),
+    (f"POST /api/models/{NAME}/branch/(?P<branch>[^/]+)", "branch"),
+    (f"POST /api/models/{NAME}/preupload/{REVISION}", "preupload"),
+    (f"POST /api/models/{NAME}/commit/{REVISION}", "commit"),
+    (rf"POST /{NAME}\.git/info/lfs/objects/batch", "lfs_batch"),
+    (f"PUT /lfs/{NAME}/(?P<oid>[0-9a-f]+)", "lfs_put"),
+    (f"POST /lfs/{NAME}/(?P<oid>[0-9a-f]+)/verify", "lfs_verify"),
+    (f"GET /api/models/{NAME}", "info"),
+    (f"GET /api/models/{NAME}/revision/{REVISION}", "info"),
+    (f"GET /api/models/{NAME}/refs", "refs"),
+    (f"GET /api/models/{NAME}/tree/{REVISION}(?:/(?P<path>.+))?", "tree"),
+    (f"(?:GET|HEAD) /{NAME}/resolve/{REVISION}/(?P<path>.+)", "resolve"),
+)
+
+
+def _upload_mode(file: dict[str, Any], known: Mapping[str, Blob]) -> dict[str, Any]:
+    path = file["path"]
+    mode = "lfs" if path.endswith(LARGE) or file["size"] > 10_000_000 else "regular"
+    oid = known[path].oid if path in known else None
+    return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+
+def _tree_entry(path: str, blob: Blob) -> dict[str, Any]:
+    entry = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.oid}
+    return entry | {"lfs": {"oid": blob.oid, "size": len(blob.data), "pointerSize": 134}} if blob.large else entry
+
+
+@contextmanager
+def serving() -> Iterator[Hub]:
+    """A Hub at a free port of the loopback interface."""
+    hub = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
