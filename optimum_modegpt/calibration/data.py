@@ -133,12 +133,14 @@ def calibration_windows(
     vocab_size: int | None = None,
     context: int | None = None,
     hub: Mapping[str, Any] = MappingProxyType({}),
+    fewer: bool = False,
 ) -> TokenWindows:
     """The windows of `config.dataset` to calibrate on, of shape (num_samples, sequence_length).
 
-    A text that gives fewer windows than `config.num_samples` is refused. Ready windows, token ids of shape
-    (windows, length), were counted by whoever made them: up to `num_samples` of them are all taken, in their order, and
-    the record says how many; of more, `num_samples` are drawn by the same seeded permutation.
+    A text that gives fewer windows than `config.num_samples` is refused, or taken whole where `fewer` is true. Ready
+    windows, token ids of shape (windows, length), were counted by whoever made them: up to `num_samples` of them are
+    all taken, in their order, and the record says how many; of more, `num_samples` are drawn by the same seeded
+    permutation.
 
     Args:
         config: its fields dataset, dataset_split, text_column, num_samples, sequence_length and seed are read.
@@ -148,6 +150,7 @@ def calibration_windows(
         context: of the model; lets ready windows keep a length above `sequence_length` where the configuration does
             not name one.
         hub: `token`, `revision` (of the dataset), `cache_dir` (of datasets) and `local_files_only`.
+        fewer: whether `config.num_samples` is only the most to take.
 
     Raises:
         CalibrationDataError: the data is missing, empty, too short, of the wrong form, or cannot be reached.
@@ -168,7 +171,7 @@ def calibration_windows(
         available = _fitting(source, exactly=config.sequence_length, at_most=config.sequence_length or longest)
     else:
         available = _cut(source, request, sequence_length)
-        if len(available) < config.num_samples:
+        if len(available) < (1 if fewer else config.num_samples):
             raise CalibrationDataError(
                 f"{source.name}: {len(available)} windows of {sequence_length} tokens are too few, "
                 f"num_samples={config.num_samples} were asked for. Lower num_samples or sequence_length, "

@@ -219,8 +219,10 @@ def _needs_tokenizer(dataset: Any) -> bool:
     return not (isinstance(dataset, int) or hasattr(dataset, "dtype"))
 
 
-def calibrate(config: ModeGPTConfig, tokenizer: Any, model_config: Any, source: Source) -> TokenWindows:
-    """The calibration windows of a model, read before anything is done to it.
+def calibrate(
+    config: ModeGPTConfig, tokenizer: Any, model_config: Any, source: Source, *, fewer: bool = False
+) -> TokenWindows:
+    """The calibration windows of a model, read before anything is done to it; `fewer` as in `calibration_windows`.
 
     Raises:
         CalibrationDataError, InvalidConfig: with what is wrong with the data or the length.
@@ -237,6 +239,7 @@ def calibrate(config: ModeGPTConfig, tokenizer: Any, model_config: Any, source: 
         vocab_size=text.vocab_size,
         context=context,
         hub=dataset_hub(source),
+        fewer=fewer,
     )
     return replace(windows, record={**windows.record, "name": DEMO}) if is_demo else windows
 

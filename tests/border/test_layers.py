@@ -21,6 +21,7 @@ LAYERS = (
     ("methods",),
     ("compress",),
     ("evaluation", "export", "plot", "demo"),
+    ("recovery",),
     ("integration",),
     ("__init__", "__main__"),
 )

@@ -1,0 +1,230 @@
+"""LoRA on the projections that compression narrowed, trained with transformers' Trainer and merged at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.compress import origin
+from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
+from optimum_modegpt.evaluation.perplexity import check_windows, perplexity
+
+HELD_OUT_SHARE, FEWEST_HELD_OUT = 0.05, 2
+"""Windows that are not trained on but choose the best step."""
+LEARNING_RATE = 0.03
+"""Over √d_model. Measured on models of width 64 and 96; at 4096 it is 5e-4, in the range that people use for LoRA."""
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """How to fine-tune.
+
+    Args:
+        steps: updates of the adapter.
+        batch_size: windows per step; as many as fit go through the model together, and gradients are accumulated.
+        learning_rate: its peak, after the first twentieth of the steps; from there it falls to zero along a cosine.
+            None takes 0.03 / √d_model: wider models want a smaller one.
+        lora_rank: rank of the adapter of every projection of the blocks.
+        seed: of the adapter's first values and the order of the windows.
+
+    Raises:
+        InvalidConfig: for a value that is out of range.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    learning_rate: float | None = None
+    lora_rank: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "lora_rank"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise InvalidConfig(f"{name} must be an integer of at least 1, found {value!r}.")
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise InvalidConfig(f"learning_rate must be a number above 0, or None, found {self.learning_rate!r}.")
+
+    def resolved(self, model_config: Any) -> RecoveryConfig:
+        """With the learning rate that a model of this configuration gets."""
+        width = model_config.get_text_config().hidden_size
+        return self if self.learning_rate else replace(self, learning_rate=LEARNING_RATE / math.sqrt(width))
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a recovery did; perplexities are of the held-out windows."""
+
+    perplexity_before: float
+    perplexity_after: float
+    """Of the merged model, in the dtype of its weights."""
+    best_step: int
+    """The step whose weights were kept; 0 where none was better than the model as it was, which is then unchanged."""
+    steps: int
+    tokens: int
+    """Tokens read in training, repetitions included."""
+    trained_parameters: int
+    """Of the adapter, before it was merged."""
+    held_out_windows: int
+    seconds: float
+
+    @property
+    def improved(self) -> bool:
+        """Whether the model is better than before on the held-out windows."""
+        return self.perplexity_after < self.perplexity_before
+
+    def summary(self) -> str:
+        """What was gained and what it took, in two lines."""
+        kept = f"step {self.best_step} of {self.steps} kept" if self.best_step else f"none of {self.steps} steps kept"
+        return (
+            f"perplexity of {self.held_out_windows} held-out windows "
+            f"{self.perplexity_before:.3f} -> {self.perplexity_after:.3f}, {kept}\n"
+            f"{self.trained_parameters:,} weights trained on {self.tokens:,} tokens in {self.seconds:.0f} s"
+        )
+
+
+def recover(
+    model: PreTrainedModel,
+    windows: TokenWindows,
+    *,
+    teacher: PreTrainedModel | None = None,
+    config: RecoveryConfig | None = None,
+    teacher_name: str | None = None,
+    progress: bool = False,
+) -> Recovery:
+    """Fine-tunes a compressed model in place, where it lies, and writes a record `recovered` into its configuration.
+
+    The last twentieth of the windows, at least two, is held out. The model ends with the weights of the step that
+    gave them the lowest perplexity. Where no step was better than none, or on an error, the model is as it was.
+
+    Args:
+        model: a compressed causal language model, whole on one device; the first one where there are several.
+        windows: token ids (windows, length) with their record; the model may have been calibrated on them, but should
+            be evaluated on others.
+        teacher: the dense model, on any device; the loss is then KL(teacher ‖ model) of the next-token distributions
+            in place of the cross-entropy with the text.
+        config: None takes the defaults.
+        teacher_name: for the record; None takes what the teacher says.
+        progress: whether to show a progress bar.
+
+    Raises:
+        UnsupportedModel: the model is dense or quantised, has an adapter, or lies on several devices.
+        InvalidConfig: the teacher has another vocabulary.
+        CalibrationDataError: too few windows.
+        EvaluationError: the windows do not fit the model, or training diverged.
+        ImportError: without peft, naming the extra that brings it.
+    """
+    _check_model(model)
+    config = (config or RecoveryConfig()).resolved(model.config)
+    training, held_out = _split(windows)
+    for each in filter(None, (model, teacher)):
+        check_windows(each, windows.tokens)
+    _check_teacher(model, teacher)
+    try:
+        # Not at the top: peft is optional, and the Trainer takes seconds to import.
+        from optimum_modegpt.recovery.training import train
+    except ImportError as error:
+        raise ImportError("recovery needs peft and accelerate: pip install 'optimum-modegpt[recover]'") from error
+    start = time.perf_counter()
+    before = perplexity(model, held_out).perplexity
+    trained = train(model, teacher, training, held_out, before, config, progress)
+    recovery = Recovery(
+        perplexity_before=before,
+        perplexity_after=perplexity(model, held_out).perplexity,
+        best_step=trained.best_step,
+        steps=config.steps,
+        tokens=trained.tokens,
+        trained_parameters=trained.parameters,
+        held_out_windows=len(held_out),
+        seconds=time.perf_counter() - start,
+    )
+    if recovery.best_step:
+        name = teacher_name if teacher_name is not None or teacher is None else origin(teacher)
+        _write_record(model, _record(windows, config, recovery, distilled=teacher is not None, teacher=name))
+    return recovery
+
+
+def check_compressed(model_config: Any) -> None:
+    """Refuses the configuration of a model that is no result of this package.
+
+    Raises:
+        UnsupportedModel: with what to do first.
+    """
+    if not isinstance(getattr(model_config, "modegpt", None), dict):
+        raise UnsupportedModel(
+            f"this is a dense model ({model_config.model_type}), which has lost nothing: recovery is for compressed "
+            "ones. Compress it first; it can be the teacher of the result (--teacher)."
+        )
+
+
+def _check_model(model: PreTrainedModel) -> None:
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise UnsupportedModel(
+            f"expected a compressed causal language model, found {type(model).__name__}. An adapter is merged or "
+            "unloaded first; a model with another head is fine-tuned on its own task."
+        )
+    check_compressed(model.config)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            "the model is quantised, and what is learnt cannot be merged into quantised weights without losing some of "
+            "it. Recover the compressed model first, then quantise the result."
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel("the model has an adapter; merge or unload it first.")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" or device.index for device in devices):
+        places = ", ".join(sorted(map(str, devices)))
+        raise UnsupportedModel(
+            f"the weights lie on {places}; training needs all of them on one device, the first where there are several "
+            "(CUDA_VISIBLE_DEVICES chooses it). Load the model without device_map."
+        )
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+    if teacher is None:
+        return
+    ours, theirs = (each.config.get_text_config().vocab_size for each in (model, teacher))
+    if ours != theirs:
+        raise InvalidConfig(
+            f"the teacher predicts {theirs} tokens, the model {ours}; a teacher needs the model's vocabulary. "
+            f"Take the model it was compressed from: {model.config.modegpt.get('base_model')}."
+        )
+
+
+def _split(windows: TokenWindows) -> tuple[Tensor, Tensor]:
+    """Windows to train on, and windows to choose the best step with."""
+    found = len(windows.tokens)
+    held_out = max(FEWEST_HELD_OUT, math.ceil(HELD_OUT_SHARE * found))
+    if found <= held_out:
+        raise CalibrationDataError(
+            f"{windows.record['name']}: {found} windows are too few, {FEWEST_HELD_OUT} are held out and others are to "
+            "be trained on. Give more text, or lower sequence_length."
+        )
+    return windows.tokens[:-held_out], windows.tokens[-held_out:]
+
+
+def _record(
+    windows: TokenWindows, config: RecoveryConfig, recovery: Recovery, *, distilled: bool, teacher: str | None
+) -> dict[str, Any]:
+    return {
+        "dataset": windows.record["name"],
+        **{key: windows.record[key] for key in ("split", "revision", "sha256", "windows", "sequence_length")},
+        **asdict(config),
+        "distilled": distilled,
+        "teacher": teacher,
+        "best_step": recovery.best_step,
+        "tokens": recovery.tokens,
+        "held_out_perplexity": [recovery.perplexity_before, recovery.perplexity_after],
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optimum-modegpt")},
+    }
+
+
+def _write_record(model: PreTrainedModel, recovered: dict[str, Any]) -> None:
+    model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
