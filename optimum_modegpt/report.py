@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optimum_modegpt.errors import EvaluationError
+
 PARTS = ("mlp", "qk", "vo")
 """The three pairs of matrices of a decoder block, in the order of the paper (types I, II, III)."""
 
@@ -115,8 +117,23 @@ class Report:
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Reads a report written by `save`."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Reads a report written by `save`.
+
+        Raises:
+            EvaluationError: a newer version wrote it, or it is no report.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = data["report_version"]
+            if version <= REPORT_VERSION:
+                return cls.from_dict(data)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise EvaluationError(
+                f"{path} is no report of a compression: {type(error).__name__} {error}. Compress or download it again."
+            ) from error
+        raise EvaluationError(
+            f"{path} says report_version {version}; this code reads up to {REPORT_VERSION}. Update optimum-modegpt."
+        )
 
     def summary(self) -> str:
         """A short table: ranks and errors per block, what was removed, time and memory."""

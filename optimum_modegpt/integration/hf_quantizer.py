@@ -48,8 +48,14 @@ class ModeGPTHfQuantizer(HfQuantizer):
         """Refuses what would compress tensors that are not there.
 
         Raises:
-            InvalidConfig: for weights on disk or on the meta device, and for more than one device.
+            InvalidConfig: for weights on disk or on the meta device, for more than one device, and where the model's
+                own files ask to be compressed.
         """
+        if self.pre_quantized:
+            raise InvalidConfig(
+                "config.json of this model has a quantization_config that asks to be compressed, with a text and a "
+                "recipe of its choice. Only the caller can ask: take it out, and pass compression_config."
+            )
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
         if places & {"disk", "meta"}:
             raise InvalidConfig(

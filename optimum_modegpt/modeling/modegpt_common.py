@@ -529,10 +529,8 @@ def _loading_problems(model: ModeGPTModelMixin, info: dict[str, Any], new_head: 
 def _rotary_problems(model: ModeGPTModelMixin) -> Iterator[str]:
     pairs = model.config.dense_head_dim // 2
     for name, buffer in model.named_buffers():
-        if not name.endswith("rope_index") or buffer.is_meta:
-            continue
-        if buffer.is_floating_point() or not bool(((buffer >= 0) & (buffer < pairs)).all()):
-            yield f"out of range: {name} has values that are no integers in [0, {pairs})"
+        if name.endswith("rope_index") and not buffer.is_meta and not bool(((buffer >= 0) & (buffer < pairs)).all()):
+            yield f"out of range: {name} has values outside [0, {pairs})"
 
 
 def register(*models: type[ModeGPTModelMixin]) -> dict[str, type[ModeGPTModelMixin]]:
