@@ -6,6 +6,7 @@ from typing import Any
 
 from optimum_modegpt.evaluation.estimate import Estimate
 from optimum_modegpt.evaluation.inspection import Inspection
+from optimum_modegpt.integration.plain import one_line
 from optimum_modegpt.report import PARTS
 
 
@@ -33,11 +34,12 @@ def inspection_table(found: Inspection) -> str:
         cells = (f"{block.ranks[part]}/{block.dense_ranks[part]}" for part in PARTS)
         rows.append(f"{block.index:>5}" + "".join(f"{cell:>14}" for cell in cells))
     record = found.record or {}
-    recipe = record.get("recipe") or {}
+    recipe = record["recipe"] if isinstance(record.get("recipe"), dict) else {}
     asked = f" (asked for {recipe['sparsity']:.2%})" if isinstance(recipe.get("sparsity"), float) else ""
     rows.append(f"removed {found.sparsity:.2%} of the block projections{asked}")
-    rows.append(f"compressed from {record.get('base_model')} (revision {record.get('base_revision')}) with")
-    rows += [f"  {key} = {value}" for key, value in recipe.items() if value is not None]
+    base, revision = one_line(record.get("base_model")), one_line(record.get("base_revision"))
+    rows.append(f"compressed from {base} (revision {revision}) with")
+    rows += [f"  {one_line(key)} = {one_line(value)}" for key, value in recipe.items() if value is not None]
     return "\n".join(rows)
 
 
