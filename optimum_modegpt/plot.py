@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TITLES = {"mlp": "MLP", "qk": "query, key", "vo": "value, output"}
+BAR = 0.28
 COLOURS = {"mlp": "#4c72b0", "qk": "#dd8452", "vo": "#55a868"}
 
 
@@ -29,20 +30,21 @@ def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path 
     """Kept fractions by part, one bar a block; as `plot_ranks`, for what has no report."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install 'optimum-modegpt[plot]'") from error
-    indices = range(len(kept["mlp"]))
-    figure = Figure(figsize=(max(6.0, 0.3 * len(indices) + 2), 5.0), layout="constrained")
-    axes = figure.subplots(len(PARTS), 1, sharex=True, sharey=True)
-    for part, axis in zip(PARTS, axes, strict=True):
-        axis.bar(indices, kept[part], color=COLOURS[part])
-        axis.set_title(TITLES[part], loc="left", fontsize=10)
-        axis.set_ylim(0, 1)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[1].set_ylabel("kept fraction of the width")
-    axes[-1].set_xlabel("block")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(title, fontsize=11)
+    blocks = len(kept["mlp"])
+    figure = Figure(figsize=(min(max(6.5, 0.3 * blocks + 1), 16), 3.2))
+    axis = figure.subplots()
+    for place, part in enumerate(PARTS):
+        middles = [block + (place - 1) * BAR for block in range(blocks)]
+        axis.bar(middles, kept[part], width=BAR, color=COLOURS[part], label=TITLES[part])
+    axis.set(xlabel="block", ylabel="kept fraction of the width", ylim=(0, 1))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.margins(x=0.01)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.set_title(title, loc="left", fontsize=10, pad=22)
+    axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=len(PARTS), frameon=False, fontsize=9)
     if path is not None:
-        figure.savefig(path, dpi=100)
+        figure.savefig(path, dpi=120, bbox_inches="tight")
     return figure

@@ -35,7 +35,8 @@ def report() -> Report:
 def test_bars_are_the_kept_fractions(report: Report, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     figure = report.plot(tmp_path / "ranks.png")
-    heights = [[bar.get_height() for bar in axis.patches] for axis in figure.axes]
+    (axis,) = figure.axes
+    heights = [[bar.get_height() for bar in bars] for bars in axis.containers]
     assert heights == [[0.5, 0.75], [1.0, 1.0], [0.5, 0.75]]
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
