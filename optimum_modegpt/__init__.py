@@ -18,8 +18,12 @@ from optimum_modegpt.errors import (
     UnsupportedModel,
     UploadError,
 )
+from optimum_modegpt.evaluation.comparison import Comparison, compare
+from optimum_modegpt.evaluation.comparison_page import comparison_page
 from optimum_modegpt.evaluation.fidelity import Fidelity, fidelity
+from optimum_modegpt.evaluation.monitor import CanaryMonitor
 from optimum_modegpt.evaluation.perplexity import Perplexity, perplexity
+from optimum_modegpt.evaluation.thresholds import Thresholds
 from optimum_modegpt.integration.adapters import register_targets
 from optimum_modegpt.integration.auto import ModeGPTModelForCausalLM, install_keyword
 from optimum_modegpt.integration.hf_quantizer import register
@@ -33,6 +37,8 @@ __version__ = version("optimum-modegpt")
 __all__ = [
     "AlreadyCompressed",
     "CalibrationDataError",
+    "CanaryMonitor",
+    "Comparison",
     "EvaluationError",
     "Fidelity",
     "InvalidConfig",
@@ -44,9 +50,12 @@ __all__ = [
     "OutputError",
     "Perplexity",
     "Report",
+    "Thresholds",
     "UnsupportedModel",
     "UploadError",
     "__version__",
+    "compare",
+    "comparison_page",
     "fidelity",
     "perplexity",
     "plot_ranks",

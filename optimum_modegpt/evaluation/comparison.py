@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.evaluation.comparison_table import table
 from optimum_modegpt.evaluation.fidelity import agreement, check_vocabularies, divergence
 from optimum_modegpt.evaluation.greedy import Continuation, continuation, stops_of
 from optimum_modegpt.evaluation.perplexity import (
@@ -91,7 +93,10 @@ class PromptComparison:
     kl: float
     kl_max: float
     """At the position where it is largest."""
-    kl_of_continuation: tuple[float, ...]
+    kl_of_prompt: float | None
+    """Over the positions of the prompt; None for a prompt of one token."""
+    kl_of_continuation: float
+    kl_by_token: tuple[float, ...]
     """At each position of the reference's continuation."""
     top1_agreement: float
     top5_overlap: float
@@ -160,6 +165,18 @@ class Comparison:
         return self._mean(record.kl for record in self.records)
 
     @property
+    def kl_of_prompts(self) -> float | None:
+        """The same over the positions of the prompts; None where all have one token."""
+        read = [(record.kl_of_prompt, record.prompt_tokens - 1) for record in self.records]
+        sums = [(kl * weight, weight) for kl, weight in read if kl is not None]
+        return sum(each for each, _ in sums) / sum(weight for _, weight in sums) if sums else None
+
+    @property
+    def kl_of_continuations(self) -> float:
+        """The same over the positions of the reference's continuations."""
+        return statistics.fmean(kl for record in self.records for kl in record.kl_by_token)
+
+    @property
     def kl_max(self) -> float:
         """KL(reference ‖ model) at the position where it is largest, in nats."""
         return max(record.kl_max for record in self.records)
@@ -196,12 +213,18 @@ class Comparison:
         """
         return thresholds.checks(self.sums())
 
+    def summary(self) -> str:
+        """A short table: both models side by side, and how far they are apart."""
+        return table(self)
+
     def sums(self) -> dict[str, Any]:
         """Everything but the records and the setting, safe for JSON."""
         return {
             "prompts": len(self.records),
             "positions": self.positions,
             "kl": self.kl,
+            "kl_of_prompts": self.kl_of_prompts,
+            "kl_of_continuations": self.kl_of_continuations,
             "kl_max": self.kl_max,
             "top1_agreement": self.top1_agreement,
             "top5_overlap": self.top5_overlap,
@@ -374,7 +397,9 @@ class _Pair:
             positions=len(found.kl),
             kl=float(found.kl.mean()),
             kl_max=float(found.kl.max()),
-            kl_of_continuation=tuple(found.kl[read:].tolist()),
+            kl_of_prompt=float(found.kl[:read].mean()) if read else None,
+            kl_of_continuation=float(found.kl[read:].mean()),
+            kl_by_token=tuple(found.kl[read:].tolist()),
             top1_agreement=float(found.top1.mean()),
             top5_overlap=float(found.top5.mean()),
             parting_token=parting(*(new[name].tokens.tolist() for name in self.models)),

@@ -203,10 +203,14 @@ class CanaryMonitor:
                 chosen = self._random.random() < self.fraction
             if chosen:
                 mask = None if attention_mask is None else attention_mask[row // repeats]
-                self._put(self._request(number, input_ids.shape[1], output_ids[row], mask))
+                self._put(self._request(number, input_ids[row // repeats].cpu(), output_ids[row].cpu(), mask))
 
-    def _request(self, number: int, prompt_length: int, ids: Tensor, mask: Tensor | None) -> _Request:
-        prompt, answer = ids[:prompt_length].cpu(), ids[prompt_length:].cpu()
+    def _request(self, number: int, prompt: Tensor, ids: Tensor, mask: Tensor | None) -> _Request:
+        answer = ids[len(prompt) :]
+        if len(answer) == 0 or not torch.equal(ids[: len(prompt)], prompt):
+            raise EvaluationError(
+                "output_ids must be the prompts with the answers behind them, as generate gives them."
+            )
         if mask is not None:
             prompt = prompt[mask.cpu().bool()]
         return _Request(number, prompt, _until_end(answer, self.model.generation_config))
@@ -238,6 +242,7 @@ class CanaryMonitor:
             "prompt_tokens": len(request.prompt),
             "answer_tokens": len(request.answer),
             "kl": float(found.kl.mean()),
+            "kl_of_answer": float(found.kl[len(request.prompt) - 1 :].mean()),
             "kl_max": float(found.kl.max()),
             "top1_agreement": float(found.top1.mean()),
             "top5_overlap": float(found.top5.mean()),

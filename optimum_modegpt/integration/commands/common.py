@@ -31,11 +31,16 @@ def verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     parser = verbs.add_parser(name, help=text, description=text)
     parser.set_defaults(run=run)
     parser.add_argument("model", metavar="MODEL", help="name on the Hub, folder, or demo for the embedded model")
-    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of MODEL")
+    add_access(parser, "MODEL")
+    return parser
+
+
+def add_access(parser: argparse.ArgumentParser, model: str) -> None:
+    """The flags that say how the argument `model` is read."""
+    parser.add_argument("--revision", metavar="R", help=f"branch, tag or commit of {model}")
     parser.add_argument("--token", metavar="T", help="access token of the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_debug(parser)
-    return parser
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,129 @@
+"""`compare`: a compressed model beside the dense one, prompt by prompt; thresholds decide the exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from optimum_modegpt import demo
+from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.evaluation.comparison import Comparison, PromptComparison
+from optimum_modegpt.evaluation.comparison import compare as compare_models
+from optimum_modegpt.evaluation.comparison_page import comparison_page
+from optimum_modegpt.evaluation.prompts import Prompt, read_prompts
+from optimum_modegpt.evaluation.thresholds import Check, Thresholds
+from optimum_modegpt.integration.commands.common import (
+    add_access,
+    add_device,
+    check_file,
+    count,
+    models_on,
+    path,
+    reference_of,
+    shared_tokenizer,
+    shows_progress,
+    source_of,
+    write_json,
+)
+from optimum_modegpt.integration.reading import load_config, pick_device
+from optimum_modegpt.integration.source import Source, check_vocabulary
+
+BROKEN = 1
+"""Exit code where a threshold does not hold."""
+DEMO_PROMPTS, DEMO_WORDS = 64, 24
+"""Openings of pages of the embedded text that serve as prompts of the demo."""
+
+
+def add(verbs: Any) -> None:
+    """Declares the arguments."""
+    text = "How COMPRESSED differs from DENSE, prompt by prompt; thresholds decide the exit code."
+    parser = verbs.add_parser("compare", help=text, description=text)
+    parser.set_defaults(run=run)
+    parser.add_argument("reference", metavar="DENSE", help="name on the Hub, folder, or demo for the embedded model")
+    parser.add_argument("model", metavar="COMPRESSED", help="name on the Hub, or folder")
+    add_access(parser, "COMPRESSED")
+    parser.add_argument(
+        "--prompts",
+        type=path,
+        metavar="FILE",
+        help='.txt: a prompt each line; .jsonl: {"prompt": …}, {"text": …} or {"messages": […]} each line; .json: a '
+        "list of these or of strings. Left out, the demo takes its own text",
+    )
+    parser.add_argument("--max-new-tokens", type=count, default=48, metavar="N", help="of a continuation; default 48")
+    parser.add_argument("--tokenizer", metavar="NAME", help="name or folder; by default that of the models")
+    add_device(parser)
+    limits = parser.add_argument_group(
+        "thresholds", f"Exit code {BROKEN} where one is broken, 0 where all hold or none is set, 2 for an error."
+    )
+    limits.add_argument("--max-kl", type=float, metavar="X", help="most mean KL divergence, nats per position")
+    limits.add_argument("--min-agreement", type=float, metavar="X", help="least top-1 agreement, a fraction")
+    limits.add_argument("--max-perplexity-ratio", type=float, metavar="X", help="most perplexity over that of DENSE")
+    files = parser.add_argument_group("files")
+    files.add_argument("--html", type=path, metavar="FILE", help="write the comparison as one page that stands alone")
+    files.add_argument("--jsonl", type=path, metavar="FILE", help="write a record a prompt as soon as it is measured")
+    files.add_argument("--json", type=path, metavar="FILE", help="write everything at the end")
+
+
+def run(options: Namespace) -> int:
+    """Prints the comparison and the thresholds; 1 where one is broken."""
+    thresholds = Thresholds(options.max_kl, options.min_agreement, options.max_perplexity_ratio)
+    for file in (options.html, options.jsonl, options.json):
+        check_file(file)
+    source, reference = source_of(options), reference_of(options)
+    assert reference is not None
+    prompts, device = _prompts(options.prompts, reference), pick_device(options.device)
+    tokenizer = shared_tokenizer(options.tokenizer, source, reference)
+    check_vocabulary(tokenizer, load_config(source).get_text_config().vocab_size)
+    model, dense = models_on(device, options.dtype, source, reference)
+    assert dense is not None
+    with _streaming(options.jsonl) as on_record:
+        found = compare_models(
+            model,
+            dense,
+            tokenizer,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            on_record=on_record,
+            progress=shows_progress(),
+        )
+    checks = found.check(thresholds)
+    print("\n".join((found.summary(), *map(str, checks))))
+    _write(options, found, checks)
+    return 0 if all(check.held for check in checks) else BROKEN
+
+
+def _write(options: Namespace, found: Comparison, checks: tuple[Check, ...]) -> None:
+    names = {"model": options.model, "reference": options.reference}
+    outcomes = [
+        {"measure": each.measure, "found": each.found, "allowed": each.allowed, "held": each.held} for each in checks
+    ]
+    write_json(options.json, {**names, "thresholds": outcomes, **found.to_dict()})
+    if options.html is not None:
+        options.html.write_text(comparison_page(found, checks, **names), encoding="utf-8")
+        print(f"page: {options.html}")
+
+
+def _prompts(file: Path | None, reference: Source) -> list[Prompt]:
+    if file is not None:
+        return read_prompts(file)
+    if not reference.is_demo:
+        raise EvaluationError(
+            "--prompts is missing: name a .txt, .jsonl or .json file with prompts such as the model will be served."
+        )
+    pages = demo.EVALUATION_TEXT.read_text(encoding="utf-8").split("\n\n")[:DEMO_PROMPTS]
+    return ["".join(re.findall(r"\s*\S+", page)[:DEMO_WORDS]) for page in pages]
+
+
+@contextmanager
+def _streaming(file: Path | None) -> Iterator[Callable[[PromptComparison], None] | None]:
+    """A function that writes a record as a line at once, for whoever follows the file."""
+    if file is None:
+        yield None
+        return
+    with file.open("w", encoding="utf-8") as lines:
+        yield lambda record: print(json.dumps(record.to_dict()), file=lines, flush=True)
