@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -52,10 +52,10 @@ class RecoveryConfig:
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise InvalidConfig(f"learning_rate must be a number above 0, or None, found {self.learning_rate!r}.")
 
-    def resolved(self, model_config: Any) -> RecoveryConfig:
-        """With the learning rate that a model of this configuration gets."""
+    def peak_learning_rate(self, model_config: Any) -> float:
+        """The learning rate that a model of this configuration gets."""
         width = model_config.get_text_config().hidden_size
-        return self if self.learning_rate else replace(self, learning_rate=LEARNING_RATE / math.sqrt(width))
+        return LEARNING_RATE / math.sqrt(width) if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ def recover(
         EvaluationError: the windows do not fit the model, or training diverged.
         ImportError: without peft, naming the extra that brings it.
     """
+    config = config or RecoveryConfig()
     _check_model(model)
-    config = (config or RecoveryConfig()).resolved(model.config)
     training, held_out = _split(windows)
     for each in filter(None, (model, teacher)):
         check_windows(each, windows.tokens)
@@ -146,8 +146,13 @@ def recover(
         seconds=time.perf_counter() - start,
     )
     if recovery.best_step:
-        name = teacher_name if teacher_name is not None or teacher is None else origin(teacher)
-        _write_record(model, _record(windows, config, recovery, distilled=teacher is not None, teacher=name))
+        recovered = {
+            **_record(windows, config, recovery),
+            "learning_rate": config.peak_learning_rate(model.config),
+            "distilled": teacher is not None,
+            "teacher": teacher_name if teacher_name is not None or teacher is None else origin(teacher),
+        }
+        model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
     return recovery
 
 
@@ -210,21 +215,13 @@ def _split(windows: TokenWindows) -> tuple[Tensor, Tensor]:
     return windows.tokens[:-held_out], windows.tokens[-held_out:]
 
 
-def _record(
-    windows: TokenWindows, config: RecoveryConfig, recovery: Recovery, *, distilled: bool, teacher: str | None
-) -> dict[str, Any]:
+def _record(windows: TokenWindows, config: RecoveryConfig, recovery: Recovery) -> dict[str, Any]:
     return {
         "dataset": windows.record["name"],
         **{key: windows.record[key] for key in ("split", "revision", "sha256", "windows", "sequence_length")},
         **asdict(config),
-        "distilled": distilled,
-        "teacher": teacher,
         "best_step": recovery.best_step,
         "tokens": recovery.tokens,
         "held_out_perplexity": [recovery.perplexity_before, recovery.perplexity_after],
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optimum-modegpt")},
     }
-
-
-def _write_record(model: PreTrainedModel, recovered: dict[str, Any]) -> None:
-    model.config.modegpt = {**model.config.modegpt, "recovered": recovered}

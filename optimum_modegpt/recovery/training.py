@@ -125,7 +125,7 @@ def _fit(
             max_steps=config.steps,
             per_device_train_batch_size=together,
             gradient_accumulation_steps=config.batch_size // together,
-            learning_rate=config.learning_rate or 0.0,
+            learning_rate=config.peak_learning_rate(keeper.model.config),
             lr_scheduler_type="cosine",
             warmup_steps=WARM_UP,
             seed=config.seed,

@@ -292,8 +292,8 @@ def test_values_out_of_range_are_refused(values: dict[str, Any]) -> None:
 
 def test_wider_models_get_smaller_steps() -> None:
     narrow, wide = dense("opt").config, dense("opt", hidden_size=128).config
-    assert RecoveryConfig().resolved(wide).learning_rate == RecoveryConfig().resolved(narrow).learning_rate / 2
-    assert RecoveryConfig(learning_rate=0.5).resolved(wide).learning_rate == 0.5
+    assert RecoveryConfig().peak_learning_rate(wide) == RecoveryConfig().peak_learning_rate(narrow) / 2
+    assert RecoveryConfig(learning_rate=0.5).peak_learning_rate(wide) == 0.5
 
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +353,7 @@ def test_the_command_saves_an_ordinary_compressed_model(
     printed = capsys.readouterr().out
     assert "held-out windows" in printed
     assert f"saved in {output}" in printed
-    assert printed.endswith(f"evaluate {output} --reference {teacher}\n")
+    assert printed.endswith(f"evaluate {output} --reference {teacher} --dataset OTHER_TEXT\n")
     assert {path.name for path in output.iterdir()} == {path.name for path in small.iterdir()}
     assert Report.load(output / "report.json").blocks == Report.load(small / "report.json").blocks
     assert "fine-tuned" in (output / "README.md").read_text(encoding="utf-8")

@@ -133,10 +133,12 @@ def _used_paths(source: Source, teacher: Source | None, options: Namespace) -> l
 
 
 def _next_step(options: Namespace) -> str:
-    """The command that evaluates the result on other text, ready for a shell."""
+    """The command that evaluates the result, ready for a shell but for the name of a text of the user's own."""
     words = ["evaluate", str(options.output)]
     if options.reference is not None:
         words += ["--reference", options.reference]
+    if options.dataset is not None:
+        words += ["--dataset", "OTHER_TEXT" if Path(options.dataset).exists() else options.dataset]
     if options.trust_remote_code:
         words.append("--trust-remote-code")
     return f"next, on text that was not trained on: {options.program} {shlex.join(words)}"
