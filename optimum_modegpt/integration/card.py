@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import shlex
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils.sha import sha_fileobj
 
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import HUB_DATASETS
@@ -21,6 +23,7 @@ from optimum_modegpt.evaluation.inspection import BlockRanks, block_ranks
 from optimum_modegpt.integration.headers import weight_bytes
 from optimum_modegpt.integration.reading import load_config
 from optimum_modegpt.integration.source import DEMO, Source
+from optimum_modegpt.modeling.modegpt_common import weight_files
 from optimum_modegpt.plot import plot_kept
 from optimum_modegpt.report import PARTS, Report
 
@@ -106,12 +109,12 @@ def is_ours(text: str) -> bool:
 def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
     """Puts a result of the command `evaluate` into `evaluation.json` of a folder, and renews the card.
 
-    One entry a text and one a task: a newer one replaces an older one.
+    One entry a text and one a task: a newer one replaces an older one, and what was measured of other weights goes.
 
     Raises:
         UnsupportedModel: the folder holds no compressed model.
     """
-    evaluation = read(folder).evaluation
+    evaluation = {"weights_sha256": weights_digest(folder), **read(folder).evaluation}
     if "perplexity" in result:
         entry = {key: value for key, value in result.items() if key not in ("model", "tasks", "reference_tasks")}
         others = [each for each in evaluation.get("texts", []) if identity(each) != identity(entry)]
@@ -140,12 +143,11 @@ def read(folder: Path) -> Contents:
     config = load_config(Source(str(folder)))
     if not config.model_type.startswith("modegpt_"):
         raise UnsupportedModel(f"{folder} holds a dense model ({config.model_type}); a card is for compressed ones.")
-    evaluation = folder / EVALUATION
     report = read_report(folder / REPORT, config.modegpt)
     return Contents(
         config=config,
         report=report,
-        evaluation=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
+        evaluation=read_evaluation(folder),
         weight_bytes=weight_bytes(folder) or (report and report.weight_bytes),
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
     )
@@ -158,6 +160,26 @@ def read_report(path: Path, record: dict[str, Any]) -> Report | None:
     report = Report.load(path)
     same = (report.config, report.calibration) == (record.get("recipe"), record.get("calibration"))
     return report if same else None
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """What was measured of the weights in the folder; of others, from before a fine-tuning for one, it says nothing.
+
+    Where the weights are not there, it is taken at its word.
+    """
+    if not (folder / EVALUATION).is_file():
+        return {}
+    found = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    return found if found.get("weights_sha256") == weights_digest(folder) or not weight_files(folder) else {}
+
+
+def weights_digest(folder: Path) -> str | None:
+    """sha256 over the safetensors files of a folder; None where there are none."""
+    digest = hashlib.sha256()
+    for path in (files := weight_files(folder)):
+        with path.open("rb") as file:
+            digest.update(sha_fileobj(file))
+    return digest.hexdigest() if files else None
 
 
 def draw(found: Contents, blocks: tuple[BlockRanks, ...], path: Path) -> None:

@@ -243,6 +243,17 @@ def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> No
     assert str(folder) not in (folder / "evaluation.json").read_text()
 
 
+def test_what_was_measured_of_other_weights_is_not_shown(folder: Path) -> None:
+    add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_output_embeddings().weight.data.mul_(2)
+    model.save_pretrained(folder)
+    assert "one.txt" not in write_card(folder).read_text(encoding="utf-8")
+    add_evaluation(folder, evaluated(folder, "two.txt", 6.0))
+    (result,) = card(folder).data.eval_results
+    assert result.dataset_name == "two.txt"
+
+
 # ------------------------------------------------------------------------------------------------- whose card it is
 
 
