@@ -334,6 +334,17 @@ def test_exit_codes(
     assert "--prompts is missing" in capsys.readouterr().err
 
 
+def test_no_file_is_written_over_another(
+    folders: list[Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, page = prompts.read_text(), tmp_path / "page.html"
+    assert run(folders, prompts, "--jsonl", prompts.parent / "." / prompts.name) == 2
+    assert run(folders, prompts, "--html", page, "--json", page) == 2
+    assert capsys.readouterr().err.count("is named twice") == 2
+    assert prompts.read_text() == before
+    assert not page.exists()
+
+
 def test_a_line_is_written_as_soon_as_its_prompt_is_measured(
     folders: list[Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

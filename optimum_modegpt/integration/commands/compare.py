@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_modegpt import demo
-from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.errors import EvaluationError, OutputError
 from optimum_modegpt.evaluation.comparison import Comparison, PromptComparison
 from optimum_modegpt.evaluation.comparison import compare as compare_models
 from optimum_modegpt.evaluation.comparison_page import comparison_page
@@ -72,8 +72,7 @@ def add(verbs: Any) -> None:
 def run(options: Namespace) -> int:
     """Prints the comparison and the thresholds; 1 where one is broken."""
     thresholds = Thresholds(options.max_kl, options.min_agreement, options.max_perplexity_ratio)
-    for file in (options.html, options.jsonl, options.json):
-        check_file(file)
+    _check_files(options.prompts, [options.html, options.jsonl, options.json])
     source, reference = source_of(options), reference_of(options)
     assert reference is not None
     prompts, device = _prompts(options.prompts, reference), pick_device(options.device)
@@ -95,6 +94,16 @@ def run(options: Namespace) -> int:
     print("\n".join((found.summary(), *map(str, checks))))
     _write(options, found, checks)
     return 0 if all(check.held for check in checks) else BROKEN
+
+
+def _check_files(prompts: Path | None, written: list[Path | None]) -> None:
+    """Refuses files that cannot be written, and one file for two purposes."""
+    used = [] if prompts is None else [prompts.resolve()]
+    for file in filter(None, written):
+        check_file(file)
+        if file.resolve() in used:
+            raise OutputError(f"{file} is named twice; prompts and each result need a file of their own.")
+        used.append(file.resolve())
 
 
 def _write(options: Namespace, found: Comparison, checks: tuple[Check, ...]) -> None:
