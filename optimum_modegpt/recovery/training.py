@@ -6,7 +6,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,10 +77,9 @@ def train(
         config: how.
         progress: whether to show a progress bar.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_own_randomness(config.seed))
-        stack.enter_context(_left_as_found(model, teacher))
-        stack.enter_context(_no_half_precision_gradients(model))
+    with _own_randomness(config.seed), _left_as_found(model, teacher), _no_half_precision_gradients(model):
+        if teacher is not None:
+            teacher.eval()
         adapted = _adapt(model, config)
         keeper = _BestStep(model, held_out, before, config.steps, progress)
         try:
@@ -245,8 +244,6 @@ def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
     modes = {module: module.training for model in present for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for model in present for parameter in model.parameters()}
     caches = {model: model.config.use_cache for model in present}
-    for model in present[1:]:
-        model.eval()
     try:
         yield
     finally:
