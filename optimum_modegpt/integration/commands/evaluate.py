@@ -1,18 +1,24 @@
-"""`evaluate`: perplexity on a text; with a reference also the distance from it."""
+"""`evaluate`: perplexity on a text, or tasks of lm-eval; with a reference also the distance from it."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows, resolve_sequence_length
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.fidelity import fidelity
+from optimum_modegpt.evaluation.harness import Tasks, TaskScores, harness, load_tasks
 from optimum_modegpt.evaluation.perplexity import perplexity
+from optimum_modegpt.integration.card import add_evaluation
 from optimum_modegpt.integration.commands.common import (
     add_device,
     check_file,
@@ -27,56 +33,158 @@ from optimum_modegpt.integration.commands.common import (
     write_json,
 )
 from optimum_modegpt.integration.reading import load_config, pick_device
-from optimum_modegpt.integration.source import (
-    DEMO,
-    Source,
-    check_vocabulary,
-    context_of,
-    dataset_hub,
-)
-from optimum_modegpt.integration.tables import scores_table
+from optimum_modegpt.integration.source import DEMO, Source, check_vocabulary, context_of, dataset_hub
+from optimum_modegpt.integration.tables import scores_table, tasks_table
 from optimum_modegpt.report import count_parameters
+
+TEXT_FLAGS = ("dataset_split", "text_column", "sequence_length", "max_windows")
+TASK_FLAGS = ("num_fewshot", "limit", "include_path")
 
 
 def add(verbs: Any) -> None:
     """Declares the arguments."""
-    parser = verb(verbs, "evaluate", run, "Perplexity of MODEL, and how far it is from a reference.")
-    parser.add_argument("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
-    parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
-    parser.add_argument("--dataset-split", metavar="NAME", help="split to read; by default test, validation or train")
-    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
-    parser.add_argument(
-        "--sequence-length", type=int, metavar="N", help="tokens per window; default min(2048, context)"
+    parser = verb(
+        verbs, "evaluate", run, "Perplexity of MODEL or its scores on tasks, and how far they are from DENSE's."
     )
-    parser.add_argument("--max-windows", type=count, metavar="N", help="score the first N windows only")
-    parser.add_argument("--batch-size", type=count, metavar="N", help="windows per forward pass; chosen by size")
+    parser.add_argument("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
     parser.add_argument("--tokenizer", metavar="NAME", help="name or folder; by default MODEL's own, else DENSE's")
+    parser.add_argument(
+        "--batch-size", type=count, metavar="N", help="windows or requests per forward pass; chosen by size, 1 in tasks"
+    )
     parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
+    parser.add_argument(
+        "--update-card", action="store_true", help="also put the result into the folder MODEL and its model card"
+    )
     add_device(parser)
+    text = parser.add_argument_group(
+        "perplexity", "What is done without --tasks; beside them where --dataset is given."
+    )
+    text.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
+    text.add_argument("--dataset-split", metavar="NAME", help="split to read; by default test, validation or train")
+    text.add_argument("--text-column", metavar="NAME", help="column that holds the text")
+    text.add_argument("--sequence-length", type=int, metavar="N", help="tokens per window; default min(2048, context)")
+    text.add_argument("--max-windows", type=count, metavar="N", help="score the first N windows only")
+    tasks = parser.add_argument_group("tasks", "Of lm-eval: pip install 'optimum-modegpt[eval]'.")
+    tasks.add_argument(
+        "--tasks", type=_names, metavar="NAME,NAME", help="tasks, groups or tags; lm_eval ls tasks lists them"
+    )
+    tasks.add_argument(
+        "--num-fewshot", type=_shots, metavar="N", help="examples before each question; by default the task's"
+    )
+    tasks.add_argument("--limit", type=count, metavar="N", help="the first N samples of each task only, for a trial")
+    tasks.add_argument("--include-path", type=path, metavar="DIR", help="folder with YAML files of your own tasks")
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names with commas between them, found {text!r}")
+    return names
+
+
+def _shots(text: str) -> int:
+    return 0 if text == "0" else count(text)
 
 
 def run(options: Namespace) -> None:
-    """Perplexity on a text; with a reference also the distance from it."""
+    """Perplexity on a text, scores on tasks, or both."""
     check_file(options.json)
+    _check_flags(options)
     source, reference = source_of(options), reference_of(options)
     device, model_config = pick_device(options.device), load_config(source)
-    vocab_size = model_config.get_text_config().vocab_size
+    if options.update_card:
+        _check_card(options, model_config)
     tokenizer = shared_tokenizer(options.tokenizer, source, reference)
-    check_vocabulary(tokenizer, vocab_size)
-    windows = evaluation_windows(
+    check_vocabulary(tokenizer, model_config.get_text_config().vocab_size)
+    tasks = None
+    if options.tasks is not None:
+        tasks = load_tasks(options.tasks, include_path=options.include_path, progress=shows_progress())
+    result: dict[str, Any] = {"model": options.model}
+    if tasks is None or options.dataset is not None:
+        windows = _windows(options, source, model_config, tokenizer)
+        result |= _text_scores(options, source, reference, windows, device)
+        print(scores_table(result))
+    if tasks is not None:
+        found = _task_scores(options, source, tasks, tokenizer, device)
+        dense = None if reference is None else _task_scores(options, reference, tasks, tokenizer, device)
+        result |= _records(found, dense)
+        print(tasks_table(found, dense))
+    write_json(options.json, result)
+    if options.update_card:
+        add_evaluation(Path(options.model), result)
+
+
+def _check_flags(options: Namespace) -> None:
+    """Refuses what would say nothing.
+
+    Raises:
+        InvalidConfig: with the flag and the one that it needs.
+    """
+    idle, needed = (TASK_FLAGS, "tasks") if options.tasks is None else (TEXT_FLAGS, "dataset")
+    if getattr(options, needed) is not None:
+        return
+    for name in idle:
+        if getattr(options, name) is not None:
+            raise InvalidConfig(
+                f"--{name.replace('_', '-')} says nothing without --{needed}; add that or leave it out."
+            )
+
+
+def _check_card(options: Namespace, model_config: Any) -> None:
+    if not Path(options.model).is_dir() or not model_config.model_type.startswith("modegpt_"):
+        raise InvalidConfig(
+            f"--update-card writes into the folder of a compressed model, which {options.model!r} is not."
+        )
+    if options.limit is not None:
+        raise InvalidConfig("--limit is for a trial, and a card shows whole tasks; leave out it or --update-card.")
+
+
+def _windows(options: Namespace, source: Source, model_config: Any, tokenizer: Any) -> TokenWindows:
+    return evaluation_windows(
         options.dataset or _evaluation_text(source, model_config),
         tokenizer,
         sequence_length=resolve_sequence_length(options.sequence_length, context_of(model_config)),
         max_windows=options.max_windows,
         split=options.dataset_split,
         text_column=options.text_column,
-        vocab_size=vocab_size,
+        vocab_size=model_config.get_text_config().vocab_size,
         hub=dataset_hub(source),
     )
+
+
+def _text_scores(
+    options: Namespace, source: Source, reference: Source | None, windows: TokenWindows, device: torch.device | None
+) -> dict[str, Any]:
     model, dense = models_on(device, options.dtype, source, reference)
-    result = {"model": options.model, **scores(model, dense, windows, options.batch_size), "text": windows.record}
-    write_json(options.json, result)
-    print(scores_table(result))
+    return {**scores(model, dense, windows, options.batch_size), "text": windows.record}
+
+
+def _task_scores(
+    options: Namespace, source: Source, tasks: Tasks, tokenizer: Any, device: torch.device | None
+) -> TaskScores:
+    """Of what was asked for, with this model alone in memory; of a group with a score of its own only that."""
+    model, _ = models_on(device, options.dtype, source, None)
+    found = harness(
+        model,
+        tokenizer,
+        tasks,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        progress=shows_progress(),
+    )
+    return {name: found[name] for name in tasks.names if name in found}
+
+
+def _records(found: TaskScores, reference: TaskScores | None) -> dict[str, Any]:
+    named = {"tasks": found} if reference is None else {"tasks": found, "reference_tasks": reference}
+    return {
+        key: {
+            task: {metric: dataclasses.asdict(score) for metric, score in metrics.items()}
+            for task, metrics in scores.items()
+        }
+        for key, scores in named.items()
+    }
 
 
 def scores(

@@ -1,0 +1,315 @@
+"""Tasks of lm-evaluation-harness on a model that is loaded already."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.evaluation.perplexity import evaluating
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
+"""A task's score in a mean over tasks is the first of these that it has; all are fractions, higher is better."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task, or of a group of tasks."""
+
+    value: float
+    stderr: float | None
+    """Standard error over the samples; None where lm-eval knows none."""
+    higher_is_better: bool | None
+    samples: int
+    num_fewshot: int | None
+    """Examples before each question; None where tasks that differ are taken together."""
+    batch_size: int
+    """Requests per forward pass; through padding, scores move a little with it."""
+    version: str | float | None
+    """Of the task: scores of different versions cannot be compared."""
+    lm_eval: str
+    """The version of lm-eval."""
+
+
+TaskScores = Mapping[str, Mapping[str, Score]]
+"""Scores by task and metric."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks and groups of tasks, their data loaded; they can be run on any number of models."""
+
+    manager: TaskManager
+    roots: tuple[Task | Group, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Tasks, and each group that has a score of its own in place of its members."""
+        return [name for root in self.roots for name in _scored(root)]
+
+
+def load_tasks(names: Sequence[str], *, include_path: str | Path | None = None, progress: bool = False) -> Tasks:
+    """The tasks of these names, checked and with their data, before any model is loaded.
+
+    Args:
+        names: tasks, groups or tags of lm-eval, or patterns such as `mmlu_*`.
+        include_path: folder with task files of one's own; they win over lm-eval's.
+        progress: whether to show the progress bars of downloads.
+
+    Raises:
+        EvaluationError: an unknown name, a task whose data cannot be had, a task that is named twice.
+        ImportError: without lm-eval.
+    """
+    _check_installed()
+    if include_path is not None and not Path(include_path).is_dir():
+        raise EvaluationError(f"{include_path} is no folder; expected one with the YAML files of tasks.")
+    with _undisturbed(progress):
+        manager = _manager(names, include_path)
+        roots = [root for name in _known(names, manager) for root in _loaded(name, manager)]
+        try:
+            manager.load(roots)
+        except ValueError as error:
+            raise EvaluationError(f"tasks are asked for twice: {error}. Name either the group or its tasks.") from error
+    return Tasks(manager, tuple(roots))
+
+
+def harness(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: Tasks,
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> dict[str, dict[str, Score]]:
+    """The scores by task or group, and by metric; as `lm_eval run --model hf` finds them for the saved model.
+
+    A metric that was computed on filtered answers is named with its filter, as `exact_match,strict-match`. The
+    caller's random state, tokenizer and the model's mode are left as they were.
+
+    Args:
+        model: on the device where it shall run.
+        tokenizer: the model's own.
+        tasks: from `load_tasks`.
+        num_fewshot: examples before each question; None takes each task's own number. A task that is made for none
+            stays without.
+        limit: only the first that many samples of each task, for a trial.
+        batch_size: requests per forward pass; None is lm-eval's own choice, one, which pads nothing.
+        progress: whether to show lm-eval's progress bars.
+
+    Raises:
+        EvaluationError: the tasks cannot be run on this model, or it finds a likelihood that is no number.
+    """
+    import lm_eval
+    from lm_eval.models import huggingface
+
+    # lm-eval's decorators hide the signatures of both.
+    wrap, run = cast("Any", huggingface.HFLM), cast("Any", lm_eval.simple_evaluate)
+    with evaluating(model), _undisturbed(progress), _quiet("lm_eval.evaluator"):
+        with _quiet("lm_eval.models.huggingface"):
+            lm = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or 1)
+        try:
+            found = run(
+                lm,
+                tasks=list(tasks.roots),
+                task_manager=tasks.manager,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+            )
+        except (ArithmeticError, AssertionError, ValueError) as error:
+            raise EvaluationError(f"lm-eval cannot run {', '.join(tasks.names)} on this model: {error}") from error
+    _check_finite(tasks)
+    by_task = {name: _metrics(name, found, lm.batch_size) for name in found["results"]}
+    return {name: metrics for name, metrics in by_task.items() if metrics}
+
+
+def main_scores(scores: TaskScores) -> list[Score]:
+    """The score that stands for a task in a mean, of each task that has one of `MAIN_METRICS`."""
+    ranked = (
+        [score for name in MAIN_METRICS for metric, score in metrics.items() if metric.partition(",")[0] == name]
+        for metrics in scores.values()
+    )
+    return [found[0] for found in ranked if found]
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """The mean of the scores of several tasks, each task counting the same."""
+    errors = [score.stderr for score in scores if score.stderr is not None]
+    shots = {score.num_fewshot for score in scores}
+    return replace(
+        scores[0],
+        value=sum(score.value for score in scores) / len(scores),
+        stderr=math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None,
+        samples=sum(score.samples for score in scores),
+        num_fewshot=shots.pop() if len(shots) == 1 else None,
+        version=None,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- tasks
+
+
+def _check_installed() -> None:
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.result_schema  # noqa: F401 - older versions have none, nor tasks that are loaded once
+    except ImportError as error:
+        raise ImportError(
+            f"tasks need lm-eval 0.4.12 or later ({error}): pip install 'optimum-modegpt[eval]'"
+        ) from error
+
+
+def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
+    """An index of what can be run; without lm-eval's own tasks, which take ten seconds to list, where it can be."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path is not None:
+        own = TaskManager(include_path=include_path, include_defaults=False)
+        if set(names) <= set(own.all_subtasks):  # groups and tags may have members elsewhere
+            return own
+    return TaskManager(include_path=include_path)
+
+
+def _known(names: Sequence[str], manager: TaskManager) -> list[str]:
+    known: list[str] = []
+    for name in names:
+        found = manager.match_tasks([name])
+        if not found:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=5)
+            advice = f"Did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists all."
+            raise EvaluationError(f"lm-eval knows no task {name!r}. {advice}")
+        known += found
+    return list(dict.fromkeys(known))
+
+
+def _loaded(name: str, manager: TaskManager) -> list[Task | Group]:
+    """A task, a group, or the tasks of a tag."""
+    try:
+        found = manager.load(name)
+    except Exception as error:  # a task's files and data may raise anything
+        raise EvaluationError(
+            f"the task {name!r} cannot be loaded: {type(error).__name__}: {error}\n"
+            "Its data comes from the Hub, unless its files say otherwise: check the connection, or run it once where "
+            "there is one."
+        ) from error
+    groups = found.get("groups", {})
+    members = {member for group in groups.values() for member in group.child_names}
+    return [item for key, item in (groups | found["tasks"]).items() if key not in members]
+
+
+def _scored(item: Any) -> list[str]:
+    if not hasattr(item, "has_aggregation"):
+        return [item.task_name]
+    return [item.name] if item.has_aggregation else [name for child in item for name in _scored(child)]
+
+
+def _check_finite(tasks: Tasks) -> None:
+    """lm-eval takes a choice of likelihood nan for one like others, and a broken model would pass for a weak one."""
+    for task in (task for root in tasks.roots for task in _leaves(root)):
+        answers = (answer for instance in task.instances for answer in instance.resps)
+        likelihoods = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
+        if not all(math.isfinite(found) for found in likelihoods if isinstance(found, float)):
+            raise EvaluationError(
+                f"the model's likelihood of an answer in {task.task_name} is not finite. Its weights or activations "
+                "overflow: try another --dtype, and check that the folder is complete."
+            )
+
+
+def _leaves(root: Any) -> list[Any]:
+    return root.get_all_tasks() if hasattr(root, "get_all_tasks") else [root]
+
+
+def _metrics(name: str, found: dict[str, Any], batch_size: int) -> dict[str, Score]:
+    """What lm-eval keeps as `metric,filter` and `metric_stderr,filter`."""
+    entry, metrics = found["results"][name], {}
+    for key, value in entry.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
+            continue
+        stderr = entry.get(f"{metric}_stderr,{chosen}")
+        metrics[metric if chosen == "none" else key] = Score(
+            value=float(value),
+            stderr=float(stderr) if isinstance(stderr, Real) else None,
+            higher_is_better=found["higher_is_better"].get(name, {}).get(metric),
+            samples=entry["sample_len"],
+            num_fewshot=found["n-shot"].get(name),
+            batch_size=batch_size,
+            version=found["versions"].get(name),
+            lm_eval=found["lm_eval_version"],
+        )
+    return metrics
+
+
+# ------------------------------------------------------------------------------------- what lm-eval does to its caller
+
+
+@contextmanager
+def _undisturbed(progress: bool) -> Iterator[None]:
+    """Inside, lm-eval prints to stderr, where messages belong, and draws bars only where they are wanted."""
+    with ExitStack() as stack:
+        stack.enter_context(_kept_random_state())
+        stack.enter_context(redirect_stdout(sys.stderr))
+        if not progress:
+            stack.enter_context(_no_bars())
+        yield
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """lm-eval and some tasks seed the global generators; afterwards these go on as if nothing had been."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """lm-eval has no switch for its bars and says itself that they are shown, so they are told when they are made."""
+    original = tqdm.__init__
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **{**kwargs, "disable": True})
+
+    tqdm.__init__ = hidden
+    try:
+        yield
+    finally:
+        tqdm.__init__ = original
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Inside, this logger tells errors alone: it warns of what is done here on purpose."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
