@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ MARK = (
 TAGS = ["modegpt", "compressed", "structured-pruning", "low-rank"]
 TEXT_IDENTITY = ("name", "split", "text_column", "file_sha256")
 """What makes two records of a text the same text; a newer measurement replaces an older one on it."""
+COLUMNS = 88
+"""Of a command on the page."""
 TASK_SETTINGS = ("stderr", "num_fewshot", "samples", "version", "lm_eval")
 """What belongs to the score of a task, as far as it is known."""
 PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "text-classification"}
@@ -282,6 +285,7 @@ def page(found: Contents, blocks: tuple[BlockRanks, ...]) -> dict[str, Any]:
         "parameters": parameters,
         "dtype": str(dtype).removeprefix("torch."),
         "bytes_before": parameters and parameters["total_before"] * dtype.itemsize,
+        "embedded": found.base == DEMO,
         "pipeline": pipeline_tag(found),
         "quantization": (getattr(found.config, "quantization_config", None) or {}).get("quant_method"),
         "auto_class": auto_class(found),
@@ -336,7 +340,7 @@ def compress_command(found: Contents) -> str | None:
     words = ["optimum-cli", "modegpt", "compress", found.base]
     for name, value in (dense_choices(found) | fields).items():
         words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join([*words, "--output", found.name])
+    return shell([*words, "--output", found.name])
 
 
 def compress_call(found: Contents) -> str | None:
@@ -359,6 +363,16 @@ def dense_choices(found: Contents) -> dict[str, Any]:
     """How the dense model was loaded, as far as it is known."""
     loading = {"revision": found.record.get("base_revision"), "dtype": found.record.get("dtype")}
     return {name: value for name, value in loading.items() if value is not None}
+
+
+def shell(words: list[str]) -> str:
+    """A command for a shell, in lines that a page shows whole; a flag stays with its value."""
+    lines = [""]
+    for argument in re.split(r" (?=--)", shlex.join(words)):
+        if len(lines[-1]) + len(argument) > COLUMNS:
+            lines.append("   ")
+        lines[-1] += f" {argument}"
+    return " \\\n".join(lines).strip()
 
 
 def literal(value: Any) -> str:
@@ -391,7 +405,7 @@ def evaluate_commands(found: Contents) -> list[str]:
         words = [] if embedded else ["--dataset", text["name"]]
         words += ["--sequence-length", str(text["sequence_length"])]
         words += ["--max-windows", str(text["windows"])] if text["windows"] < text["available_windows"] else []
-        commands.append(shlex.join([*start, *words]))
+        commands.append(shell([*start, *words]))
     if tasks := found.evaluation.get("tasks"):
-        commands.append(shlex.join([*start, "--tasks", ",".join(tasks)]))
+        commands.append(shell([*start, "--tasks", ",".join(tasks)]))
     return commands
