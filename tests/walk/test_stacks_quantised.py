@@ -15,7 +15,7 @@ from tiny import FAMILIES, compressed, dense, fine_tune, tokenizer, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from optimum_modegpt import InvalidConfig, ModeGPTConfig, ModeGPTQuantizer, UnsupportedModel
+from optimum_modegpt import InvalidConfig, ModeGPTConfig, ModeGPTQuantizer, UnsupportedModel, demo
 from optimum_modegpt.modeling.modegpt_common import Widths
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
@@ -144,7 +144,7 @@ def test_what_four_bits_do_not_fit_stays_in_full_precision(tmp_path: Path) -> No
 @METHOD
 def test_a_quantised_model_is_not_compressed(method: str, tmp_path: Path) -> None:
     dense("llama-mha", hidden_size=128, intermediate_size=192, head_dim=32).save_pretrained(tmp_path)
-    config = ModeGPTConfig(sparsity=0.3)
+    config = ModeGPTConfig(sparsity=0.3, dataset=str(demo.CALIBRATION_TEXT), num_samples=2)
     with pytest.raises(InvalidConfig, match="compress and save first"):
         quantised(tmp_path, method, compression_config=config)
     with pytest.raises(UnsupportedModel, match="is quantised; compress first"):
