@@ -52,7 +52,7 @@ def add(verbs: Any) -> None:
         metavar="N",
         help="windows to take at most; default %(default)s",
     )
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="its peak; default 0.03 / √d_model")
+    parser.add_argument("--learning-rate", type=float, metavar="X", help="its peak; default 0.03 / sqrt(d_model)")
     for flag, kind, text in (
         ("steps", count, "updates of the weights"),
         ("batch-size", count, "windows per step"),
