@@ -246,7 +246,7 @@ def perplexities(found: Contents) -> list[EvalResult]:
             dataset_revision=text.get("revision"),
             dataset_args={key: text[key] for key in ("windows", "sequence_length", "sha256")},
             metric_type="perplexity",
-            metric_value=round(entry["perplexity"], 4),
+            metric_value=entry["perplexity"],
         )
         for entry in found.evaluation.get("texts", [])
         for text in [entry["text"]]
@@ -261,7 +261,7 @@ def task_results(found: Contents) -> list[EvalResult]:
             dataset_type=task,
             dataset_name=task,
             metric_type=metric,
-            metric_value=round(score["value"], 4),
+            metric_value=score["value"],
             metric_args={key: score[key] for key in TASK_SETTINGS if score.get(key) is not None} or None,
         )
         for task, metrics in found.evaluation.get("tasks", {}).items()
