@@ -310,7 +310,7 @@ EDITS: dict[str, tuple[Any, str]] = {
     "no record": (lambda c: c.pop("modegpt"), "no `modegpt` record"),
     "no widths": (lambda c: c.pop("per_layer_config"), "qk_head_dim is None"),
     "text for widths": (lambda c: c.update(per_layer_config="x"), "cannot be loaded"),
-    "no heads": (lambda c: c.update(num_attention_heads=0), "config.json and the weights disagree"),
+    "no heads": (lambda c: c.update(num_attention_heads=0), "num_attention_heads is 0"),
     "other width": (lambda c: c["per_layer_config"]["0"].update(intermediate_size=31), "config.json and the weights"),
     "fewer blocks": (
         lambda c: c.update(num_hidden_layers=1, per_layer_config={"0": c["per_layer_config"]["0"]}),

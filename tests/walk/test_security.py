@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import resource
 import shlex
 import shutil
 import struct
@@ -199,27 +200,36 @@ SIZES = {
     "opt": (*_COMMON, "ffn_dim", "word_embed_proj_dim"),
     "qwen2": (*_COMMON, "num_key_value_heads", "intermediate_size"),
 }
+HARMLESS = {"max_position_embeddings": (33, 10**9), "num_labels": (33,)}
+"""No tensor's size: a rotary table has no rows, and a language model no labels. OPT's positions are a table."""
 HOSTILE = (10**12, 10**9, 0, -4, 33, "32", 32.0, float("nan"), float("inf"), True, [32], {"a": 1})
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, no more than `MEMORY` bytes of Python objects are made, and no tensor is allocated in a hostile size."""
+    """Inside, at most `MEMORY` bytes of Python objects are made, and a tensor of a gigabyte is a RuntimeError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
     tracemalloc.start()
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, limits[1]))
     try:
         yield
         assert tracemalloc.get_traced_memory()[1] < MEMORY
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         tracemalloc.stop()
+
+
+def test_the_bound_is_real() -> None:
+    with bounded(), pytest.raises(RuntimeError, match="alloc"):
+        torch.empty(2**31, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in SIZES.items() for field in fields])
 def test_hostile_sizes(name: str, field: str, root: Path, tmp_path: Path) -> None:
     folder = copy_of(root, name, tmp_path / "model")
     for value in HOSTILE:
-        # A rotary table has no rows, and a language model no labels: these say nothing of a tensor's size.
-        fits = field in ("max_position_embeddings", "num_labels") and name != "opt" and value in (33, 10**9)
-        fits = (fits and (field, value) != ("num_labels", 10**9)) or (field, value) == ("num_labels", 33)
+        fits = value in HARMLESS.get(field, ()) and (name, field) != ("opt", "max_position_embeddings")
         expectation = contextlib.nullcontext() if fits else pytest.raises(Exception, match=r"config|alidation|must be")
         with bounded(), expectation as caught:
             AutoModelForCausalLM.from_pretrained(edit(folder, **{field: value}))
