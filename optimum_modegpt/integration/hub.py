@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import CONFIG_NAME, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from optimum_modegpt.errors import OutputError, UploadError
 from optimum_modegpt.integration.card import CARD, REPORT, is_ours, write_card
@@ -179,7 +179,7 @@ def _named_files(folder: Path) -> set[Path]:
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     code = {folder / f"{name.partition('.')[0]}.py" for name in config["auto_map"].values()}
     needed = {Path(other) for file in code if file.is_file() for other in get_relative_import_files(file)}
-    return code | needed | set(weight_files(folder))
+    return code | needed | set(weight_files(folder) or [folder / SAFE_WEIGHTS_NAME])
 
 
 def _reason(error: Exception) -> str:

@@ -45,6 +45,8 @@ def failure(call, *arguments, **options):
         call(*arguments, **options)
     except Exception as error:
         return [type(error).__name__, str(error)]
+def continued(pipe):
+    return pipe("a", max_new_tokens=2, do_sample=False)[0]["generated_text"]
 def load(key, name, **options):
     model = AutoModelForCausalLM.from_pretrained(name, **options)
     with torch.no_grad():
@@ -58,7 +60,9 @@ Path(given["found"]).write_text(json.dumps(found))
 """
 
 PUSH = """
+import contextlib, io
 from optimum_modegpt import ModeGPTQuantizer
+from optimum_modegpt.integration import cli
 model, tokenizer = load("here", given["folder"]), AutoTokenizer.from_pretrained(given["folder"])
 tokenizer.push_to_hub("user/small")  # with the template of transformers as its card
 model.push_to_hub("user/small", tags=["mine"], commit_message="Smaller")
@@ -81,6 +85,9 @@ with torch.no_grad():
     again.get_input_embeddings().weight.mul_(3)
 again.save_pretrained(given["changed"])
 load("changed", given["changed"]).push_to_hub("user/changed")
+with contextlib.redirect_stderr(io.StringIO()) as printed:
+    found["code"] = cli.main(given["never"])
+found["command"] = printed.getvalue()
 quantizer = ModeGPTQuantizer(given["recipe"])
 small = quantizer.quantize_model(AutoModelForCausalLM.from_pretrained("user/dense"), progress=False)
 with torch.no_grad():
@@ -101,7 +108,7 @@ load("private", "user/private")
 load("quantized", "user/quantized")
 found["private"] = failure(load, "none", "user/private", token=False)
 found["tokens"] = AutoTokenizer.from_pretrained("user/small")("a b").input_ids
-found["text"] = pipeline("text-generation", model="user/small")("a", max_new_tokens=2, do_sample=False)[0]["generated_text"]
+found["text"] = continued(pipeline("text-generation", model="user/small"))
 found["files"] = sorted(path.name for path in Path(snapshot_download("user/small")).iterdir())
 with contextlib.redirect_stdout(io.StringIO()) as printed:
     found["code"] = cli.main(["inspect", "user/sharded"])
@@ -111,7 +118,7 @@ found["inspect"] = printed.getvalue()
 OFFLINE = """
 load("small", "user/small")
 found["tokens"] = AutoTokenizer.from_pretrained("user/small")("a b").input_ids
-found["text"] = pipeline("text-generation", model="user/small")("a", max_new_tokens=2, do_sample=False)[0]["generated_text"]
+found["text"] = continued(pipeline("text-generation", model="user/small"))
 """
 
 REMOTE = """
@@ -121,8 +128,7 @@ model = load("small", "user/small", trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 load("changed", "user/changed", trust_remote_code=True)
 load("pull request", "user/small", revision="refs/pr/1", trust_remote_code=True)
-made = pipeline("text-generation", model="user/small", trust_remote_code=True)("a", max_new_tokens=2, do_sample=False)
-found["text"] = made[0]["generated_text"]
+found["text"] = continued(pipeline("text-generation", model="user/small", trust_remote_code=True))
 """
 
 
@@ -215,9 +221,10 @@ def pushed(hub: Hub, clients: Clients, dense: str, text: Path) -> tuple[dict[str
     kept = hub.create("user/kept")
     kept.commit("main", kept.files() | {"README.md": Blob(b"# Mine\n", False)})
     hub.refused.add("user/refused")
-    given = {"folder": folder, "saved": root / "saved", "changed": root / "changed"}
+    folders = {"folder": str(folder), "saved": str(root / "saved"), "changed": str(root / "changed")}
+    never = clients.compress("user/never", text, "--token", "wrong")[3:]
     recipe = RECIPE | {"dataset": str(text)}
-    return clients.python(PUSH, "pusher", given={key: str(path) for key, path in given.items()} | {"recipe": recipe})
+    return clients.python(PUSH, "pusher", given=folders | {"never": never, "recipe": recipe})
 
 
 def card_of(hub: Hub, repo: str, revision: str = "main") -> str:
@@ -350,13 +357,18 @@ def test_a_refused_upload_keeps_the_folder_and_says_how_to_go_on(
     assert load(hub.repos["user/refused"].files()["model.safetensors"].data).keys()
 
 
-def test_what_cannot_work_is_refused_before_anything_is_made(hub: Hub, pushed: tuple[dict[str, Any], Any]) -> None:
+def test_what_cannot_work_is_refused_before_anything_is_made(
+    hub: Hub, clients: Clients, pushed: tuple[dict[str, Any], Any]
+) -> None:
     found = pushed[0]
     assert {found[key][0] for key in ("wrong name", "of another", "wrong token")} == {"OutputError"}
     assert "'user/..wrong'" in found["wrong name"][1]
     assert "--create-pr" in found["of another"][1]
     assert "Invalid user token" in found["wrong token"][1]
-    assert not hub.repos.keys() & {"user/..wrong", "other/small", "user/new"}
+    assert found["code"] == 2
+    assert found["command"] == "error: nothing can be pushed to 'user/never': Invalid user token.\n"
+    assert not hub.repos.keys() & {"user/..wrong", "other/small", "user/new", "user/never"}
+    assert not (clients.root / "user-never").exists()
 
 
 def test_the_command_uploads(hub: Hub, clients: Clients, dense: str, text: Path) -> None:
@@ -370,17 +382,6 @@ def test_the_command_uploads(hub: Hub, clients: Clients, dense: str, text: Path)
     assert all(files[path.name].data == path.read_bytes() for path in folder.iterdir())
     record = load_config(Source(str(folder))).modegpt
     assert (record["base_model"], record["base_revision"]) == ("user/dense", dense)
-
-
-def test_the_command_refuses_an_upload_that_cannot_work_before_the_work(
-    clients: Clients, text: Path, dense: str
-) -> None:
-    done = clients.run(clients.compress("user/never", text), "command", token=None)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "error: nothing can be pushed to 'user/never': " in done.stderr
-    assert "hf auth login" in done.stderr
-    assert not (clients.root / "user-never").exists()
 
 
 def test_a_dropped_connection_keeps_the_folder_and_says_how_to_go_on(
