@@ -1,4 +1,4 @@
-"""What the README shows runs, and what it claims stands in the result files."""
+"""What the README shows runs, and what it claims stands in the result files and on the cards."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from tiny import dense, tokenizer
 
+from optimum_modegpt.integration.card import write_card
+
 ROOT = Path(__file__).parents[2]
+CARDS = sorted((ROOT / "model_cards").iterdir())
+CARD_SPARSITY = 0.3
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -74,9 +80,51 @@ def test_the_results_are_those_of_the_files() -> None:
         assert shown == expected_cells(name, int(percent) / 100), (name, percent)
 
 
+def test_every_model_of_the_table_has_a_card() -> None:
+    assert {name for name, _, _ in ROW.findall(README)} == {folder.name for folder in CARDS}
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
+def test_a_card_is_written_from_the_files_beside_it(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "card"))
+    (copy / "README.md").unlink()
+    assert write_card(copy).read_bytes() == (folder / "README.md").read_bytes()
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
+def test_card_results_and_readme_agree(folder: Path) -> None:
+    shown = {(name, percent): cells.split(" | ") for name, percent, cells in ROW.findall(README)}
+    cells = [cell.strip(" *") for cell in shown[folder.name, f"{CARD_SPARSITY:.0%}".rstrip("%")]]
+    results = read(folder / "results.json")
+    (row,) = (r for r in results["results"] if (r["recipe"], r["sparsity"]) == ("default", CARD_SPARSITY))
+    card: Any = ModelCard.load(folder / "README.md")
+    (measured,) = card.data.eval_results
+    dense_perplexity, perplexity = cells[0], cells[-2]
+    assert f"{measured.metric_value:.2f}" == f"{row['perplexity']:.2f}" == perplexity
+    assert f"| **{perplexity}** | {dense_perplexity} |" in card.text
+    assert f"perplexity {dense_perplexity} → {perplexity} on" in card.text
+    assert (measured.dataset_name, measured.dataset_args["windows"]) == (results["evaluation"], results["max_windows"])
+    report = read(folder / "report.json")
+    assert report["requested_sparsity"] == row["sparsity"]
+    assert report["achieved_sparsity"] == pytest.approx(row["removed"])
+    assert report["calibration"]["sha256"] == row["calibration"]["sha256"]
+    assert report["config"]["round_to"] == results["round_to"]
+
+
+@pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
+def test_cards_tell_nothing_of_the_machine_they_were_made_on(folder: Path) -> None:
+    for path in folder.iterdir():
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        assert not re.search(r"""(^|[\s"'`=(,])(/|~/|[A-Z]:\\)(home|root|tmp|work|opt|usr|mnt|Users)\b""", text), path
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def expected_cells(name: str, sparsity: float) -> list[str]:
     """The numbers of a README row from the result file, formatted as the README has them."""
-    data: dict[str, Any] = json.loads((ROOT / "model_cards" / name / "results.json").read_text(encoding="utf-8"))
+    data = read(ROOT / "model_cards" / name / "results.json")
     found = {row["recipe"]: row["perplexity"] for row in data["results"] if row["sparsity"] == sparsity}
     published = min(value for recipe, value in found.items() if recipe.startswith("paper"))
     columns = [found["paper ε 0.05"], found["paper ε 0.1"], published, found["MLP only"], found["default, no refit"]]
