@@ -6,6 +6,10 @@ keyword `compression_config` of `from_pretrained` (not where the environment set
 
 from importlib.metadata import version
 
+from optimum_modegpt.comparison.compare import Comparison, compare
+from optimum_modegpt.comparison.monitor import CanaryMonitor
+from optimum_modegpt.comparison.page import comparison_page
+from optimum_modegpt.comparison.thresholds import Thresholds
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import (
     AlreadyCompressed,
@@ -18,18 +22,16 @@ from optimum_modegpt.errors import (
     UnsupportedModel,
     UploadError,
 )
-from optimum_modegpt.evaluation.comparison import Comparison, compare
-from optimum_modegpt.evaluation.comparison_page import comparison_page
 from optimum_modegpt.evaluation.fidelity import Fidelity, fidelity
-from optimum_modegpt.evaluation.monitor import CanaryMonitor
+from optimum_modegpt.evaluation.harness import harness, load_tasks
 from optimum_modegpt.evaluation.perplexity import Perplexity, perplexity
-from optimum_modegpt.evaluation.thresholds import Thresholds
 from optimum_modegpt.integration.adapters import register_targets
 from optimum_modegpt.integration.auto import ModeGPTModelForCausalLM, install_keyword
 from optimum_modegpt.integration.hf_quantizer import register
 from optimum_modegpt.integration.hub import install_companion
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.plot import plot_ranks
+from optimum_modegpt.recovery import Recovery, RecoveryConfig, recover
 from optimum_modegpt.report import Report
 
 __version__ = version("optimum-modegpt")
@@ -49,6 +51,8 @@ __all__ = [
     "NumericalError",
     "OutputError",
     "Perplexity",
+    "Recovery",
+    "RecoveryConfig",
     "Report",
     "Thresholds",
     "UnsupportedModel",
@@ -57,8 +61,11 @@ __all__ = [
     "compare",
     "comparison_page",
     "fidelity",
+    "harness",
+    "load_tasks",
     "perplexity",
     "plot_ranks",
+    "recover",
 ]
 
 register()

@@ -479,10 +479,12 @@ class ModeGPTModelMixin(Dense):
         save = super().save_pretrained
         return save(*args, **kwargs) if self.companion is None else self.companion.save(self, save, *args, **kwargs)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+    def _push(self, repo_id: str, **kwargs: Any) -> Any:
         """As every model's; where optimum_modegpt is imported, with its report and model card."""
         push = super().push_to_hub
-        return push(*args, **kwargs) if self.companion is None else self.companion.push(self, *args, **kwargs)
+        return push(repo_id, **kwargs) if self.companion is None else self.companion.push(self, repo_id, **kwargs)
+
+    push_to_hub: Any = _push  # for transformers it is a variable too
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """The step before what a checkpoint lacks is made up: refused here, in time, as its size is the config's word.

@@ -21,7 +21,7 @@ LAYERS = (
     ("methods",),
     ("compress",),
     ("evaluation", "export", "plot", "demo"),
-    ("recovery",),
+    ("comparison", "recovery"),
     ("integration",),
     ("__init__", "__main__"),
 )

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optimum_modegpt.comparison.compare import distances
+from optimum_modegpt.comparison.thresholds import Check, Thresholds
 from optimum_modegpt.errors import EvaluationError, InvalidConfig
-from optimum_modegpt.evaluation.comparison import distances
 from optimum_modegpt.evaluation.fidelity import check_vocabularies
-from optimum_modegpt.evaluation.thresholds import Check, Thresholds
 
 logger = logging.getLogger(__name__)
 

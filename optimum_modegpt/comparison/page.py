@@ -10,12 +10,12 @@ from pathlib import Path
 import jinja2
 import torch
 
-from optimum_modegpt.evaluation import charts, comparison_table
-from optimum_modegpt.evaluation.charts import Chart
-from optimum_modegpt.evaluation.comparison import Comparison, PromptComparison, Written
-from optimum_modegpt.evaluation.thresholds import Check
+from optimum_modegpt.comparison import charts, table
+from optimum_modegpt.comparison.charts import Chart
+from optimum_modegpt.comparison.compare import Comparison, PromptComparison, Written
+from optimum_modegpt.comparison.thresholds import Check
 
-TEMPLATE = "comparison_page.html.jinja"
+TEMPLATE = "page.html.jinja"
 OPENED = 5
 """Worst prompts that are shown unfolded."""
 
@@ -41,14 +41,14 @@ def comparison_page(found: Comparison, checks: Sequence[Check], model: str, refe
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["milliseconds"] = comparison_table.milliseconds
+    environment.filters["milliseconds"] = table.milliseconds
     return environment.get_template(TEMPLATE).render(
         found=found,
         checks=checks,
         model=model,
         reference=reference,
-        rows=comparison_table.rows(found),
-        extent=comparison_table.extent(found),
+        rows=table.rows(found),
+        extent=table.extent(found),
         charts=_charts(found, checks),
         prompts=[(record, *_sides(record)) for record in found.worst_first()],
         opened=OPENED,

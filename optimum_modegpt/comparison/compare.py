@@ -23,10 +23,12 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from optimum_modegpt.comparison.greedy import Continuation, continuation, stops_of
+from optimum_modegpt.comparison.prompts import EncodedPrompt, Prompt, encode
+from optimum_modegpt.comparison.table import table
+from optimum_modegpt.comparison.thresholds import Check, Thresholds
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.evaluation.comparison_table import table
 from optimum_modegpt.evaluation.fidelity import agreement, check_vocabularies, divergence
-from optimum_modegpt.evaluation.greedy import Continuation, continuation, stops_of
 from optimum_modegpt.evaluation.perplexity import (
     by_position,
     check_ids,
@@ -36,8 +38,6 @@ from optimum_modegpt.evaluation.perplexity import (
     nats_of,
     targets,
 )
-from optimum_modegpt.evaluation.prompts import EncodedPrompt, Prompt, encode
-from optimum_modegpt.evaluation.thresholds import Check, Thresholds
 from optimum_modegpt.report import count_parameters
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optimum_modegpt.evaluation.comparison import Comparison
+    from optimum_modegpt.comparison.compare import Comparison
 
 
 @dataclass(frozen=True)
