@@ -10,12 +10,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -82,6 +84,12 @@ class Hub:
         repo = self.repos[name] = Repo(private)
         repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)})
         return repo
+
+    def environment(self, home: Path, *, token: str | None = "secret", **more: str) -> dict[str, str]:
+        """What a client's process sees: this Hub, a cache of its own, and the token of whoever is logged in."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        given = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+        return kept | given | ({} if token is None else {"HF_TOKEN": token}) | more
 
     def asked(self, pattern: str) -> list[str]:
         """The requests that match."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -138,12 +137,6 @@ class Clients:
     def __init__(self, hub: Hub, root: Path) -> None:
         self.hub, self.root = hub, root
 
-    def environment(self, home: str, *, token: str | None = "secret", **more: str) -> dict[str, str]:
-        """What a client sees: the Hub, a cache of its own, and the token of whoever is logged in."""
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        given = {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.root / home), "HF_HUB_DISABLE_XET": "1"}
-        return kept | given | ({} if token is None else {"HF_TOKEN": token}) | more
-
     def python(
         self, script: str, home: str, *, hidden: bool = False, given: Mapping[str, Any] | None = None, **more: Any
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -161,7 +154,7 @@ class Clients:
         return subprocess.run(
             words,
             cwd=self.root,
-            env=self.environment(home, **more),
+            env=self.hub.environment(self.root / home, **more),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -206,7 +199,7 @@ def dropped(hub: Hub, clients: Clients, dense: str, text: Path) -> Iterator[subp
     """A compression whose upload is cut off; the Hub's library tries it for half a minute, so it starts first."""
     hub.dropped.add("user/dropped")
     words = clients.compress("user/dropped", text)
-    environment = clients.environment("dropped")
+    environment = hub.environment(clients.root / "dropped")
     with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -13,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub import serving
 from huggingface_hub import ModelCard
 from tiny import dense, tokenizer
 
+from optimum_modegpt.integration import cli
 from optimum_modegpt.integration.card import write_card
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,17 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 SHELL = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 HUB_NAME = "Qwen/Qwen2.5-1.5B"
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {data}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{text}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+"""
 ROW = re.compile(r"^\| (\S+) +\| (\d+) % \| (.+?) \|$", re.MULTILINE)
 
 
@@ -39,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_python_runs_as_printed(folder: Path) -> None:
-    first, second = PYTHON
+    first, second, third = PYTHON
     data = f'dataset="{folder}/text.txt", num_samples=8, sequence_length=32'
     first = first.replace(HUB_NAME, str(folder / "dense")).replace("sparsity=0.3", f"sparsity=0.3, {data}")
     second = second.replace('dataset="my_text.txt"', data)
@@ -47,24 +59,41 @@ def test_the_python_runs_as_printed(folder: Path) -> None:
     assert data in second
     loading = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(folder / 'dense')!r})\n"
+        f"model, reference = (AutoModelForCausalLM.from_pretrained({str(folder / 'dense')!r}) for _ in range(2))\n"
         f"tokenizer = AutoTokenizer.from_pretrained({str(folder / 'dense')!r})\n"
     )
-    result = run([sys.executable, "-c", first + loading + second], folder)
+    with serving() as hub:
+        result = run([sys.executable, "-c", first + loading + second + third], folder, hub.environment(folder / "home"))
+        assert (
+            "modegpt" in ModelCard(hub.repos["user/qwen-modegpt-30"].files("main")["README.md"].data.decode()).data.tags
+        )
     assert "removed" in result.stdout
+    assert "MonitorSummary(requests=1" in result.stdout
     assert (folder / "qwen-modegpt-30" / "config.json").is_file()
     assert (folder / "small" / "report.json").is_file()
 
 
-def test_the_shell_commands_run_as_printed(folder: Path) -> None:
-    (commands,) = (block for block in SHELL if block.startswith("optimum-cli"))
+def test_the_shell_commands_run_as_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "prompts.txt").write_text("The river\nA long text\n", encoding="utf-8")
+    (folder / "task.jsonl").write_text('{"text": "The", "choices": [" river", " text"], "answer": 0}\n' * 4)
+    for name in ("arc_easy", "hellaswag"):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=folder / "task.jsonl"))
     text = f"--dataset {folder}/text.txt --sequence-length 32"
-    for command in commands.strip().splitlines():
-        program, *words = command.replace(HUB_NAME, str(folder / "dense")).split()
-        verb = words[1]
-        extra = {"compress": f"{text} --num-samples 8", "evaluate": f"{text} --max-windows 8"}.get(verb, "")
-        run([str(Path(sys.executable).with_name(program)), *words, *extra.split()], folder)
-    assert (folder / "qwen-small" / "report.json").is_file()
+    extra = {
+        "compress": f"{text} --num-samples 8",
+        "evaluate": f"{text} --max-windows 8",
+        "compare": "--max-new-tokens 4 --max-kl 100",
+        "recover": f"{text} --num-samples 40 --steps 20",
+    }
+    for block in (block for block in SHELL if block.startswith("optimum-cli")):
+        for command in block.strip().splitlines():
+            _, _, verb, *words = command.replace(HUB_NAME, str(folder / "dense")).replace("--max-kl 0.2", "").split()
+            tasks = ["--include-path", str(folder)] * ("--tasks" in words)
+            assert cli.main([verb, *words, *tasks, *extra.get(verb, "").split()]) == 0, command
+    names = {path.name for path in folder.iterdir()}
+    assert {"qwen-small", "qwen-recovered", "compare.html"} <= names
+    assert {"report.json", "evaluation.json", "README.md"} <= {path.name for path in (folder / "qwen-small").iterdir()}
 
 
 def test_the_readme_has_the_two_commands() -> None:
@@ -133,9 +162,8 @@ def expected_cells(name: str, sparsity: float) -> list[str]:
     return [f"{value:.2f}" for value in (dense_perplexity, *columns, found["default"], share)]
 
 
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a command offline in `folder`, where it must succeed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command in `folder`, where it must succeed."""
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
