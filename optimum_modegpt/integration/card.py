@@ -52,6 +52,7 @@ class Contents:
     evaluation: dict[str, Any]
     weight_bytes: int | None
     has_tokenizer: bool
+    repo_id: str | None = None
 
     @property
     def record(self) -> dict[str, Any]:
@@ -80,11 +81,11 @@ class Contents:
         return f"{base}-modegpt" + ("" if self.sparsity is None else f"-{self.sparsity:.0%}".rstrip("%"))
 
 
-def write_card(folder: Path) -> Path:
+def write_card(folder: Path, repo_id: str | None = None) -> Path:
     """Writes README.md into the folder of a compressed model, and `ranks.png` where matplotlib is installed.
 
     The card says what config.json, report.json, evaluation.json and the weight files say. A README.md that is not
-    ours is left alone. Returns the path of README.md.
+    ours is left alone. Where `repo_id` is known, its code names it. Returns the path of README.md.
 
     Raises:
         UnsupportedModel: the folder holds no compressed model.
@@ -93,7 +94,7 @@ def write_card(folder: Path) -> Path:
     path = folder / CARD
     if path.is_file() and not is_ours(path.read_text(encoding="utf-8")):
         return path
-    found = read(folder)
+    found = dataclasses.replace(read(folder), repo_id=repo_id)
     blocks = block_ranks(found.config)
     if importlib.util.find_spec("matplotlib") is not None:
         draw(found, blocks, folder / PICTURE)
@@ -406,6 +407,11 @@ def evaluate_commands(found: Contents) -> list[str]:
         words += ["--sequence-length", str(text["sequence_length"])]
         words += ["--max-windows", str(text["windows"])] if text["windows"] < text["available_windows"] else []
         commands.append(shell([*start, *words]))
-    if tasks := found.evaluation.get("tasks"):
-        commands.append(shell([*start, "--tasks", ",".join(tasks)]))
+    by_examples: dict[Any, list[str]] = {}
+    for task, metrics in found.evaluation.get("tasks", {}).items():
+        examples = next((score.get("num_fewshot") for score in metrics.values()), None)
+        by_examples.setdefault(examples, []).append(task)
+    for examples, tasks in by_examples.items():
+        words = [] if examples is None else ["--num-fewshot", str(examples)]
+        commands.append(shell([*start, "--tasks", ",".join(tasks), *words]))
     return commands

@@ -92,7 +92,7 @@ class Upload:
             KeyboardInterrupt: interrupted; the message says the same.
         """
         check_complete(folder)
-        if is_ours(write_card(folder).read_text(encoding="utf-8")):
+        if is_ours(write_card(folder, self.repo_id).read_text(encoding="utf-8")):
             self._tag(folder / CARD)
         api = HfApi(token=self.token)
         try:
