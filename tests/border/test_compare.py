@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -264,6 +265,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path, models: tuple[PreTrainedMode
         ("p.jsonl", '{"messages": "a"}\n{"messages": []}', "line 1|line 2"),
         ("p.json", '{"prompt": "a"}', "expected a list, found dict"),
         ("p.json", "[3]", "item 1: expected"),
+        ("p.json", "[" * 200_000, "nested too deep"),
         ("p.txt", None, "cannot be read as prompts"),
     ],
 )
@@ -332,6 +334,53 @@ def test_exit_codes(
     assert "for 80.0 % write 0.8" in capsys.readouterr().err
     assert cli.main(["compare", *map(str, folders)]) == 2
     assert "--prompts is missing" in capsys.readouterr().err
+
+
+def test_a_broken_configuration_is_told_before_any_work(
+    folders: list[Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in range(2):
+        pair = [*folders]
+        pair[place] = shutil.copytree(folders[place], tmp_path / f"broken{place}")
+        config = json.loads((pair[place] / "config.json").read_text())
+        (pair[place] / "config.json").write_text(json.dumps({**config, "attention_bias": "x"}))
+        assert run(pair, prompts, "--max-kl", 9) == 2
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        assert f"broken{place}' cannot be loaded" in errors
+
+
+def test_what_was_measured_is_kept_where_a_limit_cannot_be_judged(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.txt").write_text("x\n")
+    files = ["--json", tmp_path / "all.json", "--html", tmp_path / "page.html"]
+    assert run(folders, tmp_path / "one.txt", "--max-perplexity-ratio", 2, *files) == 2
+    printed = capsys.readouterr()
+    assert "needs prompts of at least two tokens" in printed.err
+    assert "KL divergence" in printed.out
+    assert json.loads((tmp_path / "all.json").read_text())["kl"] > 0
+    assert "No threshold was judged" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_run_names_the_file_that_stays(
+    folders: list[Path],
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    to_dict, file = PromptComparison.to_dict, tmp_path / "records.jsonl"
+
+    def interrupted(record: PromptComparison) -> dict[str, Any]:
+        if record.index == 2:
+            raise KeyboardInterrupt
+        return to_dict(record)
+
+    monkeypatch.setattr(PromptComparison, "to_dict", interrupted)
+    assert run(folders, prompts, "--jsonl", file) == 130
+    assert capsys.readouterr().err.endswith(f"interrupted; {file} holds the prompts that were measured.\n")
+    assert len(file.read_text().splitlines()) == 2
 
 
 def test_no_file_is_written_over_another(
@@ -413,7 +462,7 @@ def test_the_page_says_what_was_found(found: Comparison) -> None:
     assert places == sorted(places)
     assert page.tags.count("mark") == 2 * sum(record.parting_character is not None for record in worst)
     assert "nan" not in re.sub(r"<(p|span)[^>]*>.*?</\1>", "", text, flags=re.DOTALL)
-    assert "No thresholds were set" in comparison_page(found, (), model="small", reference="dense")
+    assert "No threshold was judged" in comparison_page(found, (), model="small", reference="dense")
 
 
 @pytest.mark.parametrize("prompts", [["x"], ["the ferry", "the ferry"]])
