@@ -176,11 +176,35 @@ def test_costs_are_those_of_each_model() -> None:
     assert found.costs.peak_device_bytes is None  # a CPU's allocator does not tell
 
 
-def test_both_are_greedy_whatever_their_generation_configs_say(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+GENERATION: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 9.0,
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": [*range(3, 200)],
+    "sequence_bias": [[[97], 50.0]],
+    "bad_words_ids": [[98]],
+    "min_new_tokens": NEW,
+    "num_beams": 4,
+    "stop_strings": ["a"],
+    "penalty_alpha": 0.6,
+    "prompt_lookup_num_tokens": 2,
+    "assistant_early_exit": 1,
+    "token_healing": True,
+    "cache_implementation": "static",
+}
+
+
+@pytest.mark.parametrize("setting", GENERATION)
+def test_both_are_greedy_whatever_their_generation_configs_say(
+    setting: str, models: tuple[PreTrainedModel, PreTrainedModel]
+) -> None:
     model = dense("llama-gqa-tied")
-    model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=3.0, no_repeat_ngram_size=1)
+    own: Any = model.generation_config
+    setattr(own, setting, GENERATION[setting])
     found = compare(model, models[1], tokenizer(), PROMPTS, max_new_tokens=NEW)
     assert found.equal_continuations == len(PROMPTS)
+    assert model.generation_config is own
 
 
 @pytest.mark.parametrize(
