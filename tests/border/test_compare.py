@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import logging
 import math
@@ -11,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ import torch
 from checkpoints import save_dense
 from tiny import compressed, dense, tokenizer, tokens
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from optimum_modegpt import (
     CanaryMonitor,
@@ -28,6 +31,7 @@ from optimum_modegpt import (
     EvaluationError,
     InvalidConfig,
     Thresholds,
+    UnsupportedModel,
     compare,
     comparison_page,
     fidelity,
@@ -644,6 +648,101 @@ def test_the_recent_mean_is_exponentially_weighted(models: tuple[PreTrainedModel
     weights = [0.5 ** (3 - index) for index in range(4)]
     expected = sum(w * record["kl"] for w, record in zip(weights, records, strict=True)) / sum(weights)
     assert monitor.summary().recent_kl == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("given", ["argument", "config", "positional"])
+def test_stop_tokens_of_a_call_end_the_answer(given: str, models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, ids = models[0], tokens(3, 6)
+    flags: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    free = model.generate(ids, eos_token_id=None, **flags)
+    stops: dict[str, Any] = {"eos_token_id": [int(free[0, 8])], "pad_token_id": 5}
+    expected = [row.index(stops["eos_token_id"][0]) + 1 for row in free[:, 6:].tolist() if free[0, 8] in row]
+    assert expected[0] <= 3
+    records: list[dict[str, Any]] = []
+    with CanaryMonitor(*models, fraction=1, sink=records.append) as monitor, monitor.watching():
+        config = GenerationConfig(**stops, **flags)
+        if given == "argument":
+            model.generate(ids, **stops, **flags)
+        elif given == "config":
+            model.generate(ids, generation_config=config)
+        else:
+            model.generate(ids, config)
+        monitor.observe(ids, model.generate(ids, config), generation_config=config)
+    lengths = [record["answer_tokens"] for record in records]
+    assert [length for length in lengths if length < 12] == expected * 3
+    assert len(lengths) == 9
+
+
+def test_padding_behind_a_stop_string_is_no_answer(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, ids = models[0], tokens(3, 6)
+    flags: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 5}
+    free = model.generate(ids, **flags)[:, 6:]
+    stop = tokenizer().decode(free[0, 2])
+    records: list[dict[str, Any]] = []
+    with CanaryMonitor(*models, fraction=1, sink=records.append) as monitor, monitor.watching():
+        model.generate(ids, stop_strings=[stop], tokenizer=tokenizer(), **flags)
+    assert records[0]["answer_tokens"] == free[0].tolist().index(free[0, 2]) + 1
+
+
+def test_several_watch_one_model_and_end_in_any_order(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, ids = models[0], tokens(1, 6)
+    with CanaryMonitor(*models, fraction=1) as first, CanaryMonitor(*models, fraction=1) as second:
+        one, other = first.watching(), second.watching()
+        one.__enter__()
+        other.__enter__()
+        model.generate(ids, max_new_tokens=2)
+        one.__exit__(None, None, None)
+        model.generate(ids, max_new_tokens=2)
+        other.__exit__(None, None, None)
+        assert "generate" not in vars(model)
+        model.generate(ids, max_new_tokens=2)
+    assert (first.summary().requests, second.summary().requests) == (1, 2)
+
+
+def test_a_wrapper_that_came_later_stays(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model: Any = models[0]
+    with CanaryMonitor(*models, fraction=1) as monitor:
+        with monitor.watching():
+            watched = model.generate
+            later = model.generate = functools.partial(watched, max_new_tokens=2)
+        assert model.generate is later
+        assert model.generate(tokens(1, 6)).shape == (1, 8)
+        del model.generate
+    assert monitor.summary().requests == 0
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_monitor_that_is_dropped_ends(at_work: bool) -> None:
+    model, reference, ids = dense("llama-gqa-tied"), dense("llama-gqa-tied"), tokens(1, 8)
+    began, hold = threading.Event(), threading.Event()
+
+    def sink(record: dict[str, Any]) -> None:
+        began.set()
+        hold.wait(30)
+
+    monitor = CanaryMonitor(model, reference, fraction=1, queue_size=2, sink=sink)
+    thread, seen = monitor._thread, weakref.ref(model)
+    if at_work:
+        for _ in range(4):
+            monitor.observe(ids[:, :4], ids)
+        began.wait(30)
+    del monitor, model, reference
+    hold.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_tables_that_a_forward_pass_changes_are_refused(kind: str) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, **factors}
+    changing, fixed = dense("llama-gqa-tied", rope_parameters=rope), dense("llama-gqa-tied")
+    with pytest.raises(UnsupportedModel, match=f"the served model has rotary embeddings of type {kind}"):
+        CanaryMonitor(changing, fixed)
+    with pytest.raises(UnsupportedModel, match=f"the reference has rotary embeddings of type {kind}"):
+        CanaryMonitor(fixed, changing)
 
 
 def test_what_cannot_be_watched_is_refused(models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path) -> None:
