@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import shutil
@@ -20,8 +19,8 @@ from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from optimum_modegpt.errors import OutputError, UploadError
-from optimum_modegpt.integration.card import CARD, REPORT, is_ours, write_card
-from optimum_modegpt.integration.headers import weight_bytes, weight_files
+from optimum_modegpt.integration.card import CARD, is_ours, save_report, write_card
+from optimum_modegpt.integration.headers import weight_files
 from optimum_modegpt.integration.output import is_own
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 
@@ -211,9 +210,12 @@ class Companion:
         save_plainly(folder, is_main_process, state_dict, False, *args, **kwargs)
         if not is_main_process or not (folder / CONFIG_NAME).is_file():  # of an adapter only the adapter is saved
             return
-        if KEPT_REPORT in vars(model):
-            dataclasses.replace(vars(model)[KEPT_REPORT], weight_bytes=weight_bytes(folder)).save(folder / REPORT)
-        write_card(folder)
+        try:
+            if KEPT_REPORT in vars(model):
+                vars(model)[KEPT_REPORT] = save_report(folder, vars(model)[KEPT_REPORT])
+            write_card(folder)
+        except Exception as error:  # of whatever lies in the folder: the model is saved, and hours of training go on
+            logger.warning("%s is saved, but not its card: %s: %s", folder, type(error).__name__, error)
         if push_to_hub:
             Upload(**{"repo_id": folder.resolve().name, "tags": tuple(model.model_tags or ()), **hub}).push(folder)
 
