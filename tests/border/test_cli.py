@@ -97,6 +97,13 @@ def test_the_command_gives_the_quantizers_model(checkpoint: Path, compressed: Pa
         assert torch.equal(reloaded(tokens()).logits, model(tokens()).logits)
 
 
+def test_a_loaded_model_needs_its_folder_no_more(text: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_dense(tmp_path / "gone"))
+    shutil.rmtree(tmp_path / "gone")
+    ModeGPTQuantizer(dataset=str(text), tokenizer=tokenizer(), **RECIPE).quantize_model(model, progress=False)
+    assert model.config.modegpt["base_model"] == "gone"
+
+
 def test_dtype_is_that_of_the_weights(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     arguments = ["compress", str(checkpoint), "--output", str(tmp_path / "out"), "--dataset", str(text), *FLAGS]
     assert cli.main([*arguments, "--dtype", "bfloat16"]) == 0

@@ -87,6 +87,35 @@ assert not any("optimum_modegpt" in type(finder).__module__ for finder in sys.me
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_targets_are_entered_when_the_first_import_of_peft_fails() -> None:
+    script = f"""
+import importlib, importlib.machinery, sys, optimum_modegpt
+load = importlib.machinery.SourceFileLoader.exec_module
+def breaking(loader, module):
+    if module.__name__ == "{TARGETS}":
+        raise ImportError("half way")
+    load(loader, module)
+importlib.machinery.SourceFileLoader.exec_module = breaking
+for attempt in range(2):
+    try:
+        import peft
+    except ImportError as error:
+        assert "half way" in str(error)
+    else:
+        raise AssertionError("it was to fail")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        del sys.modules[name]
+importlib.machinery.SourceFileLoader.exec_module = load
+from {TARGETS} import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+assert table["modegpt_llama"] == table["llama"]
+assert not any("optimum_modegpt" in type(finder).__module__ for finder in sys.meta_path), "waits no longer"
+import inspect
+assert "MAPPING" in inspect.getsource(sys.modules["{TARGETS}"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_targets_are_entered_when_peft_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
     table = importlib.import_module(TARGETS).TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     monkeypatch.delitem(table, "modegpt_llama")
