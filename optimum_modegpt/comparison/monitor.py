@@ -437,7 +437,7 @@ def _check_models(model: PreTrainedModel, reference: PreTrainedModel) -> None:
         if changing := sorted({kind for module in each.modules() for kind in _rope_types(module)} & {*CHANGING_ROPE}):
             raise UnsupportedModel(
                 f"the {name} has rotary embeddings of type {changing[0]}: each forward pass may rewrite their table, "
-                "and the monitor's thread would change answers that are being written. Use compare, on prompts of a file."
+                "and the monitor's thread would change answers that are being written. Use compare on a prompt file."
             )
 
 

@@ -36,9 +36,10 @@ from optimum_modegpt import (
     comparison_page,
     fidelity,
 )
-from optimum_modegpt.comparison.compare import PromptComparison, parting
 from optimum_modegpt.comparison.compare import distances as measured
+from optimum_modegpt.comparison.compare import parting
 from optimum_modegpt.comparison.prompts import read_prompts
+from optimum_modegpt.comparison.records import PromptComparison
 from optimum_modegpt.integration import cli
 
 SCRIPT = '</p><script>alert("x")</script><img src=x onerror=alert(1)>'

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from optimum_modegpt import demo
-from optimum_modegpt.comparison.compare import Comparison, PromptComparison
 from optimum_modegpt.comparison.compare import compare as compare_models
 from optimum_modegpt.comparison.page import comparison_page
 from optimum_modegpt.comparison.prompts import Prompt, read_prompts
+from optimum_modegpt.comparison.records import Comparison, PromptComparison
 from optimum_modegpt.comparison.thresholds import Check, Thresholds
 from optimum_modegpt.errors import EvaluationError, OutputError
 from optimum_modegpt.integration.commands.common import (
