@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -127,6 +130,15 @@ model = load("here", given["folder"])
 model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
 model.push_to_hub("user/adapter")
 model.save_pretrained(given["saved"], push_to_hub=True, repo_id="user/adapter-saved")
+"""
+
+INTERRUPT = """
+import os
+Path(given["pid"]).write_text(str(os.getpid()))
+try:
+    load("here", given["folder"]).push_to_hub("user/held")
+except KeyboardInterrupt as interrupt:
+    found["interrupted"] = str(interrupt)
 """
 
 LOAD = """
@@ -508,6 +520,30 @@ def test_a_dropped_connection_keeps_the_folder_and_says_how_to_go_on(
     hub.dropped.clear()
     assert go_on(clients, errors, "dropped") == folder
     check_uploaded(hub, "user/dropped", folder)
+
+
+def test_an_interrupted_upload_keeps_the_folder_and_says_how_to_go_on(hub: Hub, clients: Clients) -> None:
+    folder, pid = clients.root / "to-interrupt", clients.root / "pid"
+    compressed("llama-gqa-tied").save_pretrained(folder)
+    hub.held.add("user/held")
+
+    def interrupt() -> None:
+        while not hub.asked("POST /api/models/user/held/commit") and not hub.released.wait(timeout=0.1):
+            pass
+        if not hub.released.is_set():
+            os.kill(int(pid.read_text()), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        found, _ = clients.python(INTERRUPT, "interrupted", given={"folder": str(folder), "pid": str(pid)})
+    finally:
+        hub.released.set()
+        hub.held.clear()
+    thread.join()
+    assert found["interrupted"].startswith("user/held was not updated.\n")
+    assert list(hub.repos["user/held"].files()) == [".gitattributes"]
+    check_uploaded(hub, "user/held", go_on(clients, found["interrupted"], "interrupted"))
 
 
 @pytest.mark.parametrize(
