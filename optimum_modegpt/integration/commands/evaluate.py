@@ -18,7 +18,8 @@ from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.fidelity import fidelity
 from optimum_modegpt.evaluation.harness import Tasks, TaskScores, harness, load_tasks
 from optimum_modegpt.evaluation.perplexity import perplexity
-from optimum_modegpt.integration.card import add_evaluation, check_evaluation
+from optimum_modegpt.integration.card import CARD, EVALUATION, add_evaluation, check_evaluation
+from optimum_modegpt.integration.card.write import may_be_replaced
 from optimum_modegpt.integration.commands.common import (
     add_device,
     check_file,
@@ -111,7 +112,10 @@ def run(options: Namespace) -> None:
         print(tasks_table(found, dense))
     write_json(options.json, result)
     if options.update_card:
-        add_evaluation(Path(options.model), result)
+        folder = Path(options.model)
+        add_evaluation(folder, result)
+        if not may_be_replaced(folder / CARD):
+            print(f"{folder / CARD} is your own and was left alone; the result stands in {EVALUATION} beside it.")
 
 
 def _check_flags(options: Namespace) -> None:
@@ -145,7 +149,9 @@ def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
     named = {name: getattr(options, name) for name in ("tokenizer", "dataset", "include_path")}
     found = {name: value for name, value in named.items() if value is not None}
     paths = [name for name, value in found.items() if Path(value).exists()]
-    settings = {name: Path(value).resolve().name if name in paths else str(value) for name, value in found.items()}
+    settings: dict[str, Any] = {
+        name: Path(value).resolve().name if name in paths else str(value) for name, value in found.items()
+    }
     for name in ("dataset_split", "text_column", "batch_size"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value
