@@ -250,7 +250,7 @@ def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> No
     assert "**0.5000 ± 0.0100** | 0.5000 ± 0.0100 |" in text
     assert "**0.5000** | – |" in text
     assert "--tasks quiz,riddle" in text
-    assert "--sequence-length 32 --max-windows 4" in text.replace("\\\n   ", "")
+    assert "--sequence-length 32 --max-windows 4" in text.replace(" \\\n   ", "")
     assert str(folder) not in (folder / "evaluation.json").read_text()
 
 
