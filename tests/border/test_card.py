@@ -417,6 +417,7 @@ def test_values_stay_in_their_line(folder: Path) -> None:
 
 
 def test_what_is_left_is_logged_and_the_model_saved(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     model = AutoModelForCausalLM.from_pretrained(folder)
     (tmp_path / "place").mkdir()
     (tmp_path / "place" / "model.safetensors.index.json").write_text("{")
