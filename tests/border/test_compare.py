@@ -365,6 +365,15 @@ def test_exit_codes(
     assert "--prompts is missing" in capsys.readouterr().err
 
 
+def test_the_compressed_model_before_the_dense_one_is_refused(
+    folders: list[Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small, dense_folder = tmp_path / "small", folders[0]
+    compressed("llama-gqa-tied").save_pretrained(small)
+    assert run([small, dense_folder], prompts, "--max-kl", 9) == 2
+    assert f"the dense one comes first: compare {dense_folder} {small}" in capsys.readouterr().err
+
+
 def test_a_broken_configuration_is_told_before_any_work(
     folders: list[Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,6 +82,7 @@ def run(options: Namespace) -> int:
     prompts, device = _prompts(options.prompts, reference), pick_device(options.device)
     # Before their tokenizers: transformers reads these by the configuration, and trips over a broken one.
     configs = [load_config(each) for each in (reference, source)]
+    _check_order(options, *(getattr(config, "modegpt", None) is not None for config in configs))
     tokenizer = shared_tokenizer(options.tokenizer, source, reference)
     check_vocabulary(tokenizer, configs[-1].get_text_config().vocab_size)
     model, dense = models_on(device, options.dtype, source, reference)
@@ -106,6 +107,15 @@ def run(options: Namespace) -> int:
         print(check)
     _write(options, found, checks)
     return 0 if all(check.held for check in checks) else BROKEN
+
+
+def _check_order(options: Namespace, first_is_compressed: bool, second_is_compressed: bool) -> None:
+    """Refuses a compressed model before a dense one: every threshold would be held to the wrong model."""
+    if first_is_compressed and not second_is_compressed:
+        raise EvaluationError(
+            f"{options.reference} is a compressed model and {options.model} a dense one; the dense one comes first: "
+            f"compare {options.model} {options.reference}"
+        )
 
 
 def _check_files(prompts: Path | None, written: list[Path | None]) -> None:
