@@ -85,7 +85,14 @@ def _lines(text: str) -> Found:
 
 
 def _objects(text: str) -> Found:
-    return [(place, json.loads(line)) for place, line in _lines(text)]
+    return [(place, _object(place, line)) for place, line in _lines(text)]
+
+
+def _object(place: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place} is no JSON ({error})") from error
 
 
 def _items(text: str) -> Found:

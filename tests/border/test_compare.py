@@ -289,7 +289,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path, models: tuple[PreTrainedMode
     [
         ("p.csv", "a", "ends in .txt, .jsonl, .json"),
         ("p.txt", " \n", "there is no prompt in it"),
-        ("p.jsonl", '{"prompt": "a"}\n{', "cannot be read as prompts"),
+        ("p.jsonl", '{"prompt": "a"}\n{', "cannot be read as prompts: line 2 is no JSON"),
         ("p.jsonl", '{"prompt": "a"}\n{"question": "b"}', 'line 2: expected .* found {"question": "b"}'),
         ("p.jsonl", '{"messages": "a"}\n{"messages": []}', "line 1|line 2"),
         ("p.json", '{"prompt": "a"}', "expected a list, found dict"),
