@@ -371,6 +371,7 @@ def test_before_and_after(
     assert f"{after['value'] - before['value']:+.4f} ± " in row
     assert row.endswith(f"{after['value'] / before['value']:.1%}")
     assert "mean of 3" in table
+    assert f"card renewed: {place / 'README.md'}" in table
     kept = json.loads((place / "evaluation.json").read_text())
     assert (kept["tasks"], kept["reference_tasks"]) == (result["tasks"], result["reference_tasks"])
     assert "exact_match" in (place / "README.md").read_text()

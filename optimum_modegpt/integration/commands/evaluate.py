@@ -114,7 +114,9 @@ def run(options: Namespace) -> None:
     if options.update_card:
         folder = Path(options.model)
         add_evaluation(folder, result)
-        if not may_be_replaced(folder / CARD):
+        if may_be_replaced(folder / CARD):
+            print(f"card renewed: {folder / CARD}")
+        else:
             print(f"{folder / CARD} is your own and was left alone; the result stands in {EVALUATION} beside it.")
 
 
