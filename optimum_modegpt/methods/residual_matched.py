@@ -31,9 +31,9 @@ from optimum_modegpt.calibration.streams import Stream, inputs_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
-from optimum_modegpt.decompositions.nystrom import eliminate
+from optimum_modegpt.decompositions.nystrom import elimination_order, remaining
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, solve
-from optimum_modegpt.decompositions.rotary import eliminate_pairs, pair_indices, query_refit
+from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
@@ -105,14 +105,17 @@ def compress_block(
     if student.norm_first:
         match_norm(student.attention_norm, dense, compressed)
     with naming("qk"):
-        query_key = cut_query_key(student, observe_query_key(student, compressed, arguments), widths.qk, config)
+        moments = observe_query_key(student, compressed, arguments)
+        elimination = eliminate_query_key(student, moments, widths.qk)
+        query_key = cut_query_key(student, moments, elimination, widths.qk, config)
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
 
     with naming("vo"):
-        moments = observe_output(student, compressed, targets.attention, targets.attention_weights, arguments)
+        heads = list(head_outputs(student, compressed, arguments))
+        moments = observe_output(student, compressed, heads, targets.attention, targets.attention_weights)
         value_output = cut_value_output(student, moments, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output)
-    sums = _map(compressed, student, lambda h: h + student.attend(student.attention_input(h), arguments))
+    sums = _attended(student, compressed, heads, value_output.bases)
 
     match_norm(student.mlp_norm if student.norm_first else student.attention_norm, targets.attention, sums)
     middle = _map(sums, student, student.after_attention)
@@ -193,18 +196,25 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
     return QueryKeyMoments(query_sum.value(), curvature.value() if block.rotary else key_sum.value())
 
 
-def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int, config: ModeGPTConfig) -> QueryKeyFactors:
-    """Rotary: pairs by backward elimination on the attention curvature, query refitted. Else a free two-sided basis."""
+def eliminate_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> PairElimination | None:
+    """The order in which a head's rotary pairs go, down to `rank`; None without rotation, where nothing is selected."""
+    return eliminate_pairs(moments.key, moments.query, rank // 2) if block.rotary else None
+
+
+def cut_query_key(
+    block: Block, moments: QueryKeyMoments, elimination: PairElimination | None, rank: int, config: ModeGPTConfig
+) -> QueryKeyFactors:
+    """Rotary: the pairs that `elimination` leaves, query refitted on their curvature. Else a two-sided basis."""
     query, key = block.head_rows("query"), block.head_rows("key")
     if rank == block.head_dim:
         pairs = block.attention.rope_index if block.rotary else None
         return QueryKeyFactors(query, key, pairs, 0.0)
     per_group = block.heads // block.kv_heads
-    if not block.rotary:
+    if elimination is None:
         query_map, key_map = two_sided_basis(moments.query, moments.key, rank)
         error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
-    pairs, errors = eliminate_pairs(moments.key, moments.query, rank // 2)
+    pairs, errors = elimination.after(rank // 2)
     query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
     kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
@@ -214,24 +224,30 @@ def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int, config: Mod
 # value and output
 
 
+def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
+    """What the attention gives its output projection, (batch, length, heads · head_dim), kept where the stream is."""
+    device = block.output.weight.device
+    with inputs_of(block.output) as seen:
+        for batch in stream:
+            block.attend(block.attention_input(batch.to(device)), arguments)
+            yield seen.pop().to(batch.device)
+
+
 def observe_output(
-    block: Block, stream: Stream, targets: Stream, weights: list[Tensor] | None, arguments: dict[str, Any]
+    block: Block, stream: Stream, heads: Iterable[Tensor], targets: Stream, weights: list[Tensor] | None
 ) -> LinearMoments:
     """Moments of the output projection's input, with what is missing from the stream to the dense sum as the target."""
     device = block.output.weight.device
     total = LinearMomentSum(ones=block.output.bias is not None)
-    with inputs_of(block.output) as heads:
-        for index, (batch, target) in enumerate(zip(stream, targets, strict=True)):
-            hidden = batch.to(device)
-            block.attend(block.attention_input(hidden), arguments)
-            weight = None if weights is None else weights[index].to(device)
-            total.add(heads.pop(), target.to(device).float() - hidden.float(), weight)
+    for index, (batch, head, target) in enumerate(zip(stream, heads, targets, strict=True)):
+        weight = None if weights is None else weights[index].to(device)
+        total.add(head.to(device), target.to(device).float() - batch.to(device).float(), weight)
     return total.value()
 
 
 def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> ValueOutputFactors:
     """The value basis of each group from the refitted output, then one joint refit of the output over all heads."""
-    value, dense = block.head_rows("value"), block.input_outputs(block.output)
+    value, dense, bases = block.head_rows("value"), block.input_outputs(block.output), None
     per_group, size = block.heads // block.kv_heads, block.head_dim
     if rank < size:
         best = centred_refit(moments, dense, moments.ridge(config.output_ridge))
@@ -248,7 +264,22 @@ def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: Mo
         inverse = block_diagonal(torch.linalg.pinv(bases).mT, per_group, ones=moments.ones)
         moments, dense = moments.mapped(block_diagonal(bases, per_group, ones=moments.ones)), inverse.T @ dense
     output = centred_refit(moments, dense, moments.ridge(config.output_ridge))
-    return ValueOutputFactors(value, output, moments.relative_error(output))
+    return ValueOutputFactors(value, output, moments.relative_error(output), bases)
+
+
+def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None) -> Stream:
+    """The sums of stream and attention output from the head outputs with the dense values: Z B is what B gives."""
+    device = block.output.weight.device
+
+    def total(hidden: Tensor, head: Tensor) -> Tensor:
+        if bases is not None:
+            grouped = head.unflatten(-1, (len(bases), -1, bases.shape[1]))  # (batch, length, kv_heads, per group, d)
+            head = (grouped @ bases.to(head)).flatten(-3)
+        return hidden + block.output(head)
+
+    return [
+        total(hidden.to(device), head.to(device)).to(hidden.device) for hidden, head in zip(stream, heads, strict=True)
+    ]
 
 
 # mlp
@@ -265,10 +296,15 @@ def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Ten
     return total.value()
 
 
-def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
-    """Channels by backward elimination from the refitted W*, then down refitted for those that stay."""
+def eliminate_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
+    """The channels in the order in which backward elimination removes them from the refitted W*, down to `rank`."""
+    return _elimination(block.input_outputs(block.down), moments, rank, config)
+
+
+def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
+    """The MLP without the channels of `order`, down refitted for those that stay."""
     factors = MLPFactors(block.mlp_rows(), block.input_outputs(block.down), 0.0)
-    return _eliminate_channels(factors, moments, rank, config)
+    return _without(factors, moments, order, config)
 
 
 def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, config: ModeGPTConfig) -> MLPFactors:
@@ -279,13 +315,13 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
     """
     moments = observe_mlp(student, middle, targets.mlp, targets.mlp_weights)
     if rank == moments.width or not config.refit_iterations:
-        return cut_mlp(student, moments, rank, config)
+        return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
     windows = max(1, REFIT_TOKENS // middle[0].shape[1])
     samples = list(itertools.islice(_token_samples(student, middle, targets), windows))
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
-        factors = _eliminate_channels(factors, moments, width, config)
+        factors = _without(factors, moments, _elimination(factors.down, moments, width, config), config)
         for _ in range(rounds):
             factors = _refit_inputs(student, factors, samples, config)
             moments = _hidden_moments(student, factors.rows, samples)
@@ -296,15 +332,22 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
     return factors
 
 
-def _eliminate_channels(factors: MLPFactors, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
-    """The `rank` channels that backward elimination keeps, with down refitted under one λ throughout."""
-    rows, down, ridge = factors.rows, factors.down, moments.ridge(config.output_ridge)
-    if rank < moments.width:
-        hessian = add_diagonal(moments.gram, ridge)
-        best = solve(hessian, moments.cross + ridge * down)
-        kept = eliminate(hessian, best, rank, protected=int(moments.ones))
-        rows, down = tuple(row[kept] for row in rows), down[moments.with_constant(kept)]
-        moments = moments.kept(kept)
+def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
+    """The channels that go, first one first, when `rank` are to be left."""
+    ridge = moments.ridge(config.output_ridge)
+    hessian = add_diagonal(moments.gram, ridge)
+    best = solve(hessian, moments.cross + ridge * down)
+    return elimination_order(hessian, best, moments.width - rank, protected=int(moments.ones))
+
+
+def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
+    """The factors without the channels of `order`, with down refitted under the λ of the whole."""
+    kept, ridge = remaining(order, moments.width), moments.ridge(config.output_ridge)
+    rows, down, moments = (
+        tuple(row[kept] for row in factors.rows),
+        factors.down[moments.with_constant(kept)],
+        moments.kept(kept),
+    )
     down = centred_refit(moments, down, ridge)
     return MLPFactors(rows, down, moments.relative_error(down))
 
