@@ -7,7 +7,8 @@ ModeGPTError
 │   └── AlreadyCompressed    the model is a result of this package
 ├── NumericalError           a moment or an activation cannot be decomposed
 ├── OutputError              the place where the result should go cannot be used
-│   └── UploadError          the Hub did not take the result, which is complete on this machine
+│   ├── UploadError          the Hub did not take the result, which is complete on this machine
+│   └── CheckpointError      unfinished work of a compression that cannot be taken over or written
 └── EvaluationError          the text or the models given to an evaluation cannot be compared
 """
 
@@ -45,6 +46,10 @@ class OutputError(ModeGPTError, OSError):
 
 class UploadError(OutputError):
     """The Hub refused an upload or could not be reached; the folder is complete, and the message says how to go on."""
+
+
+class CheckpointError(OutputError):
+    """The unfinished work of a compression cannot be taken over or written."""
 
 
 class EvaluationError(ModeGPTError, ValueError):

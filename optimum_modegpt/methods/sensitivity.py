@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -173,7 +173,8 @@ def _through(architecture: Architecture, first: int, stream: Stream, front: Fron
 def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream) -> list[float]:
     """Mean KL(reference ‖ output) of the next-token distributions in nats per token, for every variant in `outputs`."""
     variants, tokens = len(outputs) // len(reference), sum(dense.shape[:2].numel() for dense in reference)
-    rows, device = max(1, LOGITS_AT_ONCE // tail[-1].out_features), next(tail.parameters()).device
+    head = cast(nn.Linear, tail[-1])
+    rows, device = max(1, LOGITS_AT_ONCE // head.out_features), head.weight.device
     totals = [0.0] * variants
     for batch, dense in enumerate(reference):
         chunks = [outputs[variant * len(reference) + batch].flatten(0, 1).split(rows) for variant in range(variants)]

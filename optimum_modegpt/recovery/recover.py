@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.compress import origin
+from optimum_modegpt.compress import Base
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.perplexity import check_windows, perplexity
 
@@ -150,7 +150,7 @@ def recover(
             **_record(windows, config, recovery),
             "learning_rate": config.peak_learning_rate(model.config),
             "distilled": teacher is not None,
-            "teacher": teacher_name if teacher_name is not None or teacher is None else origin(teacher),
+            "teacher": teacher_name if teacher_name is not None or teacher is None else Base().completed(teacher).model,
         }
         model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
     return recovery

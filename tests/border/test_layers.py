@@ -18,7 +18,7 @@ LAYERS = (
     ("decompositions", "allocation", "config", "report"),
     ("stages", "architectures"),
     ("calibration",),
-    ("methods",),
+    ("methods", "checkpoint"),
     ("compress",),
     ("evaluation", "export", "plot", "demo"),
     ("comparison", "recovery"),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import shlex
 import shutil
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.card import REPORT
@@ -26,6 +29,7 @@ def add(verbs: Any) -> None:
     parser = verb(verbs, "compress", run, "Compress MODEL and save it.")
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
     parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
+    parser.add_argument("--fresh", action="store_true", help="throw away what an interrupted run of this has finished")
     parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report there")
     parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result, to user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="make REPO private if it is new")
@@ -54,14 +58,31 @@ def compress_to(output: Path, options: Namespace) -> Report:
     check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
     check_file(options.report)
     device = pick_device(options.device)
-    with replacing(output, overwrite=options.overwrite) as folder:
+    checkpoint = Checkpoint(output.absolute().with_name(f".{output.name}.checkpoint"), fresh=options.fresh)
+    with replacing(output, overwrite=options.overwrite) as folder, _going_on_later(checkpoint):
         windows = quantizer.prepare(load_config(source), None, source)
         model = load_model(source, options.dtype)
-        report = quantizer.compress_with(model, windows, source=source, device=device, progress=shows_progress())
+        report = quantizer.compress_with(
+            model, windows, source=source, device=device, checkpoint=checkpoint, progress=shows_progress()
+        )
         quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
+    checkpoint.remove()
     if options.report is not None:
         shutil.copyfile(output / REPORT, options.report)
     return report
+
+
+@contextmanager
+def _going_on_later(checkpoint: Checkpoint) -> Iterator[None]:
+    """An interrupt says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not checkpoint.folder.is_dir():
+            raise
+        raise KeyboardInterrupt(
+            f"what is finished is kept in {checkpoint.folder}. The same command goes on, with --fresh it starts anew."
+        ) from None
 
 
 def _upload(options: Namespace) -> Upload | None:
