@@ -32,13 +32,14 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import elimination_order, remaining
-from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, solve
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, raised, solve, working
 from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.modeling.modegpt_common import Widths
+from optimum_modegpt.ranks import agreed, before, total
 
 REFIT_TOKENS = 65_536
 """Most tokens that the refit of gate and up looks at."""
@@ -156,20 +157,22 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
         return
     bare, device = SlopeSum(norm).norm, head.device
     length = dense[0].shape[1]
-    tokens = sum(len(batch) for batch in dense) * length
+    windows = sum(len(batch) for batch in dense)
+    tokens = int(total(windows)) * length
     stride = min(length, -(-tokens // max(1, min(GAIN_TOKENS, LOGITS // len(head)))))
     samples = []
     for target, source in zip(dense, compressed, strict=True):
         for wanted, seen in zip(
             target[:, stride - 1 :: stride].to(device), source[:, stride - 1 :: stride].to(device), strict=True
         ):
-            distribution = (dense_norm(wanted).float() @ head.T).softmax(-1)
-            samples.append(SoftmaxSample(bare(seen.float()), distribution))
+            distribution = (raised(dense_norm(wanted)) @ head.T).softmax(-1)
+            samples.append(SoftmaxSample(bare(raised(seen)), distribution))
     bias = getattr(norm, "bias", None)
-    gain = norm.weight.detach().float()
-    bias = torch.zeros_like(gain) if bias is None else bias.detach().float()
+    gain = raised(norm.weight.detach())
+    bias = torch.zeros_like(gain) if bias is None else raised(bias.detach())
+    fitted, held_back = split_sample(samples, before=before(windows), total=total)
     with torch.no_grad():
-        norm.weight.copy_(match_softmax(gain, bias, head, *split_sample(samples)))
+        norm.weight.copy_(match_softmax(gain, bias, head, fitted, held_back, total=total))
 
 
 # query and key
@@ -178,9 +181,11 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
 def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -> QueryKeyMoments:
     """Query moments with the attention curvature (rotary), or with the key moments; over as many windows as pay."""
     device = block.output.weight.device
-    windows = sum(len(batch) for batch in stream)
+    own = sum(len(batch) for batch in stream)
+    windows = own
     if block.rotary:
-        windows = curvature_windows(block, windows, stream[0].shape[1])
+        length = arguments["position_embeddings"][0].shape[1]
+        windows = curvature_windows(block, int(total(own)), length) - before(own)
     query_sum, key_sum, curvature = (
         HeadMomentSum(block.kv_heads),
         HeadMomentSum(block.kv_heads),
@@ -215,6 +220,7 @@ def cut_query_key(
         error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
     pairs, errors = elimination.after(rank // 2)
+    pairs = agreed(pairs)
     query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
     kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
@@ -238,11 +244,11 @@ def observe_output(
 ) -> LinearMoments:
     """Moments of the output projection's input, with what is missing from the stream to the dense sum as the target."""
     device = block.output.weight.device
-    total = LinearMomentSum(ones=block.output.bias is not None)
+    moments = LinearMomentSum(ones=block.output.bias is not None)
     for index, (batch, head, target) in enumerate(zip(stream, heads, targets, strict=True)):
         weight = None if weights is None else weights[index].to(device)
-        total.add(head.to(device), target.to(device).float() - batch.to(device).float(), weight)
-    return total.value()
+        moments.add(head.to(device), raised(target.to(device)) - raised(batch.to(device)), weight)
+    return moments.value()
 
 
 def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> ValueOutputFactors:
@@ -274,7 +280,7 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
     def total(hidden: Tensor, head: Tensor) -> Tensor:
         if bases is not None:
             grouped = head.unflatten(-1, (len(bases), -1, bases.shape[1]))  # (batch, length, kv_heads, per group, d)
-            head = (grouped @ bases.to(head)).flatten(-3)
+            head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
         return hidden + block.output(head)
 
     return [
@@ -288,12 +294,12 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
 def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Tensor] | None) -> LinearMoments:
     """Moments of the down projection's input, with what is missing to the dense sum as the target."""
     device = block.output.weight.device
-    total = LinearMomentSum(ones=block.down.bias is not None)
+    moments = LinearMomentSum(ones=block.down.bias is not None)
     for index, (batch, target) in enumerate(zip(middle, targets, strict=True)):
         stream = batch.to(device)
         weight = None if weights is None else weights[index].to(device)
-        total.add(block.mlp_hidden(block.mlp_input(stream)), target.to(device).float() - stream.float(), weight)
-    return total.value()
+        moments.add(block.mlp_hidden(block.mlp_input(stream)), raised(target.to(device)) - raised(stream), weight)
+    return moments.value()
 
 
 def eliminate_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
@@ -316,8 +322,9 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
     moments = observe_mlp(student, middle, targets.mlp, targets.mlp_weights)
     if rank == moments.width or not config.refit_iterations:
         return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
+    own = sum(len(batch) for batch in middle)
     windows = max(1, REFIT_TOKENS // middle[0].shape[1])
-    samples = list(itertools.islice(_token_samples(student, middle, targets), windows))
+    samples = list(itertools.islice(_token_samples(student, middle, targets), max(0, windows - before(own))))
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
@@ -326,7 +333,7 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
             factors = _refit_inputs(student, factors, samples, config)
             moments = _hidden_moments(student, factors.rows, samples)
             factors = _refit_down(factors, moments, config)
-    if len(samples) < sum(len(batch) for batch in middle):
+    if windows < total(own):
         moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets))
         factors = _refit_down(factors, moments, config)
     return factors
@@ -337,7 +344,7 @@ def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGP
     ridge = moments.ridge(config.output_ridge)
     hessian = add_diagonal(moments.gram, ridge)
     best = solve(hessian, moments.cross + ridge * down)
-    return elimination_order(hessian, best, moments.width - rank, protected=int(moments.ones))
+    return agreed(elimination_order(hessian, best, moments.width - rank, protected=int(moments.ones)))
 
 
 def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
@@ -354,17 +361,19 @@ def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor, config:
 
 def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig) -> MLPFactors:
     """One Gauss–Newton step on gate and up with down fixed; the output bias is taken off the target."""
-    rank = len(factors.rows[0])
-    weight, bias = factors.down[:rank].float(), factors.down[rank:].float()
+    rank, dtype = len(factors.rows[0]), working(block.down.weight.dtype)
+    weight, bias = factors.down[:rank].to(dtype), factors.down[rank:].to(dtype)
     if len(bias):
         samples = [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
     rows = refit_inputs(
-        tuple(row.float() for row in factors.rows),
+        tuple(row.to(dtype) for row in factors.rows),
         weight,
         samples,
         block.activation,
         ridge=config.input_ridge,
         iterations=config.refit_iterations,
+        before=before(len(samples)),
+        total=total,
     )
     return replace(factors, rows=tuple(exact(row) for row in rows))
 
@@ -377,12 +386,12 @@ def _refit_down(factors: MLPFactors, moments: LinearMoments, config: ModeGPTConf
 
 def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[TokenSample]) -> LinearMoments:
     """Moments of the hidden channels that `rows` give, with the samples' targets."""
-    total = LinearMomentSum(ones=block.down.bias is not None)
-    rows = tuple(row.float() for row in rows)
+    moments = LinearMomentSum(ones=block.down.bias is not None)
+    rows = tuple(row.to(working(block.down.weight.dtype)) for row in rows)
     for sample in samples:
         inputs, target, weight = (x.to(rows[0].device) for x in (sample.inputs, sample.target, sample.weight))
-        total.add(hidden_channels(rows, inputs, block.activation), target, weight)
-    return total.value()
+        moments.add(hidden_channels(rows, inputs, block.activation), target, weight)
+    return moments.value()
 
 
 def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Iterator[TokenSample]:
@@ -391,7 +400,7 @@ def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Itera
     biased = block.module.get_submodule(block.layout.mlp_inputs[0]).bias is not None
     for batch, target, weight in zip(middle, targets.mlp, targets.mlp_weights, strict=True):
         stream = batch.to(block.output.weight.device)
-        inputs, missing = block.mlp_input(stream).float(), target.to(stream.device).float() - stream.float()
+        inputs, missing = raised(block.mlp_input(stream)), raised(target.to(stream.device)) - raised(stream)
         for window in range(len(stream)):
             seen = with_ones(inputs[window]) if biased else inputs[window]
             yield TokenSample(*(x.to(batch.device) for x in (seen, missing[window], weight[window])))
@@ -415,5 +424,5 @@ def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:
 
 
 def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:
-    mean = sum(float(w.sum()) for w in weights) / sum(w.numel() for w in weights)
+    mean = float(total(sum(float(w.sum()) for w in weights)) / total(sum(w.numel() for w in weights)))
     return [w / mean for w in weights]
