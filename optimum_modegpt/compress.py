@@ -21,6 +21,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import (
     Plan,
     Sizes,
@@ -41,6 +42,7 @@ from optimum_modegpt.checkpoint import Checkpoint, fingerprint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import (
     CalibrationDataError,
+    CheckpointError,
     IllConditionedWarning,
     InvalidConfig,
     NumericalError,
@@ -204,6 +206,11 @@ def check_request(walk: Walk, sizes: Sizes) -> None:
             f"set sequence_length to {context} or less."
         )
     check_reachable(config, sizes)
+    if len(tokens) < processes.count():
+        raise CalibrationDataError(
+            f"{len(tokens)} calibration windows cannot be shared among {processes.count()} processes; start at most "
+            f"{len(tokens)}, or calibrate on more windows with num_samples."
+        )
     if (distinct := len(tokens.unique(dim=0))) < DISTINCT_SHARE * len(tokens):
         walk.warn(
             f"only {distinct} of the {len(tokens)} calibration windows differ: the text repeats itself, and the model "
@@ -411,6 +418,11 @@ def taken_over(walk: Walk, plan: Plan | None) -> Iterator[None]:
     if walk.checkpoint is None:
         yield
         return
+    if processes.count() > 1:
+        raise CheckpointError(
+            f"{walk.checkpoint.folder}: only a process alone keeps unfinished work, found {processes.count()} of them; "
+            "pass no checkpoint."
+        )
     with walk.checkpoint.opened(identity(walk, plan)) as checkpoint:
         for message in checkpoint.progress.warnings:
             walk.warn(message)
@@ -428,6 +440,7 @@ def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
         "calibration": hashlib.sha256(walk.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
         "batch size": walk.batch_size,
         "device": walk.device.type,
+        "processes": processes.count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -552,6 +565,7 @@ def make_report(
         stages=tuple(walk.clock.stages),
         memory_kind=walk.clock.memory_kind,
         device=str(walk.device),
+        processes=processes.count(),
         **walk.measured(),
         warnings=tuple(walk.warnings),
         versions=versions(),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimum_modegpt import processes
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import (
     AttentionCurvatureSum,
@@ -39,7 +40,6 @@ from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_err
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.modeling.modegpt_common import Widths
-from optimum_modegpt.ranks import agreed, before, total
 
 REFIT_TOKENS = 65_536
 """Most tokens that the refit of gate and up looks at."""
@@ -158,7 +158,7 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
     bare, device = SlopeSum(norm).norm, head.device
     length = dense[0].shape[1]
     windows = sum(len(batch) for batch in dense)
-    tokens = int(total(windows)) * length
+    tokens = int(processes.total(windows)) * length
     stride = min(length, -(-tokens // max(1, min(GAIN_TOKENS, LOGITS // len(head)))))
     samples = []
     for target, source in zip(dense, compressed, strict=True):
@@ -170,9 +170,9 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
     bias = getattr(norm, "bias", None)
     gain = raised(norm.weight.detach())
     bias = torch.zeros_like(gain) if bias is None else raised(bias.detach())
-    fitted, held_back = split_sample(samples, before=before(windows), total=total)
+    fitted, held_back = split_sample(samples, before=processes.before(windows), total=processes.total)
     with torch.no_grad():
-        norm.weight.copy_(match_softmax(gain, bias, head, fitted, held_back, total=total))
+        norm.weight.copy_(match_softmax(gain, bias, head, fitted, held_back, total=processes.total))
 
 
 # query and key
@@ -185,7 +185,7 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
     windows = own
     if block.rotary:
         length = arguments["position_embeddings"][0].shape[1]
-        windows = curvature_windows(block, int(total(own)), length) - before(own)
+        windows = curvature_windows(block, int(processes.total(own)), length) - processes.before(own)
     query_sum, key_sum, curvature = (
         HeadMomentSum(block.kv_heads),
         HeadMomentSum(block.kv_heads),
@@ -220,7 +220,7 @@ def cut_query_key(
         error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
     pairs, errors = elimination.after(rank // 2)
-    pairs = agreed(pairs)
+    pairs = processes.agreed(pairs)
     query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
     kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
@@ -324,7 +324,7 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
         return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
     own = sum(len(batch) for batch in middle)
     windows = max(1, REFIT_TOKENS // middle[0].shape[1])
-    samples = list(itertools.islice(_token_samples(student, middle, targets), max(0, windows - before(own))))
+    samples = list(itertools.islice(_token_samples(student, middle, targets), max(0, windows - processes.before(own))))
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
@@ -333,7 +333,7 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
             factors = _refit_inputs(student, factors, samples, config)
             moments = _hidden_moments(student, factors.rows, samples)
             factors = _refit_down(factors, moments, config)
-    if windows < total(own):
+    if windows < processes.total(own):
         moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets))
         factors = _refit_down(factors, moments, config)
     return factors
@@ -344,7 +344,7 @@ def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGP
     ridge = moments.ridge(config.output_ridge)
     hessian = add_diagonal(moments.gram, ridge)
     best = solve(hessian, moments.cross + ridge * down)
-    return agreed(elimination_order(hessian, best, moments.width - rank, protected=int(moments.ones)))
+    return processes.agreed(elimination_order(hessian, best, moments.width - rank, protected=int(moments.ones)))
 
 
 def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
@@ -372,8 +372,8 @@ def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample],
         block.activation,
         ridge=config.input_ridge,
         iterations=config.refit_iterations,
-        before=before(len(samples)),
-        total=total,
+        before=processes.before(len(samples)),
+        total=processes.total,
     )
     return replace(factors, rows=tuple(exact(row) for row in rows))
 
@@ -424,5 +424,7 @@ def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:
 
 
 def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:
-    mean = float(total(sum(float(w.sum()) for w in weights)) / total(sum(w.numel() for w in weights)))
+    mean = float(
+        processes.total(sum(float(w.sum()) for w in weights)) / processes.total(sum(w.numel() for w in weights))
+    )
     return [w / mean for w in weights]

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import PartSize, Sizes
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.calibration.streams import Front, Stream, enter
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
+from optimum_modegpt.decompositions.psd import raised
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.report import PARTS
@@ -87,7 +89,7 @@ def measure(
             changed = [(part, sparsity, _run(student, entering, passing)) for part, sparsity, student in students]
         # All variants pass a later block together, so that it comes to the device once.
         joined = _through(architecture, block.index + 1, [b for *_, out in changed for b in out], front, device)
-        divergences = _divergences(tail, reference, joined)
+        divergences = _divergences(tail, reference, joined, len(changed))
         for (part, sparsity, _), divergence in zip(changed, divergences, strict=True):
             if not math.isfinite(divergence):
                 raise NumericalError(
@@ -170,17 +172,17 @@ def _through(architecture: Architecture, first: int, stream: Stream, front: Fron
     return stream
 
 
-def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream) -> list[float]:
+def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, variants: int) -> list[float]:
     """Mean KL(reference ‖ output) of the next-token distributions in nats per token, for every variant in `outputs`."""
-    variants, tokens = len(outputs) // len(reference), sum(dense.shape[:2].numel() for dense in reference)
+    tokens = processes.total(sum(dense.shape[:2].numel() for dense in reference))
     head = cast(nn.Linear, tail[-1])
     rows, device = max(1, LOGITS_AT_ONCE // head.out_features), head.weight.device
-    totals = [0.0] * variants
+    sums = torch.zeros(variants, dtype=torch.float64)
     for batch, dense in enumerate(reference):
         chunks = [outputs[variant * len(reference) + batch].flatten(0, 1).split(rows) for variant in range(variants)]
         for index, chunk in enumerate(dense.flatten(0, 1).split(rows)):
-            expected = tail(chunk.to(device)).float().log_softmax(-1)
+            expected = raised(tail(chunk.to(device))).log_softmax(-1)
             for variant in range(variants):
-                found = tail(chunks[variant][index].to(device)).float().log_softmax(-1)
-                totals[variant] += float(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
-    return [total / tokens for total in totals]
+                found = raised(tail(chunks[variant][index].to(device))).log_softmax(-1)
+                sums[variant] += float(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
+    return (processes.total(sums) / tokens).tolist()

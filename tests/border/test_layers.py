@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 LAYERS = (
     ("errors",),
     ("decompositions", "allocation", "config", "report"),
-    ("stages", "architectures"),
+    ("stages", "architectures", "processes"),
     ("calibration",),
     ("methods", "checkpoint"),
     ("compress",),

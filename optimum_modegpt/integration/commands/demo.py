@@ -45,7 +45,7 @@ def run(options: Namespace) -> None:
         output = options.output or Path(folder) / "demo"
         print("1. compress the embedded model")
         print(DEMO_LEGEND)
-        print(compress_to(output, options).summary())
+        print(compress_to(output, options, pick_device(options.device)).summary())
         _compare(output, options)
     where = "a temporary folder; keep it with --output DIR" if options.output is None else str(output)
     print(f"\nThe compressed model was saved in {where}.")
