@@ -110,8 +110,13 @@ def joined(wanted: torch.device | None) -> Iterator[torch.device | None]:
         yield wanted
         return
     device = _own_device(wanted)
-    with _together():
+    try:
         distributed.init_process_group(timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessError(
+            f"WORLD_SIZE says {processes} processes, but they do not find each other: {str(error).splitlines()[0]} "
+            "Start them with torchrun or accelerate launch; for one alone, unset WORLD_SIZE."
+        ) from error
     try:
         _joined = _Group(distributed.get_rank(), processes, device)
         yield device
@@ -143,11 +148,10 @@ def _own_device(wanted: torch.device | None) -> torch.device:
 
 @contextmanager
 def _together() -> Iterator[None]:
-    """What torch says of another process that failed is one message."""
+    """What torch says where another process fails is one message."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except RuntimeError as error:
         raise ProcessError(
-            f"another process of this run has ended or cannot be reached; if it could, it said why. ({reason})"
+            "another process of this run has ended or does not answer; its own message says why."
         ) from error

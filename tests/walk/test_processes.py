@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import RECIPE, save_dense, save_text
+from safetensors.torch import load_file
 from tiny import FAMILIES, dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report, processes
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.compress import compress
-from optimum_modegpt.errors import CheckpointError
-from optimum_modegpt.methods import residual_matched, sensitivity
+from optimum_modegpt.errors import CheckpointError, NumericalError
+from optimum_modegpt.integration import cli
+from optimum_modegpt.methods import published, residual_matched, sensitivity
 
 WINDOWS, LENGTH, PROCESSES = 14, 24, 3
 """Shares of 5, 5 and 4 windows."""
@@ -120,5 +123,92 @@ def test_the_budgets_leave_some_without_a_part(together: Path) -> None:
     assert budget["divergence_windows"] < PROCESSES
 
 
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command but for the folder of the result."""
+    folder = tmp_path_factory.mktemp("dense")
+    checkpoint, text = save_dense(folder / "model"), save_text(folder / "text.txt")
+    flags = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    return ["compress", str(checkpoint), "--dataset", str(text), *flags, "--device", "cpu", "--output"]
+
+
+def test_the_first_process_saves_and_prints(words: list[str], tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "optimum_modegpt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    done = subprocess.run(
+        [*launcher, *words, str(tmp_path / "small")], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("saved in") == 1
+    assert "on cpu, 2 processes" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+    assert Report.load(tmp_path / "small" / "report.json").processes == 2
+    assert cli.main([*words, str(tmp_path / "alone")]) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "alone"))
+    for name, tensor in other.items():
+        assert (one[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_one_fails_all_end(failing: int, words: list[str], tmp_path: Path) -> None:
+    results = ended(start(2, [__file__, str(failing), *words, str(tmp_path / "small")]), 100)
+    for rank, (code, output, errors) in enumerate(results):
+        assert code == cli.FAILED
+        assert output == ""
+        expected = "error: block 1: planted" if rank == failing else "error: another process of this run has ended"
+        assert expected in errors
+    assert list(tmp_path.iterdir()) == []
+
+
+def fail(failing: str, words: list[str]) -> int:
+    """The command, where one process finds something wrong in the second block that the others do not see."""
+    original = published.observe
+
+    def observe(block: Any, *args: Any) -> Any:
+        if block.index == 1 and os.environ["RANK"] == failing:
+            raise NumericalError("planted")
+        return original(block, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(published, "observe", observe)
+        return cli.main(words)
+
+
+def test_unfinished_work_of_one_is_not_taken_over_by_several(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".small.checkpoint").mkdir()
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    assert cli.main([*words, str(tmp_path / "small")]) == cli.FAILED
+    assert "only one process alone can go on with it" in capsys.readouterr().err
+
+
+def test_a_launch_that_is_none_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main([*words, str(tmp_path / "small")]) == cli.FAILED
+    assert "Start them with torchrun or accelerate launch" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ one process
+
+
+def test_a_process_alone_gets_back_what_it_gave() -> None:
+    windows = tokens(3, 4)
+    with processes.joined(None) as device:
+        assert device is None
+        assert processes.share(windows) is windows
+        assert processes.total(windows) is windows
+        assert processes.agreed(windows) is windows
+        assert (processes.total(2), processes.before(3), processes.count(), processes.is_first()) == (2, 0, 1, True)
+
+
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    first, *rest = sys.argv[1:]
+    sys.exit(fail(first, rest) if rest else work(Path(first)))
