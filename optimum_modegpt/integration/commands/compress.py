@@ -74,7 +74,8 @@ def compress_to(output: Path, options: Namespace, device: torch.device | None) -
     check_file(options.report)
     checkpoint = _checkpoint(output, fresh=options.fresh)
     if not options.ignore_estimate:
-        _check_room(source, quantizer.config, options, checkpoint.folder)
+        found = estimate_of(source, quantizer.config, options.dtype)
+        check_room(found, compute_device(device, torch.device("cpu")), output, written=_size(checkpoint))
     with replacing(output, overwrite=options.overwrite) as folder, _going_on_later(checkpoint):
         windows = quantizer.prepare(load_config(source), None, source)
         model = load_model(source, options.dtype)
@@ -121,12 +122,11 @@ def _checkpoint(output: Path, *, fresh: bool) -> Checkpoint | None:
     return None
 
 
-def _check_room(source: Source, config: ModeGPTConfig, options: Namespace, checkpoint: Path) -> None:
-    """Refuses what would not fit; weights stay in their files where they are loaded as they are stored."""
-    found = estimate_of(source, config, options.dtype)
-    written = 0 if options.fresh else sum(file.stat().st_size for file in checkpoint.glob("*"))
-    device = compute_device(pick_device(options.device), torch.device("cpu"))
-    check_room(found, device, options.output, written=written)
+def _size(checkpoint: Checkpoint | None) -> int:
+    """Bytes of unfinished work that will be taken over."""
+    if checkpoint is None or checkpoint.fresh:
+        return 0
+    return sum(file.stat().st_size for file in checkpoint.folder.glob("*"))
 
 
 @contextmanager
