@@ -45,6 +45,8 @@ class Progress:
     errors: list[dict[str, float]] = field(default_factory=list)
     """Relative errors of the finished blocks, by part; as many as there are finished blocks with streams."""
     warnings: list[str] = field(default_factory=list)
+    batch_size: int | None = None
+    """Windows per forward pass where memory did not suffice for as many as at first."""
     seconds: float = 0.0
     """Of all runs until now."""
 

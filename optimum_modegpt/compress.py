@@ -9,12 +9,13 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -37,7 +38,7 @@ from optimum_modegpt.allocation.targets import influence_targets, plan_from_targ
 from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.streams import Front, Stream, enter
+from optimum_modegpt.calibration.streams import Front, Stream, enter, in_batches
 from optimum_modegpt.checkpoint import Checkpoint, fingerprint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import (
@@ -56,6 +57,8 @@ from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, R
 from optimum_modegpt.stages import StageClock, compute_device
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 TOKENS_AT_ONCE = 4096
 """Tokens per forward pass where the batch size is not given."""
@@ -98,11 +101,11 @@ class Walk:
     influences: list[float] = field(default_factory=list)
     budget: sensitivity.Budget | None = None
     checkpoint: Checkpoint | None = None
+    batch_size: int = field(init=False)
+    """Windows per forward pass; halved where memory does not suffice."""
 
-    @property
-    def batch_size(self) -> int:
-        """Windows per forward pass."""
-        return self.config.batch_size or max(1, TOKENS_AT_ONCE // self.calibration.tokens.shape[1])
+    def __post_init__(self) -> None:
+        self.batch_size = self.config.batch_size or max(1, TOKENS_AT_ONCE // self.calibration.tokens.shape[1])
 
     def warn(self, message: str) -> None:
         """Logs a warning and keeps it for the report, once."""
@@ -162,11 +165,9 @@ def compress(
         if plan is None:
             plan = known_plan(walk)
         if plan is None:
-            with walk.clock.stage(f"allocate ({config.resolved_allocation})"):
-                plan = make_plan(walk, front, sizes)
+            plan = recovering(walk, f"allocate ({config.resolved_allocation})", front, partial(make_plan, sizes=sizes))
             keep_plan(walk, plan)
-        with walk.clock.stage("decompose"):
-            blocks, final_norm, errors = cut_blocks(walk, front, plan)
+        blocks, final_norm, errors = recovering(walk, "decompose", front, partial(cut_blocks, plan=plan))
     with walk.clock.stage("adopt"):
         achieved = plan_sparsity(plan, sizes)
         parameters = parameters_around(architecture, blocks, total_weights(sizes), achieved)
@@ -285,6 +286,26 @@ def check_tensors(architecture: Architecture) -> None:
             f"{type(architecture.model).__name__} has tensors that its family does not: {', '.join(unknown[:5])}"
             f"{' …' if len(unknown) > 5 else ''}. Compress the plain model."
         )
+
+
+def recovering(walk: Walk, name: str, front: Front, work: Callable[[Walk, Front], Result]) -> Result:
+    """Runs a stage. Where the device's memory does not suffice it starts again, once, with half the batch size.
+
+    That is kept for the stages after it. Several processes do not recover: the others would wait for this one's sums.
+    """
+    with walk.clock.stage(name):
+        try:
+            return work(walk, front)
+        except torch.OutOfMemoryError:
+            if walk.batch_size == 1 or processes.count() > 1:
+                raise
+        # Only here is the memory free: while an error is handled its traceback holds the tensors.
+        halved = walk.batch_size // 2
+        walk.warn(f"{name}: out of memory with batch_size={walk.batch_size}; started again with {halved}.")
+        walk.batch_size = halved
+        if walk.checkpoint is not None:
+            walk.checkpoint.progress.batch_size = halved
+        return work(walk, dataclasses.replace(front, stream=in_batches(front.stream, halved)))
 
 
 # plan
@@ -426,6 +447,7 @@ def taken_over(walk: Walk, plan: Plan | None) -> Iterator[None]:
     with walk.checkpoint.opened(identity(walk, plan)) as checkpoint:
         for message in checkpoint.progress.warnings:
             walk.warn(message)
+        walk.batch_size = checkpoint.progress.batch_size or walk.batch_size
         if checkpoint.progress.seconds:
             walk.clock.stages.append(Stage("earlier runs", checkpoint.progress.seconds, 0))
         yield
@@ -477,7 +499,10 @@ def finished_blocks(
         checkpoint.restore_block(block.index, block.narrow(width), block.output.weight.device)
         for block, width in zip(blocks[: checkpoint.finished], widths, strict=False)
     ]
-    return modules, list(checkpoint.progress.errors), *checkpoint.streams(front.stream[0].device)
+    dense, compressed = checkpoint.streams(front.stream[0].device)
+    before = in_batches(dense, walk.batch_size)
+    after = before if compressed is dense else in_batches(compressed, walk.batch_size)
+    return modules, list(checkpoint.progress.errors), before, after
 
 
 def keep_block(

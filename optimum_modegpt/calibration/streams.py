@@ -17,6 +17,11 @@ Stream = list[Tensor]
 """The residual stream, (batch, length, d_model) a batch, kept where the model's embeddings are."""
 
 
+def in_batches(stream: Stream, size: int) -> Stream:
+    """The stream in batches of at most `size` windows; parts of larger ones are views."""
+    return [part for batch in stream for part in batch.split(size)]
+
+
 @dataclass(frozen=True)
 class Front:
     """What enters the first block, and the keyword arguments of every block for one window (they broadcast)."""

@@ -117,10 +117,11 @@ def estimate(
     family = check_model_type(model.config.model_type)
     layout = family.layout
     blocks: Any = model.base_model.get_submodule(layout.blocks)
+    head: Any = model.get_output_embeddings()
     _check_reachable(model, family, blocks, config)
     each = [_shapes(block, layout) for block in blocks]
     largest = max(each, key=lambda shape: shape.weights)
-    shapes = replace(largest, vocabulary=model.get_output_embeddings().out_features, blocks=len(each))
+    shapes = replace(largest, vocabulary=head.out_features, blocks=len(each))
     element, weights = model.dtype.itemsize, sum(shape.weights for shape in each)
     extent = Extent(config.num_samples, sequence_length, _batch_tokens(config, sequence_length), element)
     parameters = sum(parameter.numel() for parameter in model.parameters())
