@@ -6,9 +6,10 @@ keyword `compression_config` of `from_pretrained` (not where the environment set
 
 from importlib.metadata import version
 
-from optimum_modegpt.comparison.compare import Comparison, compare
+from optimum_modegpt.comparison.compare import compare
 from optimum_modegpt.comparison.monitor import CanaryMonitor
 from optimum_modegpt.comparison.page import comparison_page
+from optimum_modegpt.comparison.records import Comparison
 from optimum_modegpt.comparison.thresholds import Thresholds
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import (

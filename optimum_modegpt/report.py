@@ -90,6 +90,8 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     weight_bytes: int | None = None
     """Size of the safetensors files; None until the model is saved."""
+    weights_sha256: str | None = None
+    """Digest of the weights when they were first saved; other weights were changed since."""
     report_version: int = REPORT_VERSION
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 `with serving() as hub:` listens at `hub.url`; a client process takes it from HF_ENDPOINT. What clients asked for stands
 in `hub.log`. `hub.refused` and `hub.dropped` hold the repositories whose commits are refused, and whose large files are
-cut off while they are sent.
+cut off while they are sent; commits to those in `hub.held` are not answered until `hub.released` is set.
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ class Hub:
     log: list[str] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)
     dropped: set[str] = field(default_factory=set)
+    held: set[str] = field(default_factory=set)
+    released: threading.Event = field(default_factory=threading.Event)
 
     def create(self, name: str, private: bool = False) -> Repo:
         """A new repository with one commit, as the Hub makes it."""
@@ -256,6 +258,10 @@ class Handler(BaseHTTPRequestHandler):
         found = self.repo(repo, write=True)
         if repo in self.hub.refused:
             raise Refusal(403, "You have exceeded your storage quota")
+        if repo in self.hub.held:
+            self.hub.released.wait(timeout=60)
+            self.close_connection = True
+            return
         files = dict(found.files(self.at(found, revision)))
         for line in map(json.loads, self.body().splitlines()):
             value = line["value"]

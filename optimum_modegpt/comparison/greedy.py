@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from optimum_modegpt.evaluation.speed import cache_bytes
 from optimum_modegpt.stages import StageClock
-
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "num_return_sequences": 1,
-    "temperature": 1.0,
-    "top_k": 50,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "use_cache": True,
-    "return_dict_in_generate": True,
-}
-"""In full: a model's own generation_config would fill in what is left out, and that of two models may differ."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +54,10 @@ def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops
     before = clock.allocator.memory_allocated(model.device) if clock.allocator else 0
     with clock.stage("generate") if clock.allocator else nullcontext():
         start = time.perf_counter()
-        output: Any = model.generate(  # pyright: ignore[reportCallIssue]
-            batch,
-            attention_mask=batch.new_ones(batch.shape),
-            max_new_tokens=max_new_tokens,
-            streamer=ticks,
-            **GREEDY,
-            **stops,
-        )
+        with _greedy(model, stops):
+            output: Any = model.generate(  # pyright: ignore[reportCallIssue]
+                batch, attention_mask=batch.new_ones(batch.shape), max_new_tokens=max_new_tokens, streamer=ticks
+            )
     _, first, *_ = ticks.times
     tokens = output.sequences[0, len(ids) :].cpu()
     return Continuation(
@@ -84,6 +67,22 @@ def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops
         cache_bytes_per_token=cache_bytes(getattr(output, "past_key_values", None)),
         working_bytes=clock.stages[-1].peak_memory - before if clock.stages else None,
     )
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel, stops: dict[str, Any]) -> Iterator[None]:
+    """Inside, the model's own generation config asks for nothing but the likeliest token.
+
+    It is put aside whole: `generate` takes from it whatever a call leaves out, and two models may differ in it.
+    """
+    own: Any = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, use_cache=True, return_dict_in_generate=True, bos_token_id=own.bos_token_id, **stops
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def stops_of(model: PreTrainedModel) -> dict[str, Any]:

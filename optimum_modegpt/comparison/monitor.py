@@ -8,7 +8,8 @@ import logging
 import queue
 import random
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,17 +18,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from optimum_modegpt.comparison.compare import distances
 from optimum_modegpt.comparison.thresholds import Check, Thresholds
-from optimum_modegpt.errors import EvaluationError, InvalidConfig
+from optimum_modegpt.errors import EvaluationError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.fidelity import check_vocabularies
 
 logger = logging.getLogger(__name__)
 
 MEANS = ("kl", "top1_agreement", "top5_overlap")
+CHANGING_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings that rewrite their table in a forward pass, by the length of the text."""
 Sink = Callable[[dict[str, Any]], None]
+Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any]], None]
+"""Takes what `generate` returned, and its arguments."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class CanaryMonitor:
     a monitor, bit for bit: nothing of the model, its mode or the global random state is touched. The comparison takes
     its share of the device, though: two forward passes over each chosen request. Put the reference on another device,
     or lower `fraction`, where that matters. Start it in the process that serves; threads do not survive a fork.
-    Nothing that goes wrong later reaches the serving code: it is logged, counted, and shown by `summary`.
+    Nothing that goes wrong later reaches the serving code: it is logged, counted, and shown by `summary`. A monitor
+    that is dropped without `close` ends, and what waits is not compared.
 
     Args:
         model: the served model, in evaluation mode.
@@ -91,6 +97,7 @@ class CanaryMonitor:
     Raises:
         InvalidConfig: a number is out of range, or a threshold cannot be watched.
         EvaluationError: the models have other vocabularies, or one of them is in training mode.
+        UnsupportedModel: a forward pass changes a model's rotary table, and with it answers that are being written.
         OSError: the file cannot be written.
     """
 
@@ -113,13 +120,18 @@ class CanaryMonitor:
         self.thresholds = thresholds or Thresholds()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
         self._totals = _Totals(window)
-        self._requests = self._skipped = self._errors = 0
+        self._requests = self._skipped = self._waiting = self._errors = 0
         self._last_error: str | None = None
         self._was_broken = self._closed = False
         self._sink = _sink(sink)
-        self._queue: queue.Queue[_Request | None] = queue.Queue(queue_size)
-        self._thread = threading.Thread(target=self._work, name="modegpt-canary", daemon=True)
+        self._queue_size = queue_size
+        # Simple, for its `put` may be called by the garbage collector at any moment.
+        self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._end = weakref.finalize(self, self._queue.put, None)
+        arguments = weakref.ref(self), self._queue
+        self._thread = threading.Thread(target=_work, args=arguments, name="modegpt-canary", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> CanaryMonitor:
@@ -131,36 +143,27 @@ class CanaryMonitor:
     @contextmanager
     def watching(self) -> Iterator[PreTrainedModel]:
         """While it lasts, every `model.generate` is observed, also one that a pipeline calls."""
-        model: Any = self.model
-        generate, own = model.generate, vars(model).get("generate")
+        with _watched(self.model, self._observe_call):
+            yield self.model
 
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            output = generate(*args, **kwargs)
-            with self._counting_errors("a request could not be observed"):
-                ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-                if ids is None:
-                    raise EvaluationError("generate was called without token ids; only prompts of ids are compared.")
-                self._observe(ids, getattr(output, "sequences", output), kwargs.get("attention_mask"))
-            return output
-
-        model.generate = observed
-        try:
-            yield model
-        finally:
-            del model.generate
-            if own is not None:
-                model.generate = own
-
-    def observe(self, input_ids: Tensor, output_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    def observe(
+        self,
+        input_ids: Tensor,
+        output_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+    ) -> None:
         """Tells of requests that were served; for serving code that does not call `model.generate`.
 
         Args:
             input_ids: prompts, (requests, prompt length), padded on either side where `attention_mask` says so.
             output_ids: prompts and answers, (requests or a multiple, length), as `generate` returns them.
             attention_mask: 1 at each token of a prompt that counts; None where all do.
+            generation_config: with which the answers were written, for the tokens that end and pad them; the model's
+                own says what it leaves open.
         """
         with self._counting_errors("a request could not be observed"):
-            self._observe(input_ids, output_ids, attention_mask)
+            self._observe(input_ids, output_ids, attention_mask, _Stops.of_call(self.model, generation_config, {}))
 
     def summary(self) -> MonitorSummary:
         """What was seen until now."""
@@ -170,7 +173,7 @@ class CanaryMonitor:
                 requests=self._requests,
                 compared=totals.count,
                 skipped=self._skipped,
-                waiting=self._queue.unfinished_tasks,
+                waiting=self._waiting,
                 errors=self._errors,
                 last_error=self._last_error,
                 **totals.means(),
@@ -180,20 +183,29 @@ class CanaryMonitor:
 
     def flush(self) -> None:
         """Waits until every chosen request was compared."""
-        self._queue.join()
+        with self._idle:
+            self._idle.wait_for(lambda: self._waiting == 0)
 
     def close(self) -> None:
         """Compares what still waits, and ends the thread; later requests are not observed."""
         with self._lock:
-            was_closed, self._closed = self._closed, True
-        if was_closed:
-            return
-        self._queue.put(None)
+            self._closed = True
+        self._end()
         self._thread.join()
 
     # -------------------------------------------------------------------------------------------- on the request's path
 
-    def _observe(self, input_ids: Tensor, output_ids: Tensor, attention_mask: Tensor | None) -> None:
+    def _observe_call(self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """What `generate` returned for these arguments."""
+        with self._counting_errors("a request could not be observed"):
+            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+            if ids is None:
+                raise EvaluationError("generate was called without token ids; only prompts of ids are compared.")
+            given = args[1] if len(args) > 1 else kwargs.get("generation_config")
+            stops = _Stops.of_call(self.model, given, kwargs)
+            self._observe(ids, getattr(output, "sequences", output), kwargs.get("attention_mask"), stops)
+
+    def _observe(self, input_ids: Tensor, output_ids: Tensor, attention_mask: Tensor | None, stops: _Stops) -> None:
         repeats = len(output_ids) // len(input_ids)
         for row in range(len(output_ids)):
             with self._lock:
@@ -203,35 +215,27 @@ class CanaryMonitor:
                 chosen = self._random.random() < self.fraction
             if chosen:
                 mask = None if attention_mask is None else attention_mask[row // repeats]
-                self._put(self._request(number, input_ids[row // repeats].cpu(), output_ids[row].cpu(), mask))
-
-    def _request(self, number: int, prompt: Tensor, ids: Tensor, mask: Tensor | None) -> _Request:
-        answer = ids[len(prompt) :]
-        if len(answer) == 0 or not torch.equal(ids[: len(prompt)], prompt):
-            raise EvaluationError(
-                "output_ids must be the prompts with the answers behind them, as generate gives them."
-            )
-        if mask is not None:
-            prompt = prompt[mask.cpu().bool()]
-        return _Request(number, prompt, _until_end(answer, self.model.generation_config))
+                prompt, ids = input_ids[row // repeats].cpu(), output_ids[row].cpu()
+                self._put(_request(number, prompt, ids, mask, stops))
 
     def _put(self, request: _Request) -> None:
         with self._lock:
             if self._closed:
                 return
-            try:
-                self._queue.put_nowait(request)
-            except queue.Full:
+            if self._queue.qsize() >= self._queue_size:
                 self._skipped += 1
+                return
+            self._waiting += 1
+            self._queue.put(request)
 
     # --------------------------------------------------------------------------------------------------- in the thread
 
-    def _work(self) -> None:
-        while (request := self._queue.get()) is not None:
-            with self._counting_errors(f"request {request.number} could not be compared"):
-                self._compare(request)
-            self._queue.task_done()
-        self._queue.task_done()
+    def _handle(self, request: _Request) -> None:
+        with self._counting_errors(f"request {request.number} could not be compared"):
+            self._compare(request)
+        with self._idle:
+            self._waiting -= 1
+            self._idle.notify_all()
 
     @torch.inference_mode()
     def _compare(self, request: _Request) -> None:
@@ -284,11 +288,93 @@ class CanaryMonitor:
             logger.warning("canary: %s", self._last_error, exc_info=error)
 
 
+def _work(monitor: weakref.ref[CanaryMonitor], requests: queue.SimpleQueue[_Request | None]) -> None:
+    """Handles requests until the monitor is closed or gone, which the thread must not keep alive."""
+    while (request := requests.get()) is not None and (living := monitor()) is not None:
+        living._handle(request)
+        del living
+
+
 @dataclass(frozen=True)
 class _Request:
     number: int
     prompt: Tensor
     answer: Tensor
+
+
+def _request(number: int, prompt: Tensor, ids: Tensor, mask: Tensor | None, stops: _Stops) -> _Request:
+    answer = ids[len(prompt) :]
+    if len(answer) == 0 or not torch.equal(ids[: len(prompt)], prompt):
+        raise EvaluationError("output_ids must be the prompts with the answers behind them, as generate gives them.")
+    return _Request(number, prompt if mask is None else prompt[mask.cpu().bool()], stops.until_end(answer))
+
+
+@dataclass(frozen=True)
+class _Stops:
+    """The tokens that end an answer, and the one that stands behind one that ended."""
+
+    ends: Any
+    pad: int | None
+
+    @classmethod
+    def of_call(cls, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> _Stops:
+        """Those of the arguments of a `generate`, else of its generation config, else of the model's own."""
+
+        def chosen(key: str) -> Any:
+            if key in arguments:
+                return arguments[key]
+            found = getattr(config, key, None)
+            return getattr(model.generation_config, key) if found is None else found
+
+        return cls(chosen("eos_token_id"), chosen("pad_token_id"))
+
+    def until_end(self, answer: Tensor) -> Tensor:
+        """The answer with the token that ended it and without the padding after it."""
+        ends = torch.as_tensor([] if self.ends is None else self.ends).cpu().flatten()
+        found = torch.isin(answer, ends).nonzero()
+        if len(found):
+            return answer[: int(found[0]) + 1]
+        # What ended it may have been no token of its own: a stop string, for one.
+        written = answer.new_zeros(0) if self.pad is None else (answer != self.pad).nonzero()
+        return answer[: int(written[-1]) + 1] if len(written) else answer
+
+
+class _Watched:
+    """Stands in for a model's `generate`, and tells all who watch what it returned."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.generate: Any = model.generate
+        self.own = vars(model).get("generate")
+        self.watchers: list[Watcher] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.generate(*args, **kwargs)
+        for watcher in tuple(self.watchers):
+            watcher(output, args, kwargs)
+        return output
+
+
+_WATCHING = threading.Lock()
+
+
+@contextmanager
+def _watched(model: Any, watcher: Watcher) -> Iterator[None]:
+    """Inside, `watcher` is told of every `generate`. Several on one model may end in any order."""
+    with _WATCHING:
+        found = vars(model).get("generate")
+        watched = found if isinstance(found, _Watched) else _Watched(model)
+        watched.watchers.append(watcher)
+        model.generate = watched
+    try:
+        yield
+    finally:
+        with _WATCHING:
+            watched.watchers.remove(watcher)
+            # Someone else may have wrapped it meanwhile; then it stays below theirs, with nobody to tell.
+            if not watched.watchers and vars(model).get("generate") is watched:
+                del model.generate
+                if watched.own is not None:
+                    model.generate = watched.own
 
 
 class _Totals:
@@ -333,13 +419,6 @@ def _sink(given: Sink | str | Path | None) -> Sink:
     return append
 
 
-def _until_end(answer: Tensor, config: Any) -> Tensor:
-    """The answer with its end-of-text token and without the padding after it."""
-    ends = torch.tensor([] if config.eos_token_id is None else config.eos_token_id).flatten()
-    found = torch.isin(answer, ends).nonzero()
-    return answer[: int(found[0]) + 1] if len(found) else answer
-
-
 def _check_numbers(fraction: float, window: int, queue_size: int, thresholds: Thresholds | None) -> None:
     if not 0 <= fraction <= 1:
         raise InvalidConfig(f"fraction must lie in [0, 1], found {fraction}.")
@@ -355,3 +434,13 @@ def _check_models(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     for name, each in (("served model", model), ("reference", reference)):
         if each.training:
             raise EvaluationError(f"the {name} is in training mode; call its eval() before it is watched.")
+        if changing := sorted({kind for module in each.modules() for kind in _rope_types(module)} & {*CHANGING_ROPE}):
+            raise UnsupportedModel(
+                f"the {name} has rotary embeddings of type {changing[0]}: each forward pass may rewrite their table, "
+                "and the monitor's thread would change answers that are being written. Use compare on a prompt file."
+            )
+
+
+def _rope_types(module: torch.nn.Module) -> Iterable[Any]:
+    found = getattr(module, "rope_type", None)
+    return found.values() if isinstance(found, dict) else [found]

@@ -12,7 +12,7 @@ import torch
 
 from optimum_modegpt.comparison import charts, table
 from optimum_modegpt.comparison.charts import Chart
-from optimum_modegpt.comparison.compare import Comparison, PromptComparison, Written
+from optimum_modegpt.comparison.records import Comparison, PromptComparison, Written
 from optimum_modegpt.comparison.thresholds import Check
 
 TEMPLATE = "page.html.jinja"

@@ -40,6 +40,10 @@ def read_prompts(path: Path) -> list[Prompt]:
         found = reader(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"{path} cannot be read as prompts: {error}") from error
+    except RecursionError as error:
+        raise EvaluationError(
+            f"{path} cannot be read as prompts: its lists and objects are nested too deep."
+        ) from error
     if not found:
         raise EvaluationError(f"{path}: there is no prompt in it.")
     return [_prompt(item, f"{path}, {place}") for place, item in found]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from optimum_modegpt.comparison.compare import Comparison
+from optimum_modegpt.comparison.records import Comparison
 
 
 @dataclass(frozen=True)

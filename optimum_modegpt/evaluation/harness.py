@@ -6,7 +6,6 @@ import copy
 import difflib
 import logging
 import math
-import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -15,13 +14,12 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.perplexity import evaluating
+from optimum_modegpt.evaluation.randomness import kept_random_state
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -269,7 +267,7 @@ def _metrics(name: str, found: dict[str, Any], batch_size: int) -> dict[str, Sco
 def _undisturbed(progress: bool) -> Iterator[None]:
     """Inside, lm-eval prints to stderr, where messages belong, and draws bars only where they are wanted."""
     with ExitStack() as stack:
-        stack.enter_context(_kept_random_state())
+        stack.enter_context(kept_random_state())  # lm-eval and some tasks seed the global generators
         stack.enter_context(redirect_stdout(sys.stderr))
         if not progress:
             stack.enter_context(_no_bars())
@@ -277,24 +275,12 @@ def _undisturbed(progress: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_random_state() -> Iterator[None]:
-    """lm-eval and some tasks seed the global generators; afterwards these go on as if nothing had been."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-@contextmanager
 def _no_bars() -> Iterator[None]:
     """lm-eval has no switch for its bars and says itself that they are shown, so they are told when they are made."""
-    original = tqdm.__init__
+    original, made = vars(tqdm)["__init__"], tqdm.__init__  # tqdm's own is no plain function
 
     def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **{**kwargs, "disable": True})
+        made(self, *args, **{**kwargs, "disable": True})
 
     tqdm.__init__ = hidden
     try:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 from optimum_modegpt.architectures import FAMILIES
 
@@ -33,20 +35,39 @@ def _enter(module: ModuleType) -> None:
                 table.setdefault(family.config.model_type, table[dense])
 
 
-class _AwaitTargets:
-    """A finder that finds the one module as everybody would, and enters our families once it has run."""
+class _AwaitTargets(MetaPathFinder):
+    """A finder that finds the one module as everybody would, and waits until its import has succeeded."""
+
+    def __init__(self) -> None:
+        self._asking = False
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
-        if name != TARGETS:
+        if name != TARGETS or self._asking:
             return None
-        sys.meta_path.remove(self)  # pyright: ignore[reportArgumentType]
-        spec = find_spec(name)
+        self._asking = True
+        try:
+            spec = find_spec(name)
+        finally:
+            self._asking = False
         if spec and spec.loader:
-            execute = spec.loader.exec_module
-
-            def execute_and_enter(module: ModuleType) -> None:
-                execute(module)
-                _enter(module)
-
-            spec.loader.exec_module = execute_and_enter
+            spec.loader = _Entering(spec.loader, self)
         return spec
+
+
+class _Entering(Loader):
+    """A loader that enters our families once the module has run; then nobody waits any longer."""
+
+    def __init__(self, loader: Loader, finder: _AwaitTargets) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _enter(module)
+        if self._finder in sys.meta_path:  # no longer there when the module is loaded again
+            sys.meta_path.remove(self._finder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any, NoReturn
@@ -20,6 +21,7 @@ from optimum_modegpt.integration.plain import PlainOutput, printable
 
 PROGRAM = "python -m optimum_modegpt"
 FAILED, INTERRUPTED = 2, 130
+A_DEFECT = "This is a defect of the program or of a library that it calls; please report it with the lines above."
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,7 +36,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs one command and returns its exit code; 2 is an error that is told in one message, 130 is Ctrl-C."""
+    """Runs one command and returns its exit code: 0, or what the command says; 2 is any error, 130 is Ctrl-C.
+
+    No exception but Ctrl-C leaves it: Python would exit with 1, which is the code of a broken threshold.
+    """
     options = build_parser(program).parse_args(arguments)
     try:
         with quiet_bars(), redirect_stdout(PlainOutput(sys.stdout)):
@@ -50,8 +55,12 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         return 0
     except (ModeGPTError, OSError, ImportError, torch.OutOfMemoryError) as error:
         if options.debug:
-            raise
+            traceback.print_exc()
         print(f"error: {printable(_advice(error))}", file=sys.stderr)
+        return FAILED
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {printable(_advice(error))}\n{A_DEFECT}", file=sys.stderr)
         return FAILED
 
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.inspection import TensorHeader
 from optimum_modegpt.integration.source import Source
-from optimum_modegpt.modeling.modegpt_common import weight_files
+from optimum_modegpt.modeling.modegpt_files import weight_files
 
 
 def read_headers(source: Source) -> dict[str, TensorHeader]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
 import shlex
 import shutil
 import tempfile
@@ -12,23 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.errors import OutputError, UploadError
-from optimum_modegpt.integration.card import CARD, REPORT, is_ours, write_card
-from optimum_modegpt.integration.headers import weight_bytes, weight_files
-from optimum_modegpt.integration.output import is_own
+from optimum_modegpt.integration.card import CARD, EVALUATION, PICTURE, REPORT, is_ours, save_report, write_card
+from optimum_modegpt.integration.readme import is_template, merge_header
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
+from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, whole_name
 
 logger = logging.get_logger(__name__)
 
-TEMPLATE = "This model card has been automatically generated."
-"""A sentence of the card that transformers writes for a model about which it knows nothing."""
 KEPT_REPORT = "_modegpt_report"
 """Attribute of a model that was compressed in this process: the `Report` that is saved with it."""
 
@@ -81,37 +81,19 @@ class Upload:
                 "name, or open a pull request: create_pr=True, on the command line --create-pr."
             )
 
-    def push(self, folder: Path) -> CommitInfo:
+    def push(self, folder: Path, variant: str | None = None) -> CommitInfo:
         """Uploads a compressed model that was saved in `folder`, with its card, in one commit.
 
-        Only files that belong to a model go up. A README on the Hub that a person wrote stays.
+        Only files that belong to a model go up. Weights in the repository that would be read beside these, or in their
+        place, are deleted with the same commit. A README on the Hub that a person wrote stays.
 
         Raises:
             OutputError: the folder is no complete compressed model; nothing was sent.
             UploadError: the Hub refused it, or could not be reached; the folder is as it was.
             KeyboardInterrupt: interrupted; the message says the same.
         """
-        check_complete(folder)
-        if is_ours(write_card(folder, self.repo_id).read_text(encoding="utf-8")):
-            self._tag(folder / CARD)
-        api = HfApi(token=self.token)
-        try:
-            repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
-            if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/pr/"):
-                api.create_branch(repo_id, branch=self.revision, exist_ok=True)
-            # `upload_folder` may make several commits of it, and people would load half a model between them.
-            return api.create_commit(
-                repo_id,
-                [CommitOperationAdd(path.name, path) for path in self._files(folder, api, repo_id)],
-                commit_message=self.commit_message or "Upload compressed model",
-                commit_description=self.commit_description,
-                revision=self.revision,
-                create_pr=self.create_pr,
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{self.repo_id} was not updated.\n{self._resume(folder)}") from None
-        except Exception as error:  # the Hub's library has many, and lets those of its HTTP client through
-            raise UploadError(f"{self.repo_id} was not updated: {_reason(error)}\n{self._resume(folder)}") from error
+        check_complete(folder, variant)
+        return self._send(folder, variant)
 
     def push_saved(self, save: Callable[[Path], Any]) -> CommitInfo:
         """Lets `save` write a model into a temporary folder and uploads it; the folder stays where the upload fails.
@@ -123,33 +105,57 @@ class Upload:
         folder = Path(tempfile.mkdtemp(prefix="modegpt-"))
         try:
             save(folder)
+            check_complete(folder)
         except BaseException:
             shutil.rmtree(folder)
             raise
-        commit = self.push(folder)
+        commit = self._send(folder)
         shutil.rmtree(folder)
         return commit
 
-    def _tag(self, readme: Path) -> None:
-        card = ModelCard.load(readme)
-        data: Any = card.data
-        if new := [tag for tag in self.tags if tag not in (data.tags or ())]:
-            data.tags = [*(data.tags or ()), *new]
-            card.save(readme)
-
-    def _files(self, folder: Path, api: HfApi, repo_id: str) -> list[Path]:
-        """The files to upload: those of a model, and our card unless it would take the place of a person's."""
-        files = [path for path in sorted(folder.iterdir()) if is_own(path)]
-        if not is_ours((folder / CARD).read_text(encoding="utf-8")):
-            return files
+    def _send(self, folder: Path, variant: str | None = None) -> CommitInfo:
+        """The upload of a complete folder; whatever fails, the message names the folder and how to go on."""
+        api = HfApi(token=self.token)
         try:
-            there = Path(api.hf_hub_download(repo_id, CARD, revision=self.revision)).read_text(encoding="utf-8")
-        except RemoteEntryNotFoundError:
-            return files
-        if is_ours(there) or TEMPLATE in there:
-            return files
+            repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+            if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/pr/"):
+                api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+            names = api.list_repo_files(repo_id, revision=self.revision)
+            has_card = self._write_card(folder, api, repo_id, there=CARD in names)
+            files = [path for path in published(folder, variant) if has_card or path.name != CARD]
+            added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+            stale = set(filter(weights_of(variant).fullmatch, names)) - {one.path_in_repo for one in added}
+            # `upload_folder` may make several commits of it, and people would load half a model between them.
+            return api.create_commit(
+                repo_id,
+                [*added, *map(CommitOperationDelete, sorted(stale))],
+                commit_message=self.commit_message or "Upload compressed model",
+                commit_description=self.commit_description,
+                revision=self.revision,
+                create_pr=self.create_pr,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self.repo_id} was not updated.\n{self._resume(folder)}") from None
+        except Exception as error:  # the Hub's library has many, and lets those of its HTTP client through
+            raise UploadError(f"{self.repo_id} was not updated: {_reason(error)}\n{self._resume(folder)}") from error
+
+    def _write_card(self, folder: Path, api: HfApi, repo_id: str, *, there: bool) -> bool:
+        """Writes the card with the tags asked for; whether it is to be uploaded, and takes no words of a person's."""
+        path = write_card(folder, repo_id)
+        if not is_ours(path.read_text(encoding="utf-8")):
+            return True
+        card, text = ModelCard.load(path), None
+        data: Any = card.data
+        data.tags = list(dict.fromkeys([*(data.tags or ()), *self.tags]))
+        if there:
+            text = Path(api.hf_hub_download(repo_id, CARD, revision=self.revision)).read_text(encoding="utf-8")
+        if text is not None and not is_ours(text) and is_template(text):
+            merge_header(card, text)
+        card.save(path)
+        if text is None or is_ours(text) or is_template(text):
+            return True
         logger.warning("%s has a README.md of its own, which stays; the card written here is not uploaded.", repo_id)
-        return [path for path in files if path.name != CARD]
+        return False
 
     def _resume(self, folder: Path) -> str:
         words = ["hf", "upload", self.repo_id, str(folder)]
@@ -158,28 +164,80 @@ class Upload:
         return f"The finished model is in {folder}, complete. To go on: {shlex.join(words)}"
 
 
-def check_complete(folder: Path) -> None:
+# -------------------------------------------------------------------------------------------------- what is published
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "merges.txt",
+    "vocab.*",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    f"{CHAT_TEMPLATE_DIR}/*.jinja",
+)
+OTHER_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, CARD, REPORT, EVALUATION, PICTURE)
+
+
+def published(folder: Path, variant: str | None = None) -> list[Path]:
+    """The files of a folder that are of a compressed model, by their known names: nothing else is ever uploaded.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: it holds no compressed model.
+    """
+    known = (path for pattern in (*TOKENIZER_FILES, *OTHER_FILES) for path in folder.glob(pattern))
+    found = {*known, *_named_files(folder, variant), *_code(folder, folder / TOKENIZER_CONFIG_FILE)}
+    # A link may lead anywhere.
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+def check_complete(folder: Path, variant: str | None = None) -> None:
     """Refuses a folder that would not load by name.
 
     Raises:
         OutputError: it is no compressed model, or lacks weights or code that it names.
     """
     try:
-        missing = sorted(path.name for path in _named_files(folder) if not path.is_file())
+        missing = sorted(path.name for path in _named_files(folder, variant) - set(published(folder, variant)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{folder} is no compressed model that could be uploaded: {type(error).__name__} {error}"
         ) from error
     if missing:
-        raise OutputError(f"{folder} lacks {', '.join(missing)}; nothing was uploaded. Save the model again.")
+        raise OutputError(
+            f"{folder} lacks {', '.join(missing)}, or has links in their place; nothing was uploaded. Save the model "
+            "again."
+        )
 
 
-def _named_files(folder: Path) -> set[Path]:
-    """Weights and code that a saved model names."""
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    code = {folder / f"{name.partition('.')[0]}.py" for name in config["auto_map"].values()}
-    needed = {Path(other) for file in code if file.is_file() for other in get_relative_import_files(file)}
-    return code | needed | set(weight_files(folder) or [folder / SAFE_WEIGHTS_NAME])
+def weights_of(variant: str | None) -> re.Pattern[str]:
+    """The names that a save gives to weights and their index."""
+    part = re.escape(f".{variant}") if variant else ""
+    return re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
+
+
+def _named_files(folder: Path, variant: str | None) -> set[Path]:
+    """Configuration, weights and code that a saved model names."""
+    config = folder / CONFIG_NAME
+    if not json.loads(config.read_text(encoding="utf-8"))["auto_map"]:
+        raise ValueError(f"{CONFIG_NAME} names no code")
+    weights = set(weight_files(folder, variant) or [folder / whole_name(variant)])
+    index = folder / index_name(variant)
+    return {config, *_code(folder, config), *weights, *({index} if folder / whole_name(variant) not in weights else ())}
+
+
+def _code(folder: Path, file: Path) -> set[Path]:
+    """The code that the `auto_map` of a file names, and what that imports from beside it."""
+    if not file.is_file():
+        return set()
+    auto_map: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
+    names = [name for value in auto_map.values() for name in (value if isinstance(value, list) else [value]) if name]
+    # "owner/name--module.Class" lies in another repository.
+    code = {folder / f"{name.partition('.')[0]}.py" for name in names if "--" not in name}
+    return code | {Path(other) for one in code if one.is_file() for other in get_relative_import_files(one)}
 
 
 def _reason(error: Exception) -> str:
@@ -199,23 +257,27 @@ class Companion:
         model: PreTrainedModel,
         save_plainly: Callable[..., Any],
         save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: Any = None,
-        push_to_hub: bool = False,
-        *args: Any,
+        is_main_process: bool,
+        push_to_hub: bool,
+        *,
+        variant: str | None,
         **kwargs: Any,
     ) -> None:
         """Weights, configuration and code as always; then the report of a compression in this process, and the card."""
         folder = Path(save_directory)
         hub = {key: kwargs.pop(key) for key in Upload.__dataclass_fields__ if push_to_hub and key in kwargs}
-        save_plainly(folder, is_main_process, state_dict, False, *args, **kwargs)
-        if not is_main_process or not (folder / CONFIG_NAME).is_file():  # of an adapter only the adapter is saved
+        save_plainly(folder, is_main_process, variant=variant, **kwargs)
+        if not is_main_process or not (folder / CONFIG_NAME).is_file():  # given a file, transformers saves nothing
             return
-        if KEPT_REPORT in vars(model):
-            dataclasses.replace(vars(model)[KEPT_REPORT], weight_bytes=weight_bytes(folder)).save(folder / REPORT)
-        write_card(folder)
+        try:
+            if KEPT_REPORT in vars(model):
+                vars(model)[KEPT_REPORT] = save_report(folder, vars(model)[KEPT_REPORT])
+            write_card(folder)
+        except Exception as error:  # of whatever lies in the folder: the model is saved, and hours of training go on
+            logger.warning("%s is saved, but not its card: %s: %s", folder, type(error).__name__, error)
         if push_to_hub:
-            Upload(**{"repo_id": folder.resolve().name, "tags": tuple(model.model_tags or ()), **hub}).push(folder)
+            names = {"repo_id": folder.resolve().name, "tags": tuple(model.model_tags or ()), **hub}
+            Upload(**names).push(folder, variant)
 
     @staticmethod
     def push(

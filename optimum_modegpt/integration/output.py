@@ -10,10 +10,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.errors import OutputError
 
-OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".txt", ".jinja")
+OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jinja")
 OWN_NAMES = ("README.md", "ranks.png", ".gitattributes")
 ATTEMPTS = 5
 """How often a run with --overwrite tries to take a place that another run takes at the same moment."""
@@ -58,8 +59,12 @@ def _check_ours(folder: Path, name: Path) -> None:
 
 
 def is_own(path: Path) -> bool:
-    """Whether this is a file that a saved model has."""
-    return path.is_file() and not path.is_symlink() and (path.suffix in OWN_SUFFIXES or path.name in OWN_NAMES)
+    """Whether this is what a saved model has: a file of one, or the folder of a tokenizer's chat templates."""
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return path.name == CHAT_TEMPLATE_DIR and all(one.suffix == ".jinja" and is_own(one) for one in path.iterdir())
+    return path.suffix in OWN_SUFFIXES or path.name in OWN_NAMES or path.stem == "vocab"
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
 from optimum_modegpt.integration.source import Source
-from optimum_modegpt.modeling.modegpt_common import check_sizes, weight_files
+from optimum_modegpt.modeling.modegpt_common import check_sizes
+from optimum_modegpt.modeling.modegpt_files import weight_files
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 from urllib.parse import urlparse
 
 from huggingface_hub import hf_hub_download, hf_hub_url, metadata_load, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
@@ -81,11 +82,22 @@ class Source:
         return str(demo.MODEL_DIR) if self.is_demo else self.name
 
     @property
+    def _is_folder(self) -> bool:
+        """Whether the path is that of a folder; also of one that is gone, where no repository can have such a name."""
+        if Path(self.path).is_dir():
+            return True
+        try:
+            validate_repo_id(self.path)
+        except HFValidationError:
+            return True
+        return False
+
+    @property
     def base_model(self) -> str | None:
         """The name that the record of a compressed model keeps; of a local folder only its last part."""
         if self.is_demo:
             return DEMO
-        if self.name is None or not Path(self.name).is_dir():
+        if self.name is None or not self._is_folder:
             return self.name
         last = Path(self.name).resolve().name
         return last if last != DEMO else f"./{last}"
@@ -94,7 +106,7 @@ class Source:
     def revision(self) -> str | None:
         """The commit that was read, as far as it is known; else the branch or tag that was asked for."""
         revision = self.hub.get("revision")
-        if self.name is None or Path(self.path).is_dir():
+        if self.name is None or self._is_folder:
             return revision
         config = "/".join(filter(None, (self.hub.get("subfolder"), CONFIG_NAME)))
         cached = try_to_load_from_cache(self.path, config, cache_dir=self.hub.get("cache_dir"), revision=revision)
@@ -123,7 +135,7 @@ class Source:
 
     def _card_file(self) -> Path:
         """The card's file, from the Hub where need be; it stands at the top also where the model is in a subfolder."""
-        if Path(self.path).is_dir():
+        if self._is_folder:
             return Path(self.path) / CARD
         hub = {key: value for key, value in self.hub.items() if key != "subfolder"}
         return Path(hf_hub_download(self.path, CARD, **hub))
@@ -132,7 +144,7 @@ class Source:
         """A link of the card that holds elsewhere too; None where it leads into a local folder."""
         if urlparse(link).scheme in ("http", "https"):
             return link
-        return None if Path(self.path).is_dir() else hf_hub_url(self.path, link, revision=self.hub.get("revision"))
+        return None if self._is_folder else hf_hub_url(self.path, link, revision=self.hub.get("revision"))
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for a `from_pretrained` that reads the same place."""

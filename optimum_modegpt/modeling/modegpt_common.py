@@ -6,19 +6,20 @@ This file is also remote code: it is copied beside the weights and must import n
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.integrations import sdpa_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, load_state_dict
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
+
+from .modegpt_files import one_set_of_weights, readable_weights
 
 # What stands below a mixin: at run time a family's dense class.
 if TYPE_CHECKING:
@@ -401,48 +402,6 @@ def shrink_block(block: Any, layout: BlockLayout, attention_class: type, widths:
         install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files that transformers reads from a local folder; none where it holds no safetensors.
-
-    Raises:
-        ValueError: the index cannot be read, or names what is no safetensors file of its folder.
-    """
-    suffix = f".{variant}" if variant else ""
-    whole, index = folder / f"model{suffix}.safetensors", folder / f"model.safetensors.index{suffix}.json"
-    if whole.is_file() or not index.is_file():
-        return [whole] if whole.is_file() else []
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        names: list[Any] = sorted({*content["weight_map"].values(), *([] if "metadata" in content else ["metadata"])})
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of safetensors files ({error}). Save or download it again.") from error
-    for name in names:
-        # A path would lead out of the folder, and any other kind of file would be opened as a pickle.
-        if not isinstance(name, str) or not name.endswith(".safetensors") or {"/", "\\", ":"} & set(name):
-            raise ValueError(f"{index} names {name!r}; expected safetensors files of its own folder.")
-        if not (folder / name).is_file():
-            raise ValueError(f"{index} names {name}, which is not there. Save or download the model again.")
-    return [folder / name for name in names]
-
-
-def _check_weights(folder: Path, variant: str | None) -> None:
-    """Refuses a local folder whose weights are pickles, led astray, cut off or damaged, before they are loaded."""
-    files = weight_files(folder, variant)
-    if not files and (pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*"))):
-        raise ValueError(
-            f"{folder} has no safetensors but {', '.join(pickles)}. A pickle can run code, so the weights of a "
-            "compressed model are read from safetensors only."
-        )
-    for file in files:
-        try:
-            load_state_dict(file, map_location="meta")
-        except Exception as error:
-            raise ValueError(f"{file} is cut off or damaged ({error}). Save or download it again.") from error
-
-
 # ----------------------------------------------------------------------------------------------------------- models
 
 
@@ -481,29 +440,56 @@ class ModeGPTModelMixin(Dense):
         """
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("The weights of a compressed model are safetensors; leave out use_safetensors=False.")
-        folder = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "")
-        if folder.is_dir():
-            _check_weights(folder, kwargs.get("variant"))
         wants_info = kwargs.pop("output_loading_info", False)
         new_head = kwargs.pop("ignore_mismatched_sizes", False)
         # Mismatches are let through, so that every tensor is named.
         kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "use_safetensors": True}
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        with readable_weights(pretrained_model_name_or_path, kwargs):
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         own_info = model.__dict__.pop("_own_loading_info", info)
         _refuse(model, [*_loading_problems(model, own_info, new_head), *_rotary_problems(model)])
         return (model, info) if wants_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As every model's; where optimum_modegpt is imported, with its report and model card."""
-        save = super().save_pretrained
-        return save(*args, **kwargs) if self.companion is None else self.companion.save(self, save, *args, **kwargs)
+    def _save(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        max_shard_size: Any = "50GB",
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As every model's, but weights of a former save that would be read in place of these are removed.
+
+        Where optimum_modegpt is imported, with its report and model card.
+        """
+        kwargs |= {"state_dict": state_dict, "max_shard_size": max_shard_size, "variant": variant}
+        if self.companion is None or self.holds_adapters:
+            self._save_plainly(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+        else:
+            self.companion.save(self, self._save_plainly, save_directory, is_main_process, push_to_hub, **kwargs)
+
+    save_pretrained: Any = _save  # with fewer arguments by position
+
+    def _save_plainly(self, folder: Any, is_main_process: bool, variant: str | None, **kwargs: Any) -> None:
+        """As every model's, with one set of weights in the folder afterwards."""
+        saves_weights = is_main_process and not self.holds_adapters and not kwargs.get("distributed_checkpoint")
+        with one_set_of_weights(folder, variant) if saves_weights else nullcontext():
+            super().save_pretrained(folder, is_main_process, variant=variant, **kwargs)
 
     def _push(self, repo_id: str, **kwargs: Any) -> Any:
         """As every model's; where optimum_modegpt is imported, with its report and model card."""
-        push = super().push_to_hub
-        return push(repo_id, **kwargs) if self.companion is None else self.companion.push(self, repo_id, **kwargs)
+        if self.companion is None or self.holds_adapters:
+            return super().push_to_hub(repo_id, **kwargs)
+        return self.companion.push(self, repo_id, **kwargs)
 
     push_to_hub: Any = _push  # for transformers it is a variable too
+
+    @property
+    def holds_adapters(self) -> bool:
+        """Whether transformers has put adapters into this model: then a save writes them, and no model."""
+        return getattr(self, "_hf_peft_config_loaded", False)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
         """The step before what a checkpoint lacks is made up: refused here, in time, as its size is the config's word.

@@ -127,6 +127,29 @@ def recover(
     for each in filter(None, (model, teacher)):
         check_windows(each, windows.tokens)
     _check_teacher(model, teacher)
+    recovery = _train(model, teacher, training, held_out, config, progress)
+    if recovery.best_step:
+        name_of_teacher = (
+            teacher_name if teacher_name is not None or teacher is None else Base().completed(teacher).model
+        )
+        recovered = {
+            **_record(windows, config, recovery),
+            "learning_rate": config.peak_learning_rate(model.config),
+            "distilled": teacher is not None,
+            "teacher": name_of_teacher,
+        }
+        model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
+    return recovery
+
+
+def _train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    training: Tensor,
+    held_out: Tensor,
+    config: RecoveryConfig,
+    progress: bool,
+) -> Recovery:
     try:
         # Not at the top: peft is optional, and the Trainer takes seconds to import.
         from optimum_modegpt.recovery.training import train
@@ -135,7 +158,7 @@ def recover(
     start = time.perf_counter()
     before = perplexity(model, held_out).perplexity
     trained = train(model, teacher, training, held_out, before, config, progress)
-    recovery = Recovery(
+    return Recovery(
         perplexity_before=before,
         perplexity_after=perplexity(model, held_out).perplexity,
         best_step=trained.best_step,
@@ -145,15 +168,6 @@ def recover(
         held_out_windows=len(held_out),
         seconds=time.perf_counter() - start,
     )
-    if recovery.best_step:
-        recovered = {
-            **_record(windows, config, recovery),
-            "learning_rate": config.peak_learning_rate(model.config),
-            "distilled": teacher is not None,
-            "teacher": teacher_name if teacher_name is not None or teacher is None else Base().completed(teacher).model,
-        }
-        model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
-    return recovery
 
 
 def check_compressed(model_config: Any) -> None:

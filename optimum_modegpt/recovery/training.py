@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -36,6 +34,7 @@ from optimum_modegpt.evaluation.perplexity import (
     perplexity,
     targets,
 )
+from optimum_modegpt.evaluation.randomness import kept_random_state
 from optimum_modegpt.recovery.recover import RecoveryConfig
 from optimum_modegpt.report import count_parameters
 
@@ -77,7 +76,8 @@ def train(
         config: how.
         progress: whether to show a progress bar.
     """
-    with _own_randomness(config.seed), _left_as_found(model, teacher), _no_half_precision_gradients(model):
+    with kept_random_state(), _left_as_found(model, teacher), _no_half_precision_gradients(model):
+        set_seed(config.seed)
         if teacher is not None:
             teacher.eval()
         adapted = _adapt(model, config)
@@ -253,19 +253,6 @@ def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
             parameter.requires_grad_(learns)
         for model in present:
             model.config.use_cache = caches[model]
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """The Trainer seeds every generator of the process; afterwards they go on as if nothing had been drawn."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):
-            set_seed(seed)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -1,15 +1,17 @@
 """Makes `model_cards/`: each model of the README compressed by 30 % and evaluated, by the package's own commands.
 
-python tests/benchmarks/cards.py --models DIR --texts DIR [NAME …]
+python tests/benchmarks/cards.py --models DIR --texts DIR [--recover] [NAME …]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from optimum_modegpt.integration.cli import main as run_command
 
@@ -18,6 +20,9 @@ KEPT = ("README.md", "config.json", "report.json", "evaluation.json", "tokenizer
 """The card and all that it is written from; weights are not kept."""
 SPARSITY = "0.3"
 WINDOWS = "64"
+RECOVERIES = {"demo": {"0.3": (), "0.4": ()}, "stories260k": {"0.3": ("--steps", "60", "--sequence-length", "512")}}
+"""Flags of the recoveries in the README, by model and sparsity."""
+MEASURED = ("perplexity", "kl", "top1_agreement")
 
 
 @dataclass(frozen=True)
@@ -46,22 +51,58 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, required=True, help="folder with the dense models")
     parser.add_argument("--texts", type=Path, required=True, help="folder with the texts")
-    parser.add_argument("names", nargs="*", default=list(MODELS), metavar="NAME", help="default: all")
+    parser.add_argument("--recover", action="store_true", help="make recovered.json in place of the cards")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()
-    for name in options.names:
+    for name in options.names or (RECOVERIES if options.recover else MODELS):
+        if options.recover:
+            rows = [recovered(name, sparsity, options) for sparsity in RECOVERIES[name]]
+            (MODEL_CARDS / name / "recovered.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+            continue
         with tempfile.TemporaryDirectory() as folder:
-            make(name, MODELS[name], options, Path(folder) / name)
+            make(name, SPARSITY, options, Path(folder) / name)
             for file in KEPT:
                 shutil.copy(Path(folder) / name / file, MODEL_CARDS / name / file)
 
 
-def make(name: str, settings: Settings, options: argparse.Namespace, output: Path) -> None:
-    """The compressed model, evaluated beside the dense one, with its card."""
-    model = name if settings.calibration is None else str(options.models / name)
-    compress = ["--sparsity", SPARSITY, "--round-to", "1", *settings.compress, *settings.both]
-    run("compress", model, *dataset(settings.calibration, options), *compress, "--output", str(output))
-    evaluate = ["--reference", model, "--max-windows", WINDOWS, *settings.both, "--update-card"]
-    run("evaluate", str(output), *dataset(settings.evaluation, options), *evaluate)
+def make(name: str, sparsity: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """Makes the compressed model, evaluated beside the dense one, with its card; what was measured."""
+    settings = MODELS[name]
+    compress = ["--sparsity", sparsity, "--round-to", "1", *settings.compress, *settings.both]
+    run("compress", dense(name, options), *dataset(settings.calibration, options), *compress, "--output", str(output))
+    return evaluate(name, options, output)
+
+
+def evaluate(name: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
+    """What is measured of a model beside the dense one; it stands on its card too."""
+    settings = MODELS[name]
+    words = ["--reference", dense(name, options), "--max-windows", WINDOWS, *settings.both, "--update-card"]
+    run("evaluate", str(output), *dataset(settings.evaluation, options), *words)
+    (entry,) = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["texts"]
+    return entry
+
+
+def recovered(name: str, sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A compressed model and what recovery, with the dense one as the teacher, makes of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        small, better = Path(folder) / name, Path(folder) / "recovered"
+        before = make(name, sparsity, options, small)
+        words = [*dataset(MODELS[name].calibration, options), *RECOVERIES[name][sparsity], "--output", str(better)]
+        run("recover", str(small), "--teacher", dense(name, options), *words)
+        after = evaluate(name, options, better)
+        record = json.loads((better / "config.json").read_text(encoding="utf-8"))["modegpt"]["recovered"]
+    return {
+        "sparsity": float(sparsity),
+        "dense_perplexity": before["reference_perplexity"],
+        "compressed": {key: before[key] for key in MEASURED},
+        "recovered": {key: after[key] for key in MEASURED},
+        "text": after["text"],
+        "recovery": record,
+    }
+
+
+def dense(name: str, options: argparse.Namespace) -> str:
+    return name if MODELS[name].calibration is None else str(options.models / name)
 
 
 def dataset(file: str | None, options: argparse.Namespace) -> list[str]:

@@ -17,11 +17,17 @@ from typing import Any
 import pytest
 from checkpoints import RECIPE, save_dense, save_text
 from huggingface_hub import ModelCard
-from tiny import compressed
-from transformers import AutoModelForCausalLM
+from tiny import compressed, tokens
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
-from optimum_modegpt import ModeGPTQuantizer, UnsupportedModel
-from optimum_modegpt.integration.card import MARK, add_evaluation, is_ours, write_card
+from optimum_modegpt import ModeGPTQuantizer, OutputError, UnsupportedModel
+from optimum_modegpt.integration.card import MARK, add_evaluation, is_ours, weights_digest, write_card
 from optimum_modegpt.integration.cli import main
 from optimum_modegpt.integration.source import Source
 
@@ -243,7 +249,7 @@ def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> No
     assert "**0.5000 ± 0.0100** | 0.5000 ± 0.0100 |" in text
     assert "**0.5000** | – |" in text
     assert "--tasks quiz,riddle" in text
-    assert "--sequence-length 32 --max-windows 4" in text
+    assert "--sequence-length 32 --max-windows 4" in text.replace(" \\\n   ", "")
     assert str(folder) not in (folder / "evaluation.json").read_text()
 
 
@@ -258,7 +264,187 @@ def test_what_was_measured_of_other_weights_is_not_shown(folder: Path) -> None:
     assert result.dataset_name == "two.txt"
 
 
+def test_the_weights_are_known_however_they_are_spread(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert weights_digest(tmp_path / "sharded") == weights_digest(folder)
+
+
+def test_a_card_of_changed_weights_says_so(folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config["modegpt"].update(base_model="org/base", base_revision="abc"))
+    fresh = write_card(folder).read_text(encoding="utf-8")
+    assert ", without training" in fresh
+    assert "made with" in fresh
+    assert card(folder).data.base_model_relation == "quantized"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_output_embeddings().weight.data.mul_(2)
+    model.save_pretrained(folder)
+    text = card(folder).text
+    assert "the weights were changed after the compression" in text
+    assert card(folder).data.base_model_relation == "finetune"
+    assert not any(claim in text for claim in ("without training", "made with", "relative error"))
+    (folder / "report.json").unlink()
+    write_card(folder)
+    assert "base_model_relation" not in card(folder).data.to_dict()  # nothing tells whether they were changed
+    assert "without training" not in card(folder).text
+
+
+def test_a_card_of_a_recovery_has_its_command_and_no_older_errors(folder: Path) -> None:
+    recovered = {"dataset": "org/corpus", "revision": "abc", "split": "train", "windows": 40, "sequence_length": 32}
+    recovered |= {"steps": 20, "batch_size": 4, "learning_rate": 0.01, "lora_rank": 8, "seed": 3}
+    recovered |= {"distilled": True, "teacher": "dense"}
+    edit(folder / "config.json", lambda config: config["modegpt"].update(recovered=recovered))
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "relative error" not in text
+    flags = "--teacher dense --dataset org/corpus --dataset-split train --sequence-length 32 --num-samples 40"
+    flags += " --learning-rate 0.01 --steps 20 --batch-size 4 --lora-rank 8 --seed 3"
+    name = named(folder)
+    made = name.removesuffix("-recovered")
+    assert printed(folder, "recover") == ["recover", made, *flags.split(), "--output", name]
+    assert printed(folder, "compress")[-1] == made
+    assert card(folder).data.datasets == ["org/corpus"]
+
+
+def test_the_reference_and_the_settings_are_named(
+    place: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    monkeypatch.chdir(place)
+    settings = ["--dataset", "text.txt", "--sequence-length", "32", "--max-windows", "3", "--batch-size", "2"]
+    settings += ["--dtype", "bfloat16"]
+    assert main(["evaluate", str(folder), "--reference", str(other), *settings, "--update-card"]) == 0
+    command = printed(folder, "evaluate")
+    pairs = set(zip(command[2::2], command[3::2], strict=True))
+    assert pairs == set(zip(settings[::2], settings[1::2], strict=True)) | {("--reference", "other")}
+    text = card(folder).text
+    assert "| perplexity | `other` | KL" in text
+    assert "dense model" not in text
+    assert "`other` was a folder: give its path. `text.txt` was a file: give its path." in text
+    assert main(["evaluate", str(folder), "--reference", "dense", *settings, "--update-card"]) == 0
+    assert "| perplexity | dense model | KL" in card(folder).text
+
+
+# ----------------------------------------------------------------------------------------------- heads and quantisation
+
+
+@pytest.mark.parametrize(
+    ("auto", "task"), [(AutoModelForSequenceClassification, 'task_type="SEQ_CLS"'), (AutoModel, None)]
+)
+def test_a_model_with_another_head_claims_no_more_than_it_is(auto: Any, task: str | None, folder: Path) -> None:
+    model = auto.from_pretrained(folder)
+    model.save_pretrained(folder.parent / "head")
+    text = card(folder.parent / "head").text
+    assert f"| all parameters | {sum(each.numel() for each in model.parameters()):,} |" in text
+    assert "Make it again" not in text
+    assert 'target_modules="all-linear"' + (f", {task})" if task else ")") in text
+
+
+def test_a_quantised_model_has_no_ordinary_layers(folder: Path) -> None:
+    assert "ordinary `nn.Linear`s" in card(folder).text
+    edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "ordinary `nn.Linear`s" not in text
+    assert "| all parameters |" not in text
+
+
+# ------------------------------------------------------------------------------------------- a save that never fails
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("evaluation.json", b'{"texts": ['),
+        ("evaluation.json", b"[]"),
+        ("evaluation.json", b'{"texts": 3, "tasks": {"quiz": {"acc": "x"}}}'),
+        ("report.json", b'{"report_version": 9}'),
+        ("report.json", b'{"anything": 1}'),
+        ("report.json", b"\xff"),
+        ("README.md", "Übung".encode("latin-1")),
+    ],
+)
+def test_foreign_and_broken_files_are_left_alone(name: str, content: bytes, folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / name).write_bytes(content)
+    model.save_pretrained(place)
+    assert (place / name).read_bytes() == content
+    assert is_ours((place / "README.md").read_text(encoding="utf-8", errors="replace")) == (name != "README.md")
+
+
+@pytest.mark.parametrize("name", ["ranks.png", "README.md", "report.json", "evaluation.json"])
+def test_folders_in_the_place_of_files_stop_no_save(name: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "place" / name).mkdir(parents=True)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "place")
+    assert (tmp_path / "place" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"base_model": ["x"]},
+        {"base_model": "/nowhere/on/this/machine"},
+        {"recipe": None},
+        {"recipe": {"sparsity": "x", "seed": [], "method": {}}},
+        {"achieved": None},
+        {"achieved": {"sparsity": "x", "parameters": {"total_before": 0}}},
+        {"calibration": {"name": "x", "windows": 4, "sequence_length": "long"}},
+        {"recovered": 3},
+        {"base_card": {"license": {"a": 1}, "language": [None]}},
+    ],
+    ids=str,
+)
+def test_an_odd_record_stops_no_save(odd: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.modegpt = {**model.config.modegpt, **odd}
+    model.save_pretrained(tmp_path / "place")
+    text = (tmp_path / "place" / "README.md").read_text(encoding="utf-8")
+    assert is_ours(text)
+    assert "nowhere/on" not in text
+
+
+def test_values_stay_in_their_line(folder: Path) -> None:
+    evil = "x`|\n```\n# Evil <script>"
+    edit(folder / "config.json", lambda config: config["modegpt"].update(base_model=evil, base_revision=evil))
+    edit(folder / "config.json", lambda config: config["modegpt"]["calibration"].update(name=evil, split=evil))
+    edit(folder / "config.json", lambda config: config["modegpt"]["recipe"].update(dataset=evil, method=evil))
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert not re.search("^# Evil", text, re.MULTILINE)
+    assert "<script>" not in text
+    assert card(folder).data.base_model is None
+
+
+def test_what_is_left_is_logged_and_the_model_saved(folder: Path, tmp_path: Path, caplog: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (tmp_path / "place").mkdir()
+    (tmp_path / "place" / "model.safetensors.index.json").write_text("{")
+    (tmp_path / "place" / "ranks.png").symlink_to(tmp_path / "nowhere" / "ranks.png")
+    model.save_pretrained(tmp_path / "place")
+    assert (tmp_path / "place" / "model.safetensors").is_file()
+    assert f"{tmp_path / 'place'} is saved, but not its card" in caplog.text
+
+
+def test_an_evaluation_does_not_replace_a_foreign_file(folder: Path) -> None:
+    (folder / "evaluation.json").write_text("[]")
+    with pytest.raises(OutputError, match="no evaluation of ours"):
+        add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
+    assert (folder / "evaluation.json").read_text() == "[]"
+
+
 # ------------------------------------------------------------------------------------------------- whose card it is
+
+
+def test_the_card_of_the_trainer_is_replaced(folder: Path) -> None:
+    pytest.importorskip("accelerate", reason="needs the Trainer")
+    arguments = TrainingArguments(output_dir=str(folder), report_to="none", use_cpu=True)
+    data = [{"input_ids": row, "labels": row} for row in tokens()]
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(folder), arguments, train_dataset=data)
+    trainer.create_model_card()
+    assert "generated_from_trainer" in (folder / "README.md").read_text(encoding="utf-8")
+    trainer.save_model()
+    assert is_ours((folder / "README.md").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("words", ["# My own words\n", "---\nlicense: mit\n---\n"])

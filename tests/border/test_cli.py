@@ -26,6 +26,7 @@ from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, demo, perplexity
 from optimum_modegpt.calibration.data import evaluation_windows
 from optimum_modegpt.integration import cli, cli_register
 from optimum_modegpt.integration.commands import compress as compress_command
+from optimum_modegpt.integration.commands import inspect as inspect_command
 from optimum_modegpt.integration.commands.configuration import configuration, field_texts
 from optimum_modegpt.integration.commands.demo import whole_sentences
 from optimum_modegpt.report import Report
@@ -94,6 +95,13 @@ def test_the_command_gives_the_quantizers_model(checkpoint: Path, compressed: Pa
     reloaded = AutoModelForCausalLM.from_pretrained(compressed)
     with torch.no_grad():
         assert torch.equal(reloaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_loaded_model_needs_its_folder_no_more(text: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_dense(tmp_path / "gone"))
+    shutil.rmtree(tmp_path / "gone")
+    ModeGPTQuantizer(dataset=str(text), tokenizer=tokenizer(), **RECIPE).quantize_model(model, progress=False)
+    assert model.config.modegpt["base_model"] == "gone"
 
 
 def test_dtype_is_that_of_the_weights(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -266,9 +274,24 @@ def test_a_name_that_cannot_be_reached(tmp_path: Path, capsys: pytest.CaptureFix
         assert "nobody/nothing" in refusal(capsys, *verb)
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="nobody/nothing"):
-        cli.main(["inspect", "nobody/nothing", "--debug"])
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "nobody/nothing", "--debug"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert "error: 'nobody/nothing' is no folder" in errors
+
+
+def test_a_defect_is_no_broken_threshold(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def inspection(*_: Any) -> Any:
+        raise RuntimeError("a shape was wrong")
+
+    monkeypatch.setattr(inspect_command, "inspection", inspection)
+    assert cli.main(["inspect", str(checkpoint)]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("Traceback")
+    assert "error: a shape was wrong\nThis is a defect" in errors
 
 
 def test_a_device_that_is_not_there(

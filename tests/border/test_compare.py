@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import logging
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ import torch
 from checkpoints import save_dense
 from tiny import compressed, dense, tokenizer, tokens
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from optimum_modegpt import (
     CanaryMonitor,
@@ -27,13 +31,15 @@ from optimum_modegpt import (
     EvaluationError,
     InvalidConfig,
     Thresholds,
+    UnsupportedModel,
     compare,
     comparison_page,
     fidelity,
 )
-from optimum_modegpt.comparison.compare import PromptComparison, parting
 from optimum_modegpt.comparison.compare import distances as measured
+from optimum_modegpt.comparison.compare import parting
 from optimum_modegpt.comparison.prompts import read_prompts
+from optimum_modegpt.comparison.records import PromptComparison
 from optimum_modegpt.integration import cli
 
 SCRIPT = '</p><script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -175,11 +181,35 @@ def test_costs_are_those_of_each_model() -> None:
     assert found.costs.peak_device_bytes is None  # a CPU's allocator does not tell
 
 
-def test_both_are_greedy_whatever_their_generation_configs_say(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+GENERATION: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 9.0,
+    "repetition_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": [*range(3, 200)],
+    "sequence_bias": [[[97], 50.0]],
+    "bad_words_ids": [[98]],
+    "min_new_tokens": NEW,
+    "num_beams": 4,
+    "stop_strings": ["a"],
+    "penalty_alpha": 0.6,
+    "prompt_lookup_num_tokens": 2,
+    "assistant_early_exit": 1,
+    "token_healing": True,
+    "cache_implementation": "static",
+}
+
+
+@pytest.mark.parametrize("setting", GENERATION)
+def test_both_are_greedy_whatever_their_generation_configs_say(
+    setting: str, models: tuple[PreTrainedModel, PreTrainedModel]
+) -> None:
     model = dense("llama-gqa-tied")
-    model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=3.0, no_repeat_ngram_size=1)
+    own: Any = model.generation_config
+    setattr(own, setting, GENERATION[setting])
     found = compare(model, models[1], tokenizer(), PROMPTS, max_new_tokens=NEW)
     assert found.equal_continuations == len(PROMPTS)
+    assert model.generation_config is own
 
 
 @pytest.mark.parametrize(
@@ -264,6 +294,7 @@ def test_every_kind_of_file_is_read(tmp_path: Path, models: tuple[PreTrainedMode
         ("p.jsonl", '{"messages": "a"}\n{"messages": []}', "line 1|line 2"),
         ("p.json", '{"prompt": "a"}', "expected a list, found dict"),
         ("p.json", "[3]", "item 1: expected"),
+        ("p.json", "[" * 200_000, "nested too deep"),
         ("p.txt", None, "cannot be read as prompts"),
     ],
 )
@@ -332,6 +363,53 @@ def test_exit_codes(
     assert "for 80.0 % write 0.8" in capsys.readouterr().err
     assert cli.main(["compare", *map(str, folders)]) == 2
     assert "--prompts is missing" in capsys.readouterr().err
+
+
+def test_a_broken_configuration_is_told_before_any_work(
+    folders: list[Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in range(2):
+        pair = [*folders]
+        pair[place] = shutil.copytree(folders[place], tmp_path / f"broken{place}")
+        config = json.loads((pair[place] / "config.json").read_text())
+        (pair[place] / "config.json").write_text(json.dumps({**config, "attention_bias": "x"}))
+        assert run(pair, prompts, "--max-kl", 9) == 2
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        assert f"broken{place}' cannot be loaded" in errors
+
+
+def test_what_was_measured_is_kept_where_a_limit_cannot_be_judged(
+    folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.txt").write_text("x\n")
+    files = ["--json", tmp_path / "all.json", "--html", tmp_path / "page.html"]
+    assert run(folders, tmp_path / "one.txt", "--max-perplexity-ratio", 2, *files) == 2
+    printed = capsys.readouterr()
+    assert "needs prompts of at least two tokens" in printed.err
+    assert "KL divergence" in printed.out
+    assert json.loads((tmp_path / "all.json").read_text())["kl"] > 0
+    assert "No threshold was judged" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_run_names_the_file_that_stays(
+    folders: list[Path],
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    to_dict, file = PromptComparison.to_dict, tmp_path / "records.jsonl"
+
+    def interrupted(record: PromptComparison) -> dict[str, Any]:
+        if record.index == 2:
+            raise KeyboardInterrupt
+        return to_dict(record)
+
+    monkeypatch.setattr(PromptComparison, "to_dict", interrupted)
+    assert run(folders, prompts, "--jsonl", file) == 130
+    assert capsys.readouterr().err.endswith(f"interrupted; {file} holds the prompts that were measured.\n")
+    assert len(file.read_text().splitlines()) == 2
 
 
 def test_no_file_is_written_over_another(
@@ -413,7 +491,7 @@ def test_the_page_says_what_was_found(found: Comparison) -> None:
     assert places == sorted(places)
     assert page.tags.count("mark") == 2 * sum(record.parting_character is not None for record in worst)
     assert "nan" not in re.sub(r"<(p|span)[^>]*>.*?</\1>", "", text, flags=re.DOTALL)
-    assert "No thresholds were set" in comparison_page(found, (), model="small", reference="dense")
+    assert "No threshold was judged" in comparison_page(found, (), model="small", reference="dense")
 
 
 @pytest.mark.parametrize("prompts", [["x"], ["the ferry", "the ferry"]])
@@ -571,6 +649,101 @@ def test_the_recent_mean_is_exponentially_weighted(models: tuple[PreTrainedModel
     weights = [0.5 ** (3 - index) for index in range(4)]
     expected = sum(w * record["kl"] for w, record in zip(weights, records, strict=True)) / sum(weights)
     assert monitor.summary().recent_kl == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("given", ["argument", "config", "positional"])
+def test_stop_tokens_of_a_call_end_the_answer(given: str, models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, ids = models[0], tokens(3, 6)
+    flags: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    free = model.generate(ids, eos_token_id=None, **flags)
+    stops: dict[str, Any] = {"eos_token_id": [int(free[0, 8])], "pad_token_id": 5}
+    expected = [row.index(stops["eos_token_id"][0]) + 1 for row in free[:, 6:].tolist() if free[0, 8] in row]
+    assert expected[0] <= 3
+    records: list[dict[str, Any]] = []
+    with CanaryMonitor(*models, fraction=1, sink=records.append) as monitor, monitor.watching():
+        config = GenerationConfig(**stops, **flags)
+        if given == "argument":
+            model.generate(ids, **stops, **flags)
+        elif given == "config":
+            model.generate(ids, generation_config=config)
+        else:
+            model.generate(ids, config)
+        monitor.observe(ids, model.generate(ids, config), generation_config=config)
+    lengths = [record["answer_tokens"] for record in records]
+    assert [length for length in lengths if length < 12] == expected * 3
+    assert len(lengths) == 9
+
+
+def test_padding_behind_a_stop_string_is_no_answer(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, ids = models[0], tokens(3, 6)
+    flags: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 5}
+    free = model.generate(ids, **flags)[:, 6:]
+    stop = tokenizer().decode(free[0, 2])
+    records: list[dict[str, Any]] = []
+    with CanaryMonitor(*models, fraction=1, sink=records.append) as monitor, monitor.watching():
+        model.generate(ids, stop_strings=[stop], tokenizer=tokenizer(), **flags)
+    assert records[0]["answer_tokens"] == free[0].tolist().index(free[0, 2]) + 1
+
+
+def test_several_watch_one_model_and_end_in_any_order(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model, ids = models[0], tokens(1, 6)
+    with CanaryMonitor(*models, fraction=1) as first, CanaryMonitor(*models, fraction=1) as second:
+        one, other = first.watching(), second.watching()
+        one.__enter__()
+        other.__enter__()
+        model.generate(ids, max_new_tokens=2)
+        one.__exit__(None, None, None)
+        model.generate(ids, max_new_tokens=2)
+        other.__exit__(None, None, None)
+        assert "generate" not in vars(model)
+        model.generate(ids, max_new_tokens=2)
+    assert (first.summary().requests, second.summary().requests) == (1, 2)
+
+
+def test_a_wrapper_that_came_later_stays(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+    model: Any = models[0]
+    with CanaryMonitor(*models, fraction=1) as monitor:
+        with monitor.watching():
+            watched = model.generate
+            later = model.generate = functools.partial(watched, max_new_tokens=2)
+        assert model.generate is later
+        assert model.generate(tokens(1, 6)).shape == (1, 8)
+        del model.generate
+    assert monitor.summary().requests == 0
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_monitor_that_is_dropped_ends(at_work: bool) -> None:
+    model, reference, ids = dense("llama-gqa-tied"), dense("llama-gqa-tied"), tokens(1, 8)
+    began, hold = threading.Event(), threading.Event()
+
+    def sink(record: dict[str, Any]) -> None:
+        began.set()
+        hold.wait(30)
+
+    monitor = CanaryMonitor(model, reference, fraction=1, queue_size=2, sink=sink)
+    thread, seen = monitor._thread, weakref.ref(model)
+    if at_work:
+        for _ in range(4):
+            monitor.observe(ids[:, :4], ids)
+        began.wait(30)
+    del monitor, model, reference
+    hold.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    gc.collect()
+    assert seen() is None
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_tables_that_a_forward_pass_changes_are_refused(kind: str) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, **factors}
+    changing, fixed = dense("llama-gqa-tied", rope_parameters=rope), dense("llama-gqa-tied")
+    with pytest.raises(UnsupportedModel, match=f"the served model has rotary embeddings of type {kind}"):
+        CanaryMonitor(changing, fixed)
+    with pytest.raises(UnsupportedModel, match=f"the reference has rotary embeddings of type {kind}"):
+        CanaryMonitor(fixed, changing)
 
 
 def test_what_cannot_be_watched_is_refused(models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path) -> None:

@@ -349,6 +349,7 @@ def test_the_quantizer_saves_everything(checkpoint: Path, config: ModeGPTConfig,
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["requested_sparsity"] == 0.2
     assert report.pop("weight_bytes") == (tmp_path / "model.safetensors").stat().st_size
+    assert len(report.pop("weights_sha256")) == 64
     assert report.items() <= json.loads(json.dumps(quantizer.report.to_dict())).items()
     assert report["base_model"] == checkpoint.name
 

@@ -256,7 +256,7 @@ def test_the_caller_is_left_as_he_was(folder: Path, capsys: pytest.CaptureFixtur
     def state() -> Any:
         logs = [(logger.level, logger.handlers[:], logger.propagate) for logger in loggers]
         drawn = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-        return drawn, logs, words.pad_token, model.training, tqdm.__init__
+        return drawn, logs, words.pad_token, model.training, vars(tqdm)["__init__"]
 
     before = state()
     found = harness(model, words, load_tasks(["last", "written"], include_path=folder))
@@ -360,7 +360,7 @@ def test_before_and_after(
     flags = ["--tasks", ",".join(NAMES), "--include-path", folder, "--json", tmp_path / "scores"]
     assert evaluate(place, "--reference", dense, *flags, "--update-card") == 0
     result, table = json.loads((tmp_path / "scores").read_text()), capsys.readouterr().out
-    assert set(result) == {"model", "tasks", "reference_tasks"}
+    assert set(result) == {"model", "settings", "tasks", "reference_tasks"}
     assert list(result["tasks"]) == list(result["reference_tasks"]) == NAMES
     for name, metrics in result["tasks"].items():
         assert {metric: Score(**score) for metric, score in metrics.items()} == scores[name]
@@ -374,6 +374,18 @@ def test_before_and_after(
     kept = json.loads((place / "evaluation.json").read_text())
     assert (kept["tasks"], kept["reference_tasks"]) == (result["tasks"], result["reference_tasks"])
     assert "exact_match" in (place / "README.md").read_text()
+
+
+def test_a_card_of_a_persons_own_is_left_alone_and_that_is_told(
+    small: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = shutil.copytree(small, tmp_path / "own")
+    (place / "README.md").write_text("Mine.")
+    assert evaluate(place, "--tasks", "pick", "--include-path", folder, "--update-card") == 0
+    told = f"{place / 'README.md'} is your own and was left alone; the result stands in evaluation.json beside it."
+    assert told in capsys.readouterr().out
+    assert (place / "README.md").read_text() == "Mine."
+    assert json.loads((place / "evaluation.json").read_text())["tasks"]["pick"]
 
 
 def test_tasks_beside_a_text(small: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
 from hub import Blob, Hub, serving
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load, load_file, save_file
 from tiny import compressed, tokenizer, tokens
 
@@ -92,6 +95,50 @@ small = quantizer.quantize_model(AutoModelForCausalLM.from_pretrained("user/dens
 with torch.no_grad():
     outputs["quantized"] = small(ids).logits
 found["quantized"] = quantizer.push_to_hub(small, "user/quantized", private=True, commit_message="By 30 %").oid
+"""
+
+PLACES = """
+import tempfile
+from optimum_modegpt.integration.hub import Upload
+model, tokenizer = load("here", given["folder"]), AutoTokenizer.from_pretrained(given["folder"])
+tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+work = Path(given["work"])
+tokenizer.save_pretrained(work)
+model.save_pretrained(work, push_to_hub=True, repo_id="user/work")
+def same(repo, size, **options):
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(2)
+    commit = model.push_to_hub(repo, max_shard_size=size, **options)
+    load("found", repo, revision=commit.pr_revision or "main")
+    with torch.no_grad():
+        return torch.equal(outputs.pop("found"), model(ids).logits)
+found["same"] = [same("user/sizes", size) for size in ("50GB", "20KB", "30KB", "50GB")]
+found["same"].append(same("user/sizes", "20KB", create_pr=True))
+model.save_pretrained(given["half"], variant="half", push_to_hub=True, repo_id="user/sizes")
+load("half", "user/sizes", variant="half")
+for repo in ("header", "template", "trainer", "proofread"):
+    model.push_to_hub(f"user/{repo}")
+model.push_to_hub("short")
+before = set(Path(tempfile.gettempdir()).iterdir())
+found["broken"] = failure(Upload("user/broken").push_saved, lambda folder: (folder / "config.json").write_text("{}"))
+found["left"] = [path.name for path in set(Path(tempfile.gettempdir()).iterdir()) - before]
+"""
+
+ADAPTERS = """
+from peft import LoraConfig
+model = load("here", given["folder"])
+model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+model.push_to_hub("user/adapter")
+model.save_pretrained(given["saved"], push_to_hub=True, repo_id="user/adapter-saved")
+"""
+
+INTERRUPT = """
+import os
+Path(given["pid"]).write_text(str(os.getpid()))
+try:
+    load("here", given["folder"]).push_to_hub("user/held")
+except KeyboardInterrupt as interrupt:
+    found["interrupted"] = str(interrupt)
 """
 
 LOAD = """
@@ -225,7 +272,7 @@ def card_of(hub: Hub, repo: str, revision: str = "main") -> str:
 
 
 def test_one_commit_has_everything(hub: Hub, pushed: tuple[dict[str, Any], Any]) -> None:
-    code = {"modegpt_common.py", "modegpt_llama.py"}
+    code = {"modegpt_common.py", "modegpt_files.py", "modegpt_llama.py"}
     for repo in ("private", "sharded", "saved", "changed", "quantized"):
         repo = hub.repos[f"user/{repo}"]
         first = list(repo.commits.values())[1]
@@ -318,6 +365,89 @@ def test_without_the_package_the_code_of_the_repository_loads_it(
     assert found["text"].startswith("a")
 
 
+# ----------------------------------------------------------------------------------------- what is there already
+
+GENERATED = {
+    "header": "---\nlicense: mit\ntags:\n- mine\n---\n",
+    "template": str(
+        ModelCard.from_template(
+            ModelCardData(library_name="transformers", tags=["mine"], license="mit"),
+            model_description="This model card has been automatically generated.",
+        )
+    ),
+    "trainer": """---
+license: mit
+tags:
+- generated_from_trainer
+- mine
+---
+<!-- This model card has been generated automatically according to the information the Trainer had access to. You
+should probably proofread and complete it, then remove this comment. -->
+# run
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def placed(hub: Hub, clients: Clients) -> dict[str, Any]:
+    """What one process found that pushed to places where something is already."""
+    folder, work = clients.root / "plain", clients.root / "work"
+    compressed("llama-gqa-tied").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    work.mkdir()
+    for name in ("credentials.json", "train.py", "notes.txt", "other.safetensors"):
+        (work / name).write_text("{}")
+    proofread = GENERATED["template"].replace("[More Information Needed]", "What I know.", 10)
+    for name, text in {**GENERATED, "proofread": proofread}.items():
+        repo = hub.create(f"user/{name}")
+        repo.commit("main", repo.files() | {"README.md": Blob(text.encode(), False)})
+    kept = hub.create("user/sizes")
+    kept.commit("main", kept.files() | {"model.gguf": Blob(b"x", True)})
+    given = {"folder": str(folder), "work": str(work), "half": str(clients.root / "half")}
+    return clients.python(PLACES, "placer", given=given)[0]
+
+
+def test_weights_that_were_there_are_not_read_in_place_of_new_ones(hub: Hub, placed: dict[str, Any]) -> None:
+    assert placed["same"] == [True] * 5
+    weights = [name for name in hub.repos["user/sizes"].files() if name.startswith("model")]
+    assert sorted(weights) == ["model.gguf", "model.half.safetensors", "model.safetensors"]
+
+
+def test_nothing_but_the_model_is_published(hub: Hub, placed: dict[str, Any]) -> None:
+    files = hub.repos["user/work"].files().keys()
+    assert not files & {"credentials.json", "train.py", "notes.txt", "other.safetensors"}
+    assert {"model.safetensors", "tokenizer.json", "additional_chat_templates/tools.jinja"} <= files
+
+
+def test_a_readme_that_nobody_wrote_gives_way_and_its_header_stays(hub: Hub, placed: dict[str, Any]) -> None:
+    for name in GENERATED:
+        card = card_of(hub, f"user/{name}")
+        assert is_ours(card), name
+        assert ModelCard(card).data.license == "mit"
+        assert {"mine", "modegpt"} <= {*ModelCard(card).data.tags}
+    assert "What I know." in card_of(hub, "user/proofread")
+
+
+def test_the_card_names_the_whole_repository(hub: Hub, placed: dict[str, Any]) -> None:
+    assert '"user/short"' in card_of(hub, "user/short")
+
+
+def test_what_cannot_be_finished_leaves_no_folder(hub: Hub, placed: dict[str, Any]) -> None:
+    assert placed["broken"][0] == "OutputError"
+    assert placed["left"] == []
+
+
+def test_adapters_are_pushed_as_adapters(hub: Hub, clients: Clients) -> None:
+    pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+    folder = clients.root / "under-adapters"
+    compressed("llama-gqa-tied").save_pretrained(folder)
+    clients.python(ADAPTERS, "adapter", given={"folder": str(folder), "saved": str(clients.root / "adapter-saved")})
+    for repo in ("user/adapter", "user/adapter-saved"):
+        files = hub.repos[repo].files().keys()
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= files
+        assert not {"config.json", "model.safetensors"} & files
+
+
 # ------------------------------------------------------------------------------------------------------- what fails
 
 
@@ -392,12 +522,48 @@ def test_a_dropped_connection_keeps_the_folder_and_says_how_to_go_on(
     check_uploaded(hub, "user/dropped", folder)
 
 
-@pytest.mark.parametrize("lost", ["model.safetensors", "modegpt_common.py", "modegpt_llama.py", "config.json"])
+def test_an_interrupted_upload_keeps_the_folder_and_says_how_to_go_on(hub: Hub, clients: Clients) -> None:
+    folder, pid = clients.root / "to-interrupt", clients.root / "pid"
+    compressed("llama-gqa-tied").save_pretrained(folder)
+    hub.held.add("user/held")
+
+    def interrupt() -> None:
+        while not hub.asked("POST /api/models/user/held/commit") and not hub.released.wait(timeout=0.1):
+            pass
+        if not hub.released.is_set():
+            os.kill(int(pid.read_text()), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        found, _ = clients.python(INTERRUPT, "interrupted", given={"folder": str(folder), "pid": str(pid)})
+    finally:
+        hub.released.set()
+        hub.held.clear()
+    thread.join()
+    assert found["interrupted"].startswith("user/held was not updated.\n")
+    assert list(hub.repos["user/held"].files()) == [".gitattributes"]
+    check_uploaded(hub, "user/held", go_on(clients, found["interrupted"], "interrupted"))
+
+
+@pytest.mark.parametrize(
+    "lost", ["model.safetensors", "modegpt_common.py", "modegpt_files.py", "modegpt_llama.py", "config.json"]
+)
 def test_a_folder_that_is_not_whole_is_not_sent(lost: str, tmp_path: Path) -> None:
     compressed("llama-gqa-tied").save_pretrained(tmp_path)
     (tmp_path / lost).unlink()
     with pytest.raises(OutputError, match=re.escape(lost)):
         Upload("user/name").push(tmp_path)
+
+
+def test_links_are_not_sent(tmp_path: Path) -> None:
+    """A link may lead to anything; of a folder of links nothing would go up."""
+    compressed("llama-gqa-tied").save_pretrained(tmp_path / "real")
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "real").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    with pytest.raises(OutputError, match=r"lacks config\.json.*links"):
+        Upload("user/name").push(tmp_path / "links")
 
 
 def test_a_dense_model_is_not_sent(tmp_path: Path) -> None:

@@ -34,6 +34,18 @@ def test_a_result_of_ours_may_be_overwritten(tmp_path: Path) -> None:
         check_output(tmp_path, overwrite=False)
 
 
+def test_tokenizers_of_every_kind_are_ours(tmp_path: Path) -> None:
+    folder = result(tmp_path)
+    for name in ("tokenizer.model", "vocab.json", "qwen.tiktoken", "vocab.bpe", "chat_template.jinja"):
+        (folder / name).touch()
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").touch()
+    check_output(folder, overwrite=True)
+    (folder / "additional_chat_templates" / "thesis.docx").touch()
+    with pytest.raises(OutputError, match="what no compressed model has: additional_chat_templates"):
+        check_output(folder, overwrite=True)
+
+
 @pytest.mark.parametrize(
     ("foreign", "message"),
     [

@@ -18,6 +18,7 @@ from tiny import dense, tokenizer
 
 from optimum_modegpt.integration import cli
 from optimum_modegpt.integration.card import write_card
+from optimum_modegpt.recovery import RecoveryConfig
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "model_cards").iterdir())
@@ -38,6 +39,12 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 """
 ROWS = re.findall(r"^\| (\S+) +\| (\d+) % \| (.+?) \|$", README.partition("<!-- results -->")[2], re.MULTILINE)
+
+RECOVERED = re.findall(
+    r"^\| (\w+)(?:, `--steps (\d+)`)? \| (\d+) % \| (.+?) \|$",
+    README.partition("<!-- recovered -->")[2].partition("\n\n")[0],
+    re.MULTILINE,
+)
 
 
 @pytest.fixture
@@ -106,6 +113,20 @@ def test_the_results_are_those_of_the_files() -> None:
     for name, percent, cells in ROWS:
         shown = [cell.strip(" *") for cell in cells.split("|")]
         assert shown == expected_cells(name, int(percent) / 100), (name, percent)
+
+
+def test_the_recoveries_are_those_of_the_files() -> None:
+    rows = {}
+    for folder in CARDS:
+        for row in read(folder / "recovered.json") if (folder / "recovered.json").is_file() else []:
+            figures = row["dense_perplexity"], row["compressed"]["perplexity"], row["recovered"]["perplexity"]
+            rows[folder.name, f"{row['sparsity']:.0%}"] = row["recovery"]["steps"], [f"{one:.3f}" for one in figures]
+    assert rows
+    default = RecoveryConfig().steps
+    assert rows == {
+        (name, f"{percent}%"): (int(steps or default), [cell.strip(" *") for cell in cells.split("|")])
+        for name, steps, percent, cells in RECOVERED
+    }
 
 
 def test_every_model_of_the_table_has_a_card() -> None:

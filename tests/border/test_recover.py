@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -31,6 +32,7 @@ from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows
 from optimum_modegpt.evaluation.fidelity import divergence
 from optimum_modegpt.evaluation.perplexity import logits_of, nats_of, targets
 from optimum_modegpt.integration import cli
+from optimum_modegpt.integration.commands import recover as recover_command
 from optimum_modegpt.recovery import Recovery, RecoveryConfig, recover
 from optimum_modegpt.report import Report
 
@@ -389,6 +391,19 @@ def test_the_command_refuses_before_work(
     assert cli.main(["recover", str(small), "--dataset", str(text), "--output", str(small), "--overwrite"]) == 2
     assert "is what this run reads" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_cannot_be_read_is_told_before_training(
+    small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    newer = shutil.copytree(small, tmp_path / "newer")
+    report = json.loads((newer / "report.json").read_text())
+    (newer / "report.json").write_text(json.dumps({**report, "report_version": 9}))
+    monkeypatch.setattr(recover_command, "recover", None)
+    assert cli.main(["recover", str(newer), "--dataset", str(text), "--output", str(tmp_path / "out"), *QUICK]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert "report_version" in errors
 
 
 def test_a_summary_is_for_people() -> None:

@@ -6,10 +6,13 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import resource
 import shlex
 import shutil
 import struct
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub import LARGE, Blob, serving
 from safetensors.torch import load_file, save_file
 from tiny import compressed, dense, tokenizer, tokens
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -455,6 +459,52 @@ def test_damaged_files_are_named(
             assert f"{file.name} is cut off or damaged" in message
 
 
+REMOTE = """
+import json, sys
+from pathlib import Path
+import optimum_modegpt
+from transformers import AutoModelForCausalLM
+found = {}
+for name in json.loads(sys.argv[1]):
+    try:
+        AutoModelForCausalLM.from_pretrained(f"user/{name}")
+        found[name] = "loaded"
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+Path(sys.argv[2]).write_text(json.dumps(found))
+"""
+
+
+def test_models_of_the_hub_are_held_to_the_same(root: Path, tmp_path: Path, trace: Path) -> None:
+    """One process for all: only a fresh one reads another Hub."""
+    whole = load_file(root / "llama" / "model.safetensors").keys()
+    folders = {"sound": copy_of(root, "sharded", tmp_path / "sound")}
+    for number, path in enumerate(("pytorch_model.bin", "../outside.safetensors", "a/b.safetensors")):
+        folder = folders[f"astray{number}"] = copy_of(root, "llama", tmp_path / f"astray{number}")
+        pickle_weights(folder, trace)
+        index = {"metadata": {}, "weight_map": dict.fromkeys(whole, path)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    untyped = folders["astray-untyped"] = shutil.copytree(folders["astray0"], tmp_path / "untyped")
+    edit(untyped, dtype=None)  # then transformers looks into a file for it
+    damages = ("cut in the data", "cut in the header", "nothing", "a page of HTML")
+    for number, damage in enumerate(damages):
+        folder = folders[f"damaged{number}"] = copy_of(root, "llama", tmp_path / f"damaged{number}")
+        file = folder / "model.safetensors"
+        file.write_bytes(DAMAGE[damage](file.read_bytes()))
+    with serving() as hub:
+        for name, folder in folders.items():
+            files = {path.name: Blob(path.read_bytes(), path.suffix in LARGE) for path in folder.iterdir()}
+            hub.create(f"user/{name}").commit("main", files)
+        words = [sys.executable, "-I", "-c", REMOTE, json.dumps([*folders]), str(tmp_path / "found.json")]
+        subprocess.run(words, env=hub.environment(tmp_path / "home"), capture_output=True, check=True, timeout=300)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found.pop("sound") == "loaded"
+    for name, message in found.items():
+        astray = r"model\.safetensors\.index\.json names .*; expected safetensors files of its own folder"
+        damaged = rf"the weights of 'user/{name}' are cut off or damaged .*force_download=True"
+        assert re.match(rf"ValueError: .*{astray if name.startswith('astray') else damaged}", message), (name, message)
+
+
 def test_missing_shards_are_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copy_of(root, "sharded", tmp_path / "model")
     file = sorted(folder.glob("*.safetensors"))[1]
@@ -467,14 +517,30 @@ def test_missing_shards_are_named(root: Path, tmp_path: Path, capsys: pytest.Cap
     loads_fail(folder, r"no file named model\.safetensors", OSError)
 
 
-def test_shards_of_a_former_save_are_not_asked_for(root: Path, tmp_path: Path) -> None:
-    """transformers leaves the index behind where a model is saved whole over its own shards."""
+@pytest.mark.parametrize("variant", [None, "half"])
+def test_weights_of_a_former_save_are_not_read_in_place_of_new_ones(variant: str | None, tmp_path: Path) -> None:
+    """One file has precedence over an index, and transformers removes neither where it writes the other."""
+    model, others = compressed("llama-gqa-tied"), None if variant else "half"
+    model.save_pretrained(tmp_path, variant=others)
+    beside = {path.name: path.read_bytes() for path in tmp_path.glob("model*")}
+    for size in ("50GB", "20KB", "50GB", "30KB", "20KB"):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(2)
+        model.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, variant=variant)
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits), size
+        names = {path.name for path in tmp_path.glob("model*")} - beside.keys()
+        assert (size == "50GB") == (len(names) == 1), names
+    assert all((tmp_path / name).read_bytes() == data for name, data in beside.items())
+
+
+def test_a_save_that_fails_leaves_the_former_weights(root: Path, tmp_path: Path) -> None:
     folder = copy_of(root, "sharded", tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.save_pretrained(folder)
-    assert (folder / "model.safetensors.index.json").exists()
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits, model(tokens()).logits)
-    assert cli.main(["inspect", str(folder)]) == 0
+    before = {path.name: path.read_bytes() for path in folder.glob("model*")}
+    with pytest.raises(ValueError, match="Unit"):
+        compressed("llama-gqa-tied").save_pretrained(folder, max_shard_size="wrong")
+    compressed("llama-gqa-tied").save_pretrained(folder, is_main_process=False)
+    assert {path.name: path.read_bytes() for path in folder.glob("model*")} == before
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 4.0])

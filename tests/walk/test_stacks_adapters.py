@@ -45,7 +45,8 @@ def logits(model: Any) -> Tensor:
 
 def assert_travels(folder: Path, name: str) -> None:
     """The folder holds a whole model: safetensors, and the code that its configuration names."""
-    assert {path.name for path in folder.glob("*.py")} == {"modegpt_common.py", f"modegpt_{family_of(name)}.py"}
+    code = {"modegpt_common.py", "modegpt_files.py", f"modegpt_{family_of(name)}.py"}
+    assert {path.name for path in folder.glob("*.py")} == code
     assert list(folder.glob("*.safetensors"))
     assert not [*folder.glob("*model*.bin"), *folder.glob("adapter*")]
 
@@ -82,6 +83,35 @@ finders = len(sys.meta_path)
 from {TARGETS} import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
 assert all(table["modegpt_" + dense] == table[dense] for dense in ("llama", "mistral", "opt", "qwen2"))
 assert not any("optimum_modegpt" in type(finder).__module__ for finder in sys.meta_path), "waits no longer"
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_targets_are_entered_when_the_first_import_of_peft_fails() -> None:
+    script = f"""
+import importlib, importlib.machinery, sys, optimum_modegpt
+load = importlib.machinery.SourceFileLoader.exec_module
+def breaking(loader, module):
+    if module.__name__ == "{TARGETS}":
+        raise ImportError("half way")
+    load(loader, module)
+importlib.machinery.SourceFileLoader.exec_module = breaking
+for attempt in range(2):
+    try:
+        import peft
+    except ImportError as error:
+        assert "half way" in str(error)
+    else:
+        raise AssertionError("it was to fail")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        del sys.modules[name]
+importlib.machinery.SourceFileLoader.exec_module = load
+from {TARGETS} import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+assert table["modegpt_llama"] == table["llama"]
+assert not any("optimum_modegpt" in type(finder).__module__ for finder in sys.meta_path), "waits no longer"
+import inspect
+assert "MAPPING" in inspect.getsource(sys.modules["{TARGETS}"])
 """
     done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

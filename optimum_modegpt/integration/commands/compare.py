@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from optimum_modegpt import demo
-from optimum_modegpt.comparison.compare import Comparison, PromptComparison
 from optimum_modegpt.comparison.compare import compare as compare_models
 from optimum_modegpt.comparison.page import comparison_page
 from optimum_modegpt.comparison.prompts import Prompt, read_prompts
+from optimum_modegpt.comparison.records import Comparison, PromptComparison
 from optimum_modegpt.comparison.thresholds import Check, Thresholds
 from optimum_modegpt.errors import EvaluationError, OutputError
 from optimum_modegpt.integration.commands.common import (
@@ -70,14 +70,20 @@ def add(verbs: Any) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Prints the comparison and the thresholds; 1 where one is broken."""
+    """Prints the comparison and the thresholds; 1 where one is broken.
+
+    Raises:
+        EvaluationError: a threshold cannot be judged; the comparison was printed and written all the same.
+    """
     thresholds = Thresholds(options.max_kl, options.min_agreement, options.max_perplexity_ratio)
     _check_files(options.prompts, [options.html, options.jsonl, options.json])
     source, reference = source_of(options), reference_of(options)
     assert reference is not None
     prompts, device = _prompts(options.prompts, reference), pick_device(options.device)
+    # Before their tokenizers: transformers reads these by the configuration, and trips over a broken one.
+    configs = [load_config(each) for each in (reference, source)]
     tokenizer = shared_tokenizer(options.tokenizer, source, reference)
-    check_vocabulary(tokenizer, load_config(source).get_text_config().vocab_size)
+    check_vocabulary(tokenizer, configs[-1].get_text_config().vocab_size)
     model, dense = models_on(device, options.dtype, source, reference)
     assert dense is not None
     with _streaming(options.jsonl) as on_record:
@@ -90,8 +96,14 @@ def run(options: Namespace) -> int:
             on_record=on_record,
             progress=shows_progress(),
         )
-    checks = found.check(thresholds)
-    print("\n".join((found.summary(), *map(str, checks))))
+    print(found.summary())
+    try:
+        checks = found.check(thresholds)
+    except EvaluationError:
+        _write(options, found, ())
+        raise
+    for check in checks:
+        print(check)
     _write(options, found, checks)
     return 0 if all(check.held for check in checks) else BROKEN
 
@@ -130,9 +142,16 @@ def _prompts(file: Path | None, reference: Source) -> list[Prompt]:
 
 @contextmanager
 def _streaming(file: Path | None) -> Iterator[Callable[[PromptComparison], None] | None]:
-    """A function that writes a record as a line at once, for whoever follows the file."""
+    """A function that writes a record as a line at once, for whoever follows the file.
+
+    Raises:
+        KeyboardInterrupt: interrupted; the message names the file, which stays.
+    """
     if file is None:
         yield None
         return
     with file.open("w", encoding="utf-8") as lines:
-        yield lambda record: print(json.dumps(record.to_dict()), file=lines, flush=True)
+        try:
+            yield lambda record: print(json.dumps(record.to_dict()), file=lines, flush=True)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{file} holds the prompts that were measured.") from None

@@ -18,7 +18,8 @@ from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.fidelity import fidelity
 from optimum_modegpt.evaluation.harness import Tasks, TaskScores, harness, load_tasks
 from optimum_modegpt.evaluation.perplexity import perplexity
-from optimum_modegpt.integration.card import add_evaluation
+from optimum_modegpt.integration.card import CARD, EVALUATION, add_evaluation, check_evaluation
+from optimum_modegpt.integration.card.write import may_be_replaced
 from optimum_modegpt.integration.commands.common import (
     add_device,
     check_file,
@@ -99,7 +100,7 @@ def run(options: Namespace) -> None:
     tasks = None
     if options.tasks is not None:
         tasks = load_tasks(options.tasks, include_path=options.include_path, progress=shows_progress())
-    result: dict[str, Any] = {"model": options.model}
+    result: dict[str, Any] = {"model": options.model, "settings": _settings(options, reference)}
     if tasks is None or options.dataset is not None:
         windows = _windows(options, source, model_config, tokenizer)
         result |= _text_scores(options, source, reference, windows, device)
@@ -111,7 +112,10 @@ def run(options: Namespace) -> None:
         print(tasks_table(found, dense))
     write_json(options.json, result)
     if options.update_card:
-        add_evaluation(Path(options.model), result)
+        folder = Path(options.model)
+        add_evaluation(folder, result)
+        if not may_be_replaced(folder / CARD):
+            print(f"{folder / CARD} is your own and was left alone; the result stands in {EVALUATION} beside it.")
 
 
 def _check_flags(options: Namespace) -> None:
@@ -135,8 +139,28 @@ def _check_card(options: Namespace, model_config: Any) -> None:
         raise InvalidConfig(
             f"--update-card writes into the folder of a compressed model, which {options.model!r} is not."
         )
+    check_evaluation(Path(options.model))
     if options.limit is not None:
         raise InvalidConfig("--limit is for a trial, and a card shows whole tasks; leave out it or --update-card.")
+
+
+def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
+    """How it is measured, for the command that a card shows; of paths only the last part."""
+    named = {name: getattr(options, name) for name in ("tokenizer", "dataset", "include_path")}
+    found = {name: value for name, value in named.items() if value is not None}
+    paths = [name for name, value in found.items() if Path(value).exists()]
+    settings: dict[str, Any] = {
+        name: Path(value).resolve().name if name in paths else str(value) for name, value in found.items()
+    }
+    for name in ("dataset_split", "text_column", "batch_size"):
+        if (value := getattr(options, name)) is not None:
+            settings[name] = value
+    if options.dtype != "auto":
+        settings["dtype"] = options.dtype
+    if reference is not None:
+        settings["reference"] = reference.base_model
+        paths += ["reference"] * (not reference.is_demo and Path(reference.path).is_dir())
+    return settings | ({"paths": paths} if paths else {})
 
 
 def _windows(options: Namespace, source: Source, model_config: Any, tokenizer: Any) -> TokenWindows:

@@ -84,7 +84,7 @@ def _recover_to(
 ) -> Recovery:
     device, model_config = pick_device(options.device), load_config(source)
     check_compressed(model_config)
-    tokenizer = shared_tokenizer(None, source, teacher)
+    tokenizer, report = shared_tokenizer(None, source, teacher), _report(source)
     with replacing(output, overwrite=options.overwrite) as folder:
         windows = calibrate(_text(options, model_config), tokenizer, model_config, source, fewer=True)
         model, dense = models_on(device, options.dtype, source, teacher)
@@ -101,7 +101,7 @@ def _recover_to(
                 f"nothing was gained, and nothing is saved: {recovery.summary()}. Try a lower --learning-rate, more "
                 "text, or text that is more like what the model was trained on."
             )
-        if (report := _report(source)) is not None:
+        if report is not None:
             vars(model)[KEPT_REPORT] = report
         tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)

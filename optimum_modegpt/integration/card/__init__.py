@@ -1,0 +1,26 @@
+"""The model card: README.md of a result folder, written from what lies there and from nothing else."""
+
+from optimum_modegpt.integration.card.contents import EVALUATION, REPORT, check_evaluation, weights_digest
+from optimum_modegpt.integration.card.write import (
+    CARD,
+    MARK,
+    PICTURE,
+    add_evaluation,
+    is_ours,
+    save_report,
+    write_card,
+)
+
+__all__ = [
+    "CARD",
+    "EVALUATION",
+    "MARK",
+    "PICTURE",
+    "REPORT",
+    "add_evaluation",
+    "check_evaluation",
+    "is_ours",
+    "save_report",
+    "weights_digest",
+    "write_card",
+]

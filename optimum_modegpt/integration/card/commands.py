@@ -1,0 +1,187 @@
+"""The commands and the Python of the card: what made the model, and what measured it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from typing import Any
+
+from optimum_modegpt import demo
+from optimum_modegpt.config import IN_MEMORY, ModeGPTConfig
+from optimum_modegpt.integration.card.contents import Contents
+from optimum_modegpt.integration.source import DEMO
+
+COLUMNS = 88
+"""Of a command on the page."""
+COMMAND = ("optimum-cli", "modegpt")
+RECOVERY = {
+    "teacher": "teacher",
+    "dataset": "dataset",
+    "split": "dataset_split",
+    "sequence_length": "sequence_length",
+    "windows": "num_samples",
+    "learning_rate": "learning_rate",
+    "steps": "steps",
+    "batch_size": "batch_size",
+    "lora_rank": "lora_rank",
+    "seed": "seed",
+}
+"""Flags of `recover` by the keys of its record."""
+MODEL_FLAGS = ("reference", "tokenizer", "batch_size", "dtype")
+TEXT_FLAGS = ("dataset_split", "text_column")
+KINDS = {"dataset": "file", "tokenizer": "folder", "reference": "folder", "include_path": "folder"}
+
+
+# ------------------------------------------------------------------------------------------------------- compression
+
+
+def choices(found: Contents) -> dict[str, Any]:
+    """The fields that make it again: sparsity and text, and whatever differs from the defaults."""
+    recipe = found.record.get("recipe", {})
+    return {
+        field.name: recipe[field.name]
+        for field in dataclasses.fields(ModeGPTConfig)
+        if field.name in recipe and (field.name in ("sparsity", "dataset") or recipe[field.name] != field.default)
+    }
+
+
+def compress_command(found: Contents) -> str | None:
+    """The command that makes it again; None where a command line cannot name what was given."""
+    fields = choices(found)
+    if not fields or found.base is None or any(str(value).startswith(IN_MEMORY) for value in fields.values()):
+        return None
+    words = [*COMMAND, "compress", found.base, *flags(dense_choices(found) | fields)]
+    return shell([*words, "--output", found.compressed_name])
+
+
+def compress_call(found: Contents) -> str | None:
+    """The same in Python; a dataset or tokenizer that was in memory stands there as a name."""
+    fields = choices(found)
+    if not fields or found.base is None or not found.is_causal:
+        return None
+    shown = [f"{name}={name if str(value).startswith(IN_MEMORY) else literal(value)}" for name, value in fields.items()]
+    loading = [f", {name}={literal(value)}" for name, value in dense_choices(found).items()]
+    return (
+        "from optimum_modegpt import ModeGPTConfig, ModeGPTModelForCausalLM\n\n"
+        f"config = ModeGPTConfig({', '.join(shown)})\n"
+        "model = ModeGPTModelForCausalLM.from_pretrained(\n"
+        f"    {literal(found.base)}{''.join(loading)}, compression_config=config\n)\n"
+        f"model.save_pretrained({literal(found.compressed_name)})"
+    )
+
+
+def dense_choices(found: Contents) -> dict[str, Any]:
+    """How the dense model was loaded, as far as it is known."""
+    loading = {"revision": found.record.get("base_revision"), "dtype": found.record.get("dtype")}
+    return {name: value for name, value in loading.items() if value is not None}
+
+
+def notes(found: Contents) -> list[str]:
+    """What has to be put in place of what the record can only describe."""
+    fields, lines = choices(found), []
+    if found.base != DEMO and not found.base_is_on_hub:
+        lines.append(f"`{found.base}` was a folder: give its path.")
+    if found.record.get("calibration", {}).get("file_sha256") and fields.get("dataset") not in (DEMO, None):
+        lines.append(f"`{fields['dataset']}` was a file: give its path.")
+    in_memory = [(name, value) for name, value in fields.items() if str(value).startswith(IN_MEMORY)]
+    lines += [f"`{name}` was an object: {value.removeprefix(IN_MEMORY)}." for name, value in in_memory]
+    return lines
+
+
+def recover_command(found: Contents) -> str | None:
+    """The command that fine-tuned it; None where it was not, or a command line cannot name what was given."""
+    recovered = found.record.get("recovered", {})
+    if not {"dataset", "steps"} <= recovered.keys() or recovered["dataset"].startswith(IN_MEMORY):
+        return None
+    if recovered.get("distilled") and "teacher" not in recovered:
+        return None
+    given = {flag: recovered[key] for key, flag in RECOVERY.items() if key in recovered}
+    return shell([*COMMAND, "recover", found.compressed_name, *flags(given), "--output", found.name])
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate_commands(found: Contents) -> list[str]:
+    """The commands that measured what the card shows."""
+    commands = []
+    for entry in found.evaluation.get("texts", []):
+        if not entry["text"]["name"].startswith(IN_MEMORY):
+            settings = entry.get("settings", {})
+            words = [*_measured(settings), *_text_flags(found, entry["text"], settings)]
+            commands.append(shell([*COMMAND, "evaluate", found.name, *words]))
+    by_words: dict[tuple[str, ...], list[str]] = {}
+    for task, metrics in found.evaluation.get("tasks", {}).items():
+        settings = found.evaluation.get("task_settings", {}).get(task, {})
+        examples = next((score.get("num_fewshot") for score in metrics.values()), None)
+        words = flags({"num_fewshot": examples, "include_path": settings.get("include_path")})
+        by_words.setdefault((*_measured(settings), *words), []).append(task)
+    commands += [
+        shell([*COMMAND, "evaluate", found.name, "--tasks", ",".join(tasks), *words])
+        for words, tasks in by_words.items()
+    ]
+    return commands
+
+
+def _measured(settings: dict[str, Any]) -> list[str]:
+    return flags({name: settings.get(name) for name in MODEL_FLAGS})
+
+
+def _text_flags(found: Contents, text: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    limited = text["windows"] < text.get("available_windows", text["windows"])
+    return flags(
+        {
+            "dataset": None if _is_embedded(found, text, settings) else text["name"],
+            **{name: settings.get(name) for name in TEXT_FLAGS},
+            "sequence_length": text["sequence_length"],
+            "max_windows": text["windows"] if limited else None,
+        }
+    )
+
+
+def _is_embedded(found: Contents, text: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether this is the text that the command takes for the embedded model where none is named."""
+    return found.base == DEMO and text["name"] == demo.EVALUATION_TEXT.name and "dataset" not in settings
+
+
+def evaluate_notes(found: Contents) -> list[str]:
+    """What has to be put in place of paths, of which only the last part is kept."""
+    every = [entry.get("settings", {}) for entry in found.evaluation.get("texts", [])]
+    every += found.evaluation.get("task_settings", {}).values()
+    named = {
+        (settings[flag], KINDS[flag])
+        for settings in every
+        for flag in settings.get("paths", [])
+        if flag in KINDS and flag in settings
+    }
+    return [f"`{name}` was a {kind}: give its path." for name, kind in sorted(named)]
+
+
+# -------------------------------------------------------------------------------------------------------------- words
+
+
+def flags(values: dict[str, Any]) -> list[str]:
+    """Words of a command line; a value of None is not said."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def shell(words: list[str]) -> str:
+    """A command for a shell, in lines that a page shows whole; a flag stays with its value."""
+    groups: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            groups.append([])
+        groups[-1].append(word)
+    lines = [""]
+    for argument in map(shlex.join, groups):
+        if len(lines[-1]) + len(argument) > COLUMNS:
+            lines.append("   ")
+        lines[-1] += f" {argument}"
+    return " \\\n".join(lines).strip()
+
+
+def literal(value: Any) -> str:
+    """A value as Python source."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)

@@ -1,0 +1,88 @@
+"""The header of the card, which the Hub reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from optimum_modegpt.calibration.data import HUB_DATASETS
+from optimum_modegpt.integration.card.contents import Contents, is_repo_id
+
+TAGS = ["modegpt", "compressed", "structured-pruning", "low-rank"]
+TASK_SETTINGS = ("stderr", "num_fewshot", "samples", "version", "lm_eval")
+"""What belongs to the score of a task, as far as it is known."""
+
+
+def metadata(found: Contents) -> ModelCardData:
+    """The header of the card."""
+    card, recovered = found.record.get("base_card", {}), found.record.get("recovered", {})
+    recovery = {"name": recovered.get("dataset"), "revision": recovered.get("revision")}
+    datasets = [hub_dataset(text) for text in (found.record.get("calibration", {}), recovery)]
+    return ModelCardData(
+        base_model=found.base if found.base_is_on_hub else None,
+        base_model_relation=relation(found) if found.base_is_on_hub else None,
+        license=card.get("license", "unknown"),
+        license_name=card.get("license_name"),
+        license_link=card.get("license_link"),
+        language=card.get("language"),
+        library_name="transformers",
+        pipeline_tag=found.pipeline,
+        tags=TAGS,
+        datasets=list(dict.fromkeys(filter(None, datasets))) or None,
+        model_name=found.name,
+        eval_results=[*perplexities(found), *task_results(found)] or None,
+    )
+
+
+def relation(found: Contents) -> str | None:
+    """Of the Hub's relations (adapter, merge, quantized, finetune): the same model in fewer bytes, unless trained.
+
+    None where it is not known whether the weights are those of the compression.
+    """
+    if found.weights_changed is None:
+        return None
+    return "finetune" if found.weights_changed else "quantized"
+
+
+def hub_dataset(text: dict[str, Any]) -> str | None:
+    """The id on the Hub of the dataset that a record of token windows names; None where it is none."""
+    name = text.get("name")
+    if text.get("revision") is None or name is None:  # only datasets of the Hub have one
+        return None
+    name = HUB_DATASETS[name].path if name in HUB_DATASETS else name
+    return name if is_repo_id(name) else None
+
+
+def perplexities(found: Contents) -> list[EvalResult]:
+    """The measured perplexities, as the Hub reads them."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=hub_dataset(text) or text["name"],  # results of one type would be merged
+            dataset_name=text["name"],
+            dataset_split=text.get("split"),
+            dataset_revision=text.get("revision"),
+            dataset_args={key: text[key] for key in ("windows", "sequence_length", "sha256") if key in text},
+            metric_type="perplexity",
+            metric_value=entry["perplexity"],
+        )
+        for entry in found.evaluation.get("texts", [])
+        for text in [entry["text"]]
+    ]
+
+
+def task_results(found: Contents) -> list[EvalResult]:
+    """The measured tasks, as the Hub reads them."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric,
+            metric_value=score["value"],
+            metric_args={key: score[key] for key in TASK_SETTINGS if key in score} or None,
+        )
+        for task, metrics in found.evaluation.get("tasks", {}).items()
+        for metric, score in metrics.items()
+    ]
