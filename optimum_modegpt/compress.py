@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import (
     Plan,
     Sizes,
@@ -35,10 +38,12 @@ from optimum_modegpt.allocation.targets import influence_targets, plan_from_targ
 from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.streams import Front, Stream, enter
+from optimum_modegpt.calibration.streams import Front, Stream, enter, in_batches
+from optimum_modegpt.checkpoint import Checkpoint, fingerprint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import (
     CalibrationDataError,
+    CheckpointError,
     IllConditionedWarning,
     InvalidConfig,
     NumericalError,
@@ -48,10 +53,12 @@ from optimum_modegpt.errors import (
 from optimum_modegpt.methods import published, residual_matched, sensitivity
 from optimum_modegpt.modeling.adoption import adopt
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION, Widths
-from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, count_parameters
+from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, Stage, count_parameters
 from optimum_modegpt.stages import StageClock, compute_device
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 TOKENS_AT_ONCE = 4096
 """Tokens per forward pass where the batch size is not given."""
@@ -63,6 +70,20 @@ ENOUGH_WINDOWS = 4
 """Fewer windows than these for the sensitivities' divergence are a warning."""
 READING_TOLERANCE = 1e-3
 """Largest relative difference between a block's own forward pass and our reading of it."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a dense model came from: a name of the Hub, or of a folder the last part of its path; and the commit."""
+
+    model: str | None = None
+    revision: str | None = None
+
+    def completed(self, model: PreTrainedModel) -> Base:
+        """With what `model` itself remembers in place of what is not known."""
+        name = getattr(model.config, "_name_or_path", None) or None
+        own = Path(name).name if name and os.path.isdir(name) else name
+        return Base(self.model or own, self.revision or getattr(model.config, "_commit_hash", None))
 
 
 @dataclass
@@ -79,16 +100,24 @@ class Walk:
     curves: dict[tuple[int, str], list[tuple[float, float]]] = field(default_factory=dict)
     influences: list[float] = field(default_factory=list)
     budget: sensitivity.Budget | None = None
+    checkpoint: Checkpoint | None = None
+    batch_size: int = field(init=False)
+    """Windows per forward pass; halved where memory does not suffice."""
 
-    @property
-    def batch_size(self) -> int:
-        """Windows per forward pass."""
-        return self.config.batch_size or max(1, TOKENS_AT_ONCE // self.calibration.tokens.shape[1])
+    def __post_init__(self) -> None:
+        self.batch_size = self.config.batch_size or max(1, TOKENS_AT_ONCE // self.calibration.tokens.shape[1])
 
     def warn(self, message: str) -> None:
-        """Logs a warning and keeps it for the report."""
-        logger.warning(message)
-        self.warnings.append(message)
+        """Logs a warning and keeps it for the report, once."""
+        if message not in self.warnings:
+            logger.warning(message)
+            self.warnings.append(message)
+
+    def measured(self) -> dict[str, Any]:
+        """What the plan was made from, safe for JSON."""
+        budget = {} if self.budget is None else {**vars(self.budget), "ratios": list(self.budget.ratios)}
+        curves = {f"{block}.{part}": [list(point) for point in curve] for (block, part), curve in self.curves.items()}
+        return {"sensitivities": curves, "sensitivity_budget": budget, "influences": self.influences}
 
 
 def compress(
@@ -98,8 +127,8 @@ def compress(
     *,
     plan: Plan | None = None,
     device: torch.device | str | None = None,
-    base_model: str | None = None,
-    revision: str | None = None,
+    base: Base | None = None,
+    checkpoint: Checkpoint | None = None,
     progress: bool = True,
 ) -> Report:
     """Compresses `model` in place: at the end the object is of the compressed class; until then it is untouched.
@@ -110,11 +139,14 @@ def compress(
         calibration: token windows of the model's own vocabulary.
         plan: kept widths by block and part, in place of the configuration's sparsity and allocation.
         device: where to compute, one block at a time; `None` takes the accelerator where there is one.
-        base_model, revision: where the model came from, for the record; `None` takes what the model says.
+        base: where the model came from, for the record; what it does not know is taken from the model.
+        checkpoint: where finished work is kept, and taken over from a run that was interrupted; `None` keeps it in
+            memory. The caller removes it when the result is safe.
         progress: whether to show progress bars.
 
     Raises:
         AlreadyCompressed, UnsupportedModel, CalibrationDataError, InvalidConfig: before anything is computed.
+        CheckpointError: the checkpoint is that of another compression, or in use, or cannot be written.
         NumericalError: with the block and part; the model is as it was.
     """
     architecture = resolve(model)
@@ -124,21 +156,22 @@ def compress(
     if plan is not None:
         check_plan(plan, sizes)
         config = dataclasses.replace(config, sparsity=plan_sparsity(plan, sizes))
-    walk = Walk(architecture, config, calibration, device, progress, StageClock(device))
+    walk = Walk(architecture, config, calibration, device, progress, StageClock(device), checkpoint=checkpoint)
     check_request(walk, sizes)
-    with torch.no_grad(), evaluation_mode(model), collected_warnings(walk):
+    with torch.no_grad(), evaluation_mode(model), collected_warnings(walk), taken_over(walk, plan):
         with walk.clock.stage("embed"):
             front = enter(architecture, calibration.tokens, walk.batch_size)
             check_reading(walk, front)
         if plan is None:
-            with walk.clock.stage(f"allocate ({config.resolved_allocation})"):
-                plan = make_plan(walk, front, sizes)
-        with walk.clock.stage("decompose"):
-            blocks, final_norm, errors = cut_blocks(walk, front, plan)
+            plan = known_plan(walk)
+        if plan is None:
+            plan = recovering(walk, f"allocate ({config.resolved_allocation})", front, partial(make_plan, sizes=sizes))
+            keep_plan(walk, plan)
+        blocks, final_norm, errors = recovering(walk, "decompose", front, partial(cut_blocks, plan=plan))
     with walk.clock.stage("adopt"):
         achieved = plan_sparsity(plan, sizes)
         parameters = parameters_around(architecture, blocks, total_weights(sizes), achieved)
-        record = make_record(walk, achieved, parameters, base_model or origin(model), revision or commit(model))
+        record = make_record(walk, achieved, parameters, (base or Base()).completed(model))
         install(architecture, blocks, final_norm, plan, record)
     return make_report(walk, sizes, plan, errors, record, parameters)
 
@@ -174,6 +207,11 @@ def check_request(walk: Walk, sizes: Sizes) -> None:
             f"set sequence_length to {context} or less."
         )
     check_reachable(config, sizes)
+    if len(tokens) < processes.count():
+        raise CalibrationDataError(
+            f"{len(tokens)} calibration windows cannot be shared among {processes.count()} processes; start at most "
+            f"{len(tokens)}, or calibrate on more windows with num_samples."
+        )
     if (distinct := len(tokens.unique(dim=0))) < DISTINCT_SHARE * len(tokens):
         walk.warn(
             f"only {distinct} of the {len(tokens)} calibration windows differ: the text repeats itself, and the model "
@@ -250,6 +288,26 @@ def check_tensors(architecture: Architecture) -> None:
         )
 
 
+def recovering(walk: Walk, name: str, front: Front, work: Callable[[Walk, Front], Result]) -> Result:
+    """Runs a stage. Where the device's memory does not suffice it starts again, once, with half the batch size.
+
+    That is kept for the stages after it. Several processes do not recover: the others would wait for this one's sums.
+    """
+    with walk.clock.stage(name):
+        try:
+            return work(walk, front)
+        except torch.OutOfMemoryError:
+            if walk.batch_size == 1 or processes.count() > 1:
+                raise
+        # Only here is the memory free: while an error is handled its traceback holds the tensors.
+        halved = walk.batch_size // 2
+        walk.warn(f"{name}: out of memory with batch_size={walk.batch_size}; started again with {halved}.")
+        walk.batch_size = halved
+        if walk.checkpoint is not None:
+            walk.checkpoint.progress.batch_size = halved
+        return work(walk, dataclasses.replace(front, stream=in_batches(front.stream, halved)))
+
+
 # plan
 
 
@@ -316,19 +374,20 @@ def cut_blocks(
 ) -> tuple[list[nn.Module], nn.Module | None, list[dict[str, float]]]:
     """The compressed blocks, the final norm, and the relative errors by block and part. The model is not touched."""
     step = matched_step if walk.config.method == "default" else published_step
-    dense, compressed, modules, errors = front.stream, front.stream, [], []
-    bar = tqdm(
-        list(zip(walk.architecture.blocks, plan, strict=True)), desc="blocks", unit="block", disable=not walk.progress
-    )
-    for block, ranks in bar:
-        home = block.output.weight.device
-        widths, arguments = Widths(ranks["qk"], ranks["vo"], ranks["mlp"]), front.on(block.index, walk.device)
+    widths = [Widths(ranks["qk"], ranks["vo"], ranks["mlp"]) for ranks in plan]
+    modules, errors, dense, compressed = finished_blocks(walk, widths, front)
+    blocks = walk.architecture.blocks
+    bar = tqdm(blocks, desc="blocks", unit="block", disable=not walk.progress, initial=len(modules))
+    for block in blocks[len(modules) :]:
+        arguments = front.on(block.index, walk.device)
         with naming(f"block {block.index}"):
-            student, error, dense, compressed = step(walk, block, dense, compressed, widths, arguments)
+            student, error, dense, compressed = step(walk, block, dense, compressed, widths[block.index], arguments)
             check_result(error, compressed)
-        modules.append(student.module.to(home))
         errors.append(error)
-        bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()})
+        modules.append(keep_block(walk, block, student.module, errors, (dense, compressed)))
+        bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()}, refresh=False)
+        bar.update()
+    bar.close()
     final_norm = copy.deepcopy(walk.architecture.final_norm)
     if walk.config.method == "default" and final_norm is not None and compressed is not dense:
         final_norm = final_norm.to(walk.device)
@@ -371,6 +430,93 @@ def published_step(
     return student, published.compress_block(student, moments, widths, walk.config), after, after
 
 
+# go on after an interruption
+
+
+@contextmanager
+def taken_over(walk: Walk, plan: Plan | None) -> Iterator[None]:
+    """The checkpoint, where there is one, opened for this compression; what was warned of before is warned of again."""
+    if walk.checkpoint is None:
+        yield
+        return
+    if processes.count() > 1:
+        raise CheckpointError(
+            f"{walk.checkpoint.folder}: only a process alone keeps unfinished work, found {processes.count()} of them; "
+            "pass no checkpoint."
+        )
+    with walk.checkpoint.opened(identity(walk, plan)) as checkpoint:
+        for message in checkpoint.progress.warnings:
+            walk.warn(message)
+        walk.batch_size = checkpoint.progress.batch_size or walk.batch_size
+        if checkpoint.progress.seconds:
+            walk.clock.stages.append(Stage("earlier runs", checkpoint.progress.seconds, 0))
+        yield
+
+
+def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
+    """What has to be the same for unfinished work to be taken over and end in the same bits, safe for JSON."""
+    return {
+        "model": fingerprint(walk.architecture.model),
+        "configuration": walk.config.to_dict(),
+        "plan": plan,
+        "calibration": hashlib.sha256(walk.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
+        "batch size": walk.batch_size,
+        "device": walk.device.type,
+        "processes": processes.count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def known_plan(walk: Walk) -> Plan | None:
+    """The plan of the interrupted run, with what it was made from; None where there is none."""
+    if walk.checkpoint is None or walk.checkpoint.progress.plan is None:
+        return None
+    measured = walk.checkpoint.progress.measured
+    for name, curve in measured["sensitivities"].items():
+        block, _, part = name.partition(".")
+        walk.curves[int(block), part] = [(sparsity, divergence) for sparsity, divergence in curve]
+    if budget := measured["sensitivity_budget"]:
+        walk.budget = sensitivity.Budget(**{**budget, "ratios": tuple(budget["ratios"])})
+    walk.influences = measured["influences"]
+    return walk.checkpoint.progress.plan
+
+
+def keep_plan(walk: Walk, plan: Plan) -> None:
+    """Writes the plan, where there is a checkpoint."""
+    if walk.checkpoint is not None:
+        walk.checkpoint.keep_plan(plan, walk.measured(), walk.warnings)
+
+
+def finished_blocks(
+    walk: Walk, widths: list[Widths], front: Front
+) -> tuple[list[nn.Module], list[dict[str, float]], Stream, Stream]:
+    """The blocks that the interrupted run finished, their errors, and both streams after them."""
+    checkpoint, blocks = walk.checkpoint, walk.architecture.blocks
+    if checkpoint is None or not checkpoint.finished:
+        return [], [], front.stream, front.stream
+    modules = [
+        checkpoint.restore_block(block.index, block.narrow(width), block.output.weight.device)
+        for block, width in zip(blocks[: checkpoint.finished], widths, strict=False)
+    ]
+    dense, compressed = checkpoint.streams(front.stream[0].device)
+    before = in_batches(dense, walk.batch_size)
+    after = before if compressed is dense else in_batches(compressed, walk.batch_size)
+    return modules, list(checkpoint.progress.errors), before, after
+
+
+def keep_block(
+    walk: Walk, block: Block, module: nn.Module, errors: list[dict[str, float]], streams: tuple[Stream, Stream]
+) -> nn.Module:
+    """A finished block, back where the dense one is; written at once, where there is a checkpoint."""
+    home = block.output.weight.device
+    if walk.checkpoint is None:
+        return module.to(home)
+    module = walk.checkpoint.keep_block(block.index, module, home)
+    walk.checkpoint.keep_streams(errors, walk.warnings, *streams)
+    return module
+
+
 # adopt and report
 
 
@@ -400,14 +546,12 @@ def parameters_around(architecture: Architecture, blocks: list[nn.Module], weigh
     return Parameters(weights, round(weights * (1 - achieved)), before, after)
 
 
-def make_record(
-    walk: Walk, achieved: float, parameters: Parameters, base_model: str | None, revision: str | None
-) -> dict[str, Any]:
+def make_record(walk: Walk, achieved: float, parameters: Parameters, base: Base) -> dict[str, Any]:
     """What config.json says of the compression."""
     return {
         "format_version": FORMAT_VERSION,
-        "base_model": base_model,
-        "base_revision": revision,
+        "base_model": base.model,
+        "base_revision": base.revision,
         "recipe": portable(walk.config),
         "dtype": str(walk.architecture.model.dtype).removeprefix("torch."),
         "calibration": dict(walk.calibration.record),
@@ -446,13 +590,10 @@ def make_report(
         stages=tuple(walk.clock.stages),
         memory_kind=walk.clock.memory_kind,
         device=str(walk.device),
-        sensitivities={
-            f"{block}.{part}": [list(point) for point in curve] for (block, part), curve in walk.curves.items()
-        },
-        sensitivity_budget={} if walk.budget is None else {**vars(walk.budget), "ratios": list(walk.budget.ratios)},
-        influences=walk.influences,
+        processes=processes.count(),
+        **walk.measured(),
         warnings=tuple(walk.warnings),
-        versions={name: version(name) for name in ("torch", "transformers", "optimum-modegpt")},
+        versions=versions(),
     )
 
 
@@ -468,15 +609,9 @@ def portable(config: ModeGPTConfig) -> dict[str, Any]:
     return fields
 
 
-def origin(model: PreTrainedModel) -> str | None:
-    """The name a model was loaded by; of a local folder only its last part, for the record travels."""
-    name = getattr(model.config, "_name_or_path", None) or None
-    return Path(name).name if name and os.path.isdir(name) else name
-
-
-def commit(model: PreTrainedModel) -> str | None:
-    """The commit a model was loaded from, where transformers noted it."""
-    return getattr(model.config, "_commit_hash", None)
+def versions() -> dict[str, str]:
+    """What the numbers depend on."""
+    return {name: version(name) for name in ("torch", "transformers", "optimum-modegpt")}
 
 
 @contextmanager

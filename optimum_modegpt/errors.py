@@ -6,8 +6,11 @@ ModeGPTError
 ├── UnsupportedModel         the architecture, or this model's variant of it, is not known
 │   └── AlreadyCompressed    the model is a result of this package
 ├── NumericalError           a moment or an activation cannot be decomposed
+├── NotEnoughRoom            memory or disk that are there do not hold what the work needs
 ├── OutputError              the place where the result should go cannot be used
-│   └── UploadError          the Hub did not take the result, which is complete on this machine
+│   ├── UploadError          the Hub did not take the result, which is complete on this machine
+│   └── CheckpointError      unfinished work of a compression that cannot be taken over or written
+├── ProcessError             processes that were started to compress together cannot, or one of them ended
 └── EvaluationError          the text or the models given to an evaluation cannot be compared
 """
 
@@ -39,12 +42,24 @@ class NumericalError(ModeGPTError, ArithmeticError):
     """A moment or an activation is not finite, or cannot be decomposed."""
 
 
+class NotEnoughRoom(ModeGPTError, MemoryError):
+    """The memory or the disk that is there does not hold what the work needs."""
+
+
 class OutputError(ModeGPTError, OSError):
     """The place where the result should go, a folder or a repository, cannot be used."""
 
 
 class UploadError(OutputError):
     """The Hub refused an upload or could not be reached; the folder is complete, and the message says how to go on."""
+
+
+class CheckpointError(OutputError):
+    """The unfinished work of a compression cannot be taken over or written."""
+
+
+class ProcessError(ModeGPTError, RuntimeError):
+    """Processes that were started to compress a model together cannot, or one of them has ended."""
 
 
 class EvaluationError(ModeGPTError, ValueError):

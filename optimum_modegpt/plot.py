@@ -1,4 +1,4 @@
-"""Figures of a report. Needs the extra `plot`."""
+"""Figures of a report and of a benchmark. Needs the extra `plot`."""
 
 from __future__ import annotations
 
@@ -28,19 +28,14 @@ def plot_ranks(report: Report, path: str | Path | None = None) -> Figure:
 
 def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path | None = None) -> Figure:
     """Kept fractions by part, one bar a block; as `plot_ranks`, for what has no report."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'optimum-modegpt[plot]'") from error
     blocks = len(kept["mlp"])
-    figure = Figure(figsize=(min(max(6.5, 0.3 * blocks + 1), 16), 3.2))
+    figure = _figure(min(max(6.5, 0.3 * blocks + 1), 16), 3.2)
     axis = figure.subplots()
     for place, part in enumerate(PARTS):
         middles = [block + (place - 1) * BAR for block in range(blocks)]
         axis.bar(middles, kept[part], width=BAR, color=COLOURS[part], label=TITLES[part])
     axis.set(xlabel="block", ylabel="kept fraction of the width", ylim=(0, 1))
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.locator_params(axis="x", integer=True)
     axis.margins(x=0.01)
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title(title, loc="left", fontsize=10, pad=22)
@@ -48,3 +43,60 @@ def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path 
     if path is not None:
         figure.savefig(path, dpi=120, bbox_inches="tight")
     return figure
+
+
+def plot_speeds(
+    settings: Sequence[str],
+    speeds: Mapping[str, Mapping[str, Sequence[tuple[float, float, float] | None]]],
+    title: str,
+    path: str | Path | None = None,
+) -> Figure:
+    """Tokens per second at each setting, a panel each measure and a bar each model, with the range of its runs.
+
+    `speeds` has by measure and model the (lowest, median, highest) of every setting, None where there is none. Also
+    written to `path`, whose ending names the format.
+
+    Raises:
+        ImportError: without matplotlib, naming the extra that brings it.
+    """
+    figure = _figure(min(max(6.5, 1.1 * len(settings) + 2), 16), 3.0 * len(speeds))
+    for axis, (measure, models) in zip(figure.subplots(len(speeds), squeeze=False).flat, speeds.items(), strict=True):
+        for place, (model, found) in enumerate(models.items()):
+            shown = [(setting, spread) for setting, spread in enumerate(found) if spread is not None]
+            middles = [setting + (place - (len(models) - 1) / 2) * BAR for setting, _ in shown]
+            heights = [median for _, (_, median, _) in shown]
+            reach = [
+                [median - low for _, (low, median, _) in shown],
+                [high - median for _, (_, median, high) in shown],
+            ]
+            colour = list(COLOURS.values())[place]
+            axis.bar(middles, heights, width=BAR, yerr=reach, capsize=2, color=colour, label=model)
+        axis.set_xticks(range(len(settings)), settings)
+        axis.set(ylabel=f"{measure}, tokens/s", ylim=(0, None))
+        axis.spines[["top", "right"]].set_visible(False)
+    first, *_, last = [*figure.axes, *figure.axes]
+    first.set_title(title, loc="left", fontsize=10, pad=22)
+    first.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2, frameon=False, fontsize=9)
+    last.set_xlabel("batch × prompt length")
+    figure.tight_layout()
+    if path is not None:
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    return figure
+
+
+def picture_formats() -> list[str]:
+    """The endings of files that can be drawn.
+
+    Raises:
+        ImportError: without matplotlib, naming the extra that brings it.
+    """
+    return sorted(_figure(1, 1).canvas.get_supported_filetypes())
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("drawing needs matplotlib: pip install 'optimum-modegpt[plot]'") from error
+    return Figure(figsize=(width, height))

@@ -78,6 +78,8 @@ class Report:
     memory_kind: str
     """What `Stage.peak_memory` is: "device memory" or "sampled resident size"."""
     device: str
+    processes: int = 1
+    """How many compressed it together, each on its share of the calibration; stages and device are the first one's."""
     sensitivities: dict[str, list[list[float]]] = field(default_factory=dict)
     """"block.part" -> measured [sparsity, KL divergence in nats per token]; empty unless the allocation measured it."""
     sensitivity_budget: dict[str, Any] = field(default_factory=dict)
@@ -139,6 +141,7 @@ class Report:
 
     def summary(self) -> str:
         """A short table: ranks and errors per block, what was removed, time and memory."""
+        together = f", {self.processes} processes" if self.processes > 1 else ""
         rows = [f"{'block':>5}" + "".join(f"{part:>22}" for part in PARTS)]
         for block in self.blocks:
             rows.append(f"{block.index:>5}" + "".join(f"{_cell(block.parts[part]):>22}" for part in PARTS))
@@ -149,7 +152,7 @@ class Report:
             f"removed {self.achieved_sparsity:.2%} of the block projections (asked for {self.requested_sparsity:.2%}): "
             f"{p.blocks_before:,} -> {p.blocks_after:,} weights",
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
-            f"{seconds:.1f} s, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}",
+            f"{seconds:.1f} s, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(rows)

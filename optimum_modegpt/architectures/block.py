@@ -142,6 +142,12 @@ class Block:
         modeling.adopt_attention(copied.attention, self.family.attention_class)
         return copied
 
+    def narrow(self, widths: modeling.Widths) -> nn.Module:
+        """An empty module of these widths with the compressed attention, on the meta device, to be filled."""
+        module = self._copied(torch.device("meta")).module
+        modeling.shrink_block(module, self.layout, self.family.attention_class, widths)
+        return module
+
     def on(self, device: torch.device) -> Block:
         """This block on `device`: itself where it is there already, else a copy."""
         if self.output.weight.device == device:

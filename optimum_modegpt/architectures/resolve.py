@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.architectures.block import Block
 from optimum_modegpt.architectures.families import FAMILIES
 from optimum_modegpt.architectures.spec import Family
+from optimum_modegpt.decompositions.psd import raised
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
 
 
@@ -42,8 +43,9 @@ class Architecture:
         return nn.Sequential(*(copy.deepcopy(module).to(device) for module in modules if module is not None))
 
     def head(self, device: torch.device) -> torch.Tensor:
-        """The map (vocabulary, d_model) from the final norm's output to the logits, in float32 on `device`."""
-        matrix = cast(nn.Linear, self.model.get_output_embeddings()).weight.detach().to(device).float()
+        """The map (vocabulary, d_model) from the final norm's output to the logits, at least float32, on `device`."""
+        matrix = cast(nn.Linear, self.model.get_output_embeddings()).weight
+        matrix = raised(matrix.detach().to(device))
         projection = self._optional(self.family.projection) if self.family.projection else None
         return matrix if projection is None else matrix @ projection.weight.detach().to(matrix)
 

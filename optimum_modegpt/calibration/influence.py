@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from optimum_modegpt import processes
+from optimum_modegpt.decompositions.psd import raised
 from optimum_modegpt.errors import NumericalError
 
 
@@ -18,16 +20,17 @@ class InfluenceSum:
 
     def add(self, before: Tensor, after: Tensor) -> None:
         """Adds tokens, (…, d_model) each."""
-        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(raised(before), raised(after), dim=-1)
         self.total += float((1 - cosine).sum())
         self.tokens += cosine.numel()
 
     def value(self) -> float:
-        """The influence so far.
+        """The influence so far, over the tokens of all processes.
 
         Raises:
             NumericalError: where the stream was not finite.
         """
-        if not math.isfinite(self.total):
+        lost, tokens = float(processes.total(self.total)), int(processes.total(self.tokens))
+        if not math.isfinite(lost):
             raise NumericalError("the residual stream is not finite on the calibration text; check dtype and weights.")
-        return self.total / self.tokens
+        return lost / tokens

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_modegpt import processes
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.decompositions.least_squares import LinearMoments
-from optimum_modegpt.decompositions.psd import exact
+from optimum_modegpt.decompositions.psd import exact, raised, working
 
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
@@ -28,7 +29,7 @@ CURVATURE_BUDGET = 0.25
 
 @dataclass
 class LinearMomentSum:
-    """Accumulates `LinearMoments`: products in float32 (16-bit activations are exact there), sums in float64."""
+    """Accumulates `LinearMoments`: products in float32, of a float64 model in float64; sums in float64."""
 
     ones: bool
     gram: Tensor | float = 0.0
@@ -37,7 +38,7 @@ class LinearMomentSum:
 
     def add(self, inputs: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Adds tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
-        inputs, target = inputs.flatten(0, -2).float(), target.flatten(0, -2).float()
+        inputs, target = raised(inputs.flatten(0, -2)), raised(target.flatten(0, -2))
         if self.ones:
             inputs = with_ones(inputs)
         if weight is not None:
@@ -48,11 +49,12 @@ class LinearMomentSum:
         self.energy = self.energy + exact(target.square().sum())
 
     def value(self) -> LinearMoments:
-        """The moments so far."""
-        assert isinstance(self.gram, Tensor), "no tokens were added"
-        assert isinstance(self.cross, Tensor)
-        assert isinstance(self.energy, Tensor)
-        return LinearMoments(self.gram, self.cross, self.energy, self.ones)
+        """The moments so far, of the tokens of all processes."""
+        gram, cross, energy = processes.total(self.gram), processes.total(self.cross), processes.total(self.energy)
+        assert isinstance(gram, Tensor), "no tokens were added"
+        assert isinstance(cross, Tensor)
+        assert isinstance(energy, Tensor)
+        return LinearMoments(gram, cross, energy, self.ones)
 
 
 @dataclass
@@ -64,14 +66,15 @@ class HeadMomentSum:
 
     def add(self, vectors: Tensor) -> None:
         """Adds `vectors` (…, heads, d); heads of one group follow each other."""
-        grouped = vectors.float().flatten(0, -3).unflatten(1, (self.groups, -1))  # (tokens, groups, heads / groups, d)
+        grouped = raised(vectors).flatten(0, -3).unflatten(1, (self.groups, -1))  # (tokens, groups, heads / groups, d)
         rows = grouped.transpose(0, 1).flatten(1, 2)  # (groups, tokens · heads / groups, d)
         self.moment = self.moment + exact(rows.mT @ rows)
 
     def value(self) -> Tensor:
-        """The moments so far."""
-        assert isinstance(self.moment, Tensor)
-        return self.moment
+        """The moments so far, of the tokens of all processes."""
+        moment = processes.total(self.moment)
+        assert isinstance(moment, Tensor)
+        return moment
 
 
 def with_ones(inputs: Tensor) -> Tensor:
@@ -81,7 +84,7 @@ def with_ones(inputs: Tensor) -> Tensor:
 
 def token_weights(residual: Tensor, norm: nn.Module) -> Tensor:
     """1 / mean square of the residual (…, d_model), 1 / variance under a LayerNorm: what the next norm divides by."""
-    residual = residual.float()
+    residual = raised(residual)
     centred = residual - residual.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else residual
     return centred.square().mean(-1).clamp_min(WEIGHT_FLOOR).reciprocal()
 
@@ -98,7 +101,7 @@ class SlopeSum:
     square: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
-        self.norm = copy.deepcopy(self.norm).float()
+        self.norm = copy.deepcopy(self.norm).to(working(self.norm.weight.dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]
         with torch.no_grad():
             self.norm.weight.fill_(1)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
             if getattr(self.norm, "bias", None) is not None:
@@ -106,16 +109,17 @@ class SlopeSum:
 
     def add(self, dense: Tensor, compressed: Tensor) -> None:
         """Adds tokens of both streams, (…, d_model)."""
-        target, source = (self.norm(stream.float()).flatten(0, -2) for stream in (dense, compressed))
+        target, source = (self.norm(raised(stream)).flatten(0, -2) for stream in (dense, compressed))
         self.product = self.product + exact((source * target).sum(0))
         self.square = self.square + exact(source.square().sum(0))
 
     def value(self) -> Tensor:
         """The slopes (d_model,), with a ridge that holds those of nearly silent channels at 1."""
-        assert isinstance(self.product, Tensor), "no tokens were added"
-        assert isinstance(self.square, Tensor)
-        ridge = (SLOPE_RIDGE * self.square.mean()).clamp_min(torch.finfo(self.square.dtype).tiny)
-        return (self.product + ridge) / (self.square + ridge)
+        product, square = processes.total(self.product), processes.total(self.square)
+        assert isinstance(product, Tensor), "no tokens were added"
+        assert isinstance(square, Tensor)
+        ridge = (SLOPE_RIDGE * square.mean()).clamp_min(torch.finfo(square.dtype).tiny)
+        return (product + ridge) / (square + ridge)
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,8 @@ class AttentionCurvatureSum:
 
     def add(self, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> None:
         """Adds `query`, `key` as of `query_key_vectors`; `arguments` are the block's, for the rotary tables."""
-        cos, sin = (table.float() for table in arguments["position_embeddings"])  # (1, length, d)
-        query, key = query.float().transpose(1, 2), key.float().transpose(1, 2)  # (batch, heads, length, d)
+        cos, sin = (raised(table) for table in arguments["position_embeddings"])  # (1, length, d)
+        query, key = raised(query).transpose(1, 2), raised(key).transpose(1, 2)  # (batch, heads, length, d)
         query, turned = _rotate(query, cos[:, None], sin[:, None]), _rotate(key, cos[:, None], sin[:, None])
         length = query.shape[2]
         positions = torch.arange(length, device=query.device)
@@ -168,9 +172,10 @@ class AttentionCurvatureSum:
         self.curvature = self.curvature + exact(moment)
 
     def value(self) -> Tensor:
-        """F so far, (groups, d, d)."""
-        assert isinstance(self.curvature, Tensor)
-        return self.curvature
+        """F so far, of the tokens of all processes, (groups, d, d)."""
+        curvature = processes.total(self.curvature)
+        assert isinstance(curvature, Tensor)
+        return curvature
 
     def _group(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
         """Scatter of the rotated keys around their mean for each query row, summed over batch and heads: (rows, d, d).
@@ -182,8 +187,8 @@ class AttentionCurvatureSum:
         logits = query @ key[:, None].mT * self.block.attention.scaling
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)  # (batch, heads, rows, length)
         mean = weights @ key[:, None]  # (batch, heads, rows, d)
-        total = weights.sum(1)  # (batch, rows, length)
-        scatter = torch.stack([(w[:, :, None] * k).mT @ k for w, k in zip(total, key, strict=True)]).sum(0)
+        summed = weights.sum(1)  # (batch, rows, length)
+        scatter = torch.stack([(w[:, :, None] * k).mT @ k for w, k in zip(summed, key, strict=True)]).sum(0)
         return scatter - torch.einsum("bhta,bhtc->tac", mean, mean)
 
 

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.processes import share
 
 Stream = list[Tensor]
 """The residual stream, (batch, length, d_model) a batch, kept where the model's embeddings are."""
+
+
+def in_batches(stream: Stream, size: int) -> Stream:
+    """The stream in batches of at most `size` windows; parts of larger ones are views."""
+    return [part for batch in stream for part in batch.split(size)]
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class _Recorder(nn.Module):
 
 
 def enter(architecture: Architecture, tokens: Tensor, batch_size: int) -> Front:
-    """Runs the model up to its first block, on `tokens` (windows, length), `batch_size` windows at a time.
+    """Runs the model up to its first block, on its share of `tokens` (windows, length), `batch_size` at a time.
 
     The model's own forward pass does the work, with every block replaced by one that only takes notes; so embeddings,
     masks and rotary tables are the model's, whatever the family.
@@ -63,7 +69,7 @@ def enter(architecture: Architecture, tokens: Tensor, batch_size: int) -> Front:
             assert stream is not None
             return stream
 
-        stream = [run(batch) for batch in tokens.split(batch_size)]
+        stream = [run(batch) for batch in share(tokens).split(batch_size) if len(batch)]
         run(tokens[:1])
         arguments = [{**recorder.arguments, "past_key_values": None} for recorder in recorders]
     return Front(stream, arguments)

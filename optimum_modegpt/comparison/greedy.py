@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from optimum_modegpt.evaluation.speed import cache_bytes
 from optimum_modegpt.stages import StageClock
 
 
@@ -63,7 +64,7 @@ def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops
         tokens=tokens,
         first_token_seconds=first - start,
         seconds_per_token=(ticks.times[-1] - first) / (len(tokens) - 1) if len(tokens) > 1 else None,
-        cache_bytes_per_token=_cache_bytes(getattr(output, "past_key_values", None)),
+        cache_bytes_per_token=cache_bytes(getattr(output, "past_key_values", None)),
         working_bytes=clock.stages[-1].peak_memory - before if clock.stages else None,
     )
 
@@ -90,14 +91,3 @@ def stops_of(model: PreTrainedModel) -> dict[str, Any]:
     ends = config.eos_token_id
     first = ends[0] if isinstance(ends, list) else ends
     return {"eos_token_id": ends, "pad_token_id": first if config.pad_token_id is None else config.pad_token_id}
-
-
-def _cache_bytes(cache: Any) -> float | None:
-    """By its own length for each block: a sliding window keeps fewer tokens."""
-    sizes = [
-        tensor.numel() * tensor.element_size() / tensor.shape[-2]
-        for layer in getattr(cache, "layers", ())
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(tensor, Tensor) and tensor.ndim == 4
-    ]
-    return sum(sizes) if sizes else None

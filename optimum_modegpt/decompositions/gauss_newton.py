@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optimum_modegpt.decompositions.least_squares import Total, complete
 from optimum_modegpt.decompositions.psd import damp, exact, inverse, mean_diagonal
 
 Activation = Callable[[Tensor], Tensor]
@@ -45,6 +46,8 @@ def refit_inputs(
     *,
     ridge: float,
     iterations: int,
+    before: int = 0,
+    total: Total = complete,
 ) -> tuple[Tensor, ...]:
     """The rows after the Gauss–Newton step, or as they were where no step lowers the error on held-back windows.
 
@@ -59,10 +62,14 @@ def refit_inputs(
         activation: φ.
         ridge: the fraction 0.1 of the formula: damping of both factors and of the objective.
         iterations: conjugate-gradient iterations.
+        before: how many windows other processes have that come before `samples`.
+        total: what completes a sum over `samples`.
     """
-    held = max(2, len(samples) // 8) if len(samples) >= 4 else 0
-    held_back, fitted = samples[:held] or samples, samples[held:]
-    problem = _Linearised(tuple(rows), down, fitted, activation, ridge)
+    windows = int(total(len(samples)))
+    held = max(2, windows // 8) if windows >= 4 else 0
+    own = max(0, held - before)
+    held_back, fitted = samples[:own] if held else samples, samples[own:]
+    problem = _Linearised(tuple(rows), down, fitted, activation, ridge, total)
 
     def error(step: Iterable[Tensor], scale: float = 1.0) -> float:
         moved = [row + scale * delta for row, delta in zip(rows, step, strict=True)]
@@ -89,8 +96,9 @@ class _Linearised:
         samples: Sequence[TokenSample],
         activation: Activation,
         ridge: float,
+        total: Total = complete,
     ) -> None:
-        self.rows, self.down, self.samples, self.activation = rows, down, samples, activation
+        self.rows, self.down, self.samples, self.activation, self.total = rows, down, samples, activation, total
         inputs, weight, channels = self._factor_moments()
         input_moment = inputs / weight
         metric = exact(down @ down.T)
@@ -118,36 +126,36 @@ class _Linearised:
 
     def true_error(self, rows: Sequence[Tensor], samples: Iterable[TokenSample]) -> float:
         """Σ w ‖target − Dᵀ hidden‖² with the nonlinear hidden channels."""
-        total = 0.0
+        error = 0.0
         for sample in self._on_device(samples):
             residual = sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
-            total += float((sample.weight @ residual.square()).sum())
-        return total
+            error += float((sample.weight @ residual.square()).sum())
+        return float(self.total(error))
 
     def _gradient(self) -> list[Tensor]:
         """Jᵀ r at the present rows."""
-        total = [torch.zeros_like(row) for row in self.rows]
+        sums = [torch.zeros_like(row) for row in self.rows]
         for sample in self._on_device(self.samples):
             residual = sample.target - hidden_channels(self.rows, sample.inputs, self.activation) @ self.down
-            self._add_transposed(total, sample, residual)
-        return total
+            self._add_transposed(sums, sample, residual)
+        return [self.total(each) for each in sums]
 
     def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """(JᵀJ + μ) direction."""
-        total = [mu * d for mu, d in zip(self.damping, direction, strict=True)]
+        sums = [torch.zeros_like(row) for row in self.rows]
         for sample in self._on_device(self.samples):
             derivatives = self._derivatives(sample.inputs)
             moved = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
             hidden = functools.reduce(torch.add, moved)
-            self._add_transposed(total, sample, hidden @ self.down, derivatives)
-        return total
+            self._add_transposed(sums, sample, hidden @ self.down, derivatives)
+        return [self.total(each) + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
 
     def _add_transposed(
-        self, total: list[Tensor], sample: TokenSample, residual: Tensor, derivatives: Sequence[Tensor] | None = None
+        self, sums: list[Tensor], sample: TokenSample, residual: Tensor, derivatives: Sequence[Tensor] | None = None
     ) -> None:
-        """Adds Jᵀ residual of one window to `total`."""
+        """Adds Jᵀ residual of one window to `sums`."""
         back = (sample.weight[:, None] * residual) @ self.down.T
-        for gradient, z in zip(total, derivatives or self._derivatives(sample.inputs), strict=True):
+        for gradient, z in zip(sums, derivatives or self._derivatives(sample.inputs), strict=True):
             gradient += (z * back).T @ sample.inputs
 
     def _derivatives(self, inputs: Tensor) -> list[Tensor]:
@@ -165,8 +173,8 @@ class _Linearised:
             inputs = inputs + _moment(root * sample.inputs)
             weight = weight + exact(sample.weight.sum())
             derivatives = self._derivatives(sample.inputs)
-            channels = [total + _moment(root * z) for total, z in zip(channels, derivatives, strict=True)]
-        return inputs, weight, channels
+            channels = [sums + _moment(root * z) for sums, z in zip(channels, derivatives, strict=True)]
+        return self.total(inputs), self.total(weight), [self.total(sums) for sums in channels]
 
     def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         return [

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimum_modegpt.decompositions.psd import add_diagonal, mean_diagonal, solve
+
+Total = Callable[[Any], Any]
+"""Completes a sum over the tokens at hand, a tensor or a number, by what other processes have."""
+
+
+def complete(own: Any) -> Any:
+    """The `Total` of a process that has all tokens."""
+    return own
 
 
 def relative(lost: Tensor, total: Tensor) -> float:

@@ -28,28 +28,38 @@ def nystrom_refit(moment: Tensor, kept: Tensor, down: Tensor) -> Tensor:
 
 
 def eliminate(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 64) -> Tensor:
-    """The `rank` rows that backward elimination keeps, increasing (optimal brain surgeon; ours for this pair).
+    """The `rank` rows that are left, increasing, when all others have gone in their `elimination_order`."""
+    width = len(hessian) - protected
+    return remaining(elimination_order(hessian, weight, width - rank, protected=protected, rounds=rounds), width)
+
+
+def elimination_order(hessian: Tensor, weight: Tensor, count: int, *, protected: int = 0, rounds: int = 64) -> Tensor:
+    """The `count` rows that backward elimination removes, first one first (optimal brain surgeon; ours for this pair).
 
     `weight` (n, d) solves the least squares with the damped moment `hessian` H (n, n). Removing row i and solving again
     costs ‖w_i‖² / [H⁻¹]_ii; rows go in order of this cost, and H⁻¹ and `weight` are downdated as they go. Rows leave
     in about `rounds` chunks: inside a chunk of candidates they are chosen one by one with exact downdates, so of twins
     only one goes. The last `protected` rows are never removed and not counted.
     """
-    width = len(hessian) - protected
-    inverse_hessian, weight = inverse(hessian), weight.clone()
-    alive = torch.ones(width, dtype=torch.bool, device=hessian.device)
-    chunk = max(1, (width - rank) // rounds)
-    while (excess := int(alive.sum()) - rank) > 0:
-        cost = _removal_cost(inverse_hessian, weight)[:width].masked_fill(~alive, torch.inf)
-        candidates = cost.topk(min(4 * chunk, int(alive.sum())), largest=False).indices
+    inverse_hessian, left = inverse(hessian), torch.arange(len(hessian), device=hessian.device)
+    chunk, order = max(1, count // rounds), left[:0]
+    while (excess := count - len(order)) > 0:
+        cost = _removal_cost(inverse_hessian, weight)[: len(left) - protected]
+        candidates = cost.topk(min(4 * chunk, len(cost)), largest=False).indices
         removed = _eliminate_one_by_one(inverse_hessian, weight, candidates, min(chunk, excess))
-        columns = inverse_hessian[:, removed]
+        kept = remaining(removed, len(left))
+        columns = inverse_hessian[kept][:, removed]
         update = solve(inverse_hessian[removed][:, removed], torch.cat((weight[removed], columns.T), dim=1))
-        weight -= columns @ update[:, : weight.shape[1]]
-        inverse_hessian -= columns @ update[:, weight.shape[1] :]
-        inverse_hessian[removed], inverse_hessian[:, removed], weight[removed] = 0, 0, 0
-        alive[removed] = False
-    return alive.nonzero()[:, 0]
+        weight = weight[kept] - columns @ update[:, : weight.shape[1]]
+        inverse_hessian = inverse_hessian[kept][:, kept] - columns @ update[:, weight.shape[1] :]
+        order, left = torch.cat((order, left[removed])), left[kept]
+    return order
+
+
+def remaining(removed: Tensor, width: int) -> Tensor:
+    """The indices below `width` that are not among `removed` (…, n), increasing; (…, width − n)."""
+    kept = torch.ones(*removed.shape[:-1], width, dtype=torch.bool, device=removed.device).scatter(-1, removed, False)
+    return kept.nonzero()[:, -1].view(*removed.shape[:-1], -1)
 
 
 def _removal_cost(inverse_hessian: Tensor, weight: Tensor) -> Tensor:

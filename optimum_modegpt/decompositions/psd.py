@@ -30,6 +30,16 @@ def exact(x: Tensor) -> Tensor:
         return x.cpu().to(torch.float64)
 
 
+def working(dtype: torch.dtype) -> torch.dtype:
+    """The precision of products over tokens of this type: float32 (16-bit numbers are exact there), or float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def raised(x: Tensor) -> Tensor:
+    """`x` in the precision of products over tokens."""
+    return x.to(working(x.dtype))
+
+
 def mean_diagonal(moment: Tensor) -> Tensor:
     """Mean of the diagonal of the last two axes, never zero: a damped zero moment has an inverse that is finite."""
     # The root of the smallest normal number: fractions of it, and their reciprocals, keep their full precision.

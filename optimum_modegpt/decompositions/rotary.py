@@ -6,10 +6,13 @@ key-value group, (groups, d, d); with GQA the query's are summed over the group'
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from optimum_modegpt.decompositions.psd import ROOT_RIDGE, damp, solve
+from optimum_modegpt.decompositions.nystrom import remaining
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, inverse, solve
 
 
 def pair_indices(pairs: Tensor, head_dim: int) -> Tensor:
@@ -32,27 +35,48 @@ def select_coordinates(query: Tensor, key: Tensor, count: int) -> Tensor:
     return score.topk(count).indices.sort().values
 
 
-def eliminate_pairs(attention: Tensor, query: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Pairs to keep (groups, count), increasing, and the error of keeping them (groups,) (ours).
+@dataclass(frozen=True)
+class PairElimination:
+    """Backward elimination of rotary pairs, (groups, steps): which pair went at each step, and what that cost."""
+
+    order: Tensor
+    costs: Tensor
+    pairs: int
+
+    def after(self, count: int) -> tuple[Tensor, Tensor]:
+        """The pairs left when `count` are, (groups, count), increasing, and the error of keeping them, (groups,)."""
+        gone = self.pairs - count
+        return remaining(self.order[:, :gone], self.pairs), self.costs[:, :gone].sum(1)
+
+
+def eliminate_pairs(attention: Tensor, query: Tensor, count: int) -> PairElimination:
+    """Removes pairs one at a time, each time the cheapest, until `count` are left in every group (ours).
 
     `attention` F (groups, d, d) is the curvature of the attention distribution in the logits' key directions, `query`
     C_Q the second moment of the queries. With the query refitted, keeping k and pruning p costs
-    tr(C_Q,pp (F_pp − F_pk F_kk⁻¹ F_kp)); pairs are removed one at a time, each time the cheapest.
+    tr(C_Q,pp (F_pp − F_pk F_kk⁻¹ F_kp)). Removing pair i from the refitted query M q adds
+    tr(([F⁻¹]_ii)⁻¹ [M C_Q Mᵀ]_ii) to it; F⁻¹ and M are downdated as pairs go.
     """
-    attention = damp(attention, ROOT_RIDGE)
-    kept, errors = [], []
-    for curvature, moment in zip(attention, query, strict=True):
-        pairs = list(range(curvature.shape[-1] // 2))
-        error = curvature.new_zeros(())
-        while len(pairs) > count:
-            trials = torch.tensor([[p for p in pairs if p != gone] for gone in pairs], device=curvature.device)
-            costs = _pruning_error(curvature, moment, trials)
-            worst = int(costs.argmin())
-            error = costs[worst]
-            pairs.pop(worst)
-        kept.append(torch.tensor(pairs, device=curvature.device))
-        errors.append(error)
-    return torch.stack(kept), torch.stack(errors)
+    groups, head_dim, _ = attention.shape
+    pairs = head_dim // 2
+    blocks = pair_indices(torch.arange(pairs, device=attention.device)[:, None], head_dim)  # (pairs, 2)
+    inverse_curvature = inverse(damp(attention, ROOT_RIDGE))
+    mapping = torch.eye(head_dim, dtype=attention.dtype, device=attention.device).expand_as(attention)
+    every, gone = torch.arange(groups, device=attention.device), attention.new_zeros(groups, pairs, dtype=torch.bool)
+    order, costs = [every.new_zeros(groups, 0)], [attention.new_zeros(groups, 0)]
+    for _ in range(pairs - count):
+        lost = _diagonal_blocks(mapping @ query @ mapping.mT, blocks)
+        own = add_diagonal(_diagonal_blocks(inverse_curvature, blocks), gone)  # removed ones are zero
+        cost = (own.inverse() * lost).sum((-2, -1)).masked_fill(gone, torch.inf)
+        worst = cost.argmin(1)
+        columns = inverse_curvature[every[:, None], :, blocks[worst]].mT  # (groups, d, 2)
+        rows = torch.cat((mapping[every[:, None], blocks[worst]], columns.mT), dim=2)
+        update = columns @ own[every, worst].inverse() @ rows
+        mapping, inverse_curvature = mapping - update[..., :head_dim], inverse_curvature - update[..., head_dim:]
+        gone[every, worst] = True
+        order.append(worst[:, None])
+        costs.append(cost[every, worst][:, None])
+    return PairElimination(torch.cat(order, dim=1), torch.cat(costs, dim=1), pairs)
 
 
 def query_refit(attention: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
@@ -63,7 +87,7 @@ def query_refit(attention: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
     head_dim = attention.shape[-1]
     maps = []
     for curvature, kept in zip(attention, pair_indices(pairs, head_dim), strict=True):
-        pruned = _complement(kept, head_dim)
+        pruned = remaining(kept, head_dim)
         mapping = curvature.new_zeros(len(kept), head_dim)
         mapping[torch.arange(len(kept)), kept] = 1
         if len(pruned):
@@ -77,22 +101,6 @@ def _pair_sums(energies: Tensor) -> Tensor:
     return first + second
 
 
-def _complement(index: Tensor, size: int) -> Tensor:
-    mask = torch.ones(size, dtype=torch.bool, device=index.device)
-    mask[index] = False
-    return mask.nonzero()[:, 0]
-
-
-def _pruning_error(curvature: Tensor, moment: Tensor, trials: Tensor) -> Tensor:
-    """tr(C_pp (F_pp − F_pk F_kk⁻¹ F_kp)) for every trial set of kept pairs (trials, pairs); (trials,)."""
-    head_dim = curvature.shape[-1]
-    kept = pair_indices(trials, head_dim)  # (trials, k)
-    pruned = torch.stack([_complement(index, head_dim) for index in kept])  # (trials, p)
-    if kept.shape[1]:
-        within = curvature[kept[:, :, None], kept[:, None, :]]
-        across = curvature[kept[:, :, None], pruned[:, None, :]]
-        explained = across.mT @ solve(within, across)
-    else:
-        explained = 0
-    left = curvature[pruned[:, :, None], pruned[:, None, :]] - explained
-    return (left * moment[pruned[:, :, None], pruned[:, None, :]]).sum((-2, -1))
+def _diagonal_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
+    """The 2 × 2 blocks of the pairs, (groups, pairs, 2, 2), of matrices (groups, d, d)."""
+    return matrix[:, blocks[:, :, None], blocks[:, None, :]]

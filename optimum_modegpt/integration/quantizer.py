@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.compress import compress
+from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.compress import Base, compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.hub import KEPT_REPORT, Upload
@@ -79,17 +80,18 @@ class ModeGPTQuantizer:
         *,
         source: Source,
         device: torch.device | None = None,
+        checkpoint: Checkpoint | None = None,
         progress: bool = True,
     ) -> Report:
-        """Compresses `model` in place with calibration windows that `prepare` has read."""
+        """Compresses `model` in place with calibration windows that `prepare` has read; see `compress`."""
         card = source.card()
         self.report = compress(
             model,
             self.config,
             windows,
             device=device,
-            base_model=source.base_model,
-            revision=source.revision,
+            base=Base(source.base_model, source.revision),
+            checkpoint=checkpoint,
             progress=progress,
         )
         model.config.modegpt["base_card"] = card

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from optimum_modegpt.evaluation.estimate import Estimate
 from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, main_scores, mean_score
 from optimum_modegpt.evaluation.inspection import Inspection
+from optimum_modegpt.evaluation.speed import Benchmark, Row, Size, Speed, Spread
 from optimum_modegpt.integration.plain import one_line
 from optimum_modegpt.report import PARTS
 
@@ -104,10 +105,16 @@ def estimate_table(found: Estimate) -> str:
         f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
         f"{found.calibration_tokens:,} calibration tokens",
     ]
-    for title, needs in (("device memory", found.device_memory), ("host memory", found.cpu_memory)):
+    for title, needs in (
+        ("with an accelerator, device memory", found.device_memory),
+        ("with an accelerator, host memory", found.cpu_memory),
+        ("without one, host memory", found.cpu_only_memory),
+        ("disk, while it runs", found.disk),
+    ):
         rows.append(f"{title}: {_bytes(sum(needs.values()))}")
         rows += [f"  {_bytes(size):>12}  {name}" for name, size in needs.items()]
-    rows.append(f"disk: {_bytes(found.disk)}")
+    if found.mapped_weights:
+        rows.append(f"weights stay in their files: {_bytes(found.mapped_weights)} that count as resident while in use")
     passes = found.forward_passes
     rows.append(
         f"work: {sum(passes.values()):.1f} forward passes over the calibration tokens "
@@ -119,3 +126,59 @@ def estimate_table(found: Estimate) -> str:
 
 def _bytes(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def benchmark_table(found: Benchmark) -> str:
+    """Every setting with what was measured there; beside a reference, how many times as fast the model is."""
+    machine = found.machine
+    paired = found.reference is not None
+    columns = ("model", "reference", "times as fast") if paired else ("model",)
+    rows = [line for row in found.rows for line in _benchmark_rows(row, paired)]
+    lines = [
+        f"{machine['device_name']} ({machine['device']}), {machine['dtype']}, {machine['attention']} attention, "
+        f"torch {machine['torch']}, transformers {machine['transformers']}",
+        *(f"{name}: {_size(size)}" for name, size in (("model", found.model), ("reference", found.reference)) if size),
+        _aligned([("batch × prompt", "run", "measure", *columns), *rows], left=3),
+        f"medians of {found.repeats} runs with {found.new_tokens} new tokens; in brackets the lowest and the highest",
+    ]
+    failures = [f"{_setting(row)} {failure}" for row in found.rows for failure in row.failures]
+    return "\n".join([*lines, *failures, *found.notes])
+
+
+def _benchmark_rows(row: Row, paired: bool) -> list[tuple[str, ...]]:
+    """A line for each measure; the setting stands in the first."""
+    speeds = (row.model, row.reference) if paired else (row.model,)
+    measures = [
+        ("prefill tokens/s", row.prefill_ratio, lambda one: f"{one.prefill_tokens_per_second.median:,.1f}"),
+        ("decode tokens/s", row.decode_ratio, lambda one: f"{one.decode_tokens_per_second.median:,.1f}"),
+        ("time to first token, ms", None, lambda one: f"{1e3 * one.first_token_seconds.median:,.2f}"),
+        ("cache bytes per token", None, lambda one: _number(one.cache_bytes_per_token)),
+    ]
+    if any(one is not None and one.peak_memory is not None for one in speeds):
+        measures.append(("peak memory", None, lambda one: _bytes(one.peak_memory)))
+    lines = [
+        (name, *(_cell(one, show) for one in speeds), *((_ratio(ratio),) if paired else ()))
+        for name, ratio, show in measures
+    ]
+    places = [(_setting(row), "compiled" if row.setting.compiled else "plain"), *[("", "")] * (len(lines) - 1)]
+    return [(*place, *line) for place, line in zip(places, lines, strict=True)]
+
+
+def _cell(speed: Speed | None, show: Callable[[Speed], str]) -> str:
+    return "out of memory" if speed is None else show(speed)
+
+
+def _ratio(ratio: Spread | None) -> str:
+    return "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.0f}"
+
+
+def _setting(row: Row) -> str:
+    return f"{row.setting.batch_size} × {row.setting.prompt_length}"
+
+
+def _size(size: Size) -> str:
+    return f"{size.parameters:,} parameters, {_bytes(size.weight_bytes)} of weights"

@@ -19,11 +19,13 @@ class QueryKeyFactors:
 
 @dataclass(frozen=True)
 class ValueOutputFactors:
-    """Rows (kv_heads, rank, in [+ 1]) of value, and output (heads · rank [+ 1], d_model)."""
+    """Rows (kv_heads, rank, in [+ 1]) of value, output (heads · rank [+ 1], d_model), and bases (kv_heads, head_dim,
+    rank) that map a head's dense output to its narrow one; None where they are not known or nothing was cut."""
 
     value: Tensor
     output: Tensor
     relative_error: float
+    bases: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimum_modegpt import processes
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import (
     AttentionCurvatureSum,
@@ -31,9 +32,9 @@ from optimum_modegpt.calibration.streams import Stream, inputs_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
-from optimum_modegpt.decompositions.nystrom import eliminate
-from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, solve
-from optimum_modegpt.decompositions.rotary import eliminate_pairs, pair_indices, query_refit
+from optimum_modegpt.decompositions.nystrom import elimination_order, remaining
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, raised, solve, working
+from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
@@ -105,14 +106,17 @@ def compress_block(
     if student.norm_first:
         match_norm(student.attention_norm, dense, compressed)
     with naming("qk"):
-        query_key = cut_query_key(student, observe_query_key(student, compressed, arguments), widths.qk, config)
+        moments = observe_query_key(student, compressed, arguments)
+        elimination = eliminate_query_key(student, moments, widths.qk)
+        query_key = cut_query_key(student, moments, elimination, widths.qk, config)
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
 
     with naming("vo"):
-        moments = observe_output(student, compressed, targets.attention, targets.attention_weights, arguments)
+        heads = list(head_outputs(student, compressed, arguments))
+        moments = observe_output(student, compressed, heads, targets.attention, targets.attention_weights)
         value_output = cut_value_output(student, moments, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output)
-    sums = _map(compressed, student, lambda h: h + student.attend(student.attention_input(h), arguments))
+    sums = _attended(student, compressed, heads, value_output.bases)
 
     match_norm(student.mlp_norm if student.norm_first else student.attention_norm, targets.attention, sums)
     middle = _map(sums, student, student.after_attention)
@@ -153,20 +157,22 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
         return
     bare, device = SlopeSum(norm).norm, head.device
     length = dense[0].shape[1]
-    tokens = sum(len(batch) for batch in dense) * length
+    windows = sum(len(batch) for batch in dense)
+    tokens = int(processes.total(windows)) * length
     stride = min(length, -(-tokens // max(1, min(GAIN_TOKENS, LOGITS // len(head)))))
     samples = []
     for target, source in zip(dense, compressed, strict=True):
         for wanted, seen in zip(
             target[:, stride - 1 :: stride].to(device), source[:, stride - 1 :: stride].to(device), strict=True
         ):
-            distribution = (dense_norm(wanted).float() @ head.T).softmax(-1)
-            samples.append(SoftmaxSample(bare(seen.float()), distribution))
+            distribution = (raised(dense_norm(wanted)) @ head.T).softmax(-1)
+            samples.append(SoftmaxSample(bare(raised(seen)), distribution))
     bias = getattr(norm, "bias", None)
-    gain = norm.weight.detach().float()
-    bias = torch.zeros_like(gain) if bias is None else bias.detach().float()
+    gain = raised(norm.weight.detach())
+    bias = torch.zeros_like(gain) if bias is None else raised(bias.detach())
+    fitted, held_back = split_sample(samples, before=processes.before(windows), total=processes.total)
     with torch.no_grad():
-        norm.weight.copy_(match_softmax(gain, bias, head, *split_sample(samples)))
+        norm.weight.copy_(match_softmax(gain, bias, head, fitted, held_back, total=processes.total))
 
 
 # query and key
@@ -175,9 +181,11 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
 def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -> QueryKeyMoments:
     """Query moments with the attention curvature (rotary), or with the key moments; over as many windows as pay."""
     device = block.output.weight.device
-    windows = sum(len(batch) for batch in stream)
+    own = sum(len(batch) for batch in stream)
+    windows = own
     if block.rotary:
-        windows = curvature_windows(block, windows, stream[0].shape[1])
+        length = arguments["position_embeddings"][0].shape[1]
+        windows = curvature_windows(block, int(processes.total(own)), length) - processes.before(own)
     query_sum, key_sum, curvature = (
         HeadMomentSum(block.kv_heads),
         HeadMomentSum(block.kv_heads),
@@ -193,18 +201,26 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
     return QueryKeyMoments(query_sum.value(), curvature.value() if block.rotary else key_sum.value())
 
 
-def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int, config: ModeGPTConfig) -> QueryKeyFactors:
-    """Rotary: pairs by backward elimination on the attention curvature, query refitted. Else a free two-sided basis."""
+def eliminate_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> PairElimination | None:
+    """The order in which a head's rotary pairs go, down to `rank`; None without rotation, where nothing is selected."""
+    return eliminate_pairs(moments.key, moments.query, rank // 2) if block.rotary else None
+
+
+def cut_query_key(
+    block: Block, moments: QueryKeyMoments, elimination: PairElimination | None, rank: int, config: ModeGPTConfig
+) -> QueryKeyFactors:
+    """Rotary: the pairs that `elimination` leaves, query refitted on their curvature. Else a two-sided basis."""
     query, key = block.head_rows("query"), block.head_rows("key")
     if rank == block.head_dim:
         pairs = block.attention.rope_index if block.rotary else None
         return QueryKeyFactors(query, key, pairs, 0.0)
     per_group = block.heads // block.kv_heads
-    if not block.rotary:
+    if elimination is None:
         query_map, key_map = two_sided_basis(moments.query, moments.key, rank)
         error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
-    pairs, errors = eliminate_pairs(moments.key, moments.query, rank // 2)
+    pairs, errors = elimination.after(rank // 2)
+    pairs = processes.agreed(pairs)
     query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
     kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
@@ -214,24 +230,30 @@ def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int, config: Mod
 # value and output
 
 
+def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
+    """What the attention gives its output projection, (batch, length, heads · head_dim), kept where the stream is."""
+    device = block.output.weight.device
+    with inputs_of(block.output) as seen:
+        for batch in stream:
+            block.attend(block.attention_input(batch.to(device)), arguments)
+            yield seen.pop().to(batch.device)
+
+
 def observe_output(
-    block: Block, stream: Stream, targets: Stream, weights: list[Tensor] | None, arguments: dict[str, Any]
+    block: Block, stream: Stream, heads: Iterable[Tensor], targets: Stream, weights: list[Tensor] | None
 ) -> LinearMoments:
     """Moments of the output projection's input, with what is missing from the stream to the dense sum as the target."""
     device = block.output.weight.device
-    total = LinearMomentSum(ones=block.output.bias is not None)
-    with inputs_of(block.output) as heads:
-        for index, (batch, target) in enumerate(zip(stream, targets, strict=True)):
-            hidden = batch.to(device)
-            block.attend(block.attention_input(hidden), arguments)
-            weight = None if weights is None else weights[index].to(device)
-            total.add(heads.pop(), target.to(device).float() - hidden.float(), weight)
-    return total.value()
+    moments = LinearMomentSum(ones=block.output.bias is not None)
+    for index, (batch, head, target) in enumerate(zip(stream, heads, targets, strict=True)):
+        weight = None if weights is None else weights[index].to(device)
+        moments.add(head.to(device), raised(target.to(device)) - raised(batch.to(device)), weight)
+    return moments.value()
 
 
 def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> ValueOutputFactors:
     """The value basis of each group from the refitted output, then one joint refit of the output over all heads."""
-    value, dense = block.head_rows("value"), block.input_outputs(block.output)
+    value, dense, bases = block.head_rows("value"), block.input_outputs(block.output), None
     per_group, size = block.heads // block.kv_heads, block.head_dim
     if rank < size:
         best = centred_refit(moments, dense, moments.ridge(config.output_ridge))
@@ -248,7 +270,22 @@ def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: Mo
         inverse = block_diagonal(torch.linalg.pinv(bases).mT, per_group, ones=moments.ones)
         moments, dense = moments.mapped(block_diagonal(bases, per_group, ones=moments.ones)), inverse.T @ dense
     output = centred_refit(moments, dense, moments.ridge(config.output_ridge))
-    return ValueOutputFactors(value, output, moments.relative_error(output))
+    return ValueOutputFactors(value, output, moments.relative_error(output), bases)
+
+
+def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None) -> Stream:
+    """The sums of stream and attention output from the head outputs with the dense values: Z B is what B gives."""
+    device = block.output.weight.device
+
+    def total(hidden: Tensor, head: Tensor) -> Tensor:
+        if bases is not None:
+            grouped = head.unflatten(-1, (len(bases), -1, bases.shape[1]))  # (batch, length, kv_heads, per group, d)
+            head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
+        return hidden + block.output(head)
+
+    return [
+        total(hidden.to(device), head.to(device)).to(hidden.device) for hidden, head in zip(stream, heads, strict=True)
+    ]
 
 
 # mlp
@@ -257,18 +294,23 @@ def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: Mo
 def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Tensor] | None) -> LinearMoments:
     """Moments of the down projection's input, with what is missing to the dense sum as the target."""
     device = block.output.weight.device
-    total = LinearMomentSum(ones=block.down.bias is not None)
+    moments = LinearMomentSum(ones=block.down.bias is not None)
     for index, (batch, target) in enumerate(zip(middle, targets, strict=True)):
         stream = batch.to(device)
         weight = None if weights is None else weights[index].to(device)
-        total.add(block.mlp_hidden(block.mlp_input(stream)), target.to(device).float() - stream.float(), weight)
-    return total.value()
+        moments.add(block.mlp_hidden(block.mlp_input(stream)), raised(target.to(device)) - raised(stream), weight)
+    return moments.value()
 
 
-def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
-    """Channels by backward elimination from the refitted W*, then down refitted for those that stay."""
+def eliminate_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
+    """The channels in the order in which backward elimination removes them from the refitted W*, down to `rank`."""
+    return _elimination(block.input_outputs(block.down), moments, rank, config)
+
+
+def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
+    """The MLP without the channels of `order`, down refitted for those that stay."""
     factors = MLPFactors(block.mlp_rows(), block.input_outputs(block.down), 0.0)
-    return _eliminate_channels(factors, moments, rank, config)
+    return _without(factors, moments, order, config)
 
 
 def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, config: ModeGPTConfig) -> MLPFactors:
@@ -279,49 +321,59 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
     """
     moments = observe_mlp(student, middle, targets.mlp, targets.mlp_weights)
     if rank == moments.width or not config.refit_iterations:
-        return cut_mlp(student, moments, rank, config)
+        return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
+    own = sum(len(batch) for batch in middle)
     windows = max(1, REFIT_TOKENS // middle[0].shape[1])
-    samples = list(itertools.islice(_token_samples(student, middle, targets), windows))
+    samples = list(itertools.islice(_token_samples(student, middle, targets), max(0, windows - processes.before(own))))
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
-        factors = _eliminate_channels(factors, moments, width, config)
+        factors = _without(factors, moments, _elimination(factors.down, moments, width, config), config)
         for _ in range(rounds):
             factors = _refit_inputs(student, factors, samples, config)
             moments = _hidden_moments(student, factors.rows, samples)
             factors = _refit_down(factors, moments, config)
-    if len(samples) < sum(len(batch) for batch in middle):
+    if windows < processes.total(own):
         moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets))
         factors = _refit_down(factors, moments, config)
     return factors
 
 
-def _eliminate_channels(factors: MLPFactors, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
-    """The `rank` channels that backward elimination keeps, with down refitted under one λ throughout."""
-    rows, down, ridge = factors.rows, factors.down, moments.ridge(config.output_ridge)
-    if rank < moments.width:
-        hessian = add_diagonal(moments.gram, ridge)
-        best = solve(hessian, moments.cross + ridge * down)
-        kept = eliminate(hessian, best, rank, protected=int(moments.ones))
-        rows, down = tuple(row[kept] for row in rows), down[moments.with_constant(kept)]
-        moments = moments.kept(kept)
+def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
+    """The channels that go, first one first, when `rank` are to be left."""
+    ridge = moments.ridge(config.output_ridge)
+    hessian = add_diagonal(moments.gram, ridge)
+    best = solve(hessian, moments.cross + ridge * down)
+    return processes.agreed(elimination_order(hessian, best, moments.width - rank, protected=int(moments.ones)))
+
+
+def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
+    """The factors without the channels of `order`, with down refitted under the λ of the whole."""
+    kept, ridge = remaining(order, moments.width), moments.ridge(config.output_ridge)
+    rows, down, moments = (
+        tuple(row[kept] for row in factors.rows),
+        factors.down[moments.with_constant(kept)],
+        moments.kept(kept),
+    )
     down = centred_refit(moments, down, ridge)
     return MLPFactors(rows, down, moments.relative_error(down))
 
 
 def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig) -> MLPFactors:
     """One Gauss–Newton step on gate and up with down fixed; the output bias is taken off the target."""
-    rank = len(factors.rows[0])
-    weight, bias = factors.down[:rank].float(), factors.down[rank:].float()
+    rank, dtype = len(factors.rows[0]), working(block.down.weight.dtype)
+    weight, bias = factors.down[:rank].to(dtype), factors.down[rank:].to(dtype)
     if len(bias):
         samples = [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
     rows = refit_inputs(
-        tuple(row.float() for row in factors.rows),
+        tuple(row.to(dtype) for row in factors.rows),
         weight,
         samples,
         block.activation,
         ridge=config.input_ridge,
         iterations=config.refit_iterations,
+        before=processes.before(len(samples)),
+        total=processes.total,
     )
     return replace(factors, rows=tuple(exact(row) for row in rows))
 
@@ -334,12 +386,12 @@ def _refit_down(factors: MLPFactors, moments: LinearMoments, config: ModeGPTConf
 
 def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[TokenSample]) -> LinearMoments:
     """Moments of the hidden channels that `rows` give, with the samples' targets."""
-    total = LinearMomentSum(ones=block.down.bias is not None)
-    rows = tuple(row.float() for row in rows)
+    moments = LinearMomentSum(ones=block.down.bias is not None)
+    rows = tuple(row.to(working(block.down.weight.dtype)) for row in rows)
     for sample in samples:
         inputs, target, weight = (x.to(rows[0].device) for x in (sample.inputs, sample.target, sample.weight))
-        total.add(hidden_channels(rows, inputs, block.activation), target, weight)
-    return total.value()
+        moments.add(hidden_channels(rows, inputs, block.activation), target, weight)
+    return moments.value()
 
 
 def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Iterator[TokenSample]:
@@ -348,7 +400,7 @@ def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Itera
     biased = block.module.get_submodule(block.layout.mlp_inputs[0]).bias is not None
     for batch, target, weight in zip(middle, targets.mlp, targets.mlp_weights, strict=True):
         stream = batch.to(block.output.weight.device)
-        inputs, missing = block.mlp_input(stream).float(), target.to(stream.device).float() - stream.float()
+        inputs, missing = raised(block.mlp_input(stream)), raised(target.to(stream.device)) - raised(stream)
         for window in range(len(stream)):
             seen = with_ones(inputs[window]) if biased else inputs[window]
             yield TokenSample(*(x.to(batch.device) for x in (seen, missing[window], weight[window])))
@@ -372,5 +424,7 @@ def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:
 
 
 def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:
-    mean = sum(float(w.sum()) for w in weights) / sum(w.numel() for w in weights)
+    mean = float(
+        processes.total(sum(float(w.sum()) for w in weights)) / processes.total(sum(w.numel() for w in weights))
+    )
     return [w / mean for w in weights]

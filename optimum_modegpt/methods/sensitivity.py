@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import PartSize, Sizes
 from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.calibration.streams import Front, Stream, enter
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.least_squares import LinearMoments
+from optimum_modegpt.decompositions.psd import raised
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.report import PARTS
@@ -85,9 +89,8 @@ def measure(
             changed = [(part, sparsity, _run(student, entering, passing)) for part, sparsity, student in students]
         # All variants pass a later block together, so that it comes to the device once.
         joined = _through(architecture, block.index + 1, [b for *_, out in changed for b in out], front, device)
-        for index, (part, sparsity, _) in enumerate(changed):
-            outputs = joined[index * len(reference) : (index + 1) * len(reference)]
-            divergence = _divergence(tail, reference, outputs)
+        divergences = _divergences(tail, reference, joined, len(changed))
+        for (part, sparsity, _), divergence in zip(changed, divergences, strict=True):
             if not math.isfinite(divergence):
                 raise NumericalError(
                     f"block {block.index}, {part}: with {sparsity:.0%} of it removed the output distribution is not "
@@ -111,25 +114,50 @@ def _students(
     device = dense.output.weight.device
     student = dense.student(device)
     query_key = residual_matched.observe_query_key(student, stream, arguments)
-    output = residual_matched.observe_output(student, stream, targets.attention, None, arguments)
+    heads = residual_matched.head_outputs(student, stream, arguments)
+    output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
     middle = [student.after_attention(batch.to(device)).to(batch.device) for batch in targets.attention]
     mlp = residual_matched.observe_mlp(student, middle, targets.mlp, None)
     for part, size in sizes.items():
-        for rank in sorted(
-            {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in ratios} - {size.dense}
-        ):
-            student = dense.student(device)
-            with naming(part):
-                if part == "qk":
-                    cut = residual_matched.cut_query_key(student, query_key, rank, config)
-                    student.install_query_key(cut.query, cut.key, cut.pairs)
-                elif part == "vo":
-                    cut = residual_matched.cut_value_output(student, output, rank, config)
-                    student.install_value_output(cut.value, cut.output)
-                else:
-                    cut = residual_matched.cut_mlp(student, mlp, rank, config)
-                    student.install_mlp(cut.rows, cut.down)
-            yield part, 1 - rank / size.dense, student
+        ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in ratios} - {size.dense}
+        with naming(part):
+            cut = _cutter(part, student, (query_key, output, mlp), min(ranks, default=size.dense), config)
+            for rank in sorted(ranks):
+                variant = dense.student(device)
+                cut(variant, rank)
+                yield part, 1 - rank / size.dense, variant
+
+
+def _cutter(
+    part: str,
+    student: Block,
+    moments: tuple[QueryKeyMoments, LinearMoments, LinearMoments],
+    least: int,
+    config: ModeGPTConfig,
+) -> Callable[[Block, int], None]:
+    """Cuts a part of a block to a rank of at least `least`; what goes first is found once for all ranks."""
+    query_key, output, mlp = moments
+    if part == "qk":
+        pairs = residual_matched.eliminate_query_key(student, query_key, least)
+
+        def cut(block: Block, rank: int) -> None:
+            factors = residual_matched.cut_query_key(block, query_key, pairs, rank, config)
+            block.install_query_key(factors.query, factors.key, factors.pairs)
+
+    elif part == "vo":
+
+        def cut(block: Block, rank: int) -> None:
+            factors = residual_matched.cut_value_output(block, output, rank, config)
+            block.install_value_output(factors.value, factors.output)
+
+    else:
+        order = residual_matched.eliminate_mlp(student, mlp, least, config)
+
+        def cut(block: Block, rank: int) -> None:
+            factors = residual_matched.cut_mlp(block, mlp, order[: mlp.width - rank], config)
+            block.install_mlp(factors.rows, factors.down)
+
+    return cut
 
 
 def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Stream:
@@ -144,14 +172,17 @@ def _through(architecture: Architecture, first: int, stream: Stream, front: Fron
     return stream
 
 
-def _divergence(tail: nn.Module, reference: Stream, outputs: Stream) -> float:
-    """Mean KL(reference ‖ output) of the next-token distributions, in nats per token."""
-    total, tokens = 0.0, 0
-    head = next(tail.parameters())
-    for dense, changed in zip(reference, outputs, strict=True):
-        rows = max(1, LOGITS_AT_ONCE // tail[-1].out_features)  # pyright: ignore[reportIndexIssue]
-        for p, q in zip(dense.flatten(0, 1).split(rows), changed.flatten(0, 1).split(rows), strict=True):
-            log_p, log_q = (tail(x.to(head.device)).float().log_softmax(-1) for x in (p, q))
-            total += float(nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
-            tokens += len(p)
-    return total / tokens
+def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, variants: int) -> list[float]:
+    """Mean KL(reference ‖ output) of the next-token distributions in nats per token, for every variant in `outputs`."""
+    tokens = processes.total(sum(dense.shape[:2].numel() for dense in reference))
+    head = cast(nn.Linear, tail[-1])
+    rows, device = max(1, LOGITS_AT_ONCE // head.out_features), head.weight.device
+    sums = torch.zeros(variants, dtype=torch.float64)
+    for batch, dense in enumerate(reference):
+        chunks = [outputs[variant * len(reference) + batch].flatten(0, 1).split(rows) for variant in range(variants)]
+        for index, chunk in enumerate(dense.flatten(0, 1).split(rows)):
+            expected = raised(tail(chunk.to(device))).log_softmax(-1)
+            for variant in range(variants):
+                found = raised(tail(chunks[variant][index].to(device))).log_softmax(-1)
+                sums[variant] += float(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
+    return (processes.total(sums) / tokens).tolist()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -227,6 +228,10 @@ _silence_per_layer_warnings()
 # ------------------------------------------------------------------------------------------------------- attention
 
 
+PACKS_SINGLE_QUERIES = hasattr(sdpa_attention, "pack_gqa")
+"""Whether this transformers lets a single query of every head read its group's keys and values without copies."""
+
+
 class ModeGPTAttentionMixin(Dense):
     """Over a dense attention class: query/key heads and value heads have widths of their own.
 
@@ -239,6 +244,8 @@ class ModeGPTAttentionMixin(Dense):
     qk_head_dim: int
     v_head_dim: int
     rope_index: Tensor
+    num_key_value_groups: int
+    sliding_window: int | None = None
 
     def set_widths(self, qk: int, vo: int) -> None:
         """Declares the head dims; the projections are replaced by the caller."""
@@ -276,8 +283,9 @@ class ModeGPTAttentionMixin(Dense):
             sliding_window=self.attention_window,
             **kwargs,
         )
-        attn_output = attn_output.reshape(*shape, query.shape[1], -1)  # (batch, length, heads, vo or the padded width)
-        attn_output = attn_output[..., : self.v_head_dim].reshape(*shape, -1).contiguous()
+        if value.shape[-1] != self.v_head_dim:
+            attn_output = attn_output.reshape(*shape, query.shape[1], -1)[..., : self.v_head_dim]
+        attn_output = attn_output.reshape(*shape, -1).contiguous()
         return getattr(self, self.output_name)(attn_output), attn_weights
 
     def kernel_width(self, implementation: str, queries: int, paged: bool) -> int | None:
@@ -285,31 +293,42 @@ class ModeGPTAttentionMixin(Dense):
 
         Zero columns change no product. A paged cache has one width for all blocks, that of the dense model; flash
         kernels take one width for the three, and so do the fast paths of sdpa. A single query against a cache is
-        cheap on any path, so nothing of the cache is copied for it.
+        cheap on any path, so nothing of the cache is copied for it, unless all of it would be repeated for every head.
         """
         if paged:
             return self.head_dim
-        one_width = "flash" in implementation or (implementation == "sdpa" and queries > 1)
+        one_width = "flash" in implementation or (implementation == "sdpa" and (queries > 1 or self.repeats_cache))
         return max(self.qk_head_dim, self.v_head_dim) if one_width else None
+
+    @property
+    def repeats_cache(self) -> bool:
+        """Whether sdpa copies unequal keys and values for every query head, also for a single query."""
+        packs = PACKS_SINGLE_QUERIES and not torch.compiler.is_compiling()
+        return self.num_key_value_groups > 1 and not packs
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary embedding of the kept pairs; query (batch, heads, length, qk), key (batch, kv_heads, length, qk)."""
-        index = self.rope_index.long()
-        cos, sin = (table[..., index].transpose(1, 2) for table in (cos, sin))  # (batch, kv_heads, length, qk / 2)
+        cos, sin = self.kept_pairs(cos), self.kept_pairs(sin)
         key = _rotate_pairs(key, cos, sin)
-        grouped = query.unflatten(1, (index.shape[0], -1))  # (batch, kv_heads, heads / kv_heads, length, qk)
+        grouped = query.unflatten(1, (self.rope_index.shape[0], -1))  # (batch, kv_heads, heads / kv_heads, length, qk)
         return _rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2), key
+
+    def kept_pairs(self, table: Tensor) -> Tensor:
+        """Of a rotary table (batch, length, head_dim) what each head kept: (batch, kv_heads, length, qk / 2)."""
+        kept = table.index_select(-1, self.rope_index.view(-1))
+        return kept.view(*table.shape[:-1], *self.rope_index.shape).transpose(1, 2)
 
     @property
     def attention_window(self) -> int | None:
         """Length of the sliding window, None where attention is full."""
-        return getattr(self, "sliding_window", None)
+        return self.sliding_window
 
 
 def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates coordinate pairs (i, i + d/2) of the last axis."""
     first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+    return torch.cat(turned, dim=-1)
 
 
 def _pad(x: Tensor, width: int) -> Tensor:

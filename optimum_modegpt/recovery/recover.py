@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.compress import origin
+from optimum_modegpt.compress import Base
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.perplexity import check_windows, perplexity
 
@@ -129,7 +129,9 @@ def recover(
     _check_teacher(model, teacher)
     recovery = _train(model, teacher, training, held_out, config, progress)
     if recovery.best_step:
-        name_of_teacher = teacher_name if teacher_name is not None or teacher is None else origin(teacher)
+        name_of_teacher = (
+            teacher_name if teacher_name is not None or teacher is None else Base().completed(teacher).model
+        )
         recovered = {
             **_record(windows, config, recovery),
             "learning_rate": config.peak_learning_rate(model.config),

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 LAYERS = (
     ("errors",),
     ("decompositions", "allocation", "config", "report"),
-    ("stages", "architectures"),
+    ("stages", "architectures", "processes"),
     ("calibration",),
-    ("methods",),
+    ("methods", "checkpoint"),
     ("compress",),
     ("evaluation", "export", "plot", "demo"),
     ("comparison", "recovery"),

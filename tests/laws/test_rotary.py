@@ -62,7 +62,7 @@ def test_loudest_pairs_of_each_group_are_kept():
 def test_pairs_are_valid_and_increase(count):
     for pairs in (
         select_pairs(head_moments(0), head_moments(50), count),
-        eliminate_pairs(head_moments(0), head_moments(50), count)[0],
+        eliminate_pairs(head_moments(0), head_moments(50), count).after(count)[0],
     ):
         assert pairs.shape == (GROUPS, count)
         assert pairs.min() >= 0
@@ -105,7 +105,7 @@ def explicit_error(curvature: Tensor, query: Tensor, kept: Tensor) -> float:
 @pytest.mark.parametrize("count", [4, 2, 1])
 def test_elimination_is_greedy_with_the_error_of_the_formula(situation, count):
     curvature, query = head_moments(0, situation), head_moments(50)
-    kept, errors = eliminate_pairs(curvature, query, count)
+    kept, errors = eliminate_pairs(curvature, query, count).after(count)
     for group in range(GROUPS):
         pairs = list(range(PAIRS))
         while len(pairs) > count:
@@ -122,7 +122,7 @@ def test_elimination_is_greedy_with_the_error_of_the_formula(situation, count):
 
 def test_error_is_what_the_refitted_query_loses():
     curvature, query = head_moments(0), head_moments(50)
-    kept, errors = eliminate_pairs(curvature, query, 3)
+    kept, errors = eliminate_pairs(curvature, query, 3).after(3)
     damped = damp(curvature, ROOT_RIDGE)
     for group, mapping in enumerate(query_refit(damped, kept, ridge=1e-14)):
         index = pair_indices(kept[group], HEAD_DIM)
@@ -130,7 +130,7 @@ def test_error_is_what_the_refitted_query_loses():
 
 
 def test_keeping_every_pair_costs_nothing_and_changes_nothing():
-    kept, errors = eliminate_pairs(head_moments(0), head_moments(50), PAIRS)
+    kept, errors = eliminate_pairs(head_moments(0), head_moments(50), PAIRS).after(PAIRS)
     assert kept.tolist() == [list(range(PAIRS))] * GROUPS
     assert torch.equal(errors, torch.zeros(GROUPS).double())
     mapping = query_refit(head_moments(0), kept, ridge=1e-3)
@@ -141,7 +141,7 @@ def test_pairs_without_curvature_are_pruned_for_nothing():
     curvature, query = head_moments(0), head_moments(50)
     silent = pair_indices(torch.tensor([1, 4]), HEAD_DIM)
     curvature[1, silent], curvature[1, :, silent] = 0, 0
-    kept, errors = eliminate_pairs(curvature, query, PAIRS - 2)
+    kept, errors = eliminate_pairs(curvature, query, PAIRS - 2).after(PAIRS - 2)
     assert kept[1].tolist() == [0, 2, 3, 5]
     assert errors[1] < 1e-5 * (curvature[1] * query[1]).sum().abs()
     assert errors[0] > 1e-5 * (curvature[0] * query[0]).sum().abs()
@@ -151,7 +151,7 @@ def test_pairs_that_no_query_reads_are_pruned_for_nothing():
     curvature, query = head_moments(0), head_moments(50)
     silent = pair_indices(torch.tensor([0, 3]), HEAD_DIM)
     query[2, silent], query[2, :, silent] = 0, 0
-    kept, errors = eliminate_pairs(curvature, query, PAIRS - 2)
+    kept, errors = eliminate_pairs(curvature, query, PAIRS - 2).after(PAIRS - 2)
     assert kept[2].tolist() == [1, 2, 4, 5]
     assert errors[2] == 0
 
@@ -159,7 +159,7 @@ def test_pairs_that_no_query_reads_are_pruned_for_nothing():
 @pytest.mark.parametrize("situation", MOMENTS)
 def test_any_curvature_gives_pairs_and_a_finite_refit(situation):
     curvature = head_moments(0, situation)
-    kept, errors = eliminate_pairs(curvature, head_moments(50), 2)
+    kept, errors = eliminate_pairs(curvature, head_moments(50), 2).after(2)
     assert errors.isfinite().all()
     assert (kept.diff(dim=1) > 0).all()
     assert query_refit(curvature, kept, ridge=1e-3).isfinite().all()
@@ -216,8 +216,8 @@ def test_large_ridge_leaves_the_kept_query_rows_alone():
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_scale_of_the_moments_does_not_matter(scale):
     curvature, query = head_moments(0), head_moments(50)
-    kept, errors = eliminate_pairs(curvature, query, 3)
-    scaled_kept, scaled_errors = eliminate_pairs(scale * curvature, scale * query, 3)
+    kept, errors = eliminate_pairs(curvature, query, 3).after(3)
+    scaled_kept, scaled_errors = eliminate_pairs(scale * curvature, scale * query, 3).after(3)
     assert torch.equal(scaled_kept, kept)
     assert difference(scaled_errors, scale * scale * errors) < 1e-9
     assert difference(query_refit(scale * curvature, kept, ridge=1e-3), query_refit(curvature, kept, ridge=1e-3)) < 1e-9

@@ -166,9 +166,9 @@ def test_every_window_has_a_say_in_the_final_gain(monkeypatch: pytest.MonkeyPatc
     seen: list[int] = []
     split = residual_matched.split_sample
 
-    def counted(samples: Any) -> Any:
+    def counted(samples: Any, **shared: Any) -> Any:
         seen.extend(len(sample.features) for sample in samples)
-        return split(samples)
+        return split(samples, **shared)
 
     monkeypatch.setattr(residual_matched, "split_sample", counted)
     monkeypatch.setattr(residual_matched, "GAIN_TOKENS", 2)

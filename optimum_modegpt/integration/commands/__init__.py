@@ -3,7 +3,16 @@
 `run` prints the result, raises what goes wrong, and may return an exit code.
 """
 
-from optimum_modegpt.integration.commands import compare, compress, demo, estimate, evaluate, inspect, recover
+from optimum_modegpt.integration.commands import (
+    benchmark,
+    compare,
+    compress,
+    demo,
+    estimate,
+    evaluate,
+    inspect,
+    recover,
+)
 
-COMMANDS = (compress, evaluate, compare, recover, inspect, estimate, demo)
+COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, estimate, demo)
 """In the order in which the help lists them."""

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import shutil
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from optimum_modegpt import processes
+from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.errors import CheckpointError, InvalidConfig
+from optimum_modegpt.evaluation.room import check_room
 from optimum_modegpt.integration.card import REPORT
 from optimum_modegpt.integration.commands.common import add_device, check_file, path, shows_progress, source_of, verb
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
+from optimum_modegpt.integration.commands.estimate import estimate_of
 from optimum_modegpt.integration.hub import Upload
 from optimum_modegpt.integration.output import check_output, replacing
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.reading import load_config, load_model, pick_device
 from optimum_modegpt.integration.source import Source, default_dataset
 from optimum_modegpt.report import Report
+from optimum_modegpt.stages import compute_device
 
 
 def add(verbs: Any) -> None:
@@ -26,6 +36,8 @@ def add(verbs: Any) -> None:
     parser = verb(verbs, "compress", run, "Compress MODEL and save it.")
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
     parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
+    parser.add_argument("--fresh", action="store_true", help="throw away what an interrupted run of this has finished")
+    parser.add_argument("--ignore-estimate", action="store_true", help="go on where memory or disk seem too small")
     parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report there")
     parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result, to user/name on the Hub")
     parser.add_argument("--private", action="store_true", help="make REPO private if it is new")
@@ -35,11 +47,18 @@ def add(verbs: Any) -> None:
 
 
 def run(options: Namespace) -> None:
-    """Compresses a model and saves it; the folder appears at the end, whole, and is uploaded where asked for."""
-    upload = _upload(options)
-    if upload is not None:
-        upload.check()
-    print(compress_to(options.output, options).summary())
+    """Compresses a model and saves it; the folder appears at the end, whole, and is uploaded where asked for.
+
+    Of processes that were started together, each computes with its share of the calibration; the first does the rest.
+    """
+    with processes.joined(pick_device(options.device)) as device:
+        if not processes.is_first():
+            return _take_part(options, device)
+        upload = _upload(options)
+        if upload is not None:
+            upload.check()
+        report = compress_to(options.output, options, device)
+    print(report.summary())
     print(f"saved in {options.output}")
     if upload is not None:
         commit = upload.push(options.output)
@@ -47,21 +66,80 @@ def run(options: Namespace) -> None:
     print(_next_step(options))
 
 
-def compress_to(output: Path, options: Namespace) -> Report:
+def compress_to(output: Path, options: Namespace, device: torch.device | None) -> Report:
     """The work itself, with the options of `compress`."""
     source = source_of(options)
-    quantizer = ModeGPTQuantizer(default_dataset(configuration(options), source))
+    quantizer = _quantizer(options, source)
     check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
     check_file(options.report)
-    device = pick_device(options.device)
-    with replacing(output, overwrite=options.overwrite) as folder:
+    checkpoint = _checkpoint(output, fresh=options.fresh)
+    if not options.ignore_estimate:
+        found = estimate_of(source, quantizer.config, options.dtype)
+        check_room(found, compute_device(device, torch.device("cpu")), output, written=_size(checkpoint))
+    with replacing(output, overwrite=options.overwrite) as folder, _going_on_later(checkpoint):
         windows = quantizer.prepare(load_config(source), None, source)
         model = load_model(source, options.dtype)
-        report = quantizer.compress_with(model, windows, source=source, device=device, progress=shows_progress())
+        report = quantizer.compress_with(
+            model, windows, source=source, device=device, checkpoint=checkpoint, progress=shows_progress()
+        )
         quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
+    if checkpoint is not None:
+        checkpoint.remove()
     if options.report is not None:
         shutil.copyfile(output / REPORT, options.report)
     return report
+
+
+def _take_part(options: Namespace, device: torch.device | None) -> None:
+    """What every process but the first does: it computes, and writes nothing."""
+    logging.getLogger("optimum_modegpt").setLevel(logging.ERROR)  # the first process warns
+    source = source_of(options)
+    quantizer = _quantizer(options, source)
+    windows = quantizer.prepare(load_config(source), None, source)
+    quantizer.compress_with(load_model(source, options.dtype), windows, source=source, device=device, progress=False)
+
+
+def _quantizer(options: Namespace, source: Source) -> ModeGPTQuantizer:
+    return ModeGPTQuantizer(default_dataset(configuration(options), source))
+
+
+def _checkpoint(output: Path, *, fresh: bool) -> Checkpoint | None:
+    """Where unfinished work is kept; None with several processes, which keep nothing.
+
+    Raises:
+        CheckpointError: several processes, and unfinished work of one alone stands there.
+    """
+    checkpoint = Checkpoint(output.absolute().with_name(f".{output.name}.checkpoint"), fresh=fresh)
+    if processes.count() == 1:
+        return checkpoint
+    if checkpoint.folder.is_dir():
+        if not fresh:
+            raise CheckpointError(
+                f"{checkpoint.folder} holds unfinished work, and only one process alone can go on with it. Run the "
+                "command without torchrun, or throw the work away with --fresh."
+            )
+        checkpoint.remove()
+    return None
+
+
+def _size(checkpoint: Checkpoint | None) -> int:
+    """Bytes of unfinished work that will be taken over."""
+    if checkpoint is None or checkpoint.fresh:
+        return 0
+    return sum(file.stat().st_size for file in checkpoint.folder.glob("*"))
+
+
+@contextmanager
+def _going_on_later(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """An interrupt says what is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint is None or not checkpoint.folder.is_dir():
+            raise
+        raise KeyboardInterrupt(
+            f"what is finished is kept in {checkpoint.folder}. The same command goes on, with --fresh it starts anew."
+        ) from None
 
 
 def _upload(options: Namespace) -> Upload | None:

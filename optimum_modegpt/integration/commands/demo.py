@@ -30,7 +30,7 @@ def add(verbs: Any) -> None:
     """Declares the arguments."""
     parser = verbs.add_parser("demo", help="The whole job on the embedded model: compress, evaluate, reload, generate.")
     parser.set_defaults(run=run, model="demo", revision=None, token=None, trust_remote_code=False)
-    parser.set_defaults(dtype="auto", config=None, report=None)
+    parser.set_defaults(dtype="auto", config=None, report=None, fresh=False, ignore_estimate=True)
     parser.add_argument("--output", type=path, metavar="DIR", help="keep the compressed model there")
     parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
     parser.add_argument("--sparsity", type=float, default=argparse.SUPPRESS, help="as in compress")
@@ -45,7 +45,7 @@ def run(options: Namespace) -> None:
         output = options.output or Path(folder) / "demo"
         print("1. compress the embedded model")
         print(DEMO_LEGEND)
-        print(compress_to(output, options).summary())
+        print(compress_to(output, options, pick_device(options.device)).summary())
         _compare(output, options)
     where = "a temporary folder; keep it with --output DIR" if options.output is None else str(output)
     print(f"\nThe compressed model was saved in {where}.")

@@ -5,15 +5,17 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import resolve_sequence_length
-from optimum_modegpt.evaluation.estimate import estimate, on_meta
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.evaluation.estimate import Estimate, estimate, on_meta
 from optimum_modegpt.integration.commands.common import check_file, path, source_of, verb, write_json
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
 from optimum_modegpt.integration.reading import load_config, readable
-from optimum_modegpt.integration.source import context_of
+from optimum_modegpt.integration.source import Source, context_of
 from optimum_modegpt.integration.tables import estimate_table
 
 
@@ -27,11 +29,18 @@ def add(verbs: Any) -> None:
 def run(options: Namespace) -> None:
     """What compressing a model would take, without loading its weights."""
     check_file(options.json)
-    source = source_of(options)
-    model_config, config = load_config(source), configuration(options)
-    check_model_type(model_config.model_type)
-    length = resolve_sequence_length(config.sequence_length, context_of(model_config))
-    with readable(source):
-        found = estimate(on_meta(AutoModelForCausalLM, model_config), config, length)
+    found = estimate_of(source_of(options), configuration(options))
     write_json(options.json, found.to_dict())
     print(estimate_table(found))
+
+
+def estimate_of(source: Source, config: ModeGPTConfig, dtype: str = "auto") -> Estimate:
+    """What compressing a model would take when its weights are loaded as `dtype`; "auto" is as they are stored."""
+    model_config = load_config(source)
+    check_model_type(model_config.model_type)
+    length = resolve_sequence_length(config.sequence_length, context_of(model_config))
+    stored = model_config.dtype or torch.get_default_dtype()
+    wanted = stored if dtype == "auto" else getattr(torch, dtype)
+    with readable(source):
+        model = on_meta(AutoModelForCausalLM, model_config, wanted)
+        return estimate(model, config, length, weights_mapped=wanted == stored)

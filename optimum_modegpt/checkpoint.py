@@ -1,0 +1,231 @@
+"""Finished work of a compression that may be interrupted: blocks, streams and plan, in a folder of their own.
+
+A block is written as soon as it is finished and read back as a memory map, so finished blocks take no memory. The
+manifest is replaced at once and last: a process that is killed at any moment leaves the previous one or the new one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from optimum_modegpt.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+STREAM_SECONDS = 30
+"""The residual streams are written at most this often: with blocks that take less, a few are computed again."""
+SAMPLED = 64
+"""Elements of each tensor that the fingerprint of a model reads."""
+
+
+@dataclass
+class Progress:
+    """How far a compression has come; everything is safe for JSON."""
+
+    identity: dict[str, Any]
+    """What has to be the same for the work to go on."""
+    plan: list[dict[str, int]] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    """What the plan was made from."""
+    errors: list[dict[str, float]] = field(default_factory=list)
+    """Relative errors of the finished blocks, by part; as many as there are finished blocks with streams."""
+    warnings: list[str] = field(default_factory=list)
+    batch_size: int | None = None
+    """Windows per forward pass where memory did not suffice for as many as at first."""
+    seconds: float = 0.0
+    """Of all runs until now."""
+
+
+class Checkpoint:
+    """The folder of one compression; only one process at a time may use it.
+
+    Args:
+        folder: made where it does not exist.
+        fresh: whether to throw away what stands there.
+    """
+
+    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
+        self.folder, self.fresh = folder, fresh
+        self.progress = Progress({})
+        self._streams_written = self._began = time.monotonic()
+
+    @contextmanager
+    def opened(self, identity: Mapping[str, Any]) -> Iterator[Checkpoint]:
+        """The checkpoint of a compression with this identity; what stands there is taken over.
+
+        Raises:
+            CheckpointError: another process is at work there, or it is the checkpoint of another compression.
+        """
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise CheckpointError(f"another run is at work on {self.folder}; wait for it, or stop it first.") from None
+        try:
+            if self.fresh:
+                self.remove()
+                self.folder.mkdir()
+            self.progress = self._read(dict(identity))
+            self._streams_written = self._began = time.monotonic()
+            yield self
+        finally:
+            if not (self.folder / MANIFEST).exists():  # nothing was finished
+                self.remove()
+            lock.release()
+            Path(lock.lock_file).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Deletes it: the result is in its place."""
+        shutil.rmtree(self.folder)
+
+    # ----------------------------------------------------------------------------------------------------- the plan
+
+    def keep_plan(self, plan: list[dict[str, int]], measured: Mapping[str, Any], warnings: list[str]) -> None:
+        """Writes the plan, and what it was made from."""
+        self.progress.plan, self.progress.measured, self.progress.warnings = plan, dict(measured), list(warnings)
+        self._write_manifest()
+
+    # --------------------------------------------------------------------------------------------------- the blocks
+
+    @property
+    def finished(self) -> int:
+        """Blocks that need not be computed again."""
+        return len(self.progress.errors)
+
+    def keep_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
+        """Writes a finished block and gives it back with memory maps of the file, where `home` is the host."""
+        self._write_tensors(self._block(index), module.state_dict())
+        return self.restore_block(index, module, home)
+
+    def restore_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
+        """Gives `module`, of the right shapes, the tensors of a finished block."""
+        trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+        tensors = {name: tensor.to(home) for name, tensor in mapped(self._block(index)).items()}
+        module.load_state_dict(tensors, strict=True, assign=True)
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(trained[name])
+        return module
+
+    def keep_streams(
+        self, errors: list[dict[str, float]], warnings: list[str], dense: list[Tensor], compressed: list[Tensor]
+    ) -> None:
+        """Writes the streams after the blocks of `errors`, where the last time was long ago."""
+        if time.monotonic() - self._streams_written < STREAM_SECONDS:
+            return
+        streams = {f"dense.{index:06}": batch for index, batch in enumerate(dense)}
+        if compressed is not dense:
+            streams |= {f"compressed.{index:06}": batch for index, batch in enumerate(compressed)}
+        before = self._streams(self.finished)
+        self._write_tensors(self._streams(len(errors)), streams)
+        self.progress.errors, self.progress.warnings = list(errors), list(warnings)
+        self._write_manifest()
+        before.unlink(missing_ok=True)
+        self._streams_written = time.monotonic()
+
+    def streams(self, home: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+        """The dense and the compressed stream after the finished blocks; one object where they are the same."""
+        found = mapped(self._streams(self.finished))
+        dense, compressed = (
+            [batch.to(home) for name, batch in sorted(found.items()) if name.startswith(kind)]
+            for kind in ("dense", "compressed")
+        )
+        return dense, compressed or dense
+
+    # -------------------------------------------------------------------------------------------------------- files
+
+    def _block(self, index: int) -> Path:
+        return self.folder / f"block-{index:05}.safetensors"
+
+    def _streams(self, blocks: int) -> Path:
+        return self.folder / f"streams-{blocks:05}.safetensors"
+
+    def _read(self, identity: dict[str, Any]) -> Progress:
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            return Progress(identity)
+        try:
+            progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}\nStart anew with --fresh.") from error
+        if differences := [
+            f"{name} was {progress.identity.get(name)!r}, now it is {value!r}"
+            for name, value in identity.items()
+            if progress.identity.get(name) != value
+        ]:
+            raise CheckpointError(
+                f"{self.folder} holds the unfinished work of another compression:\n  "
+                + "\n  ".join(differences)
+                + "\nRun it as it was to go on, or start anew with --fresh."
+            )
+        return progress
+
+    def _write_manifest(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds, self._began = self.progress.seconds + now - self._began, now
+        text = json.dumps(dataclasses.asdict(self.progress), indent=1)
+        self._replace(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._replace(path, lambda partial: save_file(on_host, partial))
+
+    def _replace(self, path: Path, write: Callable[[Path], object]) -> None:
+        partial = path.with_name(f"{path.name}.partial")
+        with writing(self.folder):
+            try:
+                write(partial)
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A disk that is full, or refuses, is an error that says that nothing is lost.
+
+    Raises:
+        CheckpointError: with what the system said.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # safetensors has an error of its own for what the system refuses
+        raise CheckpointError(
+            f"{folder} cannot be written: {error}\nFinished blocks are kept there: make room and run the same again."
+        ) from error
+
+
+def mapped(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, as memory maps of it."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over names, shapes and some elements of all tensors of a model: another revision has another one."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLED)].cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(sample.to(torch.float64).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,343 @@
+"""How fast a model reads a prompt and writes after it, beside a reference: both in turns, in one run.
+
+Where nothing is to be gained: a compressed block launches as many kernels as a dense one, and a few more that pick the
+kept rotary pairs. A model so small, or a batch so small on a device so fast, that launching kernels takes longer than
+their work gains no speed, only memory; `torch.compile` takes most of that cost away. Embeddings and the language
+model's head keep their size, so their share of the time stays, and the attention over a long context shrinks with the
+head widths alone.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, StaticCache
+
+from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.evaluation.fidelity import check_vocabularies
+from optimum_modegpt.evaluation.perplexity import evaluating
+from optimum_modegpt.stages import StageClock
+
+SEED = 0
+"""Of the token ids."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, lowest and highest of repeated measurements."""
+
+    median: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Iterable[float]) -> Spread:
+        """Of at least one value."""
+        found = list(values)
+        return Spread(statistics.median(found), min(found), max(found))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model at one setting."""
+
+    first_token_seconds: Spread
+    """From the call to the first new token on the host."""
+    prefill_tokens_per_second: Spread
+    """Prompt tokens of the whole batch over the time to the first token."""
+    decode_tokens_per_second: Spread
+    """New tokens of the whole batch after the first, one a step, with the key-value cache."""
+    cache_bytes_per_token: float | None
+    """Of keys and values in all blocks; None for a model without such a cache."""
+    peak_memory: int | None
+    """Bytes: the weights, and how far device memory rose; None where the allocator does not tell, as on a CPU."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row measures."""
+
+    batch_size: int
+    prompt_length: int
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """Both models at one setting; ratios are those of single repeats, above 1 where the model is the faster one."""
+
+    setting: Setting
+    model: Speed | None
+    """None where it did not fit into memory."""
+    reference: Speed | None = None
+    prefill_ratio: Spread | None = None
+    decode_ratio: Spread | None = None
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the weights of a model are, tied ones once, at the dtype in which it ran."""
+
+    parameters: int
+    weight_bytes: int
+    """In memory, and about so many on disk."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Every setting, and what it was measured with."""
+
+    rows: tuple[Row, ...]
+    model: Size
+    reference: Size | None
+    new_tokens: int
+    repeats: int
+    machine: dict[str, Any]
+    notes: tuple[str, ...] = field(default=())
+    """What was not measured as asked for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, safe for JSON."""
+        return asdict(self)
+
+
+def benchmark(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None = None,
+    *,
+    batch_sizes: Sequence[int] = (1, 8),
+    prompt_lengths: Sequence[int] = (128, 1024),
+    new_tokens: int = 32,
+    repeats: int = 5,
+    compile: bool = False,
+    progress: bool = False,
+) -> Benchmark:
+    """Speed at every batch size and prompt length, on random token ids.
+
+    Each setting is warmed up once. In each repeat the two models take turns, and the order alternates, so that a
+    machine that slows down slows both. A setting that does not fit into memory is told in its row.
+
+    Args:
+        model: on the device where it shall run.
+        reference: the model to compare with, on the same device.
+        batch_sizes: sequences at once.
+        prompt_lengths: tokens; longer ones are cut to what the context leaves beside the new tokens.
+        new_tokens: decoding steps after the first token.
+        repeats: measurements of each setting.
+        compile: whether to measure all settings once more under `torch.compile`, with a static cache; what it
+            had compiled in this process before is forgotten.
+        progress: whether to show a progress bar.
+
+    Raises:
+        EvaluationError: a number is below 1, the context has no room for the new tokens, the two models do not stand
+            on one device, or predict different tokens.
+    """
+    models = {"model": model} | ({} if reference is None else {"reference": reference})
+    _check(list(models.values()), (*batch_sizes, *prompt_lengths, new_tokens, repeats))
+    lengths, notes = _within_context(models.values(), prompt_lengths, new_tokens)
+    settings = [
+        Setting(size, length, compiled)
+        for compiled in ((False, True) if compile else (False,))
+        for size in dict.fromkeys(batch_sizes)
+        for length in lengths
+    ]
+    generator = torch.Generator().manual_seed(SEED)
+    with evaluating(*models.values()), tqdm(total=len(settings) * repeats, disable=not progress, unit="run") as bar:
+        rows = tuple(_row(models, one, generator, new_tokens, repeats, bar) for one in settings)
+    sizes = {name: _size(each) for name, each in models.items()}
+    return Benchmark(rows, sizes["model"], sizes.get("reference"), new_tokens, repeats, _machine(model), notes)
+
+
+def _check(models: list[PreTrainedModel], numbers: tuple[int, ...]) -> None:
+    if min(numbers) < 1:
+        raise EvaluationError(f"a batch size, length or number of runs is {min(numbers)}; expected at least 1.")
+    check_vocabularies(models[0], models[-1])
+    if models[0].device != models[-1].device:
+        raise EvaluationError(
+            f"the model is on {models[0].device}, the reference on {models[-1].device}; put both on one device."
+        )
+
+
+def _within_context(
+    models: Iterable[PreTrainedModel], lengths: Sequence[int], new_tokens: int
+) -> tuple[list[int], tuple[str, ...]]:
+    """The lengths, each once, cut to what both contexts hold; and a note on each that was cut."""
+    limits = [getattr(each.config.get_text_config(), "max_position_embeddings", None) for each in models]
+    context = min((limit for limit in limits if limit is not None), default=None)
+    if context is None:
+        return list(dict.fromkeys(lengths)), ()
+    if context <= new_tokens:
+        raise EvaluationError(f"a context of {context} tokens has no room for a prompt and {new_tokens} new ones.")
+    room = context - new_tokens
+    notes = tuple(
+        f"prompts of {length} tokens were cut to {room}: the context is {context}, and {new_tokens} are new"
+        for length in lengths
+        if length > room
+    )
+    return list(dict.fromkeys(min(length, room) for length in lengths)), notes
+
+
+# ---------------------------------------------------------------------------------------------------------- measuring
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One prompt read and continued."""
+
+    first_token: float
+    """Seconds."""
+    decode: float
+    """Seconds of all steps after the first token."""
+    cache_bytes: float | None
+    working_bytes: int | None
+
+
+def _row(
+    models: dict[str, PreTrainedModel],
+    setting: Setting,
+    generator: torch.Generator,
+    new_tokens: int,
+    repeats: int,
+    bar: Any,
+) -> Row:
+    first = models["model"]
+    shape = (setting.batch_size, setting.prompt_length)
+    vocabulary = first.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, shape, generator=generator).to(first.device)
+    forwards = {name: _forward(model, setting) for name, model in models.items()}
+    runs: dict[str, list[_Run]] = {name: [] for name in models}
+    failures: dict[str, str] = {}
+    for repeat in range(repeats + 1):
+        for name in [*models] if repeat % 2 else [*models][::-1]:
+            if name not in failures:
+                run = _fitting(lambda name=name: _run(models[name], forwards[name], ids, setting, new_tokens))
+                if run is None:
+                    failures[name] = f"{name}: out of memory"
+                elif repeat:  # the first warms up
+                    runs[name].append(run)
+        bar.update(repeat > 0)
+    found = {name: _speed(runs[name], models[name], setting, new_tokens) for name in models if name not in failures}
+    ratios = _ratios(runs["model"], runs["reference"]) if len(found) == 2 else (None, None)
+    return Row(setting, found.get("model"), found.get("reference"), *ratios, tuple(failures.values()))
+
+
+def _forward(model: PreTrainedModel, setting: Setting) -> Callable[..., Any]:
+    if not setting.compiled:
+        return model
+    torch.compiler.reset()  # shapes of one setting are not to be taken for dynamic in the next
+    return torch.compile(model)
+
+
+def _fitting(measure: Callable[[], _Run]) -> _Run | None:
+    """The run; None where memory ends, on an accelerator or on the host."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return None
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # what the allocator of the host says, which has no class for it
+            return None
+        raise
+
+
+def _run(model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, setting: Setting, new_tokens: int) -> _Run:
+    clock = StageClock(model.device)
+    if clock.allocator is None:
+        return _Run(*_timed(model, forward, ids, setting, new_tokens), working_bytes=None)
+    before = clock.allocator.memory_allocated(model.device)
+    with clock.stage("run"):
+        times = _timed(model, forward, ids, setting, new_tokens)
+    return _Run(*times, working_bytes=clock.stages[-1].peak_memory - before)
+
+
+def _timed(
+    model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, setting: Setting, new_tokens: int
+) -> tuple[float, float, float | None]:
+    """Seconds to the first token and of the steps after it, and bytes of the cache for one token of one sequence."""
+    cache = StaticCache(model.config, max_cache_len=ids.shape[1] + new_tokens) if setting.compiled else None
+    start = time.perf_counter()
+    output = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = _likeliest(output)
+    token.cpu()  # waits for the device
+    first = time.perf_counter()
+    for _ in range(new_tokens):
+        output = forward(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        token = _likeliest(output)
+    token.cpu()
+    end = time.perf_counter()
+    taken = cache_bytes(output.past_key_values)
+    return first - start, end - first, None if taken is None else taken / len(ids)
+
+
+def _likeliest(output: Any) -> Tensor:
+    """(batch, 1)"""
+    return output.logits[:, -1:].argmax(-1)
+
+
+def cache_bytes(cache: Any) -> float | None:
+    """Bytes that a key-value cache keeps for one position of the whole batch; None where it keeps no such thing.
+
+    By its own length for each block: a sliding window keeps fewer tokens.
+    """
+    sizes = [
+        tensor.numel() * tensor.element_size() / tensor.shape[-2]
+        for layer in getattr(cache, "layers", ())
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(tensor, Tensor) and tensor.ndim == 4
+    ]
+    return sum(sizes) if sizes else None
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+def _speed(runs: list[_Run], model: PreTrainedModel, setting: Setting, new_tokens: int) -> Speed:
+    peaks = [run.working_bytes for run in runs if run.working_bytes is not None]
+    return Speed(
+        first_token_seconds=Spread.of(run.first_token for run in runs),
+        prefill_tokens_per_second=Spread.of(
+            setting.batch_size * setting.prompt_length / run.first_token for run in runs
+        ),
+        decode_tokens_per_second=Spread.of(setting.batch_size * new_tokens / run.decode for run in runs),
+        cache_bytes_per_token=runs[-1].cache_bytes,
+        peak_memory=_size(model).weight_bytes + max(peaks) if peaks else None,
+    )
+
+
+def _ratios(ours: list[_Run], theirs: list[_Run]) -> tuple[Spread, Spread]:
+    pairs = list(zip(ours, theirs, strict=True))
+    return (
+        Spread.of(other.first_token / one.first_token for one, other in pairs),
+        Spread.of(other.decode / one.decode for one, other in pairs),
+    )
+
+
+def _size(model: PreTrainedModel) -> Size:
+    tensors = [*model.parameters(), *model.buffers()]
+    return Size(model.num_parameters(), sum(one.numel() * one.element_size() for one in tensors))
+
+
+def _machine(model: PreTrainedModel) -> dict[str, Any]:
+    backend = getattr(torch, model.device.type)
+    return {
+        "device": str(model.device),
+        "device_name": backend.get_device_name(model.device)
+        if hasattr(backend, "get_device_name")
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,209 @@
+"""Time and memory of compressing random models of Llama's shapes: against size, width, depth and calibration tokens.
+
+python tests/benchmarks/scaling.py --json scaling.json
+
+Every case is a process of its own that loads its model from a folder, as the command line does. Beside each measured
+peak stands what `estimate` says of it. The exponents are slopes of log(seconds) and log(bytes) on the logarithm of what
+grows. On the host the peak is that of anonymous memory (resident less shared pages) above the one before the work:
+memory maps of files are left out, and glibc returns at once what is freed (MALLOC_MMAP_THRESHOLD_ is set).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.compress import compress
+from optimum_modegpt.evaluation.estimate import estimate
+from optimum_modegpt.report import count_parameters
+from optimum_modegpt.stages import compute_device
+
+BASE: dict[str, Any] = {"width": 256, "blocks": 2, "windows": 16, "length": 256, "vocabulary": 1024}
+STUDIES: dict[str, list[dict[str, Any]]] = {
+    "tokens": [{"windows": windows} for windows in (16, 32, 64)],
+    "width": [{"width": width} for width in (256, 384, 512)],
+    "depth": [{"blocks": blocks} for blocks in (2, 4, 8)],
+    "size": [{"width": 256, "blocks": 4}, {"width": 384, "blocks": 6}, {"width": 512, "blocks": 8}],
+}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+HEAD = 64
+
+
+def main() -> None:
+    options = parse()
+    if options.case is not None:
+        print(json.dumps(measure(json.loads(options.case))))
+        return
+    results = {name: study(name, options) for name in options.studies}
+    record = {"machine": machine(options.device), "base": BASE, "recipe": recipe(options), "studies": results}
+    if options.json is not None:
+        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="what grows")
+    parser.add_argument("--allocation", default="uniform", help="as in compress")
+    parser.add_argument("--iterations", type=int, default=5, help="refit_iterations of compress")
+    parser.add_argument("--sparsity", type=float, default=0.3, help="as in compress")
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--device", default="auto", help="where to compute")
+    parser.add_argument("--scale", type=int, default=1, help="multiplies all widths: 8 takes size to that of 7B")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def recipe(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "sparsity": options.sparsity,
+        "allocation": options.allocation,
+        "refit_iterations": options.iterations,
+    }
+
+
+def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All cases of one study, printed as a table, with the exponents."""
+    rows = []
+    for changes in tqdm(STUDIES[name], desc=name, disable=not sys.stderr.isatty()):
+        shape = {**BASE, **changes}
+        shape["width"] *= options.scale
+        rows.append(in_own_process({**shape, "dtype": options.dtype, "device": options.device, **recipe(options)}))
+    grows = "parameters" if name == "size" else {"tokens": "tokens", "width": "width", "depth": "blocks"}[name]
+    fitted = {what: exponent([row[grows] for row in rows], [row[what] for row in rows]) for what in ("seconds", "peak")}
+    print(f"\n{name}\n{grows:>12}{'seconds':>10}{'peak MiB':>10}{'estimate':>10}{'ratio':>8}")
+    for row in rows:
+        print(
+            f"{row[grows]:>12,}{row['seconds']:>10.1f}{row['peak'] / 2**20:>10.1f}{row['estimate'] / 2**20:>10.1f}"
+            f"{row['estimate'] / row['peak']:>8.2f}"
+        )
+    print(f"seconds ~ {grows}^{fitted['seconds']:.2f}, peak ~ {grows}^{fitted['peak']:.2f}", flush=True)
+    return {"grows": grows, "exponents": fitted, "rows": rows}
+
+
+def exponent(sizes: list[float], values: list[float]) -> float:
+    """Slope of log(values) on log(sizes)."""
+    x, y = ([math.log(value) for value in each] for each in (sizes, values))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+    return products / sum((a - mean_x) ** 2 for a in x)
+
+
+def in_own_process(case: dict[str, Any]) -> dict[str, Any]:
+    """The case with its measured figures; the model is made here, so that its making does not count."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape_of(case), dtype=getattr(torch, case["dtype"]))
+        model.save_pretrained(folder)
+        command = [sys.executable, __file__, "--case", json.dumps({**case, "folder": folder})]
+        done = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
+    return {**case, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def shape_of(case: dict[str, Any]) -> LlamaConfig:
+    """A Llama with an MLP of 2.75 times the width."""
+    width = case["width"]
+    return LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_attention_heads=width // HEAD,
+        num_key_value_heads=width // HEAD,
+        num_hidden_layers=case["blocks"],
+        vocab_size=case["vocabulary"],
+        max_position_embeddings=case["length"],
+    )
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and peak memory of one compression in this process."""
+    config = ModeGPTConfig(
+        num_samples=case["windows"],
+        sequence_length=case["length"],
+        **{name: case[name] for name in ("sparsity", "allocation", "refit_iterations")},
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, case["vocabulary"], (case["windows"], case["length"]), generator=generator)
+    device = compute_device(None if case["device"] == "auto" else case["device"], torch.device("cpu"))
+    with anonymous_peak() as peaks:
+        model = AutoModelForCausalLM.from_pretrained(case["folder"], dtype="auto")
+        expected, parameters = estimate(model, config, case["length"]), count_parameters(model)
+        checkpoint = Checkpoint(Path(case["folder"]) / "checkpoint")
+        windows = TokenWindows(tokens, {})
+        report = compress(model, config, windows, device=device, checkpoint=checkpoint, progress=False)
+    on_host = device.type == "cpu"
+    return {
+        "parameters": parameters,
+        "tokens": tokens.numel(),
+        "seconds": sum(stage.seconds for stage in report.stages),
+        "peak": max(peaks) if on_host else max(stage.peak_memory for stage in report.stages),
+        "host_peak": max(peaks),
+        "estimate": sum((expected.cpu_only_memory if on_host else expected.device_memory).values()),
+        "host_estimate": sum((expected.cpu_only_memory if on_host else expected.cpu_memory).values()),
+        "stages": {stage.name: {"seconds": stage.seconds, "peak": stage.peak_memory} for stage in report.stages},
+        "memory_kind": report.memory_kind,
+    }
+
+
+@contextmanager
+def anonymous_peak() -> Iterator[list[int]]:
+    """Samples of the anonymous memory while inside, above that at the beginning."""
+    process, done = psutil.Process(), threading.Event()
+
+    def anonymous() -> int:
+        info = process.memory_info()
+        return info.rss - info.shared
+
+    start, samples = anonymous(), []
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            samples.append(anonymous() - start)
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures depend on."""
+    chosen = compute_device(None if device == "auto" else device, torch.device("cpu"))
+    return {
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else str(chosen),
+        "cores": psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": psutil.virtual_memory().total,
+        "load": psutil.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()

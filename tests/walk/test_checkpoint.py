@@ -1,0 +1,235 @@
+"""A compression that is killed goes on where it was, and ends in the same bits."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import RECIPE, save_dense, save_text
+from safetensors.torch import load_file
+from tiny import FAMILIES, dense, tokens
+
+from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt import checkpoint as module
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.compress import compress
+from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.integration import cli
+from optimum_modegpt.methods import residual_matched
+
+FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(autouse=True)
+def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are written after every block, however fast."""
+    monkeypatch.setattr(module, "STREAM_SECONDS", 0)
+
+
+class Killed(BaseException):
+    """What a kill looks like from inside."""
+
+
+def run(model: Any, checkpoint: Checkpoint | None, **fields: Any) -> Any:
+    config = ModeGPTConfig(sparsity=0.3, **fields)
+    return compress(model, config, TokenWindows(tokens(12, 24), {}), checkpoint=checkpoint, progress=False)
+
+
+def killed_at(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default method dies at the beginning of this block."""
+    original = residual_matched.compress_block
+
+    def dies(student: Any, *args: Any, **kwargs: Any) -> Any:
+        if student.index == block:
+            raise Killed
+        return original(student, *args, **kwargs)
+
+    monkeypatch.setattr(residual_matched, "compress_block", dies)
+
+
+def states(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("block", [1, 2])
+def test_going_on_ends_in_the_same_bits(name: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, first, again = dense(name), dense(name), dense(name)
+    report = run(straight, None)
+    with monkeypatch.context() as patch:
+        killed_at(block, patch)
+        with pytest.raises(Killed):
+            run(first, Checkpoint(tmp_path / "kept"))
+    assert type(first) is type(dense(name)), "the model in memory is as it was"
+    calls: list[int] = []
+    original = residual_matched.compress_block
+    monkeypatch.setattr(
+        residual_matched,
+        "compress_block",
+        lambda student, *a, **k: (calls.append(student.index), original(student, *a, **k))[1],
+    )
+    checkpoint = Checkpoint(tmp_path / "kept")
+    resumed = run(again, checkpoint)
+    assert calls == list(range(block, 3))
+    assert_same(states(again), states(straight))
+    assert resumed.blocks == report.blocks
+    assert resumed.sensitivities == report.sensitivities
+    assert resumed.sensitivity_budget == report.sensitivity_budget
+    assert resumed.stages[0].name == "earlier runs"
+    assert not any(stage.name.startswith("allocate") for stage in resumed.stages)
+    checkpoint.remove()
+    assert list(tmp_path.iterdir()) == []
+    assert_same(states(again), states(straight))
+
+
+@pytest.mark.parametrize("recipe", [{"method": "paper"}, {"allocation": "uniform"}])
+def test_a_checkpoint_changes_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
+    straight, kept = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    for parameter in (*straight.parameters(), *kept.parameters()):
+        parameter.requires_grad_(parameter.ndim > 1)
+    run(straight, None, **recipe)
+    run(kept, Checkpoint(tmp_path / "kept"), **recipe)
+    assert_same(states(kept), states(straight))
+    assert [p.requires_grad for p in kept.parameters()] == [p.requires_grad for p in straight.parameters()]
+
+
+def test_finished_blocks_are_maps_of_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+    original = Checkpoint.keep_block
+    monkeypatch.setattr(Checkpoint, "keep_block", lambda *args: kept.append(original(*args)) or kept[-1])
+    run(dense("llama-gqa-tied"), Checkpoint(tmp_path / "kept"))
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not tell what is mapped")
+    address = kept[1].mlp.down_proj.weight.data_ptr()
+    (line,) = (
+        line
+        for line in maps.read_text().splitlines()
+        if int(line.split("-")[0], 16) <= address < int(line.split("-")[1].split()[0], 16)
+    )
+    assert line.endswith("block-00001.safetensors")
+
+
+def test_work_without_streams_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STREAM_SECONDS", 3600)
+    straight, again = dense("llama-mha"), dense("llama-mha")
+    run(straight, None)
+    with monkeypatch.context() as patch:
+        killed_at(2, patch)
+        with pytest.raises(Killed):
+            run(dense("llama-mha"), Checkpoint(tmp_path / "kept"))
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {
+        "manifest.json",
+        "block-00000.safetensors",
+        "block-00001.safetensors",
+    }
+    run(again, Checkpoint(tmp_path / "kept"))
+    assert_same(states(again), states(straight))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"sparsity": 0.2}, "configuration was"),
+        ({"seed": 1}, "configuration was"),
+        ({"batch_size": 2}, "batch size was"),
+    ],
+)
+def test_another_compression_is_refused_by_name(
+    change: dict[str, Any], difference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        killed_at(1, patch)
+        with pytest.raises(Killed):
+            run(dense("llama-mha"), Checkpoint(tmp_path / "kept"))
+    config = ModeGPTConfig(**{"sparsity": 0.3, **change})
+    windows = TokenWindows(tokens(12, 24), {})
+    with pytest.raises(CheckpointError, match=f"{difference}(.|\n)*--fresh"):
+        compress(dense("llama-mha"), config, windows, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
+    other = [
+        (dense("llama-mha", seed=1), windows, "model was"),
+        (dense("llama-mha"), TokenWindows(tokens(12, 24, seed=1), {}), "calibration was"),
+    ]
+    for model, text, name in other:
+        with pytest.raises(CheckpointError, match=name):
+            compress(model, ModeGPTConfig(sparsity=0.3), text, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
+    fresh, straight = dense("llama-mha"), dense("llama-mha")
+    compress(fresh, config, windows, checkpoint=Checkpoint(tmp_path / "kept", fresh=True), progress=False)
+    compress(straight, config, windows, progress=False)
+    assert_same(states(fresh), states(straight))
+
+
+def test_two_runs_do_not_share_a_checkpoint(tmp_path: Path) -> None:
+    first, second = Checkpoint(tmp_path / "kept"), Checkpoint(tmp_path / "kept")
+    with first.opened({}), pytest.raises(CheckpointError, match="another run is at work"), second.opened({}):
+        pass
+
+
+def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, again = dense("qwen2"), dense("qwen2")
+    run(straight, None)
+    original = module.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "block-00002" in Path(path).name:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_file", full)
+        with pytest.raises(CheckpointError, match=r"No space left(.|\n)*make room and run the same again"):
+            run(dense("qwen2"), Checkpoint(tmp_path / "kept"))
+    assert not list((tmp_path / "kept").glob("*.partial"))
+    run(again, Checkpoint(tmp_path / "kept"))
+    assert_same(states(again), states(straight))
+
+
+def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest.json cannot be read(.|\n)*--fresh"):
+        run(dense("llama-mha"), Checkpoint(tmp_path / "kept"))
+
+
+def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
+    checkpoint, text = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt")
+    words = ["compress", str(checkpoint), "--dataset", str(text), *FLAGS, "--output"]
+    kept = tmp_path / ".small.checkpoint"
+    script = (
+        "import time; from optimum_modegpt import checkpoint\n"
+        "checkpoint.STREAM_SECONDS = 0\n"
+        "keep = checkpoint.Checkpoint.keep_streams\n"
+        "checkpoint.Checkpoint.keep_streams = lambda *args: (keep(*args), time.sleep(600))\n"
+        "from optimum_modegpt.integration.cli import main\n"
+        f"main({[*words, str(tmp_path / 'small')]!r})\n"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.PIPE) as process:
+        until = time.monotonic() + 120
+        while not list(kept.glob("streams-*.safetensors")) and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGKILL)
+    assert json.loads((kept / "manifest.json").read_text())["errors"]
+    assert cli.main([*words, str(tmp_path / "small")]) == 0
+    assert cli.main([*words, str(tmp_path / "straight")]) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "straight"))
+    assert_same(one, other)
+    assert not kept.exists()

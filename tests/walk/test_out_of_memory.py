@@ -1,0 +1,99 @@
+"""A stage that runs out of memory starts again, once, with half the batch size, and says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import dense, tokens
+
+from optimum_modegpt import ModeGPTConfig, Report
+from optimum_modegpt import checkpoint as checkpoints
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.compress import compress
+from optimum_modegpt.methods import residual_matched, sensitivity
+
+SEEN = "out of memory with batch_size={}; started again with {}."
+
+
+def run(model: Any, batch_size: int, checkpoint: Checkpoint | None = None, **fields: Any) -> Report:
+    config = ModeGPTConfig(sparsity=0.3, batch_size=batch_size, allocation="uniform", refit_iterations=1, **fields)
+    return compress(model, config, TokenWindows(tokens(8, 24), {}), checkpoint=checkpoint, progress=False)
+
+
+class Memory:
+    """Too small for batches of more than `windows`; at the block `fails_at` it is always too small."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, windows: int, fails_at: int | None = None) -> None:
+        self.windows, self.fails_at, self.largest = windows, fails_at, []
+        self.original = residual_matched.run_dense
+        monkeypatch.setattr(residual_matched, "run_dense", self)
+
+    def __call__(self, block: Any, stream: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        self.largest.append(max(map(len, stream)))
+        if (block.index > 0 and self.largest[-1] > self.windows) or block.index == self.fails_at:
+            raise torch.OutOfMemoryError("out of memory")
+        return self.original(block, stream, *args, **kwargs)
+
+
+def states(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_the_batch_size_is_halved_and_the_result_is_that_of_the_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    assert not run(expected, 2).warnings
+    Memory(monkeypatch, windows=2)
+    report = run(model, 4)
+    assert report.warnings == (f"decompose: {SEEN.format(4, 2)}",)
+    assert [stage.name for stage in report.stages] == ["embed", "allocate (uniform)", "decompose", "adopt"]
+    torch.testing.assert_close(states(model), states(expected), rtol=0, atol=0)
+
+
+def test_only_once_and_never_below_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense("llama-gqa-tied")
+    before = states(model)
+    memory = Memory(monkeypatch, windows=0)
+    for batch_size, tried in ((8, [8, 8, 4, 4]), (1, [1, 1])):
+        memory.largest.clear()
+        with pytest.raises(torch.OutOfMemoryError):
+            run(model, batch_size)
+        assert memory.largest == tried  # the first block and the second, each time
+    torch.testing.assert_close(states(model), before, rtol=0, atol=0)
+
+
+def test_the_allocation_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    original, sizes = sensitivity.measure, []
+
+    def measure(*args: Any, batch_size: int, **kwargs: Any) -> Any:
+        sizes.append(batch_size)
+        if len(sizes) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(*args, batch_size=batch_size, **kwargs)
+
+    monkeypatch.setattr(sensitivity, "measure", measure)
+    config = ModeGPTConfig(sparsity=0.3, batch_size=4, refit_iterations=0)
+    report = compress(dense("opt"), config, TokenWindows(tokens(8, 24), {}), progress=False)
+    assert sizes == [4, 2]
+    assert f"allocate (sensitivity): {SEEN.format(4, 2)}" in report.warnings
+
+
+def test_a_resumed_run_takes_over_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "STREAM_SECONDS", 0)
+    expected, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    with monkeypatch.context() as patches:
+        Memory(patches, windows=2)
+        run(expected, 4, Checkpoint(tmp_path / "whole"))
+    with monkeypatch.context() as patches:
+        memory = Memory(patches, windows=2, fails_at=2)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(model, 4, Checkpoint(tmp_path / "parts"))
+    assert memory.largest == [4, 4, 2, 2]  # the second attempt goes on after the first block
+    memory = Memory(monkeypatch, windows=2)
+    report = run(model, 4, Checkpoint(tmp_path / "parts"))
+    assert memory.largest == [2]
+    assert report.warnings == (f"decompose: {SEEN.format(4, 2)}",)
+    torch.testing.assert_close(states(model), states(expected), rtol=0, atol=0)
