@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from typing import Any
 import psutil
 import torch
 
+from optimum_modegpt.decompositions.psd import exact
 from optimum_modegpt.report import Stage
 
 SAMPLING_SECONDS = 0.02
+RATE_REPEATS = 4
 
 
 def compute_device(wanted: torch.device | str | None, home: torch.device) -> torch.device:
@@ -28,6 +31,24 @@ def compute_device(wanted: torch.device | str | None, home: torch.device) -> tor
     if accelerator is not None and device.type == accelerator.type and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
     return device
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds a second of square matrix products: the best of a few on `device`, measured once a process."""
+    # float64 is computed on the host where a device has none.
+    home = torch.device("cpu") if dtype == torch.float64 and exact(torch.zeros((), device=device)).is_cpu else device
+    return _measured_rate(home, dtype)
+
+
+@functools.cache
+def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+    width = 512 if device.type == "cpu" else 4096
+    square = torch.ones(width, width, dtype=dtype, device=device)
+    clock = StageClock(device)
+    for repeat in range(RATE_REPEATS):
+        with clock.stage(str(repeat)):
+            torch.mm(square, square)
+    return width**3 / min(stage.seconds for stage in clock.stages)
 
 
 class StageClock:

@@ -194,10 +194,18 @@ class AttentionCurvatureSum:
 
 def curvature_windows(block: Block, windows: int, length: int) -> int:
     """How many windows the attention curvature may use: its cost stays below `CURVATURE_BUDGET` of a stream's pass."""
-    rows = length / QUERY_STRIDE
-    curvature = 2 * rows * length * block.head_dim * (block.kv_heads * block.head_dim + 2 * block.heads)
     parameters = sum(p.numel() for p in block.module.parameters())
-    forward = 2 * length * parameters + 2 * length * length * block.heads * block.head_dim
+    forward = length * parameters + length * length * block.heads * block.head_dim
+    return affordable_windows(curvature_work(block.head_dim, block.kv_heads, block.heads, length), forward, windows)
+
+
+def curvature_work(head_dim: int, kv_heads: int, heads: int, length: int) -> float:
+    """Multiply-adds of the curvature over one window."""
+    return length / QUERY_STRIDE * length * head_dim * (kv_heads * head_dim + 2 * heads)
+
+
+def affordable_windows(curvature: float, forward: float, windows: int) -> int:
+    """At how many of `windows` the curvature stays within its budget; both are multiply-adds of one window."""
     return max(1, min(windows, int(CURVATURE_BUDGET * windows * forward / curvature)))
 
 

@@ -212,7 +212,8 @@ def test_the_default_method_takes_more_work_than_the_published_one() -> None:
     default, paper = (estimate(grown(), ModeGPTConfig(method=method), 32) for method in ("default", "paper"))
     assert default.forward_passes.keys() - paper.forward_passes.keys() == {
         "sensitivities",
-        "gate and up refit",
+        "curvature of the attention",
+        "refit of gate and up",
     }
     assert default.forward_passes["residual streams"] == 2 * paper.forward_passes["residual streams"]
 

@@ -1,0 +1,200 @@
+"""What a compression has to compute, from shapes alone: multiply-adds by stage and step. The floor of its time.
+
+Counted is what the method needs and what its budgets allow, with dense products where a half would do; not what the
+code happens to compute twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_modegpt.architectures import Family
+from optimum_modegpt.calibration.moments import affordable_windows, curvature_work
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.methods import sensitivity
+from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS
+from optimum_modegpt.report import PARTS
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of one block: residual width, joint width of the heads, their number and that of their groups, MLP width,
+    matrices at the MLP's input, weights of the projections, whether heads are rotated; and of the model, its vocabulary
+    and blocks."""
+
+    d_model: int
+    heads: int
+    head_count: int
+    groups: int
+    mlp: int
+    mlp_inputs: int
+    weights: int
+    rotary: bool
+    vocabulary: int
+    blocks: int
+
+
+def shapes_of(model: PreTrainedModel, family: Family) -> Shapes:
+    """The sizes of a dense model with its largest block; it may stand on the meta device."""
+    blocks: Any = model.base_model.get_submodule(family.layout.blocks)
+    head: Any = model.get_output_embeddings()
+    each = (_block_shapes(block, family, head.out_features, len(blocks)) for block in blocks)
+    return max(each, key=lambda shapes: shapes.weights)
+
+
+def _block_shapes(block: nn.Module, family: Family, vocabulary: int, blocks: int) -> Shapes:
+    layout: Any = family.layout
+
+    def linear(path: str) -> nn.Linear:
+        return block.get_submodule(path)  # pyright: ignore[reportReturnType]
+
+    cut = (layout.query, layout.key, layout.value, layout.output, *layout.mlp_inputs, layout.mlp_output)
+    down, output = linear(layout.mlp_output), linear(layout.output)
+    head_dim: Any = block.get_submodule(layout.attention).head_dim
+    return Shapes(
+        d_model=down.out_features,
+        heads=output.in_features,
+        head_count=output.in_features // head_dim,
+        groups=linear(layout.key).out_features // head_dim,
+        mlp=down.in_features,
+        mlp_inputs=len(layout.mlp_inputs),
+        weights=sum(linear(path).weight.numel() for path in cut),
+        rotary=family.attention_class.rotary,  # pyright: ignore[reportAttributeAccessIssue]
+        vocabulary=vocabulary,
+        blocks=blocks,
+    )
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is calibrated on: windows, their length, tokens of one batch, bytes of an activation."""
+
+    windows: int
+    length: int
+    batch: int
+    element: int
+
+    @property
+    def tokens(self) -> int:
+        """All of them."""
+        return self.windows * self.length
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of a step, by the precision of their products: the model's own, float32, float64."""
+
+    own: float = 0.0
+    raised: float = 0.0
+    exact: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.own + other.own, self.raised + other.raised, self.exact + other.exact)
+
+    def times(self, factor: float) -> Work:
+        """As often as `factor` says."""
+        return Work(factor * self.own, factor * self.raised, factor * self.exact)
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.own + self.raised + self.exact
+
+
+def block_forward(shapes: Shapes, windows: float, length: int) -> float:
+    """Multiply-adds of one block over `windows`: projections, and the half of the attention that is visible."""
+    return windows * length * (shapes.weights + length * shapes.heads)
+
+
+def work_of(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> dict[str, dict[str, Work]]:
+    """By stage, "allocate" and "decompose", and step: the work of all blocks together."""
+    allocate: dict[str, Work] = {}
+    if config.sparsity and config.resolved_allocation == "sensitivity":
+        allocate["sensitivities"] = _sensitivities(shapes, extent)
+    elif config.sparsity and config.resolved_allocation == "influence":
+        allocate["influences"] = Work(own=shapes.blocks * block_forward(shapes, extent.windows, extent.length))
+    steps = _default_block(shapes, config, extent) if config.method == "default" else _published_block(shapes, extent)
+    return {"allocate": allocate, "decompose": {name: work.times(shapes.blocks) for name, work in steps.items()}}
+
+
+def _default_block(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> dict[str, Work]:
+    left = int(shapes.mlp * (1 - config.sparsity))
+    steps = {
+        "residual streams": Work(own=2 * block_forward(shapes, extent.windows, extent.length)),
+        "moments": Work(raised=extent.tokens * _moments(shapes)),
+        "curvature of the attention": Work(raised=_curvature(shapes, extent) if shapes.rotary else 0.0),
+        "factorisations": Work(exact=_factorisations(shapes, left)),
+    }
+    if config.refit_iterations and config.sparsity:
+        steps["refit of gate and up"] = _refit(shapes, config, extent.tokens, left)
+    return steps
+
+
+def _published_block(shapes: Shapes, extent: Extent) -> dict[str, Work]:
+    inputs = shapes.d_model**2 + shapes.mlp**2 + shapes.heads**2 // shapes.head_count
+    return {
+        "residual streams": Work(own=block_forward(shapes, extent.windows, extent.length)),
+        "moments": Work(raised=extent.tokens * inputs),
+        "factorisations": Work(exact=_cholesky(shapes.mlp) + 10 * shapes.d_model**3),
+    }
+
+
+def _moments(shapes: Shapes) -> float:
+    """For one token: of the MLP's hidden channels, of the heads' outputs, each with its target."""
+    return shapes.mlp * (shapes.mlp + shapes.d_model) + shapes.heads * (shapes.heads + shapes.d_model)
+
+
+def _curvature(shapes: Shapes, extent: Extent) -> float:
+    """F, over as many windows as it may use."""
+    window = curvature_work(shapes.heads // shapes.head_count, shapes.groups, shapes.head_count, extent.length)
+    return window * affordable_windows(window, block_forward(shapes, 1, extent.length), extent.windows)
+
+
+def _cholesky(width: int) -> float:
+    """A factorisation and the inverse."""
+    return width**3
+
+
+def _factorisations(shapes: Shapes, left: int) -> float:
+    """Inverse and downdates of the elimination, and the solves for the down and the output projection."""
+    downdates = (shapes.mlp**3 - left**3) / 3
+    solves = 2 * shapes.d_model * (shapes.mlp**2 + left**2 + shapes.heads**2)
+    return _cholesky(shapes.mlp) + downdates + left**3 / 3 + shapes.heads**3 / 3 + solves
+
+
+def _refit(shapes: Shapes, config: ModeGPTConfig, tokens: int, left: int) -> Work:
+    """Rounds of conjugate gradients, six products of the MLP's size an iteration; then the moments of what is new."""
+    sample, rounds = min(tokens, REFIT_TOKENS), 1 + FINAL_ROUNDS
+    halfway = (shapes.mlp + left) / 2
+    widths = (halfway, *[left] * FINAL_ROUNDS)
+    products = 6 * config.refit_iterations * shapes.d_model * sum(widths)
+    moments = sum((1 + shapes.mlp_inputs) * width**2 + (3 + shapes.d_model) * width for width in widths)
+    factors = sum(shapes.mlp_inputs * _cholesky(int(width)) for width in widths) + rounds * _cholesky(shapes.d_model)
+    solves = 2 * shapes.d_model * sum(width**2 for width in widths)
+    return Work(raised=sample * (products + moments), exact=factors + solves)
+
+
+def _sensitivities(shapes: Shapes, extent: Extent) -> Work:
+    used = sensitivity.budget(shapes.blocks, extent.windows)
+    variants = shapes.blocks * len(PARTS) * len(used.ratios)
+    later = (shapes.blocks + 1) / 2  # blocks that a variant passes, on average, its own among them
+    forwards = variants * later * block_forward(shapes, used.divergence_windows, extent.length)
+    observed = shapes.blocks * block_forward(shapes, used.moment_windows + used.divergence_windows, extent.length)
+    head = variants * used.divergence_windows * extent.length * shapes.vocabulary * shapes.d_model
+    moments = shapes.blocks * used.moment_windows * extent.length * _moments(shapes)
+    return Work(forwards + observed + head, moments, shapes.blocks * _factorisations(shapes, 0))
+
+
+def product_seconds(work: Work, rates: dict[str, float]) -> float:
+    """How long the products take at `rates`, multiply-adds a second of "own", "raised" and "exact"."""
+    return sum(getattr(work, name) / rate for name, rate in rates.items())
+
+
+def precisions(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The number types behind `Work`'s three kinds of products, of a model of this type."""
+    return {"own": dtype, "raised": torch.promote_types(dtype, torch.float32), "exact": torch.float64}
