@@ -46,7 +46,7 @@ class Progress:
     """Relative errors of the finished blocks, by part; as many as there are finished blocks with streams."""
     warnings: list[str] = field(default_factory=list)
     batch_size: int | None = None
-    """Windows per forward pass where memory did not suffice for as many as at first."""
+    """Windows per forward pass: as many as at first, or as were left where memory did not suffice."""
     seconds: float = 0.0
     """Of all runs until now."""
 
@@ -139,11 +139,14 @@ class Checkpoint:
         before.unlink(missing_ok=True)
         self._streams_written = time.monotonic()
 
-    def streams(self, home: torch.device) -> tuple[list[Tensor], list[Tensor]]:
-        """The dense and the compressed stream after the finished blocks; one object where they are the same."""
+    def streams(self, keep: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The dense and the compressed stream after the finished blocks; one object where they are the same.
+
+        `keep` takes each batch, a map of the checkpoint's file, to its place.
+        """
         found = mapped(self._streams(self.finished))
         dense, compressed = (
-            [batch.to(home) for name, batch in sorted(found.items()) if name.startswith(kind)]
+            [keep(batch) for name, batch in sorted(found.items()) if name.startswith(kind)]
             for kind in ("dense", "compressed")
         )
         return dense, compressed or dense

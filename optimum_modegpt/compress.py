@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ from optimum_modegpt.allocation.targets import influence_targets, plan_from_targ
 from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.streams import Front, Stream, enter, in_batches
+from optimum_modegpt.calibration.streams import Front, Place, Stream, enter, in_batches, kept
 from optimum_modegpt.checkpoint import Checkpoint, fingerprint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import (
@@ -51,17 +52,17 @@ from optimum_modegpt.errors import (
     naming,
 )
 from optimum_modegpt.methods import published, residual_matched, sensitivity
+from optimum_modegpt.methods.placement import Arrangement, Free, Needs, arrange
+from optimum_modegpt.methods.work import Extent, Shapes, precisions, product_seconds, shapes_of, work_of
 from optimum_modegpt.modeling.adoption import adopt
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION, Widths
 from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, Stage, count_parameters
-from optimum_modegpt.stages import StageClock, compute_device
+from optimum_modegpt.stages import StageClock, compute_device, product_rate
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-TOKENS_AT_ONCE = 4096
-"""Tokens per forward pass where the batch size is not given."""
 SPARSITY_TOLERANCE = 0.005
 """A plan that misses the requested sparsity by more is a warning."""
 DISTINCT_SHARE = 0.9
@@ -101,11 +102,20 @@ class Walk:
     influences: list[float] = field(default_factory=list)
     budget: sensitivity.Budget | None = None
     checkpoint: Checkpoint | None = None
+    shapes: Shapes = field(init=False)
+    """Of the dense model, taken before it changes."""
     batch_size: int = field(init=False)
     """Windows per forward pass; halved where memory does not suffice."""
+    place: Place = field(init=False)
+    """Where the residual streams are kept."""
 
     def __post_init__(self) -> None:
-        self.batch_size = self.config.batch_size or max(1, TOKENS_AT_ONCE // self.calibration.tokens.shape[1])
+        self.shapes = shapes_of(self.architecture.model, self.architecture.family)
+        arrangement = arranged(self)
+        host, folder = torch.device("cpu"), Path(tempfile.gettempdir())
+        files = Place(host, folder if self.checkpoint is None else self.checkpoint.folder)
+        self.batch_size = arrangement.batch_size
+        self.place = {"device": Place(self.device), "host": Place(host), "files": files}[arrangement.streams]
 
     def warn(self, message: str) -> None:
         """Logs a warning and keeps it for the report, once."""
@@ -160,7 +170,7 @@ def compress(
     check_request(walk, sizes)
     with torch.no_grad(), evaluation_mode(model), collected_warnings(walk), taken_over(walk, plan):
         with walk.clock.stage("embed"):
-            front = enter(architecture, calibration.tokens, walk.batch_size)
+            front = enter(architecture, calibration.tokens, walk.batch_size, walk.place)
             check_reading(walk, front)
         if plan is None:
             plan = known_plan(walk)
@@ -177,6 +187,29 @@ def compress(
 
 
 # before the work
+
+
+def arranged(walk: Walk) -> Arrangement:
+    """Where streams are kept and how many windows go at once, by what memory is free.
+
+    Finished blocks go where the dense ones are; beside a checkpoint they take no memory of the host.
+    """
+    model, config = walk.architecture.model, walk.config
+    element, length = model.dtype.itemsize, walk.calibration.tokens.shape[1]
+    finished = int((1 - config.sparsity) * walk.shapes.blocks * walk.shapes.weights * element)
+    on_host = walk.architecture.blocks[0].output.weight.device.type == "cpu"
+    held = {} if on_host and walk.checkpoint is not None else {"finished blocks": finished}
+    free = Free.beside(walk.device)
+    return arrange(
+        walk.shapes,
+        config,
+        windows=-(-len(walk.calibration.tokens) // processes.count()),
+        length=length,
+        element=element,
+        accelerated=walk.device.type != "cpu",
+        free=dataclasses.replace(free, host=free.host // processes.count()),
+        besides=Needs(host=held) if on_host else Needs(device=held),
+    )
 
 
 def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
@@ -329,8 +362,8 @@ def make_plan(walk: Walk, front: Front, sizes: Sizes) -> Plan:
             sizes,
             config,
             plan=walk.budget,
+            enter=partial(enter, walk.architecture, batch_size=walk.batch_size, place=walk.place),
             device=walk.device,
-            batch_size=walk.batch_size,
             progress=walk.progress,
         )
         plan = plan_from_curves(walk.curves, sizes, config.sparsity)
@@ -359,7 +392,7 @@ def measure_influences(walk: Walk, front: Front) -> list[float]:
         for batch in stream:
             output = dense.forward(batch.to(walk.device), arguments)
             total.add(batch.to(walk.device), output)
-            after.append(output.to(batch.device))
+            after.append(kept(output, batch))
         with naming(f"block {block.index}"):
             influences.append(total.value())
         stream = after
@@ -447,7 +480,7 @@ def taken_over(walk: Walk, plan: Plan | None) -> Iterator[None]:
     with walk.checkpoint.opened(identity(walk, plan)) as checkpoint:
         for message in checkpoint.progress.warnings:
             walk.warn(message)
-        walk.batch_size = checkpoint.progress.batch_size or walk.batch_size
+        walk.batch_size = checkpoint.progress.batch_size = checkpoint.progress.batch_size or walk.batch_size
         if checkpoint.progress.seconds:
             walk.clock.stages.append(Stage("earlier runs", checkpoint.progress.seconds, 0))
         yield
@@ -460,7 +493,6 @@ def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
         "configuration": walk.config.to_dict(),
         "plan": plan,
         "calibration": hashlib.sha256(walk.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
-        "batch size": walk.batch_size,
         "device": walk.device.type,
         "processes": processes.count(),
         "threads": torch.get_num_threads(),
@@ -499,7 +531,7 @@ def finished_blocks(
         checkpoint.restore_block(block.index, block.narrow(width), block.output.weight.device)
         for block, width in zip(blocks[: checkpoint.finished], widths, strict=False)
     ]
-    dense, compressed = checkpoint.streams(front.stream[0].device)
+    dense, compressed = checkpoint.streams(walk.place.keep)
     before = in_batches(dense, walk.batch_size)
     after = before if compressed is dense else in_batches(compressed, walk.batch_size)
     return modules, list(checkpoint.progress.errors), before, after
@@ -578,6 +610,7 @@ def make_report(
         )
         for index, (ranks, size, error) in enumerate(zip(plan, sizes, errors, strict=True))
     )
+    floor = floor_seconds(walk)
     return Report(
         base_model=record["base_model"],
         revision=record["base_revision"],
@@ -587,7 +620,7 @@ def make_report(
         parameters=parameters,
         blocks=blocks,
         calibration=dict(walk.calibration.record),
-        stages=tuple(walk.clock.stages),
+        stages=tuple(dataclasses.replace(stage, floor=floor.get(stage.name, {})) for stage in walk.clock.stages),
         memory_kind=walk.clock.memory_kind,
         device=str(walk.device),
         processes=processes.count(),
@@ -595,6 +628,20 @@ def make_report(
         warnings=tuple(walk.warnings),
         versions=versions(),
     )
+
+
+def floor_seconds(walk: Walk) -> dict[str, dict[str, float]]:
+    """By stage and step, how long this process's share of the matrix products takes at the rate of the device."""
+    tokens, config = walk.calibration.tokens, walk.config
+    windows = -(-len(tokens) // processes.count())
+    length, dtype = tokens.shape[1], walk.architecture.model.dtype
+    extent = Extent(windows, length, walk.batch_size * length, dtype.itemsize)
+    rates = {name: product_rate(walk.device, kind) for name, kind in precisions(dtype).items()}
+    names = {"allocate": f"allocate ({config.resolved_allocation})", "decompose": "decompose"}
+    return {
+        names[stage]: {step: product_seconds(work, rates) for step, work in steps.items()}
+        for stage, steps in work_of(walk.shapes, config, extent).items()
+    }
 
 
 # helpers

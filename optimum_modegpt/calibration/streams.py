@@ -1,20 +1,81 @@
-"""The residual stream at a block's input, over all calibration tokens, and what else the model hands its blocks."""
+"""The residual stream at a block's input, over all calibration tokens, and what else the model hands its blocks.
+
+Streams are kept in one place: on the accelerator, in host memory, or in files that the system may take out of memory.
+It is chosen for the first of them; whatever is made from a stream goes where that stream is.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.errors import CheckpointError
 from optimum_modegpt.processes import share
 
 Stream = list[Tensor]
-"""The residual stream, (batch, length, d_model) a batch, kept where the model's embeddings are."""
+"""The residual stream, (batch, length, d_model) a batch."""
+
+SUFFIX = ".stream"
+"""Of the files that streams are kept in; by it they are told from other maps of files."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where streams are kept: in the memory of `device`, or in files in `folder`, then `device` is the host."""
+
+    device: torch.device
+    folder: Path | None = None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Place:
+        """Where `tensor` is."""
+        name = tensor.untyped_storage().filename
+        return cls(tensor.device, Path(name).parent if name is not None and name.endswith(SUFFIX) else None)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """`tensor`, there; itself where it is there already.
+
+        Raises:
+            CheckpointError: the disk is full, or refuses.
+        """
+        if self.folder is None or Place.of(tensor) == self:
+            return tensor.to(self.device)
+        try:
+            return _in_file(tensor.detach().to(self.device).contiguous(), self.folder)
+        except (OSError, RuntimeError) as error:  # torch has no error of its own for what the system refuses
+            raise CheckpointError(
+                f"{self.folder} cannot hold the residual streams: {error}\n"
+                "Make room there and run the same again, or calibrate on fewer tokens."
+            ) from error
+
+
+def kept(tensor: Tensor, beside: Tensor) -> Tensor:
+    """`tensor` where `beside` is kept."""
+    return Place.of(beside).keep(tensor)
+
+
+def _in_file(tensor: Tensor, folder: Path) -> Tensor:
+    """A shared map of a new file without a name: it takes no memory that the system could not have back, and is gone
+    with the last tensor that uses it, or with the process."""
+    descriptor, name = tempfile.mkstemp(suffix=SUFFIX, dir=folder)
+    with open(descriptor, "wb") as file:
+        try:
+            file.truncate(tensor.nbytes)
+            mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        finally:
+            os.unlink(name)
+        # Written, not copied into the map: there, a full disk would end the process.
+        file.write(tensor.flatten().view(torch.uint8).numpy().data)
+    return mapped.view(tensor.shape)
 
 
 def in_batches(stream: Stream, size: int) -> Stream:
@@ -54,7 +115,7 @@ class _Recorder(nn.Module):
         return stream
 
 
-def enter(architecture: Architecture, tokens: Tensor, batch_size: int) -> Front:
+def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Place) -> Front:
     """Runs the model up to its first block, on its share of `tokens` (windows, length), `batch_size` at a time.
 
     The model's own forward pass does the work, with every block replaced by one that only takes notes; so embeddings,
@@ -69,7 +130,7 @@ def enter(architecture: Architecture, tokens: Tensor, batch_size: int) -> Front:
             assert stream is not None
             return stream
 
-        stream = [run(batch) for batch in share(tokens).split(batch_size) if len(batch)]
+        stream = [place.keep(run(batch)) for batch in share(tokens).split(batch_size) if len(batch)]
         run(tokens[:1])
         arguments = [{**recorder.arguments, "past_key_values": None} for recorder in recorders]
     return Front(stream, arguments)

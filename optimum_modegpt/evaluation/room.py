@@ -5,15 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import psutil
 import torch
 
 from optimum_modegpt.errors import NotEnoughRoom
 from optimum_modegpt.evaluation.estimate import Estimate
+from optimum_modegpt.methods.placement import Free
 
-CGROUP = Path("/sys/fs/cgroup")
 SMALLER = "a smaller --num-samples, --sequence-length or --batch-size"
 
 
@@ -30,15 +28,16 @@ def check_room(found: Estimate, device: torch.device, folder: Path, *, written: 
         NotEnoughRoom: with what is needed, what is there, and what to do.
     """
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    on_host = found.cpu_only_memory if device.type == "cpu" else found.cpu_memory
+    needs, free = (found.without if device.type == "cpu" else found.with_accelerator).needs, Free.beside(device)
+    on_disk = {**found.disk, **{f"{name}, in files": size for name, size in needs.files.items()}}
     shortages = [
-        *_shortage("host memory", on_host, host_memory(), f"take {SMALLER}"),
+        *_shortage("host memory", needs.host, free.host, f"take {SMALLER}"),
         *_shortage(
-            f"disk at {place}", found.disk, shutil.disk_usage(place).free + written, "take an --output on another disk"
+            f"disk at {place}", on_disk, shutil.disk_usage(place).free + written, "take an --output on another disk"
         ),
     ]
-    if (free := device_memory(device)) is not None:
-        shortages += _shortage(f"memory on {device}", found.device_memory, free, f"take {SMALLER}, or --device cpu")
+    if free.device is not None:
+        shortages += _shortage(f"memory on {device}", needs.device, free.device, f"take {SMALLER}, or --device cpu")
     if shortages:
         raise NotEnoughRoom(
             "this compression does not fit:\n  " + "\n  ".join(shortages) + "\n--ignore-estimate goes on."
@@ -51,27 +50,3 @@ def _shortage(name: str, needs: Mapping[str, int], free: int, advice: str) -> li
         return []
     most = max(needs, key=lambda part: needs[part])
     return [f"{name}: needed {needed / 2**20:,.1f} MiB (most for {most}), free {free / 2**20:,.1f} MiB; {advice}."]
-
-
-def host_memory() -> int:
-    """Bytes of host memory that can still be taken: of the machine, or of the control group where that has less."""
-    left, machine = _left_in_group(), psutil.virtual_memory().available
-    return machine if left is None else min(machine, left)
-
-
-def _left_in_group() -> int | None:
-    """Of the control group, None where it has no limit; file pages that are not in use are given back."""
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        fields = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except FileNotFoundError:  # no control groups, or of the first version
-        return None
-    return None if limit == "max" else int(limit) - int(used) + int(fields["inactive_file"])
-
-
-def device_memory(device: torch.device) -> int | None:
-    """Free bytes on an accelerator; None where it does not say, and on the host."""
-    backend: Any = getattr(torch, device.type, None)
-    if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
-        return None
-    return backend.mem_get_info(device)[0]

@@ -10,8 +10,14 @@ from optimum_modegpt.evaluation.estimate import Estimate
 from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, main_scores, mean_score
 from optimum_modegpt.evaluation.inspection import Inspection
 from optimum_modegpt.evaluation.speed import Benchmark, Row, Size, Speed, Spread
+from optimum_modegpt.integration.card.shapes import RECORD, fitted
 from optimum_modegpt.integration.plain import one_line
 from optimum_modegpt.report import PARTS
+
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Of types that safetensors calls otherwise."""
+
+STREAMS = {"device": "the accelerator's memory", "host": "host memory", "files": "files"}
 
 
 def scores_table(result: dict[str, Any]) -> str:
@@ -79,9 +85,10 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def inspection_table(found: Inspection) -> str:
-    """Kept and dense widths by block and part, what was removed, and how."""
-    rows = [f"{found.model_type}, {found.parameters:,} parameters"]
+def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
+    """Kept and dense widths by block and part, what was removed, and how; what was trained and measured since."""
+    dtype = "" if found.dtype is None else f", {TORCH_NAMES.get(found.dtype, found.dtype)}"
+    rows = [f"{found.model_type}, {found.parameters:,} parameters{dtype}"]
     if not found.blocks:
         return rows[0]
     rows.append(f"{'block':>5}" + "".join(f"{part:>14}" for part in PARTS))
@@ -92,10 +99,45 @@ def inspection_table(found: Inspection) -> str:
     recipe = record["recipe"] if isinstance(record.get("recipe"), dict) else {}
     asked = f" (asked for {recipe['sparsity']:.2%})" if isinstance(recipe.get("sparsity"), float) else ""
     rows.append(f"removed {found.sparsity:.2%} of the block projections{asked}")
-    base, revision = one_line(record.get("base_model")), one_line(record.get("base_revision"))
-    rows.append(f"compressed from {base} (revision {revision}) with")
-    rows += [f"  {one_line(key)} = {one_line(value)}" for key, value in recipe.items() if value is not None]
-    return "\n".join(rows)
+    revision = record.get("base_revision")
+    at = "" if revision is None else f" (revision {one_line(revision)})"
+    rows.append(f"compressed from {one_line(record.get('base_model'))}{at} with")
+    rows += [
+        f"  {one_line(key)} = {one_line(value)}"
+        for key, value in recipe.items()
+        if value is not None and key != "quant_method"
+    ]
+    return "\n".join([*rows, *_recovery_rows(record), *_evaluation_rows(evaluation)])
+
+
+def _recovery_rows(record: dict[str, Any]) -> list[str]:
+    """How it was fine-tuned, a line; none where it was not."""
+    recovered = (fitted(record, RECORD) or {}).get("recovered")
+    if recovered is None:
+        return []
+    shown = {"on": recovered.get("dataset"), "steps": recovered.get("steps"), "teacher": recovered.get("teacher")}
+    details = [f"{key} {value}" for key, value in shown.items() if value is not None]
+    return [f"fine-tuned afterwards: {', '.join(details)}".rstrip(": ")]
+
+
+def _evaluation_rows(evaluation: dict[str, Any]) -> list[str]:
+    """What `evaluate --update-card` measured of these weights."""
+    rows = [_text_row(entry) for entry in evaluation.get("texts", [])]
+    for task, metrics in evaluation.get("tasks", {}).items():
+        before = evaluation.get("reference_tasks", {}).get(task, {})
+        for metric, score in metrics.items():
+            beside = f" (reference {before[metric]['value']:.4f})" if metric in before else ""
+            rows.append(f"  {task}, {metric}: {score['value']:.4f}{beside}")
+    return ["measured", *rows] if rows else []
+
+
+def _text_row(entry: dict[str, Any]) -> str:
+    text = entry["text"]
+    row = f"  {text['name']}, {text['windows']:,} × {text['sequence_length']:,} tokens: "
+    row += f"perplexity {entry['perplexity']:.4f}"
+    if {"kl", "reference_perplexity"} <= entry.keys():
+        row += f" (reference {entry['reference_perplexity']:.4f}, KL divergence {entry['kl']:.4f})"
+    return row
 
 
 def estimate_table(found: Estimate) -> str:
@@ -105,14 +147,13 @@ def estimate_table(found: Estimate) -> str:
         f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
         f"{found.calibration_tokens:,} calibration tokens",
     ]
-    for title, needs in (
-        ("with an accelerator, device memory", found.device_memory),
-        ("with an accelerator, host memory", found.cpu_memory),
-        ("without one, host memory", found.cpu_only_memory),
-        ("disk, while it runs", found.disk),
-    ):
-        rows.append(f"{title}: {_bytes(sum(needs.values()))}")
-        rows += [f"  {_bytes(size):>12}  {name}" for name, size in needs.items()]
+    for title, arrangement in (("with an accelerator", found.with_accelerator), ("without one", found.without)):
+        needs, place = arrangement.needs, STREAMS[arrangement.streams]
+        rows.append(f"{title}: streams in {place}, {arrangement.batch_size} windows at a time")
+        rows += _parts("device memory", needs.device)
+        rows += _parts("host memory", needs.host)
+        rows += _parts("files of streams", needs.files)
+    rows += _parts("disk, while it runs", found.disk)
     if found.mapped_weights:
         rows.append(f"weights stay in their files: {_bytes(found.mapped_weights)} that count as resident while in use")
     passes = found.forward_passes
@@ -122,6 +163,15 @@ def estimate_table(found: Estimate) -> str:
     )
     rows += [f"  {count:>12.2f}  {name}" for name, count in passes.items()]
     return "\n".join(rows)
+
+
+def _parts(title: str, needs: dict[str, int]) -> list[str]:
+    if not needs:
+        return []
+    return [
+        f"{title}: {_bytes(sum(needs.values()))}",
+        *(f"  {_bytes(size):>12}  {name}" for name, size in needs.items()),
+    ]
 
 
 def _bytes(size: float) -> str:

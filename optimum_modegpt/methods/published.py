@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
-from optimum_modegpt.calibration.streams import Stream, inputs_of
+from optimum_modegpt.calibration.streams import Stream, inputs_of, kept
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
@@ -45,7 +45,7 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
             key_sum.add(key)
             value_sum.add(_value_vectors(block, inputs))
             mlp_sum.add(activations, block.down(activations) - (0 if block.down.bias is None else block.down.bias))
-            after.append(output.to(batch.device))
+            after.append(kept(output, batch))
     return PublishedMoments(
         QueryKeyMoments(query_sum.value(), key_sum.value()), value_sum.value(), mlp_sum.value()
     ), after

@@ -28,7 +28,7 @@ from optimum_modegpt.calibration.moments import (
     token_weights,
     with_ones,
 )
-from optimum_modegpt.calibration.streams import Stream, inputs_of
+from optimum_modegpt.calibration.streams import Stream, inputs_of, kept
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
@@ -79,11 +79,11 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weight
         total = hidden + block.attend(block.attention_input(hidden), arguments)
         middle = block.after_attention(total)
         end = middle + block.down(block.mlp_hidden(block.mlp_input(middle)))
-        attention.append(total.to(batch.device))
-        mlp.append(end.to(batch.device))
-        after.append(mlp[-1] if block.norm_first else block.after_mlp(end).to(batch.device))
-        for kept, sums, norm in zip(weights, (total, end), (block.attention_norm, block.mlp_norm), strict=True):
-            kept.append(token_weights(sums, norm).to(batch.device))
+        attention.append(kept(total, batch))
+        mlp.append(kept(end, batch))
+        after.append(mlp[-1] if block.norm_first else kept(block.after_mlp(end), batch))
+        for own, sums, norm in zip(weights, (total, end), (block.attention_norm, block.mlp_norm), strict=True):
+            own.append(token_weights(sums, norm).to(batch.device))
     attention_weights, mlp_weights = (_with_mean_one(w) if weighted else None for w in weights)
     return DenseTargets(attention, mlp, attention_weights, mlp_weights, after)
 
@@ -236,7 +236,7 @@ def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Ite
     with inputs_of(block.output) as seen:
         for batch in stream:
             block.attend(block.attention_input(batch.to(device)), arguments)
-            yield seen.pop().to(batch.device)
+            yield kept(seen.pop(), batch)
 
 
 def observe_output(
@@ -283,9 +283,7 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
         return hidden + block.output(head)
 
-    return [
-        total(hidden.to(device), head.to(device)).to(hidden.device) for hidden, head in zip(stream, heads, strict=True)
-    ]
+    return [kept(total(hidden.to(device), head.to(device)), hidden) for hidden, head in zip(stream, heads, strict=True)]
 
 
 # mlp
@@ -324,7 +322,8 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
         return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
     own = sum(len(batch) for batch in middle)
     windows = max(1, REFIT_TOKENS // middle[0].shape[1])
-    samples = list(itertools.islice(_token_samples(student, middle, targets), max(0, windows - processes.before(own))))
+    sample = itertools.islice(_token_samples(student, middle, targets), max(0, windows - processes.before(own)))
+    samples = [_kept_sample(each, middle[0]) for each in sample]
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
@@ -395,15 +394,19 @@ def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[To
 
 
 def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Iterator[TokenSample]:
-    """The MLP's normalised inputs and its targets, window after window, kept where the stream is."""
+    """The MLP's normalised inputs and its targets, window after window, on the block's device."""
     assert targets.mlp_weights is not None
     biased = block.module.get_submodule(block.layout.mlp_inputs[0]).bias is not None
     for batch, target, weight in zip(middle, targets.mlp, targets.mlp_weights, strict=True):
         stream = batch.to(block.output.weight.device)
         inputs, missing = raised(block.mlp_input(stream)), raised(target.to(stream.device)) - raised(stream)
-        for window in range(len(stream)):
-            seen = with_ones(inputs[window]) if biased else inputs[window]
-            yield TokenSample(*(x.to(batch.device) for x in (seen, missing[window], weight[window])))
+        for seen, wanted, own in zip(inputs, missing, weight.to(stream.device), strict=True):
+            yield TokenSample(with_ones(seen) if biased else seen, wanted, own)
+
+
+def _kept_sample(sample: TokenSample, beside: Tensor) -> TokenSample:
+    weight = sample.weight.to(beside.device)
+    return TokenSample(kept(sample.inputs, beside), kept(sample.target, beside), weight)
 
 
 # helpers
@@ -412,7 +415,7 @@ def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Itera
 def _map(stream: Stream, block: Block, function: Callable[[Tensor], Tensor]) -> Stream:
     """`function` of every batch, computed on the block's device, kept where the stream is."""
     device = block.output.weight.device
-    return [function(batch.to(device)).to(batch.device) for batch in stream]
+    return [kept(function(batch.to(device)), batch) for batch in stream]
 
 
 def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:

@@ -15,7 +15,7 @@ from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import PartSize, Sizes
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.moments import QueryKeyMoments
-from optimum_modegpt.calibration.streams import Front, Stream, enter
+from optimum_modegpt.calibration.streams import Front, Stream, kept
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import raised
@@ -63,18 +63,17 @@ def measure(
     config: ModeGPTConfig,
     *,
     plan: Budget,
+    enter: Callable[[Tensor], Front],
     device: torch.device,
-    batch_size: int,
     progress: bool,
 ) -> dict[tuple[int, str], list[tuple[float, float]]]:
     """Curves of (sparsity, mean KL(dense ‖ cut) in nats per token) by block index and part.
 
     Every part is cut alone, with dense statistics and its own dense output as the target, without token weights, norm
-    gains and the refit of gate and up; the rest of the model stays dense.
+    gains and the refit of gate and up; the rest of the model stays dense. `enter` takes tokens to the first block.
     """
     split = min(plan.moment_windows, len(tokens) - 1) if len(tokens) > 1 else 0
-    moment_front = enter(architecture, tokens[: max(1, split)], batch_size)
-    front = enter(architecture, tokens[split : split + plan.divergence_windows], batch_size)
+    moment_front, front = enter(tokens[: max(1, split)]), enter(tokens[split : split + plan.divergence_windows])
     tail = architecture.tail(device)
     reference = _through(architecture, 0, front.stream, front, device)
     curves, stream, entering = {}, moment_front.stream, front.stream
@@ -116,7 +115,7 @@ def _students(
     query_key = residual_matched.observe_query_key(student, stream, arguments)
     heads = residual_matched.head_outputs(student, stream, arguments)
     output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
-    middle = [student.after_attention(batch.to(device)).to(batch.device) for batch in targets.attention]
+    middle = [kept(student.after_attention(batch.to(device)), batch) for batch in targets.attention]
     mlp = residual_matched.observe_mlp(student, middle, targets.mlp, None)
     for part, size in sizes.items():
         ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in ratios} - {size.dense}
@@ -162,7 +161,7 @@ def _cutter(
 
 def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Stream:
     device = block.output.weight.device
-    return [block.forward(batch.to(device), arguments).to(batch.device) for batch in stream]
+    return [kept(block.forward(batch.to(device), arguments), batch) for batch in stream]
 
 
 def _through(architecture: Architecture, first: int, stream: Stream, front: Front, device: torch.device) -> Stream:

@@ -191,7 +191,8 @@ def test_the_estimate_counts_without_weights() -> None:
         "result, or the next streams": max(int(found.parameters * 4 - 0.3 * blocks), stream),
     }
     sums = found.to_dict()
-    assert sums["device_memory_total"] == sum(found.device_memory.values())
+    assert sums["with_accelerator_device_total"] == sum(found.with_accelerator.needs.device.values())
+    assert sums["disk_total"] == sum(found.disk.values())
 
 
 def grown(**changes: Any) -> Any:
@@ -202,10 +203,11 @@ def grown(**changes: Any) -> Any:
 def test_device_memory_does_not_grow_with_depth() -> None:
     recipe = ModeGPTConfig(num_samples=8)
     shallow, deep = (estimate(grown(num_hidden_layers=layers), recipe, 32) for layers in (2, 20))
-    assert deep.device_memory == shallow.device_memory
+    assert deep.with_accelerator.needs.device == shallow.with_accelerator.needs.device
     assert deep.forward_multiply_adds == 10 * shallow.forward_multiply_adds
     wide = estimate(grown(intermediate_size=256), recipe, 32)
-    assert sum(wide.device_memory.values()) > sum(shallow.device_memory.values())
+    wider, before = (sum(each.with_accelerator.needs.device.values()) for each in (wide, shallow))
+    assert wider > before
 
 
 def test_the_default_method_takes_more_work_than_the_published_one() -> None:

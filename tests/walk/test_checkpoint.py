@@ -148,7 +148,7 @@ def test_work_without_streams_is_done_again(tmp_path: Path, monkeypatch: pytest.
     [
         ({"sparsity": 0.2}, "configuration was"),
         ({"seed": 1}, "configuration was"),
-        ({"batch_size": 2}, "batch size was"),
+        ({"batch_size": 2}, "configuration was"),
     ],
 )
 def test_another_compression_is_refused_by_name(

@@ -68,11 +68,11 @@ def test_only_once_and_never_below_one_window(monkeypatch: pytest.MonkeyPatch) -
 def test_the_allocation_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     original, sizes = sensitivity.measure, []
 
-    def measure(*args: Any, batch_size: int, **kwargs: Any) -> Any:
-        sizes.append(batch_size)
+    def measure(*args: Any, enter: Any, **kwargs: Any) -> Any:
+        sizes.append(enter.keywords["batch_size"])
         if len(sizes) == 1:
             raise torch.OutOfMemoryError("out of memory")
-        return original(*args, batch_size=batch_size, **kwargs)
+        return original(*args, enter=enter, **kwargs)
 
     monkeypatch.setattr(sensitivity, "measure", measure)
     config = ModeGPTConfig(sparsity=0.3, batch_size=4, refit_iterations=0)

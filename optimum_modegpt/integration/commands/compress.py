@@ -19,7 +19,15 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CheckpointError, InvalidConfig
 from optimum_modegpt.evaluation.room import check_room
 from optimum_modegpt.integration.card import REPORT
-from optimum_modegpt.integration.commands.common import add_device, check_file, path, shows_progress, source_of, verb
+from optimum_modegpt.integration.commands.common import (
+    OTHER_TEXT,
+    add_device,
+    check_file,
+    path,
+    shows_progress,
+    source_of,
+    verb,
+)
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
 from optimum_modegpt.integration.commands.estimate import estimate_of
 from optimum_modegpt.integration.hub import Upload
@@ -29,6 +37,15 @@ from optimum_modegpt.integration.reading import load_config, load_model, pick_de
 from optimum_modegpt.integration.source import Source, default_dataset
 from optimum_modegpt.report import Report
 from optimum_modegpt.stages import compute_device
+
+logger = logging.getLogger(__name__)
+
+LEGEND = (
+    "kept/dense widths of mlp, of qk (a query-key head) and vo (a value-output head); err: relative error of the "
+    "part's fit"
+)
+STEEP = 0.4
+"""A sparsity from which the loss grows fast."""
 
 
 def add(verbs: Any) -> None:
@@ -58,6 +75,7 @@ def run(options: Namespace) -> None:
         if upload is not None:
             upload.check()
         report = compress_to(options.output, options, device)
+    print(LEGEND)
     print(report.summary())
     print(f"saved in {options.output}")
     if upload is not None:
@@ -72,9 +90,17 @@ def compress_to(output: Path, options: Namespace, device: torch.device | None) -
     quantizer = _quantizer(options, source)
     check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
     check_file(options.report)
+    if quantizer.config.sparsity > STEEP:
+        logger.warning(
+            "sparsity %g: beyond %g quality falls fast. Plan a fine-tuning afterwards: %s recover %s",
+            quantizer.config.sparsity,
+            STEEP,
+            options.program,
+            output,
+        )
     checkpoint = _checkpoint(output, fresh=options.fresh)
     if not options.ignore_estimate:
-        found = estimate_of(source, quantizer.config, options.dtype)
+        found = estimate_of(source, quantizer.config, options.dtype, device)
         check_room(found, compute_device(device, torch.device("cpu")), output, written=_size(checkpoint))
     with replacing(output, overwrite=options.overwrite) as folder, _going_on_later(checkpoint):
         windows = quantizer.prepare(load_config(source), None, source)
@@ -157,17 +183,17 @@ def _upload(options: Namespace) -> Upload | None:
 
 
 def _next_step(options: Namespace) -> str:
-    """The command that evaluates the result, ready for a shell; on the user's own text where one was given."""
+    """The command that evaluates the result, ready for a shell but for the name of a text of the user's own."""
     words = ["evaluate", str(options.output), "--reference", options.model]
-    config, advice = configuration(options), ""
+    config, place = configuration(options), ""
     if options.trust_remote_code:
         words.append("--trust-remote-code")
     if isinstance(config.dataset, str) and Path(config.dataset).exists():
-        words += ["--dataset", config.dataset]
+        words += ["--dataset", OTHER_TEXT]
+        place = ", on text that it was not calibrated on"
         if config.sequence_length is not None:
             words += ["--sequence-length", str(config.sequence_length)]
-        advice = "Text that was calibrated on flatters the result: evaluate on text kept apart, in place of this one.\n"
-    return f"{advice}next: {options.program} {shlex.join(words)}"
+    return f"next{place}: {options.program} {shlex.join(words)}"
 
 
 def _used_paths(source: Source, config: ModeGPTConfig, options: Namespace) -> list[Path]:

@@ -34,7 +34,9 @@ def run(options: Namespace) -> None:
     print(estimate_table(found))
 
 
-def estimate_of(source: Source, config: ModeGPTConfig, dtype: str = "auto") -> Estimate:
+def estimate_of(
+    source: Source, config: ModeGPTConfig, dtype: str = "auto", device: torch.device | None = None
+) -> Estimate:
     """What compressing a model would take when its weights are loaded as `dtype`; "auto" is as they are stored."""
     model_config = load_config(source)
     check_model_type(model_config.model_type)
@@ -43,4 +45,4 @@ def estimate_of(source: Source, config: ModeGPTConfig, dtype: str = "auto") -> E
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
     with readable(source):
         model = on_meta(AutoModelForCausalLM, model_config, wanted)
-        return estimate(model, config, length, weights_mapped=wanted == stored)
+        return estimate(model, config, length, weights_mapped=wanted == stored, device=device)

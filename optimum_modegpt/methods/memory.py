@@ -1,0 +1,128 @@
+"""The tensors that a compression holds at its peak, from shapes alone: bytes by what takes them.
+
+Counted are tensors: what an allocator keeps back of freed ones, and the program itself, come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.methods import sensitivity
+from optimum_modegpt.methods.residual_matched import GAIN_TOKENS, LOGITS, REFIT_TOKENS
+from optimum_modegpt.methods.work import Extent, Shapes
+from optimum_modegpt.report import PARTS
+
+FLOAT64 = 8
+FLOAT32 = 4
+
+Parts = dict[str, int]
+"""Bytes by what takes them."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held at a moment that can be the peak: to compute with, and streams, wherever they are kept."""
+
+    work: Parts
+    streams: Parts
+
+
+def moments(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> list[Moment]:
+    """The moments that can be the peak."""
+    three = {"residual streams": 3 * extent.tokens * shapes.d_model * extent.element}
+    if config.method == "default":
+        streams = _streams(shapes, config, extent)
+        found = [Moment(work, streams) for work in _block_work(shapes, config, extent)]
+        found.append(Moment(_final_gain(shapes, extent), three))
+    else:
+        found = [Moment(work, three) for work in _block_work(shapes, replace(config, refit_iterations=0), extent)]
+    if config.resolved_allocation == "sensitivity" and config.sparsity:
+        found += _sensitivities(shapes, config, extent)
+    return found
+
+
+def _streams(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Parts:
+    """While gate and up are refitted: the streams that enter the model and the block, what the dense block makes of its
+    own, the compressed one after the attention; heads' outputs; normalised inputs and targets in float32."""
+    entering = 1 if shapes.blocks == 1 else 3
+    stream = extent.tokens * extent.element
+    sample = 2 * min(extent.tokens, REFIT_TOKENS) * shapes.d_model * FLOAT32 if config.refit_iterations else 0
+    return {
+        "residual streams": (entering + 3 + 1) * stream * shapes.d_model,
+        "outputs of the heads": stream * shapes.heads,
+        "sample for the refit of gate and up": sample,
+    }
+
+
+def _block_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterator[Parts]:
+    """One block: its moments, the elimination, the refit of gate and up, the curvature of its attention.
+
+    The counts of matrices are those of the code at that moment, a Cholesky solve with two copies of its own.
+    """
+    d, mlp, inputs, element = shapes.d_model, shapes.mlp, shapes.mlp_inputs, extent.element
+    blocks = {"block, dense and compressed": 2 * shapes.weights * element}
+    seen = blocks if config.method == "default" else {"block, dense": shapes.weights * element}
+    yield {
+        **seen,
+        "moments of the MLP": mlp**2 * (3 * FLOAT64 + FLOAT32) + 2 * mlp * d * FLOAT64,
+        "one batch of tokens": extent.batch * (mlp * (element + FLOAT32) + 3 * d * FLOAT32),
+    }
+    yield {
+        **blocks,
+        "moments of the MLP, and their factorisation": 6 * mlp**2 * FLOAT64,
+        "weights in float64": (inputs + 5) * mlp * d * FLOAT64,
+    }
+    groups, size = shapes.groups, shapes.heads // shapes.head_count
+    yield {
+        **blocks,
+        "curvature of the attention": extent.length**2 * size
+        + (groups + 2) * extent.length * size**2
+        + 3 * extent.batch * extent.length * (shapes.head_count // groups),
+        "one batch of tokens": 6 * extent.batch * shapes.heads * FLOAT32,
+    }
+    if config.refit_iterations and config.sparsity:
+        left = _channels_halfway(mlp, config)
+        refit = {**blocks, "weights in float64 and float32": left * d * (inputs + 1) * 12 + mlp * d * FLOAT64}
+        yield {
+            **refit,
+            "moments of the MLP, and their inverses": (mlp**2 + (3 * inputs + 5) * left**2) * FLOAT64,
+        }
+        yield {
+            **refit,
+            "moments of the MLP": (mlp**2 + (3 + 4 * inputs) * left**2 // 2) * FLOAT64,
+            "one window of tokens": 3 * inputs * extent.length * left * FLOAT32,
+        }
+
+
+def _channels_halfway(mlp: int, config: ModeGPTConfig) -> int:
+    """Where half of the channels that go are gone; where the plan is not uniform, of a block that is cut little."""
+    removed = config.sparsity if config.resolved_allocation == "uniform" else config.sparsity / 2
+    return int(mlp * (1 - removed / 2))
+
+
+def _final_gain(shapes: Shapes, extent: Extent) -> Parts:
+    """The final norm: distributions over the vocabulary as targets, twice, and those of the model with products."""
+    tokens = max(extent.windows, min(extent.tokens, GAIN_TOKENS, LOGITS // shapes.vocabulary))
+    return {
+        "normalised streams": 5 * tokens * shapes.d_model * FLOAT32,
+        "head": 2 * shapes.vocabulary * shapes.d_model * FLOAT32,
+        "next-token distributions": 7 * tokens * shapes.vocabulary * FLOAT32,
+    }
+
+
+def _sensitivities(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterator[Moment]:
+    """Every variant of a block goes through the rest of the model; logits are taken a few rows at a time."""
+    used, variant = sensitivity.budget(shapes.blocks, extent.windows), extent.length * shapes.d_model * extent.element
+    copies = min(3, shapes.blocks)  # what left the block, and what enters and leaves a later one
+    variants = copies * len(PARTS) * len(used.ratios) * used.divergence_windows * variant
+    own = (5 * used.moment_windows + 3 * used.divergence_windows + extent.windows) * variant
+    batch = min(extent.batch, sensitivity.LOGITS_AT_ONCE // shapes.vocabulary)
+    streams = {"residual streams": own, "streams of the variants": variants}
+    logits = batch * shapes.vocabulary * (4 * FLOAT32 + extent.element)
+    tail = {"head": shapes.vocabulary * shapes.d_model * extent.element}
+    yield Moment({**tail, "block": shapes.weights * extent.element, "next-token distributions": logits}, streams)
+    measured = {"residual streams": own}
+    for work in _block_work(shapes, replace(config, refit_iterations=0), extent):
+        yield Moment({**tail, **work, "variant": shapes.weights * extent.element}, measured)

@@ -1,0 +1,155 @@
+"""How a compression uses the memory that is free: where the residual streams are kept, how many windows go at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.methods.memory import Moment, Parts, moments
+from optimum_modegpt.methods.work import Extent, Shapes
+
+CGROUP = Path("/sys/fs/cgroup")
+
+ENOUGH_TOKENS, MOST_TOKENS = 4096, 65_536
+"""Tokens of a forward pass: with the first a processor is busy, more than the second do not help an accelerator."""
+
+MARGIN = 1.25
+"""How often what is counted has to fit: allocators keep back what is freed, and counts are a little off."""
+
+Streams = Literal["device", "host", "files"]
+"""Where residual streams are kept: in the accelerator's memory, in the host's, in files."""
+
+
+@dataclass(frozen=True)
+class Free:
+    """Bytes that can still be taken: of the host's memory, and of the accelerator's; None without one that says it."""
+
+    host: int
+    device: int | None = None
+
+    @classmethod
+    def beside(cls, device: torch.device) -> Free:
+        """What is free now where the work is done on `device`."""
+        return cls(host_memory(), device_memory(device))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes by what takes them: in the accelerator's memory, in the host's, in files of streams."""
+
+    device: Parts = field(default_factory=dict)
+    host: Parts = field(default_factory=dict)
+    files: Parts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Where residual streams are kept, windows per forward pass, and what is needed at the peak with both."""
+
+    streams: Streams
+    batch_size: int
+    needs: Needs
+
+
+def arrange(
+    shapes: Shapes,
+    config: ModeGPTConfig,
+    *,
+    windows: int,
+    length: int,
+    element: int,
+    accelerated: bool,
+    free: Free,
+    besides: Needs,
+) -> Arrangement:
+    """The fastest arrangement that fits; where none does, the one that needs least.
+
+    Streams are kept as near as they can be with `ENOUGH_TOKENS` at once, then as many windows go at once as pay.
+
+    Args:
+        shapes: of the model.
+        config: what to do; its batch size, where it has one, is not questioned.
+        windows: calibration windows of this process.
+        length: tokens of one.
+        element: bytes of an activation.
+        accelerated: whether the work is done on an accelerator.
+        free: what can be taken.
+        besides: what is held all along.
+    """
+    most = MOST_TOKENS if accelerated and free.device is not None else ENOUGH_TOKENS
+    sizes = [config.batch_size] if config.batch_size else _batch_sizes(windows, length, most)
+    least = min(sizes[0], max(1, ENOUGH_TOKENS // length))
+    near: tuple[Streams, ...] = ("device", "host") if accelerated and free.device is not None else ("host",)
+    options: list[tuple[Streams, int]] = [(streams, size) for streams in near for size in sizes if size >= least]
+    found = None
+    for streams, size in [*options, *(("files", size) for size in sizes)]:
+        extent = Extent(windows, length, min(windows, size) * length, element)
+        needs = _needs(moments(shapes, config, extent), streams, accelerated, besides)
+        if streams == "device":
+            needs.host["streams to be written"] = 2 * extent.tokens * shapes.d_model * element
+        found = Arrangement(streams, size, needs)
+        if _fits(needs, free):
+            return found
+    assert found is not None
+    return found
+
+
+def _batch_sizes(windows: int, length: int, tokens: int) -> list[int]:
+    """Windows of at most `tokens`, then of half of them, and so on down to one window."""
+    sizes = []
+    while tokens >= length:
+        sizes.append(min(windows, tokens // length))
+        tokens //= 2
+    return sizes or [1]
+
+
+def _needs(found: list[Moment], streams: Streams, accelerated: bool, besides: Needs) -> Needs:
+    beside_work = streams == "device" or (streams == "host" and not accelerated)
+    work = _largest({**moment.work, **moment.streams} if beside_work else moment.work for moment in found)
+    apart = {} if beside_work else _largest(moment.streams for moment in found)
+    host, files = ({}, apart) if streams == "files" else (apart, {})
+    if accelerated:
+        return Needs({**besides.device, **work}, {**besides.host, **host}, files)
+    return Needs({}, {**besides.host, **work}, files)
+
+
+def _largest(needs: Iterable[Parts]) -> Parts:
+    return max(needs, key=lambda parts: sum(parts.values()))
+
+
+def _fits(needs: Needs, free: Free) -> bool:
+    on_device = free.device is None or MARGIN * sum(needs.device.values()) <= free.device
+    return on_device and MARGIN * sum(needs.host.values()) <= free.host
+
+
+# -------------------------------------------------------------------------------------------------------- what is free
+
+
+def host_memory() -> int:
+    """Bytes of host memory that can still be taken: of the machine, or of the control group where that has less."""
+    left, machine = _left_in_group(), psutil.virtual_memory().available
+    return machine if left is None else min(machine, left)
+
+
+def _left_in_group() -> int | None:
+    """Of the control group, None where it has no limit; file pages that are not in use are given back."""
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        fields = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except FileNotFoundError:  # no control groups, or of the first version
+        return None
+    return None if limit == "max" else int(limit) - int(used) + int(fields["inactive_file"])
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Free bytes on an accelerator; None where it does not say, and on the host."""
+    backend: Any = getattr(torch, device.type, None)
+    if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
+        return None
+    return backend.mem_get_info(device)[0]

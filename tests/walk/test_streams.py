@@ -1,0 +1,134 @@
+"""Residual streams give the same bits wherever they are kept, and leave nothing behind."""
+
+from __future__ import annotations
+
+import resource
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tiny import FAMILIES, dense, tokens
+
+from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt import checkpoint as checkpoints
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.streams import Place, kept
+from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.compress import compress
+from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.methods import residual_matched
+
+HOST = torch.device("cpu")
+RECIPES: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in FAMILIES},
+    "influence": {"name": "llama-gqa-tied", "allocation": "influence"},
+    "paper": {"name": "opt-post-ln", "method": "paper"},
+}
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine has less."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0, total=2**30))
+
+
+@pytest.fixture
+def spilled(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """The folder of every tensor that is kept; the folder has no files, whenever one looks."""
+    folders: list[Path | None] = []
+    original = Place.keep
+
+    def keep(place: Place, tensor: torch.Tensor) -> torch.Tensor:
+        found = original(place, tensor)
+        folders.append(Place.of(found).folder)
+        assert folders[-1] is None or not list(folders[-1].glob("*.stream"))
+        return found
+
+    monkeypatch.setattr(Place, "keep", keep)
+    return folders
+
+
+def run(name: str, checkpoint: Checkpoint | None = None, **recipe: Any) -> dict[str, torch.Tensor]:
+    model = dense(name)
+    config = ModeGPTConfig(sparsity=0.3, batch_size=5, **{"refit_iterations": 2, **recipe})
+    compress(model, config, TokenWindows(tokens(12, 24), {}), checkpoint=checkpoint, progress=False)
+    return dict(model.state_dict())
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_files_give_the_bits_of_memory(
+    recipe: dict[str, Any], spilled: list[Path | None], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    expected = run(**recipe)
+    assert set(spilled) == {None}
+    spilled.clear()
+    request.getfixturevalue("little_memory")
+    assert_same(run(**recipe, checkpoint=Checkpoint(tmp_path / "kept")), expected)
+    assert set(spilled) == {tmp_path / "kept"}
+
+
+def test_a_run_with_files_goes_on_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "STREAM_SECONDS", 0)
+    expected, original = run("qwen2"), residual_matched.compress_block
+
+    def dies(student: Any, *args: Any, **kwargs: Any) -> Any:
+        if student.index == 2:
+            raise KeyboardInterrupt
+        return original(student, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0, total=2**30))
+        patch.setattr(residual_matched, "compress_block", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run("qwen2", Checkpoint(tmp_path / "kept"))
+    assert_same(run("qwen2", Checkpoint(tmp_path / "kept")), expected)
+
+
+def test_without_a_checkpoint_files_are_in_the_systems_folder(
+    little_memory: None, spilled: list[Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run("llama-mha", allocation="uniform")
+    assert set(spilled) == {tmp_path}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_kept_is_what_was_given(dtype: torch.dtype, tmp_path: Path) -> None:
+    given = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = Place(HOST, tmp_path).keep(given)
+    assert found.dtype == dtype
+    assert torch.equal(found, given)
+    assert Place.of(found).keep(found) is found
+    turned = kept(given[1:].mT, found[:1])  # neither contiguous nor whole
+    assert torch.equal(turned, given[1:].mT)
+    assert Place.of(turned) == Place(HOST, tmp_path)
+    assert kept(given, given) is given
+
+
+@contextmanager
+def full_disk(largest: int) -> Iterator[None]:
+    """The system refuses to write larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(little_memory: None, tmp_path: Path) -> None:
+    message = r"kept cannot hold the residual streams: .*\n.*run the same again"
+    with full_disk(4096), pytest.raises(CheckpointError, match=message):
+        run("llama-mha", Checkpoint(tmp_path / "kept"))
+    assert list(tmp_path.iterdir()) == []
