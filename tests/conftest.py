@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
-# No test touches the network; before transformers is imported.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before torch and transformers are imported, and for the processes that tests start too. No test touches the network.
+# Bit-equality across processes needs one order of summation, and tiny models are fastest on one thread.
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import torch
 
-# Bit-equality across processes needs one order of summation, and tiny models are fastest on one thread.
 torch.set_num_threads(1)

@@ -177,7 +177,9 @@ def test_every_window_has_a_say_in_the_final_gain(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("recipe", [("default", "sensitivity"), ("paper", "influence")])
-def test_copies_on_the_device_do_not_grow_with_depth(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_on_the_device_do_not_grow_with_depth(
+    recipe: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Every copy of a dense block is counted while it lives; "cpu:0" makes the walk treat the model as elsewhere."""
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most: list[int] = []
@@ -192,6 +194,8 @@ def test_copies_on_the_device_do_not_grow_with_depth(recipe: Any, monkeypatch: p
         return copied
 
     monkeypatch.setattr(Block, "on", counted)
+    request.addfinalizer(gc.unfreeze)
+    gc.freeze()  # all that is older than the test need not be looked through at every copy
     peaks = []
     for depth in (2, 6):
         model = dense("llama-gqa-tied", num_hidden_layers=depth)

@@ -23,7 +23,7 @@ def scores() -> dict[str, float]:
     found = {"dense": perplexity(load(), text.tokens).perplexity}
     for recipe, fields in {"default": {}, "paper": {"allocation": "uniform"}, "mlp only": {}}.items():
         method: Any = "default" if recipe == "default" else "paper"
-        config = ModeGPTConfig(dataset=str(demo.CALIBRATION_TEXT), num_samples=96, method=method, round_to=1, **fields)
+        config = ModeGPTConfig(dataset=str(demo.CALIBRATION_TEXT), num_samples=32, method=method, round_to=1, **fields)
         model = load()
         windows = calibration_windows(config, tokenizer, sequence_length=LENGTH)
         plan = mlp_only(model, config) if recipe == "mlp only" else None

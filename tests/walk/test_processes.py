@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +30,9 @@ WINDOWS, LENGTH, PROCESSES = 14, 24, 3
 
 PATHS = os.pathsep.join(path for path in sys.path if path)
 """So that other processes find what this one does."""
+
+SECONDS = 300
+"""None of them lives longer."""
 
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in (*FAMILIES, "opt-post-ln", "llama-mqa-biases")},
@@ -62,38 +67,47 @@ def work(folder: Path) -> None:
             run("paper", Checkpoint(folder / "kept"))
 
 
-def start(count: int, words: list[str]) -> list[subprocess.Popen[str]]:
-    """Processes that are to work together, as a launcher starts them."""
+def run_together(count: int, folder: Path, words: list[str]) -> list[tuple[int, str, str]]:
+    """(exit code, output, errors) of processes that work together, once all have ended; `folder` takes what they print.
+
+    They are forks of one that has imported everything, which takes far longer than most of what they do.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "PYTHONPATH": PATHS}
-    return [
-        subprocess.Popen(
-            [sys.executable, *words],
-            env={**os.environ, **shared, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder), *words],
+        env=os.environ | shared,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    texts = [[(folder / f"{rank}.{kind}").read_text() for kind in ("out", "err")] for rank in range(count)]
+    return [(code, *text) for code, text in zip(json.loads(done.stdout), texts, strict=True)]
 
 
-def ended(started: list[subprocess.Popen[str]], seconds: float) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of each; none may outlive the time."""
-    try:
-        texts = [process.communicate(timeout=seconds) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, *text) for process, text in zip(started, texts, strict=True)]
+def fork_all(folder: Path) -> None:
+    """Goes on in each of the processes; the one that they come of waits for them, prints their exit codes and ends."""
+    children = []
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        if child := os.fork():
+            children.append(child)
+            continue
+        signal.alarm(SECONDS)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        for stream, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(folder / f"{rank}.{kind}", os.O_CREAT | os.O_WRONLY), stream)
+        return
+    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    sys.exit()
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    for code, _, errors in ended(start(PROCESSES, [__file__, str(folder)]), 300):
+    for code, _, errors in run_together(PROCESSES, folder, []):
         assert code == 0, errors[-3000:]
     return folder
 
@@ -137,7 +151,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def test_the_first_process_saves_and_prints(words: list[str], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "optimum_modegpt"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
+    environment = {**os.environ, "PYTHONPATH": PATHS}
     done = subprocess.run(
         [*launcher, *words, str(tmp_path / "small")], env=environment, capture_output=True, text=True, timeout=200
     )
@@ -154,13 +168,16 @@ def test_the_first_process_saves_and_prints(words: list[str], tmp_path: Path) ->
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_where_one_fails_all_end(failing: int, words: list[str], tmp_path: Path) -> None:
-    results = ended(start(2, [__file__, str(failing), *words, str(tmp_path / "small")]), 100)
+    output_folder, printed = tmp_path / "output", tmp_path / "printed"
+    output_folder.mkdir()
+    printed.mkdir()
+    results = run_together(2, printed, [str(failing), *words, str(output_folder / "small")])
     for rank, (code, output, errors) in enumerate(results):
         assert code == cli.FAILED
         assert output == ""
         expected = "error: block 1: planted" if rank == failing else "error: another process of this run has ended"
         assert expected in errors
-    assert list(tmp_path.iterdir()) == []
+    assert list(output_folder.iterdir()) == []
 
 
 def fail(failing: str, words: list[str]) -> int:
@@ -210,5 +227,6 @@ def test_a_process_alone_gets_back_what_it_gave() -> None:
 
 
 if __name__ == "__main__":
-    first, *rest = sys.argv[1:]
-    sys.exit(fail(first, rest) if rest else work(Path(first)))
+    folder, *words = sys.argv[1:]
+    fork_all(Path(folder))
+    sys.exit(fail(words[0], words[1:]) if words else work(Path(folder)))
