@@ -4,6 +4,10 @@ One rule for every text: it is tokenised as a whole without special tokens and c
 the tail is dropped. Documents are joined by a blank line first; conversations, which the chat template closes itself,
 by nothing. Calibration takes the windows in the order of `torch.randperm` under its own seeded generator, evaluation
 in the order of the text. What is streamed, or too large to be tokenised whole, is read only as far as needed.
+
+Where the tokenizer opens every text with a special token (BOS), that token takes the place of each window's first, for
+the prompts of users begin with it too, and what the model makes of it steers every position behind it. The token that
+gives way is never a target, so the same tokens are scored with BOS and without. Token ids are taken as they are given.
 """
 
 from __future__ import annotations
@@ -43,7 +47,8 @@ class TokenWindows:
         record: safe for JSON, always with the same keys. `name`, `split`, `revision` (commit of a Hub dataset),
             `text_column` and `file_sha256` say what was read, None where there is no such thing; `windows`,
             `sequence_length` and `tokens` how much is here; `available_windows` how many there were to choose from in
-            what was read; `sha256` is the digest of the shape and the token ids, both as little-endian int64.
+            what was read; `first_token` is the special token that opens every window, None where the tokenizer adds
+            none and of token ids; `sha256` is the digest of the shape and the token ids, both as little-endian int64.
     """
 
     tokens: Tensor
@@ -78,8 +83,9 @@ LARGE_BYTES = 64 * 2**20
 """A dataset with more than this is not tokenised whole: wikitext-2 and alpaca are below, wikitext-103 is above."""
 SHUFFLE_BUFFER = 1000
 WITHOUT_HUB = (
-    "Without the Hub: a local .txt, .jsonl, .json or .parquet file, a folder, a list of strings or of conversations, "
-    "a datasets.Dataset, or token ids."
+    "Without the Hub, name a text of your own as dataset, on the command line --dataset FILE: a local .txt, .jsonl, "
+    ".json or .parquet file, or a folder; in Python also a list of strings or of conversations, a datasets.Dataset, or "
+    "token ids."
 )
 
 
@@ -182,7 +188,7 @@ def calibration_windows(
     if not ready or len(available) > config.num_samples:
         order = torch.randperm(len(available), generator=torch.Generator().manual_seed(config.seed))
         chosen = available[order[: config.num_samples]]
-    return _with_record(chosen, source, len(available))
+    return _with_record(chosen, source, len(available), tokenizer)
 
 
 def evaluation_windows(
@@ -228,14 +234,14 @@ def evaluation_windows(
                 "Lower sequence_length, or give more text."
             )
     _check_vocabulary(available, source.name, tokenizer, vocab_size)
-    return _with_record(available[:max_windows], source, len(available))
+    return _with_record(available[:max_windows], source, len(available), tokenizer)
 
 
 # Windows
 
 
 def _cut(source: _Source, request: _Request, length: int) -> Tensor:
-    """All whole windows of the source's text, of shape (windows, length)."""
+    """All whole windows of the source's text, of shape (windows, length), opened by the tokenizer's BOS."""
     ids = source.ids
     if ids is None:
         if request.tokenizer is None:
@@ -243,7 +249,11 @@ def _cut(source: _Source, request: _Request, length: int) -> Tensor:
         ids = _encode(request.tokenizer, _text(source, request))
     if len(ids) == 0:
         raise CalibrationDataError(f"{source.name}: the text is empty.")
-    return ids[: len(ids) // length * length].view(-1, length)  # (windows, length)
+    windows = ids[: len(ids) // length * length].view(-1, length)  # (windows, length)
+    bos = _bos(source, request.tokenizer)
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows
 
 
 def _fitting(source: _Source, *, exactly: int | None, at_most: int) -> Tensor:
@@ -274,10 +284,11 @@ def _check_vocabulary(ids: Tensor, name: str, tokenizer: Any, vocab_size: int | 
         )
 
 
-def _with_record(tokens: Tensor, source: _Source, available: int) -> TokenWindows:
+def _with_record(tokens: Tensor, source: _Source, available: int, tokenizer: Any) -> TokenWindows:
     tokens = tokens.contiguous()
     digest = hashlib.sha256(np.asarray(tokens.shape, dtype="<i8").tobytes())
     digest.update(tokens.numpy().astype("<i8").tobytes())
+    bos = _bos(source, tokenizer)
     record = {
         "name": source.name,
         **{key: source.origin.get(key) for key in ("split", "revision", "text_column", "file_sha256")},
@@ -285,6 +296,7 @@ def _with_record(tokens: Tensor, source: _Source, available: int) -> TokenWindow
         "sequence_length": tokens.shape[1],
         "tokens": tokens.numel(),
         "available_windows": available,
+        "first_token": None if bos is None else tokenizer.convert_ids_to_tokens(bos),
         "sha256": digest.hexdigest(),
     }
     return TokenWindows(tokens, record)
@@ -293,9 +305,17 @@ def _with_record(tokens: Tensor, source: _Source, available: int) -> TokenWindow
 # Text
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
+def _encode(tokenizer: Any, text: str, *, special: bool = False) -> Tensor:
     # Not verbose: it would warn that the text is longer than the context, which is why it is cut.
-    return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64)
+    return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _bos(source: _Source, tokenizer: Any) -> int | None:
+    """The special token that the tokenizer puts before a text; None where it puts none, and for token ids."""
+    if source.ids is not None:
+        return None
+    opened, plain = (_encode(tokenizer, "a", special=special).tolist() for special in (True, False))
+    return opened[0] if plain and opened[0] != plain[0] else None
 
 
 def _text(source: _Source, request: _Request) -> str:
@@ -539,7 +559,8 @@ def _reading(what: str, advice: str = "") -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError, HTTPError) as error:
         reason = f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
-        raise CalibrationDataError(f"{what} cannot be read: {reason.rstrip('.')}. {advice}".strip()) from error
+        reason = shorten(reason, 300).rstrip(".")
+        raise CalibrationDataError(f"{what} cannot be read: {reason}. {advice}".strip()) from error
 
 
 # Datasets

@@ -33,6 +33,8 @@ def perplexity(
 ) -> Perplexity:
     """exp of the mean negative log-likelihood in nats; a window of L tokens gives L − 1 predictions.
 
+    The first token of a window (BOS, where the tokenizer adds one) is read and not scored.
+
     Args:
         model: on the device where it shall run.
         windows: token ids (windows, length).

@@ -125,6 +125,19 @@ def test_the_figures_are_those_of_the_report(folder: Path) -> None:
     assert "Neither perplexity nor tasks nor speed were measured." in text
 
 
+def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path) -> None:
+    assert "opened by BOS" not in card(folder).text
+    edit(folder / "config.json", lambda config: config["modegpt"]["calibration"].update(first_token="<s>"))
+    add_evaluation(folder, evaluated(folder, "a.txt", 9.0, first_token="<|begin|>"))
+    add_evaluation(folder, evaluated(folder, "b.txt", 9.0, first_token=None))
+    text = card(folder).text
+    assert re.search(
+        r"^\| calibration \| 8 × 32 tokens of `text.txt`.*, each window opened by BOS \|$", text, re.MULTILINE
+    )
+    assert "| `a.txt` | 4 × 32, each window opened by BOS |" in text
+    assert "| `b.txt` | 4 × 32 |" in text
+
+
 def test_warnings_of_the_compression_are_told(folder: Path) -> None:
     edit(folder / "report.json", lambda report: report.update(warnings=["a warning of ours"]))
     assert "- a warning of ours" in write_card(folder).read_text(encoding="utf-8")
@@ -231,7 +244,7 @@ def test_the_evaluation_command_measures_the_same_again(
 def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> None:
     add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
     add_evaluation(folder, evaluated(folder, "two.txt", 6.0))
-    add_evaluation(folder, evaluated(folder, "one.txt", 4.5, windows=9))
+    add_evaluation(folder, evaluated(folder, "one.txt", 4.5))
     task = {"value": 0.5, "stderr": 0.01}
     add_evaluation(folder, {"model": "x", "tasks": {"quiz": {"acc": task}}, "reference_tasks": {"quiz": {"acc": task}}})
     add_evaluation(folder, {"model": "x", "tasks": {"riddle": {"acc": task | {"stderr": None}}}})
@@ -245,7 +258,8 @@ def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> No
         ("two.txt", "perplexity", 6.0),
     ]
     text = card(folder).text
-    assert "| `one.txt` | 9 × 32 | **4.50** |" in text
+    assert "| `one.txt` | 4 × 32 | **4.50** |" in text
+    assert "5.00" not in text
     assert "**0.5000 ± 0.0100** | 0.5000 ± 0.0100 |" in text
     assert "**0.5000** | – |" in text
     assert "--tasks quiz,riddle" in text
@@ -253,13 +267,56 @@ def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> No
     assert str(folder) not in (folder / "evaluation.json").read_text()
 
 
-def test_what_was_measured_of_other_weights_is_not_shown(folder: Path) -> None:
+def test_measurements_on_more_or_longer_windows_stand_side_by_side(folder: Path) -> None:
+    for more in ({}, {"windows": 9, "tokens": 288}, {"sequence_length": 16, "tokens": 64}):
+        add_evaluation(folder, evaluated(folder, "one.txt", 4.0 + len(more) / 2 + more.get("windows", 0), **more))
+    text = card(folder).text
+    for row in ("4 × 32 | **4.00**", "9 × 32 | **14.00**", "4 × 16 | **5.00**"):
+        assert f"| `one.txt` | {row} |" in text
+    (result,) = card(folder).data.eval_results  # the Hub would take several for one
+    assert (result.metric_value, result.dataset_args["windows"]) == (14.0, 9)
+
+
+def test_a_measurement_with_a_reference_gives_way_only_to_another(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    beside = {"kl": 0.1, "reference_perplexity": 4.0, "top1_agreement": 0.9}
+    add_evaluation(folder, evaluated(folder, "one.txt", 6.0))
+    add_evaluation(folder, evaluated(folder, "one.txt", 5.0) | beside)
+    assert "| **5.00** | 4.00 | 0.1000 | 90.0 % |" in card(folder).text
+    assert caplog.text == ""
+    add_evaluation(folder, evaluated(folder, "one.txt", 7.0))
+    assert "one.txt was measured with a reference before, which is kept" in caplog.text
+    add_evaluation(folder, evaluated(folder, "one.txt", 7.0, windows=9))
+    (kept, added) = json.loads((folder / "evaluation.json").read_text())["texts"]
+    assert (kept["perplexity"], kept["kl"], added["perplexity"]) == (5.0, 0.1, 7.0)
+    add_evaluation(folder, evaluated(folder, "one.txt", 4.5) | beside | {"kl": 0.2})
+    assert "| **4.50** | 4.00 | 0.2000 | 90.0 % |" in card(folder).text
+    assert "**5.00**" not in card(folder).text
+
+
+def test_report_and_evaluation_go_along_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "same")
+    for name in ("report.json", "evaluation.json", "README.md"):
+        there, here = (place.joinpath(name).read_text(encoding="utf-8") for place in (tmp_path / "same", folder))
+        assert there.splitlines()[:20] == here.splitlines()[:20]
+    model.save_pretrained(folder)  # where it was loaded from
+    assert "**5.00**" in card(folder).text
+    model.get_output_embeddings().weight.data.mul_(2)
+    model.save_pretrained(tmp_path / "changed")
+    assert not {"report.json", "evaluation.json"} & {path.name for path in (tmp_path / "changed").iterdir()}
+
+
+def test_what_was_measured_of_other_weights_is_not_shown(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.get_output_embeddings().weight.data.mul_(2)
     model.save_pretrained(folder)
     assert "one.txt" not in write_card(folder).read_text(encoding="utf-8")
     add_evaluation(folder, evaluated(folder, "two.txt", 6.0))
+    assert "1 earlier measurements in evaluation.json are of other weights and were dropped" in caplog.text
     (result,) = card(folder).data.eval_results
     assert result.dataset_name == "two.txt"
 
@@ -297,6 +354,8 @@ def test_a_card_of_a_recovery_has_its_command_and_no_older_errors(folder: Path) 
     edit(folder / "config.json", lambda config: config["modegpt"].update(recovered=recovered))
     text = write_card(folder).read_text(encoding="utf-8")
     assert "relative error" not in text
+    assert "and fine-tuned afterwards" in text
+    assert "without training" not in text
     flags = "--teacher dense --dataset org/corpus --dataset-split train --sequence-length 32 --num-samples 40"
     flags += " --learning-rate 0.01 --steps 20 --batch-size 4 --lora-rank 8 --seed 3"
     name = named(folder)

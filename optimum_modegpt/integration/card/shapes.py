@@ -71,7 +71,7 @@ def scalar(value: Any) -> Any:
 
 
 TEXT = {
-    **dict.fromkeys(("name", "split", "revision", "text_column", "file_sha256", "sha256"), text),
+    **dict.fromkeys(("name", "split", "revision", "text_column", "file_sha256", "first_token", "sha256"), text),
     **dict.fromkeys(("windows", "sequence_length", "tokens", "available_windows"), natural),
 }
 """The record of token windows."""
