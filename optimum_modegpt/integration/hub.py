@@ -22,7 +22,16 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.errors import OutputError, UploadError
-from optimum_modegpt.integration.card import CARD, EVALUATION, PICTURE, REPORT, is_ours, save_report, write_card
+from optimum_modegpt.integration.card import (
+    CARD,
+    EVALUATION,
+    PICTURE,
+    REPORT,
+    is_ours,
+    save_report,
+    take_along,
+    write_card,
+)
 from optimum_modegpt.integration.readme import is_template, merge_header
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, whole_name
@@ -263,7 +272,11 @@ class Companion:
         variant: str | None,
         **kwargs: Any,
     ) -> None:
-        """Weights, configuration and code as always; then the report of a compression in this process, and the card."""
+        """Weights, configuration and code as always; then report and card.
+
+        The report is that of a compression in this process, or the one beside a model that was loaded from a folder and
+        not changed, which takes its evaluation along too.
+        """
         folder = Path(save_directory)
         hub = {key: kwargs.pop(key) for key in Upload.__dataclass_fields__ if push_to_hub and key in kwargs}
         save_plainly(folder, is_main_process, variant=variant, **kwargs)
@@ -272,6 +285,8 @@ class Companion:
         try:
             if KEPT_REPORT in vars(model):
                 vars(model)[KEPT_REPORT] = save_report(folder, vars(model)[KEPT_REPORT])
+            elif model.name_or_path and (source := Path(model.name_or_path)).is_dir() and not source.samefile(folder):
+                take_along(source, folder)
             write_card(folder)
         except Exception as error:  # of whatever lies in the folder: the model is saved, and hours of training go on
             logger.warning("%s is saved, but not its card: %s: %s", folder, type(error).__name__, error)

@@ -125,8 +125,9 @@ def test_the_figures_are_those_of_the_report(folder: Path) -> None:
     assert "Neither perplexity nor tasks nor speed were measured." in text
 
 
-def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path) -> None:
-    assert "opened by BOS" not in card(folder).text
+def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "opened by BOS" not in card(folder).text + capsys.readouterr().out
     edit(folder / "config.json", lambda config: config["modegpt"]["calibration"].update(first_token="<s>"))
     add_evaluation(folder, evaluated(folder, "a.txt", 9.0, first_token="<|begin|>"))
     add_evaluation(folder, evaluated(folder, "b.txt", 9.0, first_token=None))
@@ -136,6 +137,11 @@ def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path) -> No
     )
     assert "| `a.txt` | 4 × 32, each window opened by BOS |" in text
     assert "| `b.txt` | 4 × 32 |" in text
+    assert cli.main(["inspect", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "\ncalibrated with each window opened by BOS\n" in printed
+    assert "a.txt, 4 × 32 tokens, each window opened by BOS: perplexity 9.0000" in printed
+    assert "b.txt, 4 × 32 tokens: perplexity 9.0000" in printed
 
 
 def test_warnings_of_the_compression_are_told(folder: Path) -> None:
@@ -544,8 +550,9 @@ def test_with_matplotlib_the_picture_lies_beside_the_card(folder: Path) -> None:
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_that_was_loaded_and_saved_again_says_what_its_record_knows(folder: Path, tmp_path: Path) -> None:
+def test_a_model_without_its_report_says_what_its_record_knows(folder: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    (tmp_path / "again" / "report.json").unlink()
     write_card(tmp_path / "again")
     first, again = card(folder), card(tmp_path / "again")
     assert again.data.license == "other"

@@ -8,6 +8,7 @@ from optimum_modegpt.integration.card.write import (
     add_evaluation,
     is_ours,
     save_report,
+    take_along,
     write_card,
 )
 
@@ -21,6 +22,7 @@ __all__ = [
     "check_evaluation",
     "is_ours",
     "save_report",
+    "take_along",
     "weights_digest",
     "write_card",
 ]

@@ -55,11 +55,14 @@ def hub_dataset(text: dict[str, Any]) -> str | None:
 
 
 def perplexities(found: Contents) -> list[EvalResult]:
-    """The measured perplexities, as the Hub reads them."""
+    """The measured perplexities, as the Hub reads them: of one text that on most tokens, for it would merge them."""
+    by_text: dict[Any, dict[str, Any]] = {}
+    for entry in sorted(found.evaluation.get("texts", []), key=lambda entry: entry["text"].get("tokens", 0)):
+        by_text[hub_dataset(entry["text"]) or entry["text"]["name"], entry["text"].get("split")] = entry
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=hub_dataset(text) or text["name"],  # results of one type would be merged
+            dataset_type=hub_dataset(text) or text["name"],
             dataset_name=text["name"],
             dataset_split=text.get("split"),
             dataset_revision=text.get("revision"),
@@ -67,7 +70,7 @@ def perplexities(found: Contents) -> list[EvalResult]:
             metric_type="perplexity",
             metric_value=entry["perplexity"],
         )
-        for entry in found.evaluation.get("texts", [])
+        for entry in by_text.values()
         for text in [entry["text"]]
     ]
 

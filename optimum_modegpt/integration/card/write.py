@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelCard
+from transformers.utils import logging
 
 from optimum_modegpt.evaluation.inspection import BlockRanks, block_ranks
 from optimum_modegpt.integration.card.commands import (
@@ -26,22 +28,27 @@ from optimum_modegpt.integration.card.contents import (
     Contents,
     check_evaluation,
     read,
+    read_evaluation,
+    read_report,
     weights_digest,
 )
 from optimum_modegpt.integration.card.header import metadata
 from optimum_modegpt.integration.headers import weight_bytes
+from optimum_modegpt.integration.reading import load_config
 from optimum_modegpt.integration.readme import TRAINER
-from optimum_modegpt.integration.source import DEMO
+from optimum_modegpt.integration.source import DEMO, Source
 from optimum_modegpt.plot import plot_kept
 from optimum_modegpt.report import PARTS, Report
+
+logger = logging.get_logger(__name__)
 
 CARD, PICTURE = "README.md", "ranks.png"
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 MARK = (
     "<!-- Written by optimum_modegpt, and written again when there is news; to keep words of your own, delete this. -->"
 )
-TEXT_IDENTITY = ("name", "split", "text_column", "file_sha256")
-"""What makes two records of a text the same text; a newer measurement replaces an older one on it."""
+MEASURED_ON = ("name", "split", "text_column", "file_sha256", "first_token", "windows", "sequence_length")
+"""What makes two measurements the same one, so that the newer replaces the older: the text and how much of it."""
 
 
 def write_card(folder: Path, repo_id: str | None = None) -> Path:
@@ -91,21 +98,40 @@ def save_report(folder: Path, report: Report) -> Report:
     return report
 
 
+def take_along(source: Path, folder: Path) -> None:
+    """Copies report and evaluation of the folder that a model was loaded from to where it was saved unchanged.
+
+    Unchanged are weights whose digest the report or the evaluation has. What stands there already is left alone.
+    """
+    told = {
+        REPORT: read_report(source, load_config(Source(str(folder))).modegpt),
+        EVALUATION: read_evaluation(source),
+    }
+    digests = {each["weights_sha256"] for each in told.values() if each and "weights_sha256" in each}
+    if digests and weights_digest(folder) in digests:
+        for name, found in told.items():
+            if found and not (folder / name).exists():
+                shutil.copyfile(source / name, folder / name)
+
+
 def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
     """Puts a result of the command `evaluate` into `evaluation.json` of a folder, and renews the card.
 
-    One entry a text and one a task: a newer one replaces an older one, and what was measured of other weights goes.
+    One entry a task, and one for every text, number and length of windows: a newer one replaces an older one, but not
+    one without a reference one with it. What was measured of other weights goes. The log tells of both.
 
     Raises:
         UnsupportedModel: the folder holds no compressed model.
         OutputError: its `evaluation.json` is none of ours.
     """
     check_evaluation(folder)
-    evaluation = {**read(folder).evaluation, "weights_sha256": weights_digest(folder)}
+    found = read(folder).evaluation
+    if dropped := measurements(read_evaluation(folder)) - measurements(found):
+        logger.warning("%d earlier measurements in %s are of other weights and were dropped.", dropped, EVALUATION)
+    evaluation = {**found, "weights_sha256": weights_digest(folder)}
     if "perplexity" in result:
         entry = {key: value for key, value in result.items() if key not in ("model", "tasks", "reference_tasks")}
-        others = [each for each in evaluation.get("texts", []) if identity(each) != identity(entry)]
-        evaluation["texts"] = [*others, entry]
+        evaluation["texts"] = with_entry(evaluation.get("texts", []), entry)
     reference = result.get("reference_tasks", {})
     for task, scores in result.get("tasks", {}).items():
         # All three, so that nothing of an older measurement stands beside the newer one.
@@ -119,9 +145,23 @@ def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
     write_card(folder)
 
 
-def identity(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """Which text a measured perplexity belongs to."""
-    return tuple(entry["text"].get(key) for key in TEXT_IDENTITY)
+def measurements(evaluation: dict[str, Any]) -> int:
+    """How many texts and tasks were measured."""
+    return len(evaluation.get("texts", [])) + len(evaluation.get("tasks", {}))
+
+
+def with_entry(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+    """The measurements on texts with a new one."""
+    same = [each for each in entries if measured_on(each) == measured_on(entry)]
+    if "kl" not in entry and any("kl" in each for each in same):
+        logger.warning("%s was measured with a reference before, which is kept.", entry["text"]["name"])
+        return entries
+    return [*(each for each in entries if each not in same), entry]
+
+
+def measured_on(entry: dict[str, Any]) -> tuple[Any, ...]:
+    """What a perplexity was measured on."""
+    return tuple(entry["text"].get(key) for key in MEASURED_ON)
 
 
 def draw(found: Contents, blocks: tuple[BlockRanks, ...], path: Path) -> None:
