@@ -29,6 +29,7 @@ from optimum_modegpt.errors import (
 from optimum_modegpt.evaluation.fidelity import Fidelity, fidelity
 from optimum_modegpt.evaluation.harness import harness, load_tasks
 from optimum_modegpt.evaluation.perplexity import Perplexity, perplexity
+from optimum_modegpt.evaluation.speed import Benchmark, benchmark
 from optimum_modegpt.integration.adapters import register_targets
 from optimum_modegpt.integration.auto import ModeGPTModelForCausalLM, install_keyword
 from optimum_modegpt.integration.hf_quantizer import register
@@ -42,6 +43,7 @@ __version__ = version("optimum-modegpt")
 
 __all__ = [
     "AlreadyCompressed",
+    "Benchmark",
     "CalibrationDataError",
     "CanaryMonitor",
     "CheckpointError",
@@ -65,6 +67,7 @@ __all__ = [
     "UnsupportedModel",
     "UploadError",
     "__version__",
+    "benchmark",
     "compare",
     "comparison_page",
     "fidelity",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -19,10 +20,29 @@ from optimum_modegpt.errors import InvalidConfig
 METHODS = ("default", "paper")
 ALLOCATIONS = ("sensitivity", "influence", "uniform")
 LARGEST_INTEGER = 2**63 - 1
+Config = TypeVar("Config")
 IN_MEMORY = "in memory: "
 """Prefix of the description that stands for a live dataset or tokenizer in `to_dict`."""
 
 
+def _naming_fields(config: type[Config]) -> type[Config]:
+    """Lets a dataclass refuse a name that is no field with the nearest one."""
+    names = [field.name for field in dataclasses.fields(config)]  # pyright: ignore[reportArgumentType]
+    assign = config.__init__
+
+    @functools.wraps(assign)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        if unknown := next((key for key in values if key not in names), None):
+            near = difflib.get_close_matches(unknown, names, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Fields: {', '.join(names)}."
+            raise InvalidConfig(f"unknown field {unknown!r} in the compression configuration.{hint}")
+        assign(self, *args, **values)
+
+    config.__init__ = __init__
+    return config
+
+
+@_naming_fields
 @dataclass(repr=False)
 class ModeGPTConfig(QuantizationConfigMixin):
     """How to compress a model; every field has a default that is a good first choice.
@@ -148,11 +168,6 @@ class ModeGPTConfig(QuantizationConfigMixin):
         method = values.pop("quant_method", cls.quant_method)
         if method != cls.quant_method:
             raise InvalidConfig(f"quant_method={method!r} is not ours; expected {cls.quant_method!r}.")
-        for key in values:
-            if key not in names:
-                near = difflib.get_close_matches(key, names, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else f" Fields: {', '.join(names)}."
-                raise InvalidConfig(f"unknown field {key!r} in the compression configuration.{hint}")
         config = cls(**values)
         unused = {k: v for k, v in kwargs.items() if k not in names}
         return (config, unused) if return_unused_kwargs else config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import re
 from typing import Any
@@ -108,3 +109,14 @@ def test_a_live_dataset_is_described_in_json_and_not_read_back() -> None:
     assert described["dataset"] == "in memory: Tensor shape (4, 8)"
     with pytest.raises(InvalidConfig, match="pass the dataset again"):
         ModeGPTConfig.from_dict(described)
+
+
+@pytest.mark.parametrize(
+    ("field", "hint"), [("sparsty", "Did you mean 'sparsity'?"), ("zzz", "Fields: sparsity, method,")]
+)
+def test_a_name_that_is_no_field_is_refused_with_the_nearest(field: str, hint: str) -> None:
+    with pytest.raises(
+        InvalidConfig, match=f"unknown field '{field}' in the compression configuration. {re.escape(hint)}"
+    ):
+        ModeGPTConfig(**{field: 0.3})
+    assert list(inspect.signature(ModeGPTConfig).parameters)[:2] == ["sparsity", "method"]

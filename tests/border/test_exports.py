@@ -22,5 +22,15 @@ def test_every_error_is_public() -> None:
     assert ours <= set(optimum_modegpt.__all__)
 
 
+def test_every_measurement_of_the_commands_is_public() -> None:
+    measurements = {
+        "benchmark": "Benchmark",
+        "compare": "Comparison",
+        "fidelity": "Fidelity",
+        "perplexity": "Perplexity",
+    }
+    assert {*measurements, *measurements.values()} <= set(optimum_modegpt.__all__)
+
+
 def test_the_version_is_that_of_the_distribution() -> None:
     assert optimum_modegpt.__version__ == version("optimum-modegpt")
