@@ -107,12 +107,20 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
         for key, value in recipe.items()
         if value is not None and key != "quant_method"
     ]
-    return "\n".join([*rows, *_recovery_rows(record), *_evaluation_rows(evaluation)])
+    known = fitted(record, RECORD) or {}
+    if opened := _opened(known.get("calibration") or {}):
+        rows.append(f"calibrated with {opened}")
+    return "\n".join([*rows, *_recovery_rows(known), *_evaluation_rows(evaluation)])
+
+
+def _opened(text: dict[str, Any]) -> str:
+    """How token windows of this record begin; empty where no token was put there."""
+    return "each window opened by BOS" if text.get("first_token") else ""
 
 
 def _recovery_rows(record: dict[str, Any]) -> list[str]:
     """How it was fine-tuned, a line; none where it was not."""
-    recovered = (fitted(record, RECORD) or {}).get("recovered")
+    recovered = record.get("recovered")
     if recovered is None:
         return []
     shown = {"on": recovered.get("dataset"), "steps": recovered.get("steps"), "teacher": recovered.get("teacher")}
@@ -133,7 +141,8 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> list[str]:
 
 def _text_row(entry: dict[str, Any]) -> str:
     text = entry["text"]
-    row = f"  {text['name']}, {text['windows']:,} × {text['sequence_length']:,} tokens: "
+    row = f"  {text['name']}, {text['windows']:,} × {text['sequence_length']:,} tokens"
+    row += f", {opened}: " if (opened := _opened(text)) else ": "
     row += f"perplexity {entry['perplexity']:.4f}"
     if {"kl", "reference_perplexity"} <= entry.keys():
         row += f" (reference {entry['reference_perplexity']:.4f}, KL divergence {entry['kl']:.4f})"

@@ -126,7 +126,7 @@ def test_the_figures_are_those_of_the_report(folder: Path) -> None:
 
 
 def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["inspect", str(folder)]) == 0
+    assert main(["inspect", str(folder)]) == 0
     assert "opened by BOS" not in card(folder).text + capsys.readouterr().out
     edit(folder / "config.json", lambda config: config["modegpt"]["calibration"].update(first_token="<s>"))
     add_evaluation(folder, evaluated(folder, "a.txt", 9.0, first_token="<|begin|>"))
@@ -137,7 +137,7 @@ def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path, capsy
     )
     assert "| `a.txt` | 4 × 32, each window opened by BOS |" in text
     assert "| `b.txt` | 4 × 32 |" in text
-    assert cli.main(["inspect", str(folder)]) == 0
+    assert main(["inspect", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "\ncalibrated with each window opened by BOS\n" in printed
     assert "a.txt, 4 × 32 tokens, each window opened by BOS: perplexity 9.0000" in printed
