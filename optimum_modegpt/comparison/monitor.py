@@ -30,6 +30,12 @@ logger = logging.getLogger(__name__)
 MEANS = ("kl", "top1_agreement", "top5_overlap")
 CHANGING_ROPE = ("dynamic", "longrope")
 """Rotary embeddings that rewrite their table in a forward pass, by the length of the text."""
+STATUS = {
+    "unchecked": "none was set",
+    "warming up": "not judged yet, too few requests were compared",
+    "held": "all held",
+}
+"""In words for people; for those that are broken `MonitorSummary.broken` has them."""
 Sink = Callable[[dict[str, Any]], None]
 Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any]], None]
 """Takes what `generate` returned, and its arguments."""
@@ -66,6 +72,21 @@ class MonitorSummary:
     def to_dict(self) -> dict[str, Any]:
         """All of it, safe for JSON."""
         return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            f"{self.requests:,} requests served, {self.compared:,} of them compared, {self.skipped:,} skipped because "
+            f"the queue was full, {self.waiting:,} waiting, {self.errors:,} errors"
+        ]
+        if self.last_error is not None:
+            rows.append(f"last error: {self.last_error}")
+        if self.kl is not None:
+            rows.append(f"KL divergence {self.kl:.4f} nats per position, {self.recent_kl:.4f} over the last requests")
+            rows.append(
+                f"top-1 agreement {self.top1_agreement:.2%}, {self.recent_agreement:.2%} over the last requests"
+            )
+        status = "; ".join(self.broken) if self.status == "broken" else STATUS[self.status]
+        return "\n".join([*rows, f"thresholds: {status}"])
 
 
 class CanaryMonitor:
@@ -257,7 +278,8 @@ class CanaryMonitor:
             status = self._status(checks)
             crossed, self._was_broken = (status == "broken") != self._was_broken, status == "broken"
         if crossed:
-            logger.warning("canary: thresholds %s; %s", status, "; ".join(map(str, checks)))
+            now = "a threshold is broken" if status == "broken" else "all thresholds hold again"
+            logger.warning("canary: %s over the last requests: %s", now, "; ".join(map(str, checks)))
         self._sink({**record, **{key: means[key] for key in ("recent_kl", "recent_agreement")}, "status": status})
 
     # ----------------------------------------------------------------------------------------------------------- shared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -40,6 +41,8 @@ class Inspection:
     model_type: str
     parameters: int
     """As stored: tied ones once, no buffers."""
+    dtype: str | None = None
+    """As most of them are stored, in safetensors' words, F32 or BF16; None where there are none."""
     blocks: tuple[BlockRanks, ...] = ()
     """Empty for a dense model."""
     sparsity: float = 0.0
@@ -58,13 +61,17 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
     Raises:
         EvaluationError: the configuration was edited: it cannot be read, or says other widths than the tensors have.
     """
-    parameters = sum(tensor.size for tensor in tensors.values() if tensor.dtype.startswith(("F", "BF")))
+    sizes = Counter[str]()
+    for tensor in tensors.values():
+        if tensor.dtype.startswith(("F", "BF")):
+            sizes[tensor.dtype] += tensor.size
+    stored = config.model_type, sizes.total(), max(sizes, key=sizes.__getitem__, default=None)
     if not config.model_type.startswith("modegpt_"):
-        return Inspection(config.model_type, parameters)
+        return Inspection(*stored)
     blocks = block_ranks(config)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
         _check_shapes(config, config.widths(), tensors)
-    return Inspection(config.model_type, parameters, blocks, _sparsity(config, blocks, tensors), config.modegpt)
+    return Inspection(*stored, blocks, _sparsity(config, blocks, tensors), config.modegpt)
 
 
 def block_ranks(config: Any) -> tuple[BlockRanks, ...]:

@@ -17,6 +17,10 @@ from optimum_modegpt.integration.source import Source
 from optimum_modegpt.modeling.modegpt_common import check_sizes
 from optimum_modegpt.modeling.modegpt_files import weight_files
 
+NO_WEIGHTS = (
+    "\nA model is config.json with model.safetensors, or with shards and their index. Save or download it again."
+)
+
 
 @contextmanager
 def readable(source: Source) -> Iterator[None]:
@@ -45,6 +49,7 @@ def load_config(source: Source) -> Any:
         OSError: it cannot be found or reached.
         UnsupportedModel: transformers does not know it, or it was edited into something that is none.
     """
+    source.check_path()
     try:
         with readable(source):
             # Before transformers makes anything of them: some families list their blocks as they are read.
@@ -69,12 +74,17 @@ def load_model(source: Source, dtype: str) -> Any:
     """A causal language model, in the memory of the host.
 
     Raises:
+        OSError: its weights cannot be found or reached.
         UnsupportedModel: it is none, or its files do not fit together.
     """
     logging.set_verbosity_error()
+    source.check_path()
     with readable(source):
         weight_files(Path(source.path))  # an index that leads out of its folder is refused
-        return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.arguments())
+        try:
+            return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.arguments())
+        except OSError as error:
+            raise OSError(f"the weights of {source.name!r} could not be read: {error}{NO_WEIGHTS}") from error
 
 
 def pick_device(name: str) -> torch.device | None:

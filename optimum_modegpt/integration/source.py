@@ -92,6 +92,21 @@ class Source:
             return True
         return False
 
+    def check_path(self) -> None:
+        """Refuses a path that is none of a model.
+
+        Raises:
+            OSError: it is that of a file, or leads nowhere and is no name of the Hub.
+        """
+        place = Path(self.path)
+        if place.is_file():
+            raise OSError(f"{self.name!r} is a file; a model is a folder. Name {str(place.parent)!r}, if it holds one.")
+        if self._is_folder and not place.is_dir():
+            raise OSError(
+                f"{self.name!r} does not exist, and no model of the Hub can have such a name. Expected a folder with "
+                "config.json and weights, or a name such as user/model."
+            )
+
     @property
     def base_model(self) -> str | None:
         """The name that the record of a compressed model keeps; of a local folder only its last part."""
@@ -158,10 +173,11 @@ class Source:
             CalibrationDataError: when there is none.
         """
         try:
+            self.check_path()
             return AutoTokenizer.from_pretrained(self.path, **self.arguments())
         except (OSError, ValueError) as error:
             raise CalibrationDataError(
-                f"no tokenizer could be loaded from {self.base_model!r}: {error} "
+                f"no tokenizer could be loaded from {self.name!r}: {error} "
                 "Name one: tokenizer, on the command line --tokenizer."
             ) from error
 

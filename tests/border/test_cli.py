@@ -436,6 +436,87 @@ def test_the_next_step_is_ready_for_a_shell(tmp_path: Path) -> None:
     assert next_step == "next: program evaluate 'my result' --reference 'my model' --trust-remote-code"
 
 
+def test_the_next_step_names_another_text_than_the_calibrations(text: Path) -> None:
+    words = ["compress", "m", "--output", "o", "--dataset", str(text), "--sequence-length", "32"]
+    next_step = compress_command._next_step(cli.build_parser("program").parse_args(words))
+    assert next_step == (
+        "next, on text that it was not calibrated on: program evaluate o --reference m --dataset OTHER_TEXT.txt "
+        "--sequence-length 32"
+    )
+
+
+@pytest.mark.parametrize(("sparsity", "warns"), [(0.4, False), (0.45, True)])
+def test_a_steep_sparsity_is_told_before_the_work(
+    sparsity: float, warns: bool, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["compress", checkpoint, "--output", tmp_path / "o", "--dataset", "nowhere.txt", *FLAGS]
+    assert cli.main([str(word) for word in (*arguments, "--sparsity", sparsity)]) == 2
+    assert ("quality falls fast" in caplog.text and f"recover {tmp_path / 'o'}" in caplog.text) == warns
+
+
+def test_the_table_has_a_legend(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compress", checkpoint, "--output", tmp_path / "o", "--dataset", text, *FLAGS]
+    assert cli.main([str(word) for word in arguments]) == 0
+    assert "err: relative error of the part's fit" in capsys.readouterr().out
+
+
+def test_a_path_that_leads_nowhere_is_told_whoever_reads_it(
+    compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, output = tmp_path / "no" / "such", tmp_path / "o"
+    for words in (
+        ["compress", gone, "--output", output],
+        ["inspect", gone],
+        ["evaluate", gone, "--dataset", text],
+        ["evaluate", compressed, "--reference", gone, "--dataset", text],
+        ["recover", compressed, "--teacher", gone, "--output", output, "--dataset", text],
+        ["compare", gone, compressed, "--prompts", text],
+        ["benchmark", compressed, "--reference", gone],
+    ):
+        assert refusal(capsys, *words) == (
+            f"error: {str(gone)!r} does not exist, and no model of the Hub can have such a name. Expected a folder "
+            "with config.json and weights, or a name such as user/model.\n"
+        )
+    message = refusal(capsys, "evaluate", compressed, "--tokenizer", gone, "--dataset", text)
+    assert f"no tokenizer could be loaded from {str(gone)!r}: {str(gone)!r} does not exist" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_for_a_folder_and_a_folder_for_a_file(
+    compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = compressed / "config.json"
+    expected = f"error: {str(file)!r} is a file; a model is a folder. Name {str(compressed)!r}, if it holds one.\n"
+    for words in (["inspect", file], ["evaluate", file], ["compress", file, "--output", tmp_path / "o"]):
+        assert refusal(capsys, *words) == expected
+    message = refusal(capsys, "compress", compressed, "--output", tmp_path / "o", "--config", compressed)
+    assert message == (
+        f"error: --config {compressed} is a folder; name a JSON file with fields of the configuration.\n"
+    )
+
+
+def test_a_folder_without_weights_is_told(
+    checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = shutil.copytree(checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    compress_words = ["compress", bare, "--output", tmp_path / "o", "--dataset", text, *FLAGS]
+    for words in (["evaluate", bare, "--dataset", text, "--max-windows", 1], compress_words):
+        message = refusal(capsys, *words)
+        assert message.startswith(f"error: the weights of {str(bare)!r} could not be read: ")
+        assert message.endswith("or with shards and their index. Save or download it again.\n")
+
+
+def test_a_dataset_that_cannot_be_reached_names_the_flag(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    message = refusal(capsys, "compress", checkpoint, "--output", tmp_path / "o")
+    assert message.startswith("error: Salesforce/wikitext (subset wikitext-2-raw-v1) on the Hub cannot be read: ")
+    assert "on the command line --dataset FILE: a local .txt" in message
+
+
 def test_evaluate_writes_what_it_prints(
     checkpoint: Path, compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -498,6 +579,35 @@ def test_inspect_reads_no_weights(
     assert f"removed {report.achieved_sparsity:.2%} of the block projections" in printed
     assert "of the block projections (asked for 30.00%)" in printed
     assert "\n  sparsity = 0.3\n" in printed
+    assert printed.startswith(f"modegpt_llama, {found['parameters']:,} parameters, float32\n")
+    for noise in ("None", "quant_method", "measured", "fine-tuned"):
+        assert noise not in printed
+
+
+def test_inspect_shows_what_was_trained_and_measured_since(
+    checkpoint: Path, compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, scores = shutil.copytree(compressed, tmp_path / "made"), tmp_path / "scores"
+    config = json.loads((folder / "config.json").read_text())
+    config["modegpt"]["recovered"] = {"dataset": "corpus", "steps": 20, "teacher": "dense"}
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--dataset", str(text), "--max-windows", "2", "--json", str(scores), "--update-card"]
+    assert cli.main(["evaluate", str(folder), "--reference", str(checkpoint), *flags]) == 0
+    measured = json.loads(scores.read_text())
+    capsys.readouterr()
+    assert cli.main(["inspect", str(folder), "--json", str(scores)]) == 0
+    assert capsys.readouterr().out.endswith(
+        "fine-tuned afterwards: on corpus, steps 20, teacher dense\nmeasured\n"
+        f"  text.txt, 2 × 64 tokens: perplexity {measured['perplexity']:.4f} "
+        f"(reference {measured['reference_perplexity']:.4f}, KL divergence {measured['kl']:.4f})\n"
+    )
+    assert json.loads(scores.read_text())["evaluation"]["texts"][0]["kl"] == measured["kl"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.get_output_embeddings().weight.data.mul_(2)
+    model.save_pretrained(folder)
+    capsys.readouterr()
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "measured" not in capsys.readouterr().out
 
 
 def test_inspect_a_dense_model(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -634,15 +634,21 @@ def test_a_broken_threshold_shows_once_in_the_log_and_always_in_the_summary(
 ) -> None:
     caplog.set_level(logging.WARNING)
     ids, records = tokens(1, 8), list[dict[str, Any]]()
-    limits = Thresholds(max_kl=1e-9)
+    limits, shown = Thresholds(max_kl=1e-9), list[str]()
     with CanaryMonitor(*models, fraction=1, window=3, thresholds=limits, sink=records.append) as monitor:
         assert monitor.summary().status == "warming up"
+        assert str(monitor.summary()).endswith("thresholds: not judged yet, too few requests were compared")
         for _ in range(5):
             monitor.observe(ids[:, :4], ids)
+            monitor.flush()
+            shown.append(str(monitor.summary()).rpartition("thresholds: ")[2])
+    assert shown[0] == "not judged yet, too few requests were compared"
     assert [record["status"] for record in records] == ["warming up"] * 2 + ["broken"] * 3
-    assert caplog.text.count("thresholds broken; BROKEN: KL divergence") == 1
+    assert caplog.text.count("a threshold is broken over the last requests: BROKEN: KL divergence") == 1
     assert monitor.summary().status == "broken"
     assert monitor.summary().broken[0].startswith("BROKEN: KL divergence")
+    assert str(monitor.summary()).startswith("5 requests served, 5 of them compared")
+    assert str(monitor.summary()).endswith(f"thresholds: {monitor.summary().broken[0]}")
     assert monitor.summary().recent_kl == pytest.approx(records[0]["kl"])
     monitor.close()
     monitor.observe(ids[:, :4], ids)

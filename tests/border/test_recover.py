@@ -355,7 +355,7 @@ def test_the_command_saves_an_ordinary_compressed_model(
     printed = capsys.readouterr().out
     assert "held-out windows" in printed
     assert f"saved in {output}" in printed
-    assert printed.endswith(f"evaluate {output} --reference {teacher} --dataset OTHER_TEXT\n")
+    assert printed.endswith(f"evaluate {output} --reference {teacher} --dataset OTHER_TEXT.txt\n")
     assert {path.name for path in output.iterdir()} == {path.name for path in small.iterdir()}
     assert Report.load(output / "report.json").blocks == Report.load(small / "report.json").blocks
     assert "fine-tuned" in (output / "README.md").read_text(encoding="utf-8")
@@ -378,7 +378,7 @@ def test_nothing_gained_is_an_error_and_nothing_is_saved(
     tokenizer().save_pretrained(tmp_path / "better")
     arguments = ["recover", str(tmp_path / "better"), "--dataset", str(text), "--output", str(tmp_path / "out")]
     assert cli.main([*arguments, *QUICK[:-1], "3"]) == 2
-    assert "nothing was gained, and nothing is saved" in capsys.readouterr().err
+    assert "fine-tuning did not help, so nothing was saved" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["better"]
 
 

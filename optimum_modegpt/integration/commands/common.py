@@ -21,6 +21,8 @@ from optimum_modegpt.integration.source import Source, tokenizer_named
 from optimum_modegpt.stages import compute_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+OTHER_TEXT = "OTHER_TEXT.txt"
+"""Stands in an advised command for a text of the user's own that was not used yet."""
 
 
 # --------------------------------------------------------------------------------------------------------- arguments

@@ -53,6 +53,8 @@ def configuration(options: Namespace) -> ModeGPTConfig:
 def _read_fields(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
+    if file.is_dir():
+        raise InvalidConfig(f"--config {file} is a folder; name a JSON file with fields of the configuration.")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -12,17 +12,13 @@ from typing import Any
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import evaluation_windows, resolve_sequence_length
 from optimum_modegpt.integration.commands.common import add_debug, models_on, path, source_of
-from optimum_modegpt.integration.commands.compress import compress_to
+from optimum_modegpt.integration.commands.compress import LEGEND, compress_to
 from optimum_modegpt.integration.commands.evaluate import scores
 from optimum_modegpt.integration.reading import pick_device
 from optimum_modegpt.integration.source import Source, context_of
 from optimum_modegpt.integration.tables import scores_table
 
 DEMO_WINDOWS = 64
-DEMO_LEGEND = (
-    "Kept/dense widths of a block's parts: mlp (channels), qk (query and key heads), vo (value and output heads);"
-    "\nerr: relative error of what the part computes, on the calibration text."
-)
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 48
 
 
@@ -44,7 +40,7 @@ def run(options: Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         output = options.output or Path(folder) / "demo"
         print("1. compress the embedded model")
-        print(DEMO_LEGEND)
+        print(LEGEND)
         print(compress_to(output, options, pick_device(options.device)).summary())
         _compare(output, options)
     where = "a temporary folder; keep it with --output DIR" if options.output is None else str(output)

@@ -93,6 +93,8 @@ def run(options: Namespace) -> None:
     _check_flags(options)
     source, reference = source_of(options), reference_of(options)
     device, model_config = pick_device(options.device), load_config(source)
+    if reference is not None:
+        load_config(reference)  # a name that leads nowhere is refused before anything is read
     if options.update_card:
         _check_card(options, model_config)
     tokenizer = shared_tokenizer(options.tokenizer, source, reference)

@@ -13,6 +13,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.integration.card import REPORT
 from optimum_modegpt.integration.commands.common import (
+    OTHER_TEXT,
     add_device,
     count,
     models_on,
@@ -84,6 +85,8 @@ def _recover_to(
 ) -> Recovery:
     device, model_config = pick_device(options.device), load_config(source)
     check_compressed(model_config)
+    if teacher is not None:
+        load_config(teacher)  # a name that leads nowhere is refused before anything is read
     tokenizer, report = shared_tokenizer(None, source, teacher), _report(source)
     with replacing(output, overwrite=options.overwrite) as folder:
         windows = calibrate(_text(options, model_config), tokenizer, model_config, source, fewer=True)
@@ -98,8 +101,10 @@ def _recover_to(
         )
         if not recovery.improved:
             raise EvaluationError(
-                f"nothing was gained, and nothing is saved: {recovery.summary()}. Try a lower --learning-rate, more "
-                "text, or text that is more like what the model was trained on."
+                f"fine-tuning did not help, so nothing was saved: the model began with perplexity "
+                f"{recovery.perplexity_before:.3f} on {recovery.held_out_windows} windows that were kept apart, and "
+                f"{recovery.steps} steps made it no better. Try a lower --learning-rate, more text, or text that is "
+                "more like what the model was trained on."
             )
         if report is not None:
             vars(model)[KEPT_REPORT] = report
@@ -138,7 +143,7 @@ def _next_step(options: Namespace) -> str:
     if options.reference is not None:
         words += ["--reference", options.reference]
     if options.dataset is not None:
-        words += ["--dataset", "OTHER_TEXT" if Path(options.dataset).exists() else options.dataset]
+        words += ["--dataset", OTHER_TEXT if Path(options.dataset).exists() else options.dataset]
     if options.trust_remote_code:
         words.append("--trust-remote-code")
     return f"next, on text that was not trained on: {options.program} {shlex.join(words)}"
