@@ -192,7 +192,8 @@ def compress(
 def arranged(walk: Walk) -> Arrangement:
     """Where streams are kept and how many windows go at once, by what memory is free.
 
-    Finished blocks go where the dense ones are; beside a checkpoint they take no memory of the host.
+    Finished blocks go where the dense ones are; those of the host take no memory where streams or a checkpoint are in
+    files.
     """
     model, config = walk.architecture.model, walk.config
     element, length = model.dtype.itemsize, walk.calibration.tokens.shape[1]
@@ -208,7 +209,7 @@ def arranged(walk: Walk) -> Arrangement:
         element=element,
         accelerated=walk.device.type != "cpu",
         free=dataclasses.replace(free, host=free.host // processes.count()),
-        besides=Needs(host=held) if on_host else Needs(device=held),
+        besides=Needs(files=held) if on_host else Needs(device=held),
     )
 
 
@@ -540,10 +541,17 @@ def finished_blocks(
 def keep_block(
     walk: Walk, block: Block, module: nn.Module, errors: list[dict[str, float]], streams: tuple[Stream, Stream]
 ) -> nn.Module:
-    """A finished block, back where the dense one is; written at once, where there is a checkpoint."""
+    """A finished block, back where the dense one is; written at once, where there is a checkpoint.
+
+    Where memory is too small for the streams, it is for the finished blocks: they go into files like them.
+    """
     home = block.output.weight.device
     if walk.checkpoint is None:
-        return module.to(home)
+        module = module.to(home)
+        if walk.place.folder is not None and home == walk.place.device:
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = walk.place.keep(tensor.data)
+        return module
     module = walk.checkpoint.keep_block(block.index, module, home)
     walk.checkpoint.keep_streams(errors, walk.warnings, *streams)
     return module

@@ -60,7 +60,8 @@ class ModeGPTHfQuantizer(HfQuantizer):
         if places & {"disk", "meta"}:
             raise InvalidConfig(
                 f"device_map puts weights on {', '.join(sorted(places & {'disk', 'meta'}))}, where they cannot be "
-                "compressed. Leave device_map out: only one block at a time needs the accelerator."
+                "compressed. Leave device_map out: only one block at a time needs the accelerator. A model larger than "
+                "memory: `optimum-cli modegpt compress MODEL --output DIR` leaves weights in their files."
             )
         if len(places) > 1 or places & {"balanced", "balanced_low_0", "sequential"}:
             raise InvalidConfig(

@@ -64,10 +64,11 @@ def _block_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterat
     d, mlp, inputs, element = shapes.d_model, shapes.mlp, shapes.mlp_inputs, extent.element
     blocks = {"block, dense and compressed": 2 * shapes.weights * element}
     seen = blocks if config.method == "default" else {"block, dense": shapes.weights * element}
+    raised = 2 * FLOAT32 if element < FLOAT32 else element  # and weighted
     yield {
         **seen,
         "moments of the MLP": mlp**2 * (3 * FLOAT64 + FLOAT32) + 2 * mlp * d * FLOAT64,
-        "one batch of tokens": extent.batch * (mlp * (element + FLOAT32) + 3 * d * FLOAT32),
+        "one batch of tokens": extent.batch * (mlp * (element + raised) + 3 * d * FLOAT32),
     }
     yield {
         **blocks,

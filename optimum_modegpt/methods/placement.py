@@ -20,7 +20,7 @@ ENOUGH_TOKENS, MOST_TOKENS = 4096, 65_536
 """Tokens of a forward pass: with the first a processor is busy, more than the second do not help an accelerator."""
 
 MARGIN = 1.25
-"""How often what is counted has to fit: allocators keep back what is freed, and counts are a little off."""
+"""How often what is counted has to fit, if it can: allocators keep back what is freed, and counts are a little off."""
 
 Streams = Literal["device", "host", "files"]
 """Where residual streams are kept: in the accelerator's memory, in the host's, in files."""
@@ -80,24 +80,22 @@ def arrange(
         element: bytes of an activation.
         accelerated: whether the work is done on an accelerator.
         free: what can be taken.
-        besides: what is held all along.
+        besides: what is held all along; what it says of files is held on the host while streams are in memory.
     """
     most = MOST_TOKENS if accelerated and free.device is not None else ENOUGH_TOKENS
     sizes = [config.batch_size] if config.batch_size else _batch_sizes(windows, length, most)
     least = min(sizes[0], max(1, ENOUGH_TOKENS // length))
     near: tuple[Streams, ...] = ("device", "host") if accelerated and free.device is not None else ("host",)
     options: list[tuple[Streams, int]] = [(streams, size) for streams in near for size in sizes if size >= least]
-    found = None
+    arrangements = []
     for streams, size in [*options, *(("files", size) for size in sizes)]:
         extent = Extent(windows, length, min(windows, size) * length, element)
         needs = _needs(moments(shapes, config, extent), streams, accelerated, besides)
         if streams == "device":
             needs.host["streams to be written"] = 2 * extent.tokens * shapes.d_model * element
-        found = Arrangement(streams, size, needs)
-        if _fits(needs, free):
-            return found
-    assert found is not None
-    return found
+        arrangements.append(Arrangement(streams, size, needs))
+    fitting = (each for margin in (MARGIN, 1) for each in arrangements if _fits(each.needs, free, margin))
+    return next(fitting, arrangements[-1])
 
 
 def _batch_sizes(windows: int, length: int, tokens: int) -> list[int]:
@@ -113,19 +111,22 @@ def _needs(found: list[Moment], streams: Streams, accelerated: bool, besides: Ne
     beside_work = streams == "device" or (streams == "host" and not accelerated)
     work = _largest({**moment.work, **moment.streams} if beside_work else moment.work for moment in found)
     apart = {} if beside_work else _largest(moment.streams for moment in found)
-    host, files = ({}, apart) if streams == "files" else (apart, {})
+    if streams == "files":
+        host, files = besides.host, {**besides.files, **apart}
+    else:
+        host, files = {**besides.host, **besides.files, **apart}, {}
     if accelerated:
-        return Needs({**besides.device, **work}, {**besides.host, **host}, files)
-    return Needs({}, {**besides.host, **work}, files)
+        return Needs({**besides.device, **work}, dict(host), files)
+    return Needs({}, {**host, **work}, files)
 
 
 def _largest(needs: Iterable[Parts]) -> Parts:
     return max(needs, key=lambda parts: sum(parts.values()))
 
 
-def _fits(needs: Needs, free: Free) -> bool:
-    on_device = free.device is None or MARGIN * sum(needs.device.values()) <= free.device
-    return on_device and MARGIN * sum(needs.host.values()) <= free.host
+def _fits(needs: Needs, free: Free, margin: float) -> bool:
+    on_device = free.device is None or margin * sum(needs.device.values()) <= free.device
+    return on_device and margin * sum(needs.host.values()) <= free.host
 
 
 # -------------------------------------------------------------------------------------------------------- what is free

@@ -211,6 +211,19 @@ def test_weights_that_are_elsewhere_are_refused(
         AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=config, device_map=device_map)
 
 
+def test_automatic_placement_on_disk_points_to_the_command(
+    checkpoint: Path, config: ModeGPTConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidConfig, match=r"weights on disk(.|\n)*optimum-cli modegpt compress MODEL --output DIR"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            compression_config=config,
+            device_map="auto",
+            max_memory={"cpu": 40_000},
+            offload_folder=tmp_path,
+        )
+
+
 def test_one_device_by_device_map(checkpoint: Path, config: ModeGPTConfig, expected: PreTrainedModel) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=config, device_map={"": "cpu"})
     with torch.no_grad():

@@ -95,12 +95,19 @@ def test_a_run_with_files_goes_on_in_memory(tmp_path: Path, monkeypatch: pytest.
     assert_same(run("qwen2", Checkpoint(tmp_path / "kept")), expected)
 
 
-def test_without_a_checkpoint_files_are_in_the_systems_folder(
-    little_memory: None, spilled: list[Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_a_checkpoint_files_are_in_the_systems_folder_and_hold_the_finished_blocks_too(
+    spilled: list[Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    expected = run("llama-mha", allocation="uniform")
+    request.getfixturevalue("little_memory")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    run("llama-mha", allocation="uniform")
+    spilled.clear()
+    found = run("llama-mha", allocation="uniform")
     assert set(spilled) == {tmp_path}
+    assert_same(found, expected)
+    for name, tensor in found.items():
+        assert Place.of(tensor).folder == (tmp_path if ".layers." in name else None), name
+    found["model.layers.0.mlp.down_proj.weight"].zero_()  # they can be trained
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
