@@ -21,6 +21,7 @@ from optimum_modegpt.calibration.streams import Place, kept
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.evaluation.estimate import estimate
 from optimum_modegpt.methods import residual_matched
 
 HOST = torch.device("cpu")
@@ -156,3 +157,28 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(little_memory: None, tmp_p
     with full_disk(4096), pytest.raises(CheckpointError, match=message):
         run("llama-mha", Checkpoint(tmp_path / "kept"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", [{}, {"allocation": "uniform"}, {"method": "paper"}], ids=str)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
+def test_the_estimate_counts_the_files(
+    recipe: dict[str, Any], little_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak, original = 0, Place.keep
+
+    def keep(place: Place, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal peak
+        found = original(place, tensor)
+        maps = [
+            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if ".stream" in line
+        ]
+        peak = max(peak, sum(int(end, 16) - int(start, 16) for start, end in maps))
+        return found
+
+    monkeypatch.setattr(Place, "keep", keep)
+    model = dense("llama-mha", num_hidden_layers=4)
+    config = ModeGPTConfig(num_samples=8, batch_size=2, **recipe)
+    expected = sum(estimate(model, config, 64).without.needs.files.values())
+    windows = TokenWindows(tokens(8, 64), {})
+    compress(model, config, windows, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
+    assert 1 / 1.2 < peak / expected < 1.2
