@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +22,8 @@ def machine(device: str = "auto") -> dict[str, Any]:
     """The machine and the versions, safe for JSON; memory in bytes, load over the last minute."""
     chosen = compute_device(None if device == "auto" else device, torch.device("cpu"))
     return {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
         "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else str(chosen),
         "cores": psutil.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -32,6 +33,13 @@ def machine(device: str = "auto") -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def processor() -> str:
+    """The name of the CPU; Linux tells it in a file alone."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 @cache

@@ -60,6 +60,22 @@ def test_cached_logits_equal_uncached(name: str) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-mqa-biases", "opt"])
+def test_a_step_with_a_mask_for_each_head(name: str) -> None:
+    model, ids = compressed(name), tokens(2, 10)
+    hidden = torch.rand(2, 4, 1, 10, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask = torch.zeros(2, 4, 1, 10).masked_fill(hidden, torch.finfo(torch.float32).min)
+    found = {}
+    for attention in ("eager", "sdpa"):
+        model.set_attn_implementation(attention)
+        with torch.no_grad():
+            cache = model(ids[:, :9], use_cache=True).past_key_values
+            found[attention] = model(
+                ids[:, 9:], attention_mask=mask, position_ids=torch.full((2, 1), 9), past_key_values=cache
+            ).logits
+    torch.testing.assert_close(found["sdpa"], found["eager"], atol=3e-5, rtol=1e-5)
+
+
 @EVERY
 def test_left_padded_batch_equals_singles(name: str) -> None:
     model, ids = compressed(name), tokens(2, 10)
