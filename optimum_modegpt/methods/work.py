@@ -6,18 +6,19 @@ code happens to compute twice.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import Family
 from optimum_modegpt.calibration.moments import affordable_windows, curvature_work
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.softmax import ITERATIONS
 from optimum_modegpt.methods import sensitivity
-from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS
+from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens
 from optimum_modegpt.report import PARTS
 
 
@@ -119,7 +120,10 @@ def work_of(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> dict[str, 
     elif config.sparsity and config.resolved_allocation == "influence":
         allocate["influences"] = Work(own=shapes.blocks * block_forward(shapes, extent.windows, extent.length))
     steps = _default_block(shapes, config, extent) if config.method == "default" else _published_block(shapes, extent)
-    return {"allocate": allocate, "decompose": {name: work.times(shapes.blocks) for name, work in steps.items()}}
+    decompose = {name: work.times(shapes.blocks) for name, work in steps.items()}
+    if config.method == "default" and config.sparsity:
+        decompose["final gain"] = _final_gain(shapes, extent)
+    return {"allocate": allocate, "decompose": decompose}
 
 
 def _default_block(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> dict[str, Work]:
@@ -179,6 +183,12 @@ def _refit(shapes: Shapes, config: ModeGPTConfig, tokens: int, left: int) -> Wor
     return Work(raised=sample * (products + moments), exact=factors + solves)
 
 
+def _final_gain(shapes: Shapes, extent: Extent) -> Work:
+    """One Newton step by conjugate gradients: two products with the head an iteration, and a few around them."""
+    tokens = gain_tokens(extent.windows, extent.length, shapes.vocabulary)
+    return Work(raised=(2 * ITERATIONS + 6) * tokens * shapes.vocabulary * shapes.d_model)
+
+
 def _sensitivities(shapes: Shapes, extent: Extent) -> Work:
     used = sensitivity.budget(shapes.blocks, extent.windows)
     variants = shapes.blocks * len(PARTS) * len(used.ratios)
@@ -190,11 +200,6 @@ def _sensitivities(shapes: Shapes, extent: Extent) -> Work:
     return Work(forwards + observed + head, moments, shapes.blocks * _factorisations(shapes, 0))
 
 
-def product_seconds(work: Work, rates: dict[str, float]) -> float:
-    """How long the products take at `rates`, multiply-adds a second of "own", "raised" and "exact"."""
+def product_seconds(work: Work, rates: Mapping[str, float]) -> float:
+    """How long the products take at `rates`, multiply-adds a second by precision."""
     return sum(getattr(work, name) / rate for name, rate in rates.items())
-
-
-def precisions(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The number types behind `Work`'s three kinds of products, of a model of this type."""
-    return {"own": dtype, "raised": torch.promote_types(dtype, torch.float32), "exact": torch.float64}
