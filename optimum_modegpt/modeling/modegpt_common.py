@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
@@ -228,10 +227,6 @@ _silence_per_layer_warnings()
 # ------------------------------------------------------------------------------------------------------- attention
 
 
-PACKS_SINGLE_QUERIES = hasattr(sdpa_attention, "pack_gqa")
-"""Whether this transformers lets a single query of every head read its group's keys and values without copies."""
-
-
 class ModeGPTAttentionMixin(Dense):
     """Over a dense attention class: query/key heads and value heads have widths of their own.
 
@@ -244,7 +239,6 @@ class ModeGPTAttentionMixin(Dense):
     qk_head_dim: int
     v_head_dim: int
     rope_index: Tensor
-    num_key_value_groups: int
     sliding_window: int | None = None
 
     def set_widths(self, qk: int, vo: int) -> None:
@@ -261,62 +255,75 @@ class ModeGPTAttentionMixin(Dense):
     ) -> tuple[Tensor, Any]:
         """As the dense class: (batch, length, d_model) to the same shape, and the attention weights where asked for."""
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
+        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
         if self.rotary:
             query, key = self.rotate(query, key, *position_embeddings)
+        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        implementation = self.config._attn_implementation
-        if width := self.kernel_width(implementation or "", query.shape[2], paged="cache" in kwargs):
-            query, key, value = (_pad(x, width) for x in (query, key, value))
+        if self.config._attn_implementation == "sdpa" and query.shape[2] == 1 and "cache" not in kwargs:
+            attn_output, attn_weights = self.attend_once(query, key, value, attention_mask), None
+        else:
+            attn_output, attn_weights = self.attend(query, key, value, attention_mask, **kwargs)
+        attn_output = attn_output.reshape(*shape, -1).contiguous()
+        return getattr(self, self.output_name)(attn_output), attn_weights
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Attention by the kernel that the configuration names, (batch, length, heads, v); and its weights or None."""
+        implementation = self.config._attn_implementation or ""
+        width = self.kernel_width(implementation, paged="cache" in kwargs)
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attn_output, attn_weights = attention_interface(
             self,
-            query,
-            key,
-            value,
-            attention_mask,
+            *(_pad(x, width) for x in (query, key, value)),
+            mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.attention_window,
             **kwargs,
         )
-        if value.shape[-1] != self.v_head_dim:
-            attn_output = attn_output.reshape(*shape, query.shape[1], -1)[..., : self.v_head_dim]
-        attn_output = attn_output.reshape(*shape, -1).contiguous()
-        return getattr(self, self.output_name)(attn_output), attn_weights
+        length, heads = query.shape[2], query.shape[1]
+        return attn_output.reshape(-1, length, heads, width or self.v_head_dim)[..., : self.v_head_dim], attn_weights
 
-    def kernel_width(self, implementation: str, queries: int, paged: bool) -> int | None:
+    def attend_once(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of one query a head, (batch, kv_heads, heads / kv_heads, v).
+
+        The queries of a group are rows of one product with its keys and values: nothing of the cache is repeated for
+        the heads of a group, and nothing is padded.
+        """
+        groups = key.shape[1]
+        return nn.functional.scaled_dot_product_attention(
+            _rows_of_groups(query, groups),
+            key,
+            value,
+            attn_mask=None if mask is None else _rows_of_groups(mask, groups),
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            scale=self.scaling,
+        )
+
+    def kernel_width(self, implementation: str, paged: bool) -> int | None:
         """The head dim that query, key and value are padded to, None where widths may differ.
 
         Zero columns change no product. A paged cache has one width for all blocks, that of the dense model; flash
-        kernels take one width for the three, and so do the fast paths of sdpa. A single query against a cache is
-        cheap on any path, so nothing of the cache is copied for it, unless all of it would be repeated for every head.
+        kernels take one width for the three, and so do the fast paths of sdpa.
         """
         if paged:
             return self.head_dim
-        one_width = "flash" in implementation or (implementation == "sdpa" and (queries > 1 or self.repeats_cache))
+        one_width = "flash" in implementation or implementation == "sdpa"
         return max(self.qk_head_dim, self.v_head_dim) if one_width else None
 
-    @property
-    def repeats_cache(self) -> bool:
-        """Whether sdpa copies unequal keys and values for every query head, also for a single query."""
-        packs = PACKS_SINGLE_QUERIES and not torch.compiler.is_compiling()
-        return self.num_key_value_groups > 1 and not packs
-
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding of the kept pairs; query (batch, heads, length, qk), key (batch, kv_heads, length, qk)."""
+        """Rotary embedding of the kept pairs; query (batch, length, heads, qk), key (batch, length, kv_heads, qk)."""
         cos, sin = self.kept_pairs(cos), self.kept_pairs(sin)
-        key = _rotate_pairs(key, cos, sin)
-        grouped = query.unflatten(1, (self.rope_index.shape[0], -1))  # (batch, kv_heads, heads / kv_heads, length, qk)
-        return _rotate_pairs(grouped, cos.unsqueeze(2), sin.unsqueeze(2)).flatten(1, 2), key
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        grouped = query.unflatten(2, (key.shape[2], -1))  # (batch, length, kv_heads, heads / kv_heads, qk)
+        return _turn(grouped, cos.unsqueeze(3), sin.unsqueeze(3)).flatten(2, 3), _turn(key, cos, sin)
 
     def kept_pairs(self, table: Tensor) -> Tensor:
-        """Of a rotary table (batch, length, head_dim) what each head kept: (batch, kv_heads, length, qk / 2)."""
-        kept = table.index_select(-1, self.rope_index.view(-1))
-        return kept.view(*table.shape[:-1], *self.rope_index.shape).transpose(1, 2)
+        """Of a rotary table (batch, length, head_dim) what each head kept: (batch, length, kv_heads, qk / 2)."""
+        return table.index_select(-1, self.rope_index.view(-1)).view(*table.shape[:-1], *self.rope_index.shape)
 
     @property
     def attention_window(self) -> int | None:
@@ -324,15 +331,22 @@ class ModeGPTAttentionMixin(Dense):
         return self.sliding_window
 
 
-def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates coordinate pairs (i, i + d/2) of the last axis."""
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates coordinate pairs (i, i + d/2) of the last axis; `sin` has a minus sign in its first half.
+
+    As long rows as can be: kernels of a CPU leave what fills no vector register to scalar code.
+    """
     first, second = x.chunk(2, dim=-1)
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    return torch.cat(turned, dim=-1)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
 
 
-def _pad(x: Tensor, width: int) -> Tensor:
-    return x if x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
+def _pad(x: Tensor, width: int | None) -> Tensor:
+    return x if width is None or x.shape[-1] == width else nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _rows_of_groups(x: Tensor, groups: int) -> Tensor:
+    """(batch, heads, 1, d) to (batch, groups, heads / groups, d); a mask that all heads share stays one."""
+    return x if x.shape[1] == 1 else x.reshape(x.shape[0], groups, -1, x.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------- building and installing

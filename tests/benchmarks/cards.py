@@ -19,7 +19,8 @@ MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 KEPT = ("README.md", "config.json", "report.json", "evaluation.json", "tokenizer_config.json", "ranks.png")
 """The card and all that it is written from; weights are not kept."""
 SPARSITY = "0.3"
-WINDOWS = "64"
+WINDOWS = 64
+"""Most that a model is evaluated on."""
 RECOVERIES = {"demo": {"0.3": (), "0.4": ()}, "stories260k": {"0.3": ("--steps", "60", "--sequence-length", "512")}}
 """Flags of the recoveries in the README, by model and sparsity."""
 MEASURED = ("perplexity", "kl", "top1_agreement")
@@ -27,22 +28,20 @@ MEASURED = ("perplexity", "kl", "top1_agreement")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is calibrated and evaluated: files of texts, None for the demo's own, and flags."""
+    """How a model is calibrated and evaluated: files of texts, None for the demo's own, windows and tokens a window."""
 
     calibration: str | None
     evaluation: str | None
-    compress: tuple[str, ...] = ()
-    both: tuple[str, ...] = ()
+    num_samples: int = 128
+    sequence_length: int | None = None
 
 
-STORIES = Settings("tinystories_calib.txt", "tinystories_eval.txt", compress=("--num-samples", "64"))
+STORIES = Settings("tinystories_calib.txt", "tinystories_eval.txt", num_samples=64)
 MODELS = {
     "stories260k": STORIES,
     "atto-llama3-mqa": STORIES,
     "atto-qwen2-mqa": STORIES,
-    "shakespeare-opt-postln": Settings(
-        "tinyshakespeare_train.txt", "tinyshakespeare_val.txt", both=("--sequence-length", "128")
-    ),
+    "shakespeare-opt-postln": Settings("tinyshakespeare_train.txt", "tinyshakespeare_val.txt", sequence_length=128),
     "demo": Settings(None, None),
 }
 
@@ -68,15 +67,18 @@ def main() -> None:
 def make(name: str, sparsity: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """Makes the compressed model, evaluated beside the dense one, with its card; what was measured."""
     settings = MODELS[name]
-    compress = ["--sparsity", sparsity, "--round-to", "1", *settings.compress, *settings.both]
-    run("compress", dense(name, options), *dataset(settings.calibration, options), *compress, "--output", str(output))
+    compress = ["--sparsity", sparsity, "--round-to", "1", "--num-samples", str(settings.num_samples)]
+    run(
+        *("compress", dense(name, options), *dataset(settings.calibration, options), *compress),
+        *(*length(settings), "--output", str(output)),
+    )
     return evaluate(name, options, output)
 
 
 def evaluate(name: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
     """What is measured of a model beside the dense one; it stands on its card too."""
     settings = MODELS[name]
-    words = ["--reference", dense(name, options), "--max-windows", WINDOWS, *settings.both, "--update-card"]
+    words = ["--reference", dense(name, options), "--max-windows", str(WINDOWS), *length(settings), "--update-card"]
     run("evaluate", str(output), *dataset(settings.evaluation, options), *words)
     (entry,) = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))["texts"]
     return entry
@@ -107,6 +109,10 @@ def dense(name: str, options: argparse.Namespace) -> str:
 
 def dataset(file: str | None, options: argparse.Namespace) -> list[str]:
     return [] if file is None else ["--dataset", str(options.texts / file)]
+
+
+def length(settings: Settings) -> list[str]:
+    return [] if settings.sequence_length is None else ["--sequence-length", str(settings.sequence_length)]
 
 
 def run(*words: str) -> None:

@@ -1,6 +1,11 @@
-"""Perplexity of a model after compression: methods, temperatures and ratios side by side, as a table and as JSON.
+"""Perplexity of real models after compression: ratios × methods × allocations, as a table a model and as JSON.
 
-python tests/benchmarks/quality.py --model DIR --calibration FILE --evaluation FILE
+python tests/benchmarks/quality.py --models DIR --texts DIR [--all] [--json FILE] [NAME …]
+
+The texts and windows of a model are those of its card. By default, a few models: the published method and the default
+at every ratio, and at 30 % what each choice of the default is worth. What the JSON holds is not computed again: the
+same model, ratio, recipe, calibration and evaluation, by the same code. Sensitivities and influences depend on no
+ratio: they are measured once a model, and the time for it stands in the row that did.
 """
 
 from __future__ import annotations
@@ -8,16 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
+import sys
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from cards import MODEL_CARDS, MODELS, WINDOWS
+from machine import code, machine
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
-from optimum_modegpt import ModeGPTConfig, perplexity
-from optimum_modegpt.allocation.plan import Plan, total_weights
+from optimum_modegpt import ModeGPTConfig, Report, demo, perplexity
+from optimum_modegpt.allocation.plan import Plan, Sizes, total_weights
+from optimum_modegpt.allocation.sensitivity import plan_from_curves
+from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.calibration.data import (
     TokenWindows,
@@ -27,71 +39,177 @@ from optimum_modegpt.calibration.data import (
 )
 from optimum_modegpt.compress import compress, part_sizes
 
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)
 TEMPERATURES = (0.03, 0.05, 0.1, 0.2)
-RECIPES: dict[str, dict[str, Any]] = {
+MAIN: dict[str, dict[str, Any]] = {
     **{f"paper ε {t}": {"method": "paper", "influence_temperature": t} for t in TEMPERATURES},
     "paper uniform": {"method": "paper", "allocation": "uniform"},
-    "MLP only": {"method": "paper"},
-    "default, no refit": {"refit_iterations": 0},
     "default": {},
 }
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "MLP only": {"method": "paper"},
+    "default uniform": {"allocation": "uniform"},
+    "default influence": {"allocation": "influence"},
+    "default, no refit": {"refit_iterations": 0},
+}
+"""The paper's method on the MLPs alone; the default with other allocations, and without the refit of gate and up."""
+RECIPES = MAIN | ABLATIONS
+FEW = ("stories260k", "shakespeare-opt-postln")
+ABLATION_RATIO = 0.3
+COLUMNS = {"paper, best ε": tuple(name for name in MAIN if "ε" in name)} | {
+    name: (name,) for name in ("paper uniform", *ABLATIONS, "default")
+}
+"""Of the table: each shows the best of its recipes."""
+CELL = ("model", "sparsity", "recipe", "calibration", "evaluation", "code")
+"""What makes a row of the results another one."""
 
 
 def main() -> None:
     options = parse()
-    rows = []
-    for sparsity in options.sparsity:
-        for name in options.recipes:
-            row = measure(options, name, sparsity)
-            rows.append(row)
-            measured = f"{row['perplexity']:8.3f}  removed {row['removed']:.4f}  {row['seconds']:.1f} s"
-            print(f"{sparsity:.0%} {name:<20}{measured}", flush=True)
-    dense = score(options, load(options))
-    print(f"\n{table(rows, dense, options)}")
-    if options.json:
-        options.json.write_text(json.dumps(record(options, rows, dense), indent=2) + "\n", encoding="utf-8")
+    disable_progress_bar()
+    record = read(options.json)
+    cells = [(name, ratio, recipe) for name in options.names for ratio, recipe in wanted(options)]
+    bar = tqdm(cells, unit="cell", disable=not sys.stderr.isatty())
+    subjects = {name: Subject(name, options) for name in options.names}
+    for name, ratio, recipe in bar:
+        bar.set_description(f"{name} {ratio:.0%} {recipe}")
+        subject = subjects[name]
+        record["dense"][name] = subject.dense_perplexity
+        if find(record, cell := subject.cell(ratio, recipe)) is None:
+            record["rows"].append(cell | subject.measured(ratio, recipe))
+            write(options.json, record)
+    for name, subject in subjects.items():
+        rows = [find(record, subject.cell(ratio, recipe)) for ratio, recipe in wanted(options)]
+        print(f"{name}, dense {subject.dense_perplexity:.3f}\n\n{table(rows, subject.dense_perplexity)}\n")
+        if options.cards:
+            text = json.dumps(subject.results(rows), indent=2) + "\n"
+            (MODEL_CARDS / name / "results.json").write_text(text, encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or name of a dense model")
-    parser.add_argument("--calibration", required=True, help="calibration text, a file")
-    parser.add_argument("--evaluation", required=True, help="evaluation text, a file")
-    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.2, 0.3], help="fractions to remove")
-    parser.add_argument("--num-samples", type=int, default=64, help="calibration windows")
-    parser.add_argument("--sequence-length", type=int, help="tokens per window; default min(2048, context)")
-    parser.add_argument("--max-windows", type=int, default=64, help="evaluation windows")
-    parser.add_argument("--round-to", type=int, default=1, help="rounding of widths")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration windows")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=list(RECIPES), metavar="RECIPE")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    return parser.parse_args()
+    parser.add_argument("--models", type=Path, required=True, help="folder with the dense models")
+    parser.add_argument("--texts", type=Path, required=True, help="folder with the texts")
+    parser.add_argument("--all", action="store_true", help="every model, and every recipe at every ratio")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="fractions to remove")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="for the results (%(default)s)")
+    parser.add_argument("--cards", action="store_true", help="also write the results.json beside the models' cards")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default: {', '.join(FEW)}")
+    options = parser.parse_args()
+    options.names = options.names or list(MODELS if options.all else FEW)
+    if unknown := set(options.names) - set(MODELS):
+        parser.error(f"no model {', '.join(sorted(unknown))}; expected {', '.join(MODELS)}")
+    return options
 
 
-def measure(options: argparse.Namespace, name: str, sparsity: float) -> dict[str, Any]:
-    """One compression from the dense model, scored on the evaluation text."""
-    model = load(options)
-    config = ModeGPTConfig(
-        sparsity=sparsity,
-        dataset=options.calibration,
-        num_samples=options.num_samples,
-        round_to=options.round_to,
-        seed=options.seed,
-        **RECIPES[name],
-    )
-    windows = calibration_windows(config, tokenizer(options), sequence_length=length(options, model))
-    plan = mlp_only(model, config) if name == "MLP only" else None
-    report = compress(model, config, windows, plan=plan, progress=False)
-    seconds = {stage.name: round(stage.seconds, 2) for stage in report.stages}
-    return {
-        "recipe": name,
-        "sparsity": sparsity,
-        "removed": report.achieved_sparsity,
-        "perplexity": score(options, model),
-        "seconds": sum(seconds.values()),
-        "stages": seconds,
-        "calibration": report.calibration,
-    }
+def wanted(options: argparse.Namespace) -> list[tuple[float, str]]:
+    """Ratios and recipes of every model."""
+    return [
+        (ratio, recipe)
+        for ratio in options.ratios
+        for recipe in options.recipes or RECIPES
+        if options.recipes or options.all or recipe in MAIN or ratio == ABLATION_RATIO
+    ]
+
+
+@dataclass
+class Subject:
+    """A model with its texts, and what was found about it on the way."""
+
+    name: str
+    options: argparse.Namespace
+    reports: dict[str, Report] = field(default_factory=dict)
+    """The first one by allocation: sensitivities and influences are the same at every ratio."""
+
+    @property
+    def source(self) -> Path:
+        return demo.MODEL_DIR if MODELS[self.name].calibration is None else self.options.models / self.name
+
+    @cached_property
+    def config(self) -> ModeGPTConfig:
+        file = MODELS[self.name].calibration
+        text = demo.CALIBRATION_TEXT if file is None else self.options.texts / file
+        return ModeGPTConfig(dataset=str(text), num_samples=MODELS[self.name].num_samples, round_to=1)
+
+    @cached_property
+    def calibration(self) -> TokenWindows:
+        return calibration_windows(self.config, self.tokenizer, sequence_length=self.length)
+
+    @cached_property
+    def evaluation(self) -> TokenWindows:
+        file = MODELS[self.name].evaluation
+        text = demo.EVALUATION_TEXT if file is None else self.options.texts / file
+        return evaluation_windows(str(text), self.tokenizer, sequence_length=self.length, max_windows=WINDOWS)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.source)
+
+    @cached_property
+    def length(self) -> int:
+        return resolve_sequence_length(MODELS[self.name].sequence_length, self.load().config.max_position_embeddings)
+
+    @cached_property
+    def dense_perplexity(self) -> float:
+        return perplexity(self.load(), self.evaluation.tokens).perplexity
+
+    def load(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
+
+    def cell(self, ratio: float, recipe: str) -> dict[str, Any]:
+        """What `CELL` names."""
+        texts = self.calibration.record["sha256"], self.evaluation.record["sha256"]
+        return dict(zip(CELL, (self.name, ratio, recipe, *texts, code()), strict=True))
+
+    def measured(self, ratio: float, recipe: str) -> dict[str, Any]:
+        """One compression from the dense model, scored on the evaluation text; seconds by stage."""
+        model = self.load()
+        config = replace(self.config, sparsity=ratio, **RECIPES[recipe])
+        plan = (
+            mlp_only(model, config) if recipe == "MLP only" else self.plan(config, part_sizes(resolve(model), config))
+        )
+        report = compress(model, config, self.calibration, plan=plan, progress=False)
+        if plan is None:
+            self.reports[config.resolved_allocation] = report
+        return {
+            "removed": report.achieved_sparsity,
+            "perplexity": perplexity(model, self.evaluation.tokens).perplexity,
+            "stages": {stage.name: round(stage.seconds, 2) for stage in report.stages},
+        }
+
+    def results(self, rows: list[Any]) -> dict[str, Any]:
+        """What stands beside the card of the model, for the table of the README."""
+        return {
+            "model": self.name,
+            "calibration": self.calibration.record["name"],
+            "evaluation": self.evaluation.record["name"],
+            "num_samples": self.config.num_samples,
+            "sequence_length": self.length,
+            "max_windows": WINDOWS,
+            "round_to": self.config.round_to,
+            "seed": self.config.seed,
+            "dense_perplexity": self.dense_perplexity,
+            "results": [row | {"calibration": self.calibration.record} for row in rows],
+            "machine": machine(),
+        }
+
+    def plan(self, config: ModeGPTConfig, sizes: Sizes) -> Plan | None:
+        """That of the configuration, from what was measured before; None where nothing was."""
+        report = self.reports.get(config.resolved_allocation)
+        if report is None or config.resolved_allocation == "uniform":
+            return None
+        if config.resolved_allocation == "sensitivity":
+            curves = {
+                (int(block), part): [(sparsity, divergence) for sparsity, divergence in curve]
+                for (block, part), curve in ((key.split("."), curve) for key, curve in report.sensitivities.items())
+            }
+            return plan_from_curves(curves, sizes, config.sparsity)
+        targets = influence_targets(
+            report.influences, config.sparsity, temperature=config.influence_temperature, cap=config.max_sparsity
+        )
+        return plan_from_targets(targets, sizes)
 
 
 def mlp_only(model: Any, config: ModeGPTConfig) -> Plan:
@@ -108,34 +226,15 @@ def mlp_only(model: Any, config: ModeGPTConfig) -> Plan:
     ]
 
 
-def load(options: argparse.Namespace) -> Any:
-    return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-
-
-def tokenizer(options: argparse.Namespace) -> Any:
-    return AutoTokenizer.from_pretrained(options.model)
-
-
-def length(options: argparse.Namespace, model: Any) -> int:
-    return resolve_sequence_length(options.sequence_length, model.config.max_position_embeddings)
-
-
-def score(options: argparse.Namespace, model: Any) -> float:
-    windows: TokenWindows = evaluation_windows(
-        options.evaluation, tokenizer(options), sequence_length=length(options, model), max_windows=options.max_windows
-    )
-    return perplexity(model, windows.tokens).perplexity
-
-
-def table(rows: list[dict[str, Any]], dense: float, options: argparse.Namespace) -> str:
-    """A Markdown table, one line a ratio; the last column is log(default/dense) / log(best paper/dense)."""
-    names = [name for name in RECIPES if name in options.recipes]
-    lines = [f"dense {dense:.3f}", "", "| removed | " + " | ".join(names) + " | g |", "|" + "---|" * (len(names) + 2)]
-    for sparsity in options.sparsity:
-        found = {row["recipe"]: row["perplexity"] for row in rows if row["sparsity"] == sparsity}
-        published = [value for name, value in found.items() if name.startswith("paper")]
-        share = f"{share_left(found['default'], min(published), dense):.2f}" if published and "default" in found else ""
-        lines.append(f"| {sparsity:.0%} | " + " | ".join(f"{found[name]:.2f}" for name in names) + f" | {share} |")
+def table(rows: list[Any], dense: float) -> str:
+    """A Markdown table, one line a ratio; g is log(default/dense) / log(best paper/dense)."""
+    lines = [f"| removed | {' | '.join(COLUMNS)} | g |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for ratio in sorted({row["sparsity"] for row in rows}):
+        found = {row["recipe"]: row["perplexity"] for row in rows if row["sparsity"] == ratio}
+        shown = [min((found[one] for one in recipes if one in found), default=None) for recipes in COLUMNS.values()]
+        published = [value for recipe, value in found.items() if recipe.startswith("paper")]
+        share = share_left(found["default"], min(published), dense) if published and "default" in found else None
+        lines.append(f"| {ratio:.0%} | " + " | ".join("" if x is None else f"{x:.2f}" for x in (*shown, share)) + " |")
     return "\n".join(lines)
 
 
@@ -144,26 +243,23 @@ def share_left(ours: float, published: float, dense: float) -> float:
     return math.log(ours / dense) / math.log(published / dense)
 
 
-def record(options: argparse.Namespace, rows: list[dict[str, Any]], dense: float) -> dict[str, Any]:
-    """The results, with what made them."""
-    return {
-        "model": Path(options.model).name,
-        "calibration": Path(options.calibration).name,
-        "evaluation": Path(options.evaluation).name,
-        "num_samples": options.num_samples,
-        "sequence_length": options.sequence_length,
-        "max_windows": options.max_windows,
-        "round_to": options.round_to,
-        "seed": options.seed,
-        "dense_perplexity": dense,
-        "results": rows,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
+def read(file: Path) -> dict[str, Any]:
+    """The results until now."""
+    if file.is_file():
+        return json.loads(file.read_text(encoding="utf-8"))
+    return {"machine": {}, "dense": {}, "rows": []}
+
+
+def write(file: Path, record: dict[str, Any]) -> None:
+    """The results until now, with what made them; rows of other code are left out."""
+    record["machine"] = machine()
+    record["rows"] = [row for row in record["rows"] if row["code"] == code()]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def find(record: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any] | None:
+    return next((row for row in record["rows"] if all(row[key] == value for key, value in cell.items())), None)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ python tests/benchmarks/scaling.py --json scaling.json
 Every case is a process of its own that loads its model from a folder, as the command line does. Beside each measured
 peak stands what `estimate` says of it. The exponents are slopes of log(seconds) and log(bytes) on the logarithm of what
 grows. On the host the peak is that of anonymous memory (resident less shared pages) above the one before the work:
-memory maps of files are left out, and glibc returns at once what is freed (MALLOC_MMAP_THRESHOLD_ is set).
+memory maps of files are left out, and glibc returns at once what is freed (MALLOC_MMAP_THRESHOLD_ is set). The study
+"files" says that only 64 MiB of host memory are free, so that residual streams are kept in files.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import argparse
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import threading
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
+from machine import machine
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -44,7 +45,9 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     "width": [{"width": width} for width in (256, 384, 512)],
     "depth": [{"blocks": blocks} for blocks in (2, 4, 8)],
     "size": [{"width": 256, "blocks": 4}, {"width": 384, "blocks": 6}, {"width": 512, "blocks": 8}],
+    "files": [{"windows": windows, "free": 2**26} for windows in (32, 64, 128)],
 }
+GROWS = {"tokens": "tokens", "width": "width", "depth": "blocks", "size": "parameters", "files": "tokens"}
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 HEAD = 64
 
@@ -89,13 +92,13 @@ def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
         shape = {**BASE, **changes}
         shape["width"] *= options.scale
         rows.append(in_own_process({**shape, "dtype": options.dtype, "device": options.device, **recipe(options)}))
-    grows = "parameters" if name == "size" else {"tokens": "tokens", "width": "width", "depth": "blocks"}[name]
+    grows = GROWS[name]
     fitted = {what: exponent([row[grows] for row in rows], [row[what] for row in rows]) for what in ("seconds", "peak")}
-    print(f"\n{name}\n{grows:>12}{'seconds':>10}{'peak MiB':>10}{'estimate':>10}{'ratio':>8}")
+    print(f"\n{name}\n{grows:>12}{'seconds':>10}{'peak MiB':>10}{'estimate':>10}{'ratio':>8}{'streams':>10}")
     for row in rows:
         print(
             f"{row[grows]:>12,}{row['seconds']:>10.1f}{row['peak'] / 2**20:>10.1f}{row['estimate'] / 2**20:>10.1f}"
-            f"{row['estimate'] / row['peak']:>8.2f}"
+            f"{row['estimate'] / row['peak']:>8.2f}{row['streams']:>10}"
         )
     print(f"seconds ~ {grows}^{fitted['seconds']:.2f}, peak ~ {grows}^{fitted['peak']:.2f}", flush=True)
     return {"grows": grows, "exponents": fitted, "rows": rows}
@@ -144,21 +147,26 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, case["vocabulary"], (case["windows"], case["length"]), generator=generator)
     device = compute_device(None if case["device"] == "auto" else case["device"], torch.device("cpu"))
+    on_host = device.type == "cpu"
+    if "free" in case:
+        psutil.virtual_memory = lambda: types.SimpleNamespace(available=case["free"], total=case["free"])
     with anonymous_peak() as peaks:
         model = AutoModelForCausalLM.from_pretrained(case["folder"], dtype="auto")
-        expected, parameters = estimate(model, config, case["length"]), count_parameters(model)
+        found, parameters = estimate(model, config, case["length"], device=device), count_parameters(model)
+        expected = found.without if on_host else found.with_accelerator
         checkpoint = Checkpoint(Path(case["folder"]) / "checkpoint")
         windows = TokenWindows(tokens, {})
         report = compress(model, config, windows, device=device, checkpoint=checkpoint, progress=False)
-    on_host = device.type == "cpu"
     return {
         "parameters": parameters,
         "tokens": tokens.numel(),
         "seconds": sum(stage.seconds for stage in report.stages),
         "peak": max(peaks) if on_host else max(stage.peak_memory for stage in report.stages),
         "host_peak": max(peaks),
-        "estimate": sum((expected.cpu_only_memory if on_host else expected.device_memory).values()),
-        "host_estimate": sum((expected.cpu_only_memory if on_host else expected.cpu_memory).values()),
+        "estimate": sum((expected.needs.host if on_host else expected.needs.device).values()),
+        "host_estimate": sum(expected.needs.host.values()),
+        "streams": expected.streams,
+        "batch_size": expected.batch_size,
         "stages": {stage.name: {"seconds": stage.seconds, "peak": stage.peak_memory} for stage in report.stages},
         "memory_kind": report.memory_kind,
     }
@@ -186,23 +194,6 @@ def anonymous_peak() -> Iterator[list[int]]:
     finally:
         done.set()
         thread.join()
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on."""
-    chosen = compute_device(None if device == "auto" else device, torch.device("cpu"))
-    return {
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else str(chosen),
-        "cores": psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory": psutil.virtual_memory().total,
-        "load": psutil.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 if __name__ == "__main__":

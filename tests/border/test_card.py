@@ -287,16 +287,16 @@ def test_a_measurement_with_a_reference_gives_way_only_to_another(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     beside = {"kl": 0.1, "reference_perplexity": 4.0, "top1_agreement": 0.9}
-    add_evaluation(folder, evaluated(folder, "one.txt", 6.0))
-    add_evaluation(folder, evaluated(folder, "one.txt", 5.0) | beside)
+    add_evaluation(folder, evaluated(folder, "one.txt", 6.0, first_token="<s>"))
+    add_evaluation(folder, evaluated(folder, "one.txt", 5.0, first_token="<s>") | beside)
     assert "| **5.00** | 4.00 | 0.1000 | 90.0 % |" in card(folder).text
     assert caplog.text == ""
-    add_evaluation(folder, evaluated(folder, "one.txt", 7.0))
+    add_evaluation(folder, evaluated(folder, "one.txt", 7.0, first_token="<s>"))
     assert "one.txt was measured with a reference before, which is kept" in caplog.text
     add_evaluation(folder, evaluated(folder, "one.txt", 7.0, windows=9))
-    (kept, added) = json.loads((folder / "evaluation.json").read_text())["texts"]
+    kept, added = json.loads((folder / "evaluation.json").read_text())["texts"]
     assert (kept["perplexity"], kept["kl"], added["perplexity"]) == (5.0, 0.1, 7.0)
-    add_evaluation(folder, evaluated(folder, "one.txt", 4.5) | beside | {"kl": 0.2})
+    add_evaluation(folder, evaluated(folder, "one.txt", 4.5, first_token="<s>") | beside | {"kl": 0.2})
     assert "| **4.50** | 4.00 | 0.2000 | 90.0 % |" in card(folder).text
     assert "**5.00**" not in card(folder).text
 

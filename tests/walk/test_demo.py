@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from benchmarks.quality import mlp_only
+from quality import mlp_only
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_modegpt import ModeGPTConfig, demo, perplexity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,24 @@ def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
 
 
-def export(model: Any) -> ExportedProgram:
-    """The program for token ids and mask of any batch and length up to the context's."""
+@cache
+def exported(name: str) -> tuple[Any, ExportedProgram]:
+    """A model, and its program for token ids and mask of any batch and length up to the context's."""
+    model = compressed(name)
     batch, length = Dim("batch", max=64), Dim("length", min=2, max=64)
     sizes = {0: batch, 1: length}
-    return torch.export.export(
+    program = torch.export.export(
         model,
         (),
         {**inputs(2, 8), "use_cache": False},
         dynamic_shapes={"input_ids": sizes, "attention_mask": sizes, "use_cache": None},
     )
+    return model, program
 
 
 @FAMILY
 def test_exported_saved_and_reloaded(name: str, tmp_path: Path) -> None:
-    model = compressed(name)
-    program = export(model)
+    model, program = exported(name)
     torch.export.save(program, tmp_path / "model.pt2")
     again = torch.export.load(tmp_path / "model.pt2").module()
     for size in SIZES:
@@ -60,8 +63,8 @@ def test_onnx_file_in_onnxruntime(name: str, tmp_path: Path) -> None:
         pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
     import onnxruntime
 
-    model, path = compressed(name), tmp_path / "model.onnx"
-    torch.onnx.export(export(model), f=path, dynamo=True, output_names=["logits"], verbose=False)
+    (model, program), path = exported(name), tmp_path / "model.onnx"
+    torch.onnx.export(program, f=path, dynamo=True, output_names=["logits"], verbose=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert {one.name for one in session.get_inputs()} == {"input_ids", "attention_mask"}
     for size in SIZES:

@@ -33,6 +33,7 @@ from optimum_modegpt.integration.card.contents import (
     weights_digest,
 )
 from optimum_modegpt.integration.card.header import metadata
+from optimum_modegpt.integration.card.shapes import TEXT, fitted
 from optimum_modegpt.integration.headers import weight_bytes
 from optimum_modegpt.integration.reading import load_config
 from optimum_modegpt.integration.readme import TRAINER
@@ -160,8 +161,9 @@ def with_entry(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dic
 
 
 def measured_on(entry: dict[str, Any]) -> tuple[Any, ...]:
-    """What a perplexity was measured on."""
-    return tuple(entry["text"].get(key) for key in MEASURED_ON)
+    """What a perplexity was measured on, alike for a new entry and one that was read from a file."""
+    text = fitted(entry["text"], TEXT)
+    return tuple(text.get(key) for key in MEASURED_ON)
 
 
 def draw(found: Contents, blocks: tuple[BlockRanks, ...], path: Path) -> None:
