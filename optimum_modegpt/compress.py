@@ -620,7 +620,7 @@ def make_report(
         )
         for index, (ranks, size, error) in enumerate(zip(plan, sizes, errors, strict=True))
     )
-    floor = floor_seconds(walk)
+    floor = floor_seconds(walk, plan)
     return Report(
         base_model=record["base_model"],
         revision=record["base_revision"],
@@ -640,17 +640,19 @@ def make_report(
     )
 
 
-def floor_seconds(walk: Walk) -> dict[str, dict[str, float]]:
+def floor_seconds(walk: Walk, plan: Plan) -> dict[str, dict[str, float]]:
     """By stage and step, how long this process's share of the matrix products takes at the rate of the device."""
     tokens, config = walk.calibration.tokens, walk.config
     windows = -(-len(tokens) // processes.count())
     length, dtype = tokens.shape[1], walk.architecture.model.dtype
     extent = Extent(windows, length, walk.batch_size * length, dtype.itemsize)
     rates = product_rates(walk.device, dtype)
+    ranks, variants = [ranks["mlp"] for ranks in plan], sum(map(len, walk.curves.values()))
+    stages = work_of(walk.shapes, config, extent, mlp_ranks=ranks, variants=variants)
     names = {"allocate": f"allocate ({config.resolved_allocation})", "decompose": "decompose"}
     return {
         names[stage]: {step: product_seconds(work, rates) for step, work in steps.items()}
-        for stage, steps in work_of(walk.shapes, config, extent).items()
+        for stage, steps in stages.items()
     }
 
 
