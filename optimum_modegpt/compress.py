@@ -53,7 +53,7 @@ from optimum_modegpt.errors import (
     naming,
 )
 from optimum_modegpt.methods import published, residual_matched, sensitivity
-from optimum_modegpt.methods.placement import Arrangement, Free, Needs, arrange
+from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange
 from optimum_modegpt.methods.work import Extent, Shapes, product_seconds, shapes_of, work_of
 from optimum_modegpt.modeling.adoption import adopt
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION, Widths
@@ -107,16 +107,17 @@ class Walk:
     """Of the dense model, taken before it changes."""
     batch_size: int = field(init=False)
     """Windows per forward pass; halved where memory does not suffice."""
+    streams: Streams = field(init=False)
+    """Where the residual streams are kept, and `place`, the same as a place."""
     place: Place = field(init=False)
-    """Where the residual streams are kept."""
 
     def __post_init__(self) -> None:
         self.shapes = shapes_of(self.architecture.model, self.architecture.family)
         arrangement = arranged(self)
         host, folder = torch.device("cpu"), Path(tempfile.gettempdir())
         files = Place(host, folder if self.checkpoint is None else self.checkpoint.folder)
-        self.batch_size = arrangement.batch_size
-        self.place = {"device": Place(self.device), "host": Place(host), "files": files}[arrangement.streams]
+        self.batch_size, self.streams = arrangement.batch_size, arrangement.streams
+        self.place = {"device": Place(self.device), "host": Place(host), "files": files}[self.streams]
 
     def warn(self, message: str) -> None:
         """Logs a warning and keeps it for the report, once."""
@@ -493,7 +494,7 @@ def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
     """What has to be the same for unfinished work to be taken over and end in the same bits, safe for JSON."""
     return {
         "model": fingerprint(walk.architecture.model),
-        "configuration": walk.config.to_dict(),
+        **{f"configuration, {name}": value for name, value in walk.config.to_dict().items()},
         "plan": plan,
         "calibration": hashlib.sha256(walk.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
         "device": walk.device.type,
@@ -633,6 +634,8 @@ def make_report(
         stages=tuple(dataclasses.replace(stage, floor=floor.get(stage.name, {})) for stage in walk.clock.stages),
         memory_kind=walk.clock.memory_kind,
         device=str(walk.device),
+        batch_size=walk.batch_size,
+        streams=walk.streams,
         processes=processes.count(),
         **walk.measured(),
         warnings=tuple(walk.warnings),

@@ -59,7 +59,7 @@ class ModeGPTConfig(QuantizationConfigMixin):
         text_column: column that holds the text; `None` finds it where there is only one choice.
         num_samples: number of calibration windows.
         sequence_length: tokens per window; `None` takes min(2048, the model's context).
-        batch_size: windows per forward pass; `None` chooses by size.
+        batch_size: windows per forward pass; `None` chooses by the memory that is free.
         round_to: `"auto"` rounds widths to what kernels like; an integer rounds to its multiples; 1 does not round.
         seed: seed of the choice of calibration windows; the global random state is never touched.
         influence_temperature: ε of the paper's softmax over block influences.

@@ -81,6 +81,10 @@ class Report:
     memory_kind: str
     """What `Stage.peak_memory` is: "device memory" or "sampled resident size"."""
     device: str
+    batch_size: int | None = None
+    """Windows per forward pass: as many as at first, or as were left where memory did not suffice."""
+    streams: str | None = None
+    """Where the residual streams were kept: on the "device", in "host" memory or in "files"."""
     processes: int = 1
     """How many compressed it together, each on its share of the calibration; stages and device are the first one's."""
     sensitivities: dict[str, list[list[float]]] = field(default_factory=dict)

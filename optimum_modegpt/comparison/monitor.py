@@ -75,8 +75,8 @@ class MonitorSummary:
 
     def __str__(self) -> str:
         rows = [
-            f"{self.requests:,} requests served, {self.compared:,} of them compared, {self.skipped:,} skipped because "
-            f"the queue was full, {self.waiting:,} waiting, {self.errors:,} errors"
+            f"requests: {self.requests:,} served, {self.compared:,} compared, {self.skipped:,} skipped for a full "
+            f"queue, {self.waiting:,} waiting, {self.errors:,} errors"
         ]
         if self.last_error is not None:
             rows.append(f"last error: {self.last_error}")

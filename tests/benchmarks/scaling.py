@@ -6,7 +6,7 @@ Every case is a process of its own that loads its model from a folder, as the co
 peak stands what `estimate` says of it. The exponents are slopes of log(seconds) and log(bytes) on the logarithm of what
 grows. On the host the peak is that of anonymous memory (resident less shared pages) above the one before the work:
 memory maps of files are left out, and glibc returns at once what is freed (MALLOC_MMAP_THRESHOLD_ is set). The study
-"files" says that only 64 MiB of host memory are free, so that residual streams are kept in files.
+"files" says that only 128 MiB of host memory are free, so that residual streams are kept in files.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     "width": [{"width": width} for width in (256, 384, 512)],
     "depth": [{"blocks": blocks} for blocks in (2, 4, 8)],
     "size": [{"width": 256, "blocks": 4}, {"width": 384, "blocks": 6}, {"width": 512, "blocks": 8}],
-    "files": [{"windows": windows, "free": 2**26} for windows in (32, 64, 128)],
+    "files": [{"windows": windows, "vocabulary": 256, "free": 2**27} for windows in (64, 128)],
 }
 GROWS = {"tokens": "tokens", "width": "width", "depth": "blocks", "size": "parameters", "files": "tokens"}
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}

@@ -647,7 +647,7 @@ def test_a_broken_threshold_shows_once_in_the_log_and_always_in_the_summary(
     assert caplog.text.count("a threshold is broken over the last requests: BROKEN: KL divergence") == 1
     assert monitor.summary().status == "broken"
     assert monitor.summary().broken[0].startswith("BROKEN: KL divergence")
-    assert str(monitor.summary()).startswith("5 requests served, 5 of them compared")
+    assert str(monitor.summary()).startswith("requests: 5 served, 5 compared, 0 skipped for a full queue")
     assert str(monitor.summary()).endswith(f"thresholds: {monitor.summary().broken[0]}")
     assert monitor.summary().recent_kl == pytest.approx(records[0]["kl"])
     monitor.close()

@@ -75,7 +75,7 @@ def test_the_python_runs_as_printed(folder: Path) -> None:
             "modegpt" in ModelCard(hub.repos["user/qwen-modegpt-30"].files("main")["README.md"].data.decode()).data.tags
         )
     assert "removed" in result.stdout
-    assert "MonitorSummary(requests=1" in result.stdout
+    assert "requests: 1 served, 1 compared" in result.stdout
     assert (folder / "qwen-modegpt-30" / "config.json").is_file()
     assert (folder / "small" / "report.json").is_file()
 

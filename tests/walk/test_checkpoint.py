@@ -145,9 +145,9 @@ def test_work_without_streams_is_done_again(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("change", "difference"),
     [
-        ({"sparsity": 0.2}, "configuration was"),
-        ({"seed": 1}, "configuration was"),
-        ({"batch_size": 2}, "configuration was"),
+        ({"sparsity": 0.2}, "configuration, sparsity was 0.3, now it is 0.2"),
+        ({"seed": 1}, "configuration, seed was 0"),
+        ({"batch_size": 2}, "configuration, batch_size was None, now it is 2"),
     ],
 )
 def test_another_compression_is_refused_by_name(

@@ -14,13 +14,14 @@ import pytest
 import torch
 from tiny import FAMILIES, dense, tokens
 
-from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt import ModeGPTConfig, Report
 from optimum_modegpt import checkpoint as checkpoints
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.streams import Place, kept
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.evaluation.estimate import estimate
 from optimum_modegpt.methods import residual_matched
 
 HOST = torch.device("cpu")
@@ -54,10 +55,16 @@ def spilled(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
 
 
 def run(name: str, checkpoint: Checkpoint | None = None, **recipe: Any) -> dict[str, torch.Tensor]:
+    return run_with_report(name, checkpoint, **recipe)[0]
+
+
+def run_with_report(
+    name: str, checkpoint: Checkpoint | None = None, **recipe: Any
+) -> tuple[dict[str, torch.Tensor], Report]:
     model = dense(name)
-    config = ModeGPTConfig(sparsity=0.3, batch_size=5, **{"refit_iterations": 2, **recipe})
-    compress(model, config, TokenWindows(tokens(12, 24), {}), checkpoint=checkpoint, progress=False)
-    return dict(model.state_dict())
+    config = ModeGPTConfig(**{"sparsity": 0.3, "batch_size": 5, "refit_iterations": 2, **recipe})
+    report = compress(model, config, TokenWindows(tokens(12, 24), {}), checkpoint=checkpoint, progress=False)
+    return dict(model.state_dict()), report
 
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -78,21 +85,32 @@ def test_files_give_the_bits_of_memory(
     assert set(spilled) == {tmp_path / "kept"}
 
 
-def test_a_run_with_files_goes_on_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("starts_with", [0, 2**40])
+def test_a_run_goes_on_with_other_memory_and_the_recorded_batch_size(
+    starts_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(checkpoints, "STREAM_SECONDS", 0)
-    expected, original = run("qwen2"), residual_matched.compress_block
+    original = residual_matched.compress_block
 
     def dies(student: Any, *args: Any, **kwargs: Any) -> Any:
         if student.index == 2:
             raise KeyboardInterrupt
         return original(student, *args, **kwargs)
 
+    def has(available: int) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=available))
+
+    has(starts_with)
+    expected, whole = run_with_report("qwen2", batch_size=None)
     with monkeypatch.context() as patch:
-        patch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0, total=2**30))
         patch.setattr(residual_matched, "compress_block", dies)
         with pytest.raises(KeyboardInterrupt):
-            run("qwen2", Checkpoint(tmp_path / "kept"))
-    assert_same(run("qwen2", Checkpoint(tmp_path / "kept")), expected)
+            run("qwen2", Checkpoint(tmp_path / "kept"), batch_size=None)
+    has(2**40 - starts_with)
+    found, resumed = run_with_report("qwen2", Checkpoint(tmp_path / "kept"), batch_size=None)
+    assert_same(found, expected)
+    assert {whole.streams, resumed.streams} == {"host", "files"}
+    assert whole.batch_size == resumed.batch_size == (12 if starts_with else 1)
 
 
 def test_without_a_checkpoint_files_are_in_the_systems_folder_and_hold_the_finished_blocks_too(
@@ -139,3 +157,28 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(little_memory: None, tmp_p
     with full_disk(4096), pytest.raises(CheckpointError, match=message):
         run("llama-mha", Checkpoint(tmp_path / "kept"))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", [{}, {"allocation": "uniform"}, {"method": "paper"}], ids=str)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
+def test_the_estimate_counts_the_files(
+    recipe: dict[str, Any], little_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak, original = 0, Place.keep
+
+    def keep(place: Place, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal peak
+        found = original(place, tensor)
+        maps = [
+            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if ".stream" in line
+        ]
+        peak = max(peak, sum(int(end, 16) - int(start, 16) for start, end in maps))
+        return found
+
+    monkeypatch.setattr(Place, "keep", keep)
+    model = dense("llama-mha", num_hidden_layers=4)
+    config = ModeGPTConfig(num_samples=8, batch_size=2, **recipe)
+    expected = sum(estimate(model, config, 64).without.needs.files.values())
+    windows = TokenWindows(tokens(8, 64), {})
+    compress(model, config, windows, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
+    assert 1 / 1.2 < peak / expected < 1.2
