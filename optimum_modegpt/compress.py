@@ -42,6 +42,7 @@ from optimum_modegpt.calibration.influence import InfluenceSum
 from optimum_modegpt.calibration.streams import Front, Place, Stream, enter, in_batches, kept
 from optimum_modegpt.checkpoint import Checkpoint, fingerprint
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.psd import products_of
 from optimum_modegpt.errors import (
     CalibrationDataError,
     CheckpointError,
@@ -53,11 +54,11 @@ from optimum_modegpt.errors import (
 )
 from optimum_modegpt.methods import published, residual_matched, sensitivity
 from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange
-from optimum_modegpt.methods.work import Extent, Shapes, precisions, product_seconds, shapes_of, work_of
+from optimum_modegpt.methods.work import Extent, Shapes, product_seconds, shapes_of, work_of
 from optimum_modegpt.modeling.adoption import adopt
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION, Widths
 from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, Stage, count_parameters
-from optimum_modegpt.stages import StageClock, compute_device, product_rate
+from optimum_modegpt.stages import StageClock, compute_device, product_rates
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,8 @@ def compress(
         config = dataclasses.replace(config, sparsity=plan_sparsity(plan, sizes))
     walk = Walk(architecture, config, calibration, device, progress, StageClock(device), checkpoint=checkpoint)
     check_request(walk, sizes)
-    with torch.no_grad(), evaluation_mode(model), collected_warnings(walk), taken_over(walk, plan):
+    numbers = products_of(model.dtype)
+    with torch.no_grad(), numbers, evaluation_mode(model), collected_warnings(walk), taken_over(walk, plan):
         with walk.clock.stage("embed"):
             front = enter(architecture, calibration.tokens, walk.batch_size, walk.place)
             check_reading(walk, front)
@@ -619,7 +621,7 @@ def make_report(
         )
         for index, (ranks, size, error) in enumerate(zip(plan, sizes, errors, strict=True))
     )
-    floor = floor_seconds(walk)
+    floor = floor_seconds(walk, plan)
     return Report(
         base_model=record["base_model"],
         revision=record["base_revision"],
@@ -641,17 +643,19 @@ def make_report(
     )
 
 
-def floor_seconds(walk: Walk) -> dict[str, dict[str, float]]:
+def floor_seconds(walk: Walk, plan: Plan) -> dict[str, dict[str, float]]:
     """By stage and step, how long this process's share of the matrix products takes at the rate of the device."""
     tokens, config = walk.calibration.tokens, walk.config
     windows = -(-len(tokens) // processes.count())
     length, dtype = tokens.shape[1], walk.architecture.model.dtype
     extent = Extent(windows, length, walk.batch_size * length, dtype.itemsize)
-    rates = {name: product_rate(walk.device, kind) for name, kind in precisions(dtype).items()}
+    rates = product_rates(walk.device, dtype)
+    ranks, variants = [ranks["mlp"] for ranks in plan], sum(map(len, walk.curves.values()))
+    stages = work_of(walk.shapes, config, extent, mlp_ranks=ranks, variants=variants)
     names = {"allocate": f"allocate ({config.resolved_allocation})", "decompose": "decompose"}
     return {
         names[stage]: {step: product_seconds(work, rates) for step, work in steps.items()}
-        for stage, steps in work_of(walk.shapes, config, extent).items()
+        for stage, steps in stages.items()
     }
 
 

@@ -155,15 +155,13 @@ class Report:
         p = self.parameters
         seconds = sum(stage.seconds for stage in self.stages)
         floor = sum(sum(stage.floor.values()) for stage in self.stages)
+        paced = f" ({seconds / floor:.1f} times its matrix products at this device's rate)" if floor else ""
         peak = max((stage.peak_memory for stage in self.stages), default=0)
         rows += [
             f"removed {self.achieved_sparsity:.2%} of the block projections (asked for {self.requested_sparsity:.2%}): "
             f"{p.blocks_before:,} -> {p.blocks_after:,} weights",
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
-            f"{seconds:.1f} s, {seconds / floor:.1f} times what its matrix products alone take at this device's rate"
-            if floor
-            else f"{seconds:.1f} s",
-            f"peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
+            f"{seconds:.1f} s{paced}, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
             *(f"warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(rows)

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from optimum_modegpt.decompositions.psd import exact
+from optimum_modegpt.decompositions.psd import exact, products_of, working
 from optimum_modegpt.report import Stage
 
 SAMPLING_SECONDS = 0.02
@@ -33,15 +33,21 @@ def compute_device(wanted: torch.device | str | None, home: torch.device) -> tor
     return device
 
 
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds a second of square matrix products: the best of a few on `device`, measured once a process."""
-    # float64 is computed on the host where a device has none.
-    home = torch.device("cpu") if dtype == torch.float64 and exact(torch.zeros((), device=device)).is_cpu else device
-    return _measured_rate(home, dtype)
-
-
 @functools.cache
-def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+def product_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Multiply-adds a second on `device`, of a model of this type, by `Work`'s precisions; measured once a process."""
+    # float64 is computed on the host where a device has none.
+    host = torch.device("cpu") if exact(torch.zeros((), device=device)).is_cpu else device
+    with products_of(dtype):
+        return {
+            "own": _product_rate(device, dtype),
+            "raised": _product_rate(device, working(dtype)),
+            "exact": _product_rate(host, torch.float64),
+        }
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """That of square matrices, the best of a few."""
     width = 512 if device.type == "cpu" else 4096
     square = torch.ones(width, width, dtype=dtype, device=device)
     clock = StageClock(device)

@@ -105,8 +105,8 @@ class _Linearised:
         output_moments = [metric * channel for channel in channels]
         scale = mean_diagonal(input_moment)
         self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in output_moments]
-        self.input_inverse = inverse(damp(input_moment, ridge))
-        self.output_inverses = [inverse(damp(moment, ridge)) for moment in output_moments]
+        self.input_inverse = inverse(damp(input_moment, ridge)).to(down)
+        self.output_inverses = [inverse(damp(moment, ridge)).to(down) for moment in output_moments]
 
     def iterates(self, iterations: int) -> Iterator[tuple[Tensor, ...]]:
         """The conjugate-gradient iterates, one tensor a matrix."""
@@ -178,8 +178,7 @@ class _Linearised:
 
     def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         return [
-            (output @ exact(matrix) @ self.input_inverse).to(matrix)
-            for matrix, output in zip(gradient, self.output_inverses, strict=True)
+            output @ matrix @ self.input_inverse for matrix, output in zip(gradient, self.output_inverses, strict=True)
         ]
 
     def _on_device(self, samples: Iterable[TokenSample]) -> Iterator[TokenSample]:

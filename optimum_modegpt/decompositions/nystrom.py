@@ -10,6 +10,9 @@ from optimum_modegpt.decompositions.psd import add_diagonal, damp, inverse, mean
 NYSTROM_RIDGE = 1e-8
 """Damping of the paper's refit, which has none: keeps (SᵀCS)⁻¹ defined for dead channels."""
 
+SHRINK = 0.75
+"""Rows that are gone leave the downdated matrix when fewer than this share of it are left: copies cost more."""
+
 
 def ridge_leverage(moment: Tensor, ridge: float) -> Tensor:
     """s_i = [C (C + λI)⁻¹]_ii = 1 − λ [(C + λI)⁻¹]_ii, in [0, 1]; λ = `ridge` · mean diagonal. (n, n) to (n,)."""
@@ -41,18 +44,23 @@ def elimination_order(hessian: Tensor, weight: Tensor, count: int, *, protected:
     in about `rounds` chunks: inside a chunk of candidates they are chosen one by one with exact downdates, so of twins
     only one goes. The last `protected` rows are never removed and not counted.
     """
-    inverse_hessian, left = inverse(hessian), torch.arange(len(hessian), device=hessian.device)
-    chunk, order = max(1, count // rounds), left[:0]
+    inverse_hessian, weight = inverse(hessian), weight.clone()
+    names = torch.arange(len(hessian), device=hessian.device)
+    gone, chunk, order = torch.zeros_like(names, dtype=torch.bool), max(1, count // rounds), names[:0]
     while (excess := count - len(order)) > 0:
-        cost = _removal_cost(inverse_hessian, weight)[: len(left) - protected]
-        candidates = cost.topk(min(4 * chunk, len(cost)), largest=False).indices
+        cost = (weight.square().sum(1) / inverse_hessian.diagonal()).masked_fill(gone, torch.inf)
+        left = len(hessian) - protected - len(order)
+        candidates = cost[: len(cost) - protected].topk(min(4 * chunk, left), largest=False).indices
         removed = _eliminate_one_by_one(inverse_hessian, weight, candidates, min(chunk, excess))
-        kept = remaining(removed, len(left))
-        columns = inverse_hessian[kept][:, removed]
-        update = solve(inverse_hessian[removed][:, removed], torch.cat((weight[removed], columns.T), dim=1))
-        weight = weight[kept] - columns @ update[:, : weight.shape[1]]
-        inverse_hessian = inverse_hessian[kept][:, kept] - columns @ update[:, weight.shape[1] :]
-        order, left = torch.cat((order, left[removed])), left[kept]
+        columns = inverse_hessian[:, removed]
+        update = solve(columns[removed], torch.cat((weight[removed], columns.T), dim=1))
+        weight.addmm_(columns, update[:, : weight.shape[1]], alpha=-1)
+        inverse_hessian.addmm_(columns, update[:, weight.shape[1] :], alpha=-1)
+        gone, order = gone.index_fill(0, removed, True), torch.cat((order, names[removed]))
+        if left + protected < SHRINK * len(names):
+            kept = (~gone).nonzero()[:, 0]
+            inverse_hessian, weight, names = inverse_hessian[kept][:, kept], weight[kept], names[kept]
+            gone = gone[kept]
     return order
 
 
@@ -62,22 +70,21 @@ def remaining(removed: Tensor, width: int) -> Tensor:
     return kept.nonzero()[:, -1].view(*removed.shape[:-1], -1)
 
 
-def _removal_cost(inverse_hessian: Tensor, weight: Tensor) -> Tensor:
-    return weight.square().sum(1) / inverse_hessian.diagonal()
-
-
 def _eliminate_one_by_one(inverse_hessian: Tensor, weight: Tensor, candidates: Tensor, count: int) -> Tensor:
     """The `count` of the `candidates` that go first when each removal is followed by a rank-one downdate."""
     if count == 1:
         return candidates[:1]
     block, rows = inverse_hessian[candidates][:, candidates], weight[candidates]
-    removed: list[int] = []
-    for _ in range(count):
-        cost = _removal_cost(block, rows)
-        cost[removed] = torch.inf
-        worst = int(cost.argmin())
+    gram, alive = rows @ rows.T, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    removed = []
+    for _ in range(count):  # without a transfer to the host
+        cost = (gram.diagonal() / block.diagonal()).masked_fill(~alive, torch.inf)
+        worst = cost.argmin().view(1)
         removed.append(worst)
-        column = block[:, worst] / block[worst, worst]
-        rows = rows - torch.outer(column, rows[worst])
-        block = block - torch.outer(column, block[worst])
-    return candidates[torch.tensor(removed, device=candidates.device)]
+        alive = alive.index_fill(0, worst, False)
+        pivot, products = block.index_select(0, worst), gram.index_select(0, worst)
+        share = (pivot / pivot.index_select(1, worst)).T  # of the removed row, what each other row takes over
+        left = products - products.index_select(1, worst) * share.T / 2
+        gram = gram - share @ left - (share @ left).T
+        block = block - share @ pivot
+    return candidates[torch.cat(removed)]

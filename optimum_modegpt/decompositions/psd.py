@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +41,25 @@ def working(dtype: torch.dtype) -> torch.dtype:
 def raised(x: Tensor) -> Tensor:
     """`x` in the precision of products over tokens."""
     return x.to(working(x.dtype))
+
+
+@contextmanager
+def products_of(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, float32 products of what a 16-bit model computed may round their inputs, as matrix units do.
+
+    What they lose is of the size of the activations' own rounding; sums stay in float32. Nothing changes for wider
+    numbers.
+    """
+    units: Any = torch.backends
+    backends = () if dtype.itemsize > 2 else ((units.cuda.matmul, "tf32"), (units.mkldnn.matmul, "bf16"))
+    before = [backend.fp32_precision for backend, _ in backends]
+    try:
+        for backend, precision in backends:
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for (backend, _), precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def mean_diagonal(moment: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods import sensitivity
-from optimum_modegpt.methods.residual_matched import GAIN_TOKENS, LOGITS, REFIT_TOKENS
+from optimum_modegpt.methods.residual_matched import REFIT_TOKENS, gain_tokens
 from optimum_modegpt.methods.work import Extent, Shapes
 from optimum_modegpt.report import PARTS
 
@@ -105,7 +105,7 @@ def _channels_halfway(mlp: int, config: ModeGPTConfig) -> int:
 
 def _final_gain(shapes: Shapes, extent: Extent) -> Parts:
     """The final norm: distributions over the vocabulary as targets, twice, and those of the model with products."""
-    tokens = max(extent.windows, min(extent.tokens, GAIN_TOKENS, LOGITS // shapes.vocabulary))
+    tokens = gain_tokens(extent.windows, extent.length, shapes.vocabulary)
     return {
         "normalised streams": 5 * tokens * shapes.d_model * FLOAT32,
         "head": 2 * shapes.vocabulary * shapes.d_model * FLOAT32,

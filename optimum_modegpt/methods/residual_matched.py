@@ -146,11 +146,15 @@ def match_norm(norm: Any, dense: Stream, compressed: Stream) -> None:
         weight.mul_(slope.value().to(weight))
 
 
+def gain_tokens(windows: int, length: int, vocabulary: int) -> int:
+    """How many tokens the final gain is fitted to; at least one of every window."""
+    return max(windows, min(windows * length, GAIN_TOKENS, LOGITS // vocabulary))
+
+
 def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, dense_norm: Any) -> None:
     """The final norm: first `match_norm`, then its gain is fitted to the dense model's next-token distributions.
 
-    `head` (vocabulary, d_model) maps the norm's output to logits. Up to `GAIN_TOKENS` tokens are used, as long as their
-    distributions stay within `LOGITS` numbers, but at least one of every window.
+    `head` (vocabulary, d_model) maps the norm's output to logits.
     """
     match_norm(norm, dense, compressed)
     if getattr(norm, "weight", None) is None:
@@ -158,8 +162,7 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
     bare, device = SlopeSum(norm).norm, head.device
     length = dense[0].shape[1]
     windows = sum(len(batch) for batch in dense)
-    tokens = int(processes.total(windows)) * length
-    stride = min(length, -(-tokens // max(1, min(GAIN_TOKENS, LOGITS // len(head)))))
+    stride = -(-int(processes.total(windows)) * length // gain_tokens(int(processes.total(windows)), length, len(head)))
     samples = []
     for target, source in zip(dense, compressed, strict=True):
         for wanted, seen in zip(

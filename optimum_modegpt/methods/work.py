@@ -6,18 +6,19 @@ code happens to compute twice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import Family
 from optimum_modegpt.calibration.moments import affordable_windows, curvature_work
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.softmax import ITERATIONS
 from optimum_modegpt.methods import sensitivity
-from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS
+from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens
 from optimum_modegpt.report import PARTS
 
 
@@ -96,10 +97,6 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.own + other.own, self.raised + other.raised, self.exact + other.exact)
 
-    def times(self, factor: float) -> Work:
-        """As often as `factor` says."""
-        return Work(factor * self.own, factor * self.raised, factor * self.exact)
-
     @property
     def total(self) -> float:
         """All of them."""
@@ -111,26 +108,48 @@ def block_forward(shapes: Shapes, windows: float, length: int) -> float:
     return windows * length * (shapes.weights + length * shapes.heads)
 
 
-def work_of(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> dict[str, dict[str, Work]]:
-    """By stage, "allocate" and "decompose", and step: the work of all blocks together."""
+def work_of(
+    shapes: Shapes,
+    config: ModeGPTConfig,
+    extent: Extent,
+    *,
+    mlp_ranks: Sequence[int] | None = None,
+    variants: int | None = None,
+) -> dict[str, dict[str, Work]]:
+    """By stage, "allocate" and "decompose", and step: the work of all blocks together.
+
+    `mlp_ranks` are the kept widths of the MLPs, a number a block, None for the same sparsity everywhere; `variants`
+    how many cut parts the sensitivities were measured at, None for as many as there can be.
+    """
+    ranks = mlp_ranks or [int(shapes.mlp * (1 - config.sparsity))] * shapes.blocks
     allocate: dict[str, Work] = {}
     if config.sparsity and config.resolved_allocation == "sensitivity":
-        allocate["sensitivities"] = _sensitivities(shapes, extent)
+        allocate["sensitivities"] = _sensitivities(shapes, extent, variants)
     elif config.sparsity and config.resolved_allocation == "influence":
         allocate["influences"] = Work(own=shapes.blocks * block_forward(shapes, extent.windows, extent.length))
-    steps = _default_block(shapes, config, extent) if config.method == "default" else _published_block(shapes, extent)
-    return {"allocate": allocate, "decompose": {name: work.times(shapes.blocks) for name, work in steps.items()}}
+    if config.method == "paper":
+        return {"allocate": allocate, "decompose": _joined(_published_block(shapes, extent) for _ in ranks)}
+    decompose = _joined(_default_block(shapes, config, extent, rank) for rank in ranks)
+    if config.sparsity:
+        decompose["final gain"] = _final_gain(shapes, extent)
+    return {"allocate": allocate, "decompose": decompose}
 
 
-def _default_block(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> dict[str, Work]:
-    left = int(shapes.mlp * (1 - config.sparsity))
+def _joined(blocks: Iterable[dict[str, Work]]) -> dict[str, Work]:
+    total: dict[str, Work] = {}
+    for steps in blocks:
+        total |= {name: total.get(name, Work()) + work for name, work in steps.items()}
+    return total
+
+
+def _default_block(shapes: Shapes, config: ModeGPTConfig, extent: Extent, left: int) -> dict[str, Work]:
     steps = {
         "residual streams": Work(own=2 * block_forward(shapes, extent.windows, extent.length)),
         "moments": Work(raised=extent.tokens * _moments(shapes)),
         "curvature of the attention": Work(raised=_curvature(shapes, extent) if shapes.rotary else 0.0),
         "factorisations": Work(exact=_factorisations(shapes, left)),
     }
-    if config.refit_iterations and config.sparsity:
+    if config.refit_iterations and left < shapes.mlp:
         steps["refit of gate and up"] = _refit(shapes, config, extent.tokens, left)
     return steps
 
@@ -179,9 +198,15 @@ def _refit(shapes: Shapes, config: ModeGPTConfig, tokens: int, left: int) -> Wor
     return Work(raised=sample * (products + moments), exact=factors + solves)
 
 
-def _sensitivities(shapes: Shapes, extent: Extent) -> Work:
+def _final_gain(shapes: Shapes, extent: Extent) -> Work:
+    """One Newton step by conjugate gradients: two products with the head an iteration, and a few around them."""
+    tokens = gain_tokens(extent.windows, extent.length, shapes.vocabulary)
+    return Work(raised=(2 * ITERATIONS + 6) * tokens * shapes.vocabulary * shapes.d_model)
+
+
+def _sensitivities(shapes: Shapes, extent: Extent, variants: int | None) -> Work:
     used = sensitivity.budget(shapes.blocks, extent.windows)
-    variants = shapes.blocks * len(PARTS) * len(used.ratios)
+    variants = variants or shapes.blocks * len(PARTS) * len(used.ratios)
     later = (shapes.blocks + 1) / 2  # blocks that a variant passes, on average, its own among them
     forwards = variants * later * block_forward(shapes, used.divergence_windows, extent.length)
     observed = shapes.blocks * block_forward(shapes, used.moment_windows + used.divergence_windows, extent.length)
@@ -190,11 +215,6 @@ def _sensitivities(shapes: Shapes, extent: Extent) -> Work:
     return Work(forwards + observed + head, moments, shapes.blocks * _factorisations(shapes, 0))
 
 
-def product_seconds(work: Work, rates: dict[str, float]) -> float:
-    """How long the products take at `rates`, multiply-adds a second of "own", "raised" and "exact"."""
+def product_seconds(work: Work, rates: Mapping[str, float]) -> float:
+    """How long the products take at `rates`, multiply-adds a second by precision."""
     return sum(getattr(work, name) / rate for name, rate in rates.items())
-
-
-def precisions(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The number types behind `Work`'s three kinds of products, of a model of this type."""
-    return {"own": dtype, "raised": torch.promote_types(dtype, torch.float32), "exact": torch.float64}

@@ -215,6 +215,7 @@ def test_the_default_method_takes_more_work_than_the_published_one() -> None:
     assert default.forward_passes.keys() - paper.forward_passes.keys() == {
         "sensitivities",
         "curvature of the attention",
+        "final gain",
         "refit of gate and up",
     }
     assert default.forward_passes["residual streams"] == 2 * paper.forward_passes["residual streams"]

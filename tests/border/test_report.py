@@ -54,3 +54,5 @@ def test_the_table_says_what_was_done(report: Report) -> None:
     assert "all parameters 2,000 -> 1,802 (9.90% fewer)" in lines
     assert "3.5 s, peak sampled resident size 3 MiB on cpu" in lines
     assert "warning: too few tokens" in lines
+    paced = dataclasses.replace(report, stages=(Stage("decompose", 3.0, 2**20, {"moments": 0.5, "streams": 1.0}),))
+    assert "3.0 s (2.0 times its matrix products at this device's rate), peak " in paced.summary()

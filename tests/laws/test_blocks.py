@@ -12,7 +12,7 @@ from tiny import dense, tokens
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block, resolve
-from optimum_modegpt.calibration.streams import enter
+from optimum_modegpt.calibration.streams import Place, enter
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods import published, residual_matched
 
@@ -31,7 +31,7 @@ class Case:
     def __init__(self, name: str) -> None:
         architecture = resolve(dense(name))
         self.block: Block = architecture.blocks[1]
-        front, other = (enter(architecture, tokens(6, 16, seed=seed), 3) for seed in (0, 1))
+        front, other = (enter(architecture, tokens(6, 16, seed=seed), 3, Place(torch.device("cpu"))) for seed in (0, 1))
         self.stream, self.other, self.arguments = front.stream, other.stream, front.on(1, CPU)
 
     def cut(self, method: str, **ranks: int) -> tuple[Block, dict[str, float]]:
