@@ -430,6 +430,7 @@ def cut_blocks(
         final_norm = final_norm.to(walk.device)
         head, dense_norm = walk.architecture.head(walk.device), copy.deepcopy(final_norm)
         residual_matched.match_output(final_norm, head, dense, compressed, dense_norm)
+        final_norm = final_norm.to(blocks[-1].output.weight.device)
     return modules, final_norm, errors
 
 

@@ -1,0 +1,36 @@
+"""Compressing on a device whose tensors refuse to meet those of the host, with streams there and on the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PATHS = os.pathsep.join(path for path in sys.path if path)
+"""So that another process finds what this one does: the device stays for as long as a process runs."""
+PROGRAM = Path(__file__).parents[1] / "elsewhere.py"
+
+pytest.importorskip("torch.utils.backend_registration", reason="this torch has no devices written in Python")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "free", "streams"), [({}, 2**40, "device"), ({}, None, "host"), ({"method": "paper"}, 2**40, "device")]
+)
+def test_nothing_meets_what_is_elsewhere(recipe: dict[str, Any], free: int | None, streams: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), json.dumps([recipe, free])],
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["streams"] == streams
+    assert found["kept"] == (["elsewhere"] if streams == "device" else ["cpu"])
+    assert found["left"] == []
+    assert found["distance"] < 1e-3
