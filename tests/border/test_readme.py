@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +91,7 @@ def test_the_shell_commands_run_as_printed(folder: Path, monkeypatch: pytest.Mon
     extra = {
         "compress": f"{text} --num-samples 8",
         "evaluate": f"{text} --max-windows 8",
+        "benchmark": "--batch-sizes 1 --prompt-lengths 8 --new-tokens 2 --repeats 1",
         "compare": "--max-new-tokens 4 --max-kl 100",
         "recover": f"{text} --num-samples 40 --steps 20",
     }
@@ -127,6 +129,17 @@ def test_the_recoveries_are_those_of_the_files() -> None:
         (name, f"{percent}%"): (int(steps or default), [cell.strip(" *") for cell in cells.split("|")])
         for name, steps, percent, cells in RECOVERED
     }
+
+
+def test_the_speeds_are_those_of_the_file() -> None:
+    table = README.partition("<!-- speed -->\n")[2].partition("\n\n")[0].splitlines()[2:]
+    results = read(ROOT / "tests" / "benchmarks" / "results" / "speed.json")["results"]
+    for line, result in zip(table, results, strict=True):
+        cells = [f"{result['sparsity'] * 100:.0f} %", f"{result['weights_ratio']:.2f}"]
+        for run in ("prefill", "decode"):
+            ratios = [row[f"{run}_ratio"]["median"] for row in result["rows"]]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        assert line == f"| {' | '.join(cells)} |"
 
 
 def test_every_model_of_the_table_has_a_card() -> None:
