@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures.spec import Family
-from optimum_modegpt.decompositions.psd import exact
+from optimum_modegpt.decompositions.psd import exact, raised
 from optimum_modegpt.modeling import modegpt_common as modeling
 
 
@@ -91,8 +92,8 @@ class Block:
         return _rows(self._linear(getattr(self.layout, role))).unflatten(0, (-1, self.head_dim))
 
     def mlp_rows(self) -> tuple[Tensor, ...]:
-        """Rows of the MLP's input projections, (width, d_model [+ 1]) each: (gate, up) or one; float64."""
-        return tuple(_rows(self._linear(path)) for path in self.layout.mlp_inputs)
+        """Rows of the MLP's input projections, (width, d_model [+ 1]) each: (gate, up) or one; float32 or wider."""
+        return tuple(_rows(self._linear(path), raised) for path in self.layout.mlp_inputs)
 
     def input_outputs(self, linear: nn.Linear) -> Tensor:
         """A projection's weight as (in [+ 1], out): inputs as rows, the bias as the last one; float64."""
@@ -188,6 +189,6 @@ class Block:
         modeling.install_linear(self.module, path, weight, bias)
 
 
-def _rows(linear: nn.Linear) -> Tensor:
-    weight = exact(linear.weight.detach())
-    return weight if linear.bias is None else torch.cat((weight, exact(linear.bias.detach())[:, None]), dim=1)
+def _rows(linear: nn.Linear, to: Callable[[Tensor], Tensor] = exact) -> Tensor:
+    weight = to(linear.weight.detach())
+    return weight if linear.bias is None else torch.cat((weight, to(linear.bias.detach())[:, None]), dim=1)

@@ -44,8 +44,8 @@ class LinearMomentSum:
         if weight is not None:
             root = weight.flatten().sqrt()[:, None]
             inputs, target = root * inputs, root * target
-        self.gram = self.gram + exact(inputs.T @ inputs)
-        self.cross = self.cross + exact(inputs.T @ target)
+        self.gram = _added(self.gram, inputs.T @ inputs)
+        self.cross = _added(self.cross, inputs.T @ target)
         self.energy = self.energy + exact(target.square().sum())
 
     def value(self) -> LinearMoments:
@@ -55,6 +55,11 @@ class LinearMomentSum:
         assert isinstance(cross, Tensor)
         assert isinstance(energy, Tensor)
         return LinearMoments(gram, cross, energy, self.ones)
+
+
+def _added(total: Tensor | float, product: Tensor) -> Tensor:
+    """The float64 sum with one more product, in place: a copy of it would be the largest thing there is."""
+    return total.add_(product.to(total.device)) if isinstance(total, Tensor) else exact(product)
 
 
 @dataclass

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import Total, complete
-from optimum_modegpt.decompositions.psd import damp, exact, inverse, mean_diagonal
+from optimum_modegpt.decompositions.psd import damp, inverse, mean_diagonal
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -99,14 +99,11 @@ class _Linearised:
         total: Total = complete,
     ) -> None:
         self.rows, self.down, self.samples, self.activation, self.total = rows, down, samples, activation, total
-        inputs, weight, channels = self._factor_moments()
-        input_moment = inputs / weight
-        metric = exact(down @ down.T)
-        output_moments = [metric * channel for channel in channels]
+        input_moment, output_moments = self._factor_moments()
         scale = mean_diagonal(input_moment)
         self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in output_moments]
-        self.input_inverse = inverse(damp(input_moment, ridge)).to(down)
-        self.output_inverses = [inverse(damp(moment, ridge)).to(down) for moment in output_moments]
+        self.input_inverse = inverse(damp(input_moment, ridge))
+        self.output_inverses = [inverse(damp(moment, ridge)) for moment in output_moments]
 
     def iterates(self, iterations: int) -> Iterator[tuple[Tensor, ...]]:
         """The conjugate-gradient iterates, one tensor a matrix."""
@@ -164,17 +161,19 @@ class _Linearised:
         value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))  # pyright: ignore[reportAssignmentType]
         return [slope * (inputs @ self.rows[1].T), value] if len(self.rows) == 2 else [slope]
 
-    def _factor_moments(self) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Σ w yyᵀ, Σ w, and Σ w zzᵀ per matrix; float64."""
-        zero = exact(torch.zeros((), device=self.down.device))
-        inputs, weight, channels = zero, zero, [zero] * len(self.rows)
+    def _factor_moments(self) -> tuple[Tensor, list[Tensor]]:
+        """Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix; they only precondition, so float32 sums do."""
+        width, d_model = self.rows[0].shape
+        inputs, weight = self.down.new_zeros(d_model, d_model), self.down.new_zeros(())
+        channels = [self.down.new_zeros(width, width) for _ in self.rows]
         for sample in self._on_device(self.samples):
             root = sample.weight.sqrt()[:, None]
-            inputs = inputs + _moment(root * sample.inputs)
-            weight = weight + exact(sample.weight.sum())
-            derivatives = self._derivatives(sample.inputs)
-            channels = [sums + _moment(root * z) for sums, z in zip(channels, derivatives, strict=True)]
-        return self.total(inputs), self.total(weight), [self.total(sums) for sums in channels]
+            inputs += _moment(root * sample.inputs)
+            weight += sample.weight.sum()
+            for channel, z in zip(channels, self._derivatives(sample.inputs), strict=True):
+                channel += _moment(root * z)
+        metric = self.down @ self.down.T
+        return self.total(inputs) / self.total(weight), [self.total(channel).mul_(metric) for channel in channels]
 
     def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -187,7 +186,7 @@ class _Linearised:
 
 
 def _moment(x: Tensor) -> Tensor:
-    return exact(x.T @ x)
+    return x.T @ x
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

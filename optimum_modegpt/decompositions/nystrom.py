@@ -33,23 +33,26 @@ def nystrom_refit(moment: Tensor, kept: Tensor, down: Tensor) -> Tensor:
 def eliminate(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 64) -> Tensor:
     """The `rank` rows that are left, increasing, when all others have gone in their `elimination_order`."""
     width = len(hessian) - protected
-    return remaining(elimination_order(hessian, weight, width - rank, protected=protected, rounds=rounds), width)
+    order = elimination_order(inverse(hessian), weight.clone(), width - rank, protected=protected, rounds=rounds)
+    return remaining(order, width)
 
 
-def elimination_order(hessian: Tensor, weight: Tensor, count: int, *, protected: int = 0, rounds: int = 64) -> Tensor:
+def elimination_order(
+    inverse_hessian: Tensor, weight: Tensor, count: int, *, protected: int = 0, rounds: int = 64
+) -> Tensor:
     """The `count` rows that backward elimination removes, first one first (optimal brain surgeon; ours for this pair).
 
-    `weight` (n, d) solves the least squares with the damped moment `hessian` H (n, n). Removing row i and solving again
-    costs ‖w_i‖² / [H⁻¹]_ii; rows go in order of this cost, and H⁻¹ and `weight` are downdated as they go. Rows leave
-    in about `rounds` chunks: inside a chunk of candidates they are chosen one by one with exact downdates, so of twins
-    only one goes. The last `protected` rows are never removed and not counted.
+    `weight` (n, d) solves the least squares with the damped moment H, `inverse_hessian` (n, n) is H⁻¹. Removing row i
+    and solving again costs ‖w_i‖² / [H⁻¹]_ii; rows go in order of this cost, and both are downdated in place. Rows
+    leave in about `rounds` chunks: inside a chunk of candidates they are chosen one by one with exact downdates, so of
+    twins only one goes. The last `protected` rows are never removed and not counted.
     """
-    inverse_hessian, weight = inverse(hessian), weight.clone()
-    names = torch.arange(len(hessian), device=hessian.device)
+    size = len(inverse_hessian)
+    names = torch.arange(size, device=inverse_hessian.device)
     gone, chunk, order = torch.zeros_like(names, dtype=torch.bool), max(1, count // rounds), names[:0]
     while (excess := count - len(order)) > 0:
         cost = (weight.square().sum(1) / inverse_hessian.diagonal()).masked_fill(gone, torch.inf)
-        left = len(hessian) - protected - len(order)
+        left = size - protected - len(order)
         candidates = cost[: len(cost) - protected].topk(min(4 * chunk, left), largest=False).indices
         removed = _eliminate_one_by_one(inverse_hessian, weight, candidates, min(chunk, excess))
         columns = inverse_hessian[:, removed]

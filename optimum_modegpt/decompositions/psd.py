@@ -70,8 +70,9 @@ def mean_diagonal(moment: Tensor) -> Tensor:
 
 def add_diagonal(moment: Tensor, value: Tensor | float) -> Tensor:
     """`moment` + `value`·I; one value for every matrix of a batch."""
-    value = torch.as_tensor(value, dtype=moment.dtype, device=moment.device)
-    return moment + value[..., None, None] * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    result = moment.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(torch.as_tensor(value, dtype=moment.dtype, device=moment.device)[..., None])
+    return result
 
 
 def damp(moment: Tensor, ridge: float) -> Tensor:
@@ -101,10 +102,19 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """matrix⁻¹, symmetric, for a positive definite `matrix`."""
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    result = solve(matrix, eye.expand_as(matrix))
-    return (result + result.mT) / 2
+    """matrix⁻¹, symmetric, for a positive definite `matrix`; as `solve` where the factorisation fails.
+
+    Computed on the host for devices without float64, which lack factorisations too.
+    """
+    home = matrix.device
+    matrix = matrix.to(exact(matrix.new_zeros(())).device)
+    require_finite(matrix)
+    result, info = torch.linalg.cholesky_ex(matrix)
+    if info.any():
+        result = solve(matrix, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix))
+    else:
+        result = torch.cholesky_inverse(result)
+    return (result + result.mT).div_(2).to(home)
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.nystrom import SHRINK
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.methods.residual_matched import REFIT_TOKENS, gain_tokens
 from optimum_modegpt.methods.work import Extent, Shapes
@@ -16,6 +17,8 @@ from optimum_modegpt.report import PARTS
 
 FLOAT64 = 8
 FLOAT32 = 4
+CONJUGATE_VECTORS = 9
+"""Of the refit of gate and up: the rows, a few steps, residuals and directions, each as large as they."""
 
 Parts = dict[str, int]
 """Bytes by what takes them."""
@@ -67,14 +70,16 @@ def _block_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterat
     raised = 2 * FLOAT32 if element < FLOAT32 else element  # and weighted
     yield {
         **seen,
-        "moments of the MLP": mlp**2 * (3 * FLOAT64 + FLOAT32) + 2 * mlp * d * FLOAT64,
+        "moments of the MLP": (mlp**2 + mlp * d) * (FLOAT64 + FLOAT32),
         "one batch of tokens": extent.batch * (mlp * (element + raised) + 3 * d * FLOAT32),
     }
-    yield {
-        **blocks,
-        "moments of the MLP, and their factorisation": 6 * mlp**2 * FLOAT64,
-        "weights in float64": (inputs + 5) * mlp * d * FLOAT64,
-    }
+    # While the inverse is made, then while it shrinks.
+    for matrices, weights in ((4, 2), (2 + SHRINK + SHRINK**2, 3 + SHRINK)):
+        yield {
+            **blocks,
+            "moments of the MLP, and their factorisation": int(matrices * mlp**2) * FLOAT64,
+            "weights in float64 and float32": mlp * d * int(weights * FLOAT64 + inputs * FLOAT32),
+        }
     groups, size = shapes.groups, shapes.heads // shapes.head_count
     yield {
         **blocks,
@@ -85,15 +90,23 @@ def _block_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterat
     }
     if config.refit_iterations and config.sparsity:
         left = _channels_halfway(mlp, config)
-        refit = {**blocks, "weights in float64 and float32": left * d * (inputs + 1) * 12 + mlp * d * FLOAT64}
+        down, vectors = left * d * (2 * FLOAT64 + FLOAT32), inputs * left * d * FLOAT32
+        matrices = 2 * (inputs + 1) * left**2 * FLOAT32
         yield {
-            **refit,
-            "moments of the MLP, and their inverses": (mlp**2 + (3 * inputs + 5) * left**2) * FLOAT64,
+            **blocks,
+            "weights in float64 and float32": down + vectors,
+            "moments of its channels, inverted": matrices,
         }
         yield {
-            **refit,
-            "moments of the MLP": (mlp**2 + (3 + 4 * inputs) * left**2 // 2) * FLOAT64,
-            "one window of tokens": 3 * inputs * extent.length * left * FLOAT32,
+            **blocks,
+            "weights in float64 and float32": down + CONJUGATE_VECTORS * vectors,
+            "moments of its channels, inverted": inputs * left**2 * FLOAT32,
+            "one window of tokens": (3 * inputs + 2) * extent.length * left * FLOAT32,
+        }
+        yield {
+            **blocks,
+            "weights in float64 and float32": 2 * down + vectors,
+            "moments of the MLP, and their factorisation": 3 * left**2 * FLOAT64,
         }
 
 

@@ -33,7 +33,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import elimination_order, remaining
-from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, exact, raised, solve, working
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, inverse, raised, working
 from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
@@ -332,6 +332,7 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
         factors = _without(factors, moments, _elimination(factors.down, moments, width, config), config)
         for _ in range(rounds):
+            del moments  # they take more than all that the refit keeps
             factors = _refit_inputs(student, factors, samples, config)
             moments = _hidden_moments(student, factors.rows, samples)
             factors = _refit_down(factors, moments, config)
@@ -344,9 +345,10 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
 def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
     """The channels that go, first one first, when `rank` are to be left."""
     ridge = moments.ridge(config.output_ridge)
-    hessian = add_diagonal(moments.gram, ridge)
-    best = solve(hessian, moments.cross + ridge * down)
-    return processes.agreed(elimination_order(hessian, best, moments.width - rank, protected=int(moments.ones)))
+    inverse_hessian = inverse(add_diagonal(moments.gram, ridge))
+    best = inverse_hessian @ (moments.cross + ridge * down)
+    order = elimination_order(inverse_hessian, best, moments.width - rank, protected=int(moments.ones))
+    return processes.agreed(order)
 
 
 def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
@@ -368,7 +370,7 @@ def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample],
     if len(bias):
         samples = [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
     rows = refit_inputs(
-        tuple(row.to(dtype) for row in factors.rows),
+        factors.rows,
         weight,
         samples,
         block.activation,
@@ -377,7 +379,7 @@ def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample],
         before=processes.before(len(samples)),
         total=processes.total,
     )
-    return replace(factors, rows=tuple(exact(row) for row in rows))
+    return replace(factors, rows=rows)
 
 
 def _refit_down(factors: MLPFactors, moments: LinearMoments, config: ModeGPTConfig) -> MLPFactors:
@@ -389,7 +391,6 @@ def _refit_down(factors: MLPFactors, moments: LinearMoments, config: ModeGPTConf
 def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[TokenSample]) -> LinearMoments:
     """Moments of the hidden channels that `rows` give, with the samples' targets."""
     moments = LinearMomentSum(ones=block.down.bias is not None)
-    rows = tuple(row.to(working(block.down.weight.dtype)) for row in rows)
     for sample in samples:
         inputs, target, weight = (x.to(rows[0].device) for x in (sample.inputs, sample.target, sample.weight))
         moments.add(hidden_channels(rows, inputs, block.activation), target, weight)
