@@ -64,8 +64,8 @@ def test_what_is_chosen_fits_with_a_margin(device: int | None, host: int) -> Non
 
 
 def test_what_fits_only_barely_is_taken_before_it_is_given_up() -> None:
-    barely = arranged(device=int(1.01 * needed(PLENTY, 15 * GIB)[1]))
-    assert (barely.streams, barely.batch_size) == ("host", arranged(device=15 * GIB).batch_size)
+    barely = arranged(device=int(1.01 * needed(PLENTY, 8 * GIB)[1]))
+    assert (barely.streams, barely.batch_size) == ("host", arranged(device=8 * GIB).batch_size)
 
 
 def test_as_many_windows_at_once_as_pay() -> None:
@@ -74,7 +74,7 @@ def test_as_many_windows_at_once_as_pay() -> None:
     assert arranged(length=8192).batch_size == 1
     assert arranged(device=PLENTY).batch_size == MOST_TOKENS // 2048
     assert arranged(device=PLENTY, length=64).batch_size == 128, "there are no more windows"
-    assert arranged(device=15 * GIB).batch_size < arranged(device=30 * GIB).batch_size
+    assert arranged(device=8 * GIB).batch_size < arranged(device=15 * GIB).batch_size
 
 
 def test_a_batch_size_that_was_asked_for_is_kept() -> None:
