@@ -131,15 +131,32 @@ def test_the_recoveries_are_those_of_the_files() -> None:
     }
 
 
+def test_ratios_and_allocations_are_those_of_the_file() -> None:
+    data = read(ROOT / "tests" / "benchmarks" / "results" / "quality.json")
+    found = {(row["model"], row["sparsity"], row["recipe"]): row["perplexity"] for row in data["rows"]}
+
+    def published(name: str, ratio: float) -> float:
+        return min(v for (m, s, recipe), v in found.items() if (m, s) == (name, ratio) and recipe.startswith("paper"))
+
+    for name, dense_perplexity, method, *shown in table_after("ratios"):
+        values = [
+            found[name, ratio, "default"] if method == "default" else published(name, ratio)
+            for ratio in (0.1, 0.2, 0.3, 0.4, 0.5)
+        ]
+        assert [dense_perplexity, *shown] == [f"{value:.2f}" for value in (data["dense"][name], *values)]
+    for name, *shown in table_after("allocations"):
+        recipes = ("default uniform", "default influence", "default")
+        assert shown == [f"{found[name, 0.3, recipe]:.2f}" for recipe in recipes]
+
+
 def test_the_speeds_are_those_of_the_file() -> None:
-    table = README.partition("<!-- speed -->\n")[2].partition("\n\n")[0].splitlines()[2:]
     results = read(ROOT / "tests" / "benchmarks" / "results" / "speed.json")["results"]
-    for line, result in zip(table, results, strict=True):
+    for shown, result in zip(table_after("speed"), results, strict=True):
         cells = [f"{result['sparsity'] * 100:.0f} %", f"{result['weights_ratio']:.2f}"]
         for run in ("prefill", "decode"):
             ratios = [row[f"{run}_ratio"]["median"] for row in result["rows"]]
             cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        assert line == f"| {' | '.join(cells)} |"
+        assert shown == cells
 
 
 def test_every_model_of_the_table_has_a_card() -> None:
@@ -178,6 +195,13 @@ def test_cards_tell_nothing_of_the_machine_they_were_made_on(folder: Path) -> No
     for path in folder.iterdir():
         text = path.read_bytes().decode("utf-8", errors="ignore")
         assert not re.search(r"""(^|[\s"'`=(,])(/|~/|[A-Z]:\\)(home|root|tmp|work|opt|usr|mnt|Users)\b""", text), path
+
+
+def table_after(mark: str) -> list[list[str]]:
+    """The rows of the README's table after a comment, cell by cell."""
+    table = README.partition(f"<!-- {mark} -->\n")[2].partition("\n\n")[0].splitlines()[2:]
+    assert table
+    return [line.strip("| ").split(" | ") for line in table]
 
 
 def read(path: Path) -> dict[str, Any]:
