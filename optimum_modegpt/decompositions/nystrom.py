@@ -30,13 +30,6 @@ def nystrom_refit(moment: Tensor, kept: Tensor, down: Tensor) -> Tensor:
     return solve(damp(moment[kept][:, kept], NYSTROM_RIDGE), moment[kept] @ down)
 
 
-def eliminate(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 64) -> Tensor:
-    """The `rank` rows that are left, increasing, when all others have gone in their `elimination_order`."""
-    width = len(hessian) - protected
-    order = elimination_order(inverse(hessian), weight.clone(), width - rank, protected=protected, rounds=rounds)
-    return remaining(order, width)
-
-
 def elimination_order(
     inverse_hessian: Tensor, weight: Tensor, count: int, *, protected: int = 0, rounds: int = 64
 ) -> Tensor:

@@ -10,8 +10,14 @@ from laws import MOMENTS, difference, eye, linear_moments, moment, normal, weigh
 from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import centred_refit
-from optimum_modegpt.decompositions.nystrom import eliminate, nystrom_refit, ridge_leverage, select_by_leverage
-from optimum_modegpt.decompositions.psd import damp
+from optimum_modegpt.decompositions.nystrom import (
+    elimination_order,
+    nystrom_refit,
+    remaining,
+    ridge_leverage,
+    select_by_leverage,
+)
+from optimum_modegpt.decompositions.psd import damp, inverse
 from optimum_modegpt.errors import IllConditionedWarning
 
 SITUATIONS = pytest.mark.parametrize("situation", MOMENTS)
@@ -103,6 +109,13 @@ def refitted_error(hessian: Tensor, weight: Tensor, kept: list[int]) -> float:
     best = torch.zeros_like(weight)
     best[kept] = torch.linalg.solve(hessian[kept][:, kept], (hessian @ weight)[kept])
     return weighted_error(hessian, best - weight)
+
+
+def eliminate(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 64) -> Tensor:
+    """The `rank` rows that are left, increasing, when all others have gone."""
+    width = len(hessian) - protected
+    order = elimination_order(inverse(hessian), weight.clone(), width - rank, protected=protected, rounds=rounds)
+    return remaining(order, width)
 
 
 def greedy(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 10**6) -> list[int]:
