@@ -94,10 +94,12 @@ def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
         rows.append(in_own_process({**shape, "dtype": options.dtype, "device": options.device, **recipe(options)}))
     grows = GROWS[name]
     fitted = {what: exponent([row[grows] for row in rows], [row[what] for row in rows]) for what in ("seconds", "peak")}
-    print(f"\n{name}\n{grows:>12}{'seconds':>10}{'peak MiB':>10}{'estimate':>10}{'ratio':>8}{'streams':>10}")
+    print(
+        f"\n{name}\n{grows:>12}{'seconds':>10}{'× floor':>9}{'peak MiB':>10}{'estimate':>10}{'ratio':>8}{'streams':>10}"
+    )
     for row in rows:
         print(
-            f"{row[grows]:>12,}{row['seconds']:>10.1f}{row['peak'] / 2**20:>10.1f}{row['estimate'] / 2**20:>10.1f}"
+            f"{row[grows]:>12,}{row['seconds']:>10.1f}{row['seconds'] / row['floor']:>9.1f}{row['peak'] / 2**20:>10.1f}{row['estimate'] / 2**20:>10.1f}"
             f"{row['estimate'] / row['peak']:>8.2f}{row['streams']:>10}"
         )
     print(f"seconds ~ {grows}^{fitted['seconds']:.2f}, peak ~ {grows}^{fitted['peak']:.2f}", flush=True)
@@ -161,6 +163,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         "parameters": parameters,
         "tokens": tokens.numel(),
         "seconds": sum(stage.seconds for stage in report.stages),
+        "floor": sum(sum(stage.floor.values()) for stage in report.stages),
         "peak": max(peaks) if on_host else max(stage.peak_memory for stage in report.stages),
         "host_peak": max(peaks),
         "estimate": sum((expected.needs.host if on_host else expected.needs.device).values()),
