@@ -95,6 +95,11 @@ class Checkpoint:
         """Deletes it: the result is in its place."""
         shutil.rmtree(self.folder)
 
+    def keep_batch_size(self, windows: int) -> None:
+        """Writes how many windows go at once from now on."""
+        self.progress.batch_size = windows
+        self._write_manifest()
+
     # ----------------------------------------------------------------------------------------------------- the plan
 
     def keep_plan(self, plan: list[dict[str, int]], measured: Mapping[str, Any], warnings: list[str]) -> None:

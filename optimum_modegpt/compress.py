@@ -330,6 +330,7 @@ def recovering(walk: Walk, name: str, front: Front, work: Callable[[Walk, Front]
 
     That is kept for the stages after it. Several processes do not recover: the others would wait for this one's sums.
     """
+    front = dataclasses.replace(front, stream=in_batches(front.stream, walk.batch_size))
     with walk.clock.stage(name):
         try:
             return work(walk, front)
@@ -341,7 +342,7 @@ def recovering(walk: Walk, name: str, front: Front, work: Callable[[Walk, Front]
         walk.warn(f"{name}: out of memory with batch_size={walk.batch_size}; started again with {halved}.")
         walk.batch_size = halved
         if walk.checkpoint is not None:
-            walk.checkpoint.progress.batch_size = halved
+            walk.checkpoint.keep_batch_size(halved)
         return work(walk, dataclasses.replace(front, stream=in_batches(front.stream, halved)))
 
 

@@ -23,6 +23,8 @@ from optimum_modegpt.compress import compress
 from optimum_modegpt.methods import placement
 
 NAME = "elsewhere"
+LACKING: set[torch.dtype] = set()
+"""What its tensors cannot be."""
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::index")
 """Operators that may see tensors of both."""
 
@@ -76,6 +78,8 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def outer(value: Any) -> Any:
         if not there or not isinstance(value, torch.Tensor):
             return value
+        if value.dtype in LACKING:
+            raise TypeError(f"{NAME} has no {value.dtype}: float64 is computed on the host")
         return known[id(value)] if id(value) in known else Elsewhere(value)
 
     return tree_map(outer, result)
@@ -91,8 +95,10 @@ def compressed(device: str, recipe: dict[str, Any]) -> tuple[dict[str, torch.Ten
     return model.state_dict(), report
 
 
-def main(recipe: dict[str, Any], free: int | None) -> None:
+def main(recipe: dict[str, Any], free: int | None, float64: bool) -> None:
     expected, _ = compressed("cpu", recipe)
+    if not float64:
+        LACKING.add(torch.float64)
     _setup_privateuseone_for_python_backend(NAME)
     placement.device_memory = lambda device: free
     kept, original = set(), Place.keep

@@ -45,13 +45,15 @@ def raised(x: Tensor) -> Tensor:
 
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, float32 products of what a 16-bit model computed may round their inputs, as matrix units do.
+    """Inside, float32 products of what a 16-bit model of `dtype` computed may round their inputs, as matrix units do.
 
     What they lose is of the size of the activations' own rounding; sums stay in float32. Nothing changes for wider
     numbers.
     """
     units: Any = torch.backends
-    backends = () if dtype.itemsize > 2 else ((units.cuda.matmul, "tf32"), (units.mkldnn.matmul, "bf16"))
+    tensor_cores, vectors = (units.cuda.matmul, "tf32"), (units.mkldnn.matmul, "bf16")
+    # bfloat16 has fewer digits than float16, tf32 as many.
+    backends = {torch.bfloat16: (tensor_cores, vectors), torch.float16: (tensor_cores,)}.get(dtype, ())
     before = [backend.fp32_precision for backend, _ in backends]
     try:
         for backend, precision in backends:
@@ -113,6 +115,7 @@ def inverse(matrix: Tensor) -> Tensor:
     if info.any():
         result = solve(matrix, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix))
     else:
+        del matrix  # as large as the result, of which accelerators make one more
         result = torch.cholesky_inverse(result)
     return (result + result.mT).div_(2).to(home)
 

@@ -33,7 +33,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import elimination_order, remaining
-from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, inverse, raised, working
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, inverse, raised
 from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
@@ -365,8 +365,8 @@ def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor, config:
 
 def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig) -> MLPFactors:
     """One Gauss–Newton step on gate and up with down fixed; the output bias is taken off the target."""
-    rank, dtype = len(factors.rows[0]), working(block.down.weight.dtype)
-    weight, bias = factors.down[:rank].to(dtype), factors.down[rank:].to(dtype)
+    rank = len(factors.rows[0])
+    weight, bias = factors.down.to(factors.rows[0]).split((rank, len(factors.down) - rank))
     if len(bias):
         samples = [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
     rows = refit_inputs(

@@ -195,7 +195,7 @@ def _refit(shapes: Shapes, config: ModeGPTConfig, tokens: int, left: int) -> Wor
     moments = sum((1 + shapes.mlp_inputs) * width**2 + (3 + shapes.d_model) * width for width in widths)
     factors = sum(shapes.mlp_inputs * _cholesky(int(width)) for width in widths) + rounds * _cholesky(shapes.d_model)
     solves = 2 * shapes.d_model * sum(width**2 for width in widths)
-    return Work(raised=sample * (products + moments), exact=factors + solves)
+    return Work(raised=sample * (products + moments) + factors, exact=solves)
 
 
 def _final_gain(shapes: Shapes, extent: Extent) -> Work:

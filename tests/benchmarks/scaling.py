@@ -71,7 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sparsity", type=float, default=0.3, help="as in compress")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", default="auto", help="where to compute")
-    parser.add_argument("--scale", type=int, default=1, help="multiplies all widths: 8 takes size to that of 7B")
+    parser.add_argument("--scale", type=int, default=1, help="multiplies all widths: 8 takes 512 to those of 7B")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -98,9 +98,10 @@ def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
         f"\n{name}\n{grows:>12}{'seconds':>10}{'× floor':>9}{'peak MiB':>10}{'estimate':>10}{'ratio':>8}{'streams':>10}"
     )
     for row in rows:
+        paced, mib = row["seconds"] / row["floor"], [row[name] / 2**20 for name in ("peak", "estimate")]
         print(
-            f"{row[grows]:>12,}{row['seconds']:>10.1f}{row['seconds'] / row['floor']:>9.1f}{row['peak'] / 2**20:>10.1f}{row['estimate'] / 2**20:>10.1f}"
-            f"{row['estimate'] / row['peak']:>8.2f}{row['streams']:>10}"
+            f"{row[grows]:>12,}{row['seconds']:>10.1f}{paced:>9.1f}{mib[0]:>10.1f}{mib[1]:>10.1f}"
+            f"{mib[1] / mib[0]:>8.2f}{row['streams']:>10}"
         )
     print(f"seconds ~ {grows}^{fitted['seconds']:.2f}, peak ~ {grows}^{fitted['peak']:.2f}", flush=True)
     return {"grows": grows, "exponents": fitted, "rows": rows}

@@ -19,11 +19,16 @@ pytest.importorskip("torch.utils.backend_registration", reason="this torch has n
 
 
 @pytest.mark.parametrize(
-    ("recipe", "free", "streams"), [({}, 2**40, "device"), ({}, None, "host"), ({"method": "paper"}, 2**40, "device")]
+    ("recipe", "free", "streams", "float64"),
+    [
+        ({}, 2**40, "device", True),
+        ({}, None, "host", False),
+        ({"method": "paper"}, 2**40, "device", False),
+    ],
 )
-def test_nothing_meets_what_is_elsewhere(recipe: dict[str, Any], free: int | None, streams: str) -> None:
+def test_nothing_meets_what_is_elsewhere(recipe: dict[str, Any], free: int | None, streams: str, float64: bool) -> None:
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), json.dumps([recipe, free])],
+        [sys.executable, str(PROGRAM), json.dumps([recipe, free, float64])],
         env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,

@@ -74,11 +74,21 @@ def test_the_allocation_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
             raise torch.OutOfMemoryError("out of memory")
         return original(*args, enter=enter, **kwargs)
 
+    run_dense, decomposed = residual_matched.run_dense, set()
+
+    def noted(block: Any, stream: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("weighted", True):
+            decomposed.update(map(len, stream))
+        return run_dense(block, stream, *args, **kwargs)
+
     monkeypatch.setattr(sensitivity, "measure", measure)
+    monkeypatch.setattr(residual_matched, "run_dense", noted)
     config = ModeGPTConfig(sparsity=0.3, batch_size=4, refit_iterations=0)
     report = compress(dense("opt"), config, TokenWindows(tokens(8, 24), {}), progress=False)
     assert sizes == [4, 2]
     assert f"allocate (sensitivity): {SEEN.format(4, 2)}" in report.warnings
+    assert report.batch_size == 2
+    assert decomposed == {2}, "what is decomposed after it is batched as the report says"
 
 
 def test_a_resumed_run_takes_over_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

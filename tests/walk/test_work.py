@@ -80,4 +80,6 @@ def test_16_bit_models_let_products_round_and_others_do_not() -> None:
         assert [unit.fp32_precision for unit in units] == before
     with products_of(torch.bfloat16):
         assert [unit.fp32_precision for unit in units] == ["tf32", "bf16"]
+    with products_of(torch.float16):
+        assert [unit.fp32_precision for unit in units] == ["tf32", before[1]]
     assert [unit.fp32_precision for unit in units] == before

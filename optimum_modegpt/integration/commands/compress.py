@@ -149,8 +149,8 @@ def _checkpoint(output: Path, *, fresh: bool) -> Checkpoint | None:
 
 
 def _size(checkpoint: Checkpoint | None) -> int:
-    """Bytes of unfinished work that will be taken over."""
-    if checkpoint is None or checkpoint.fresh:
+    """Bytes of unfinished work, which will be taken over or deleted."""
+    if checkpoint is None:
         return 0
     return sum(file.stat().st_size for file in checkpoint.folder.glob("*"))
 
