@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,8 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.memory import Moment, Parts, moments
 from optimum_modegpt.methods.work import Extent, Shapes
 
-CGROUP = Path("/sys/fs/cgroup")
+GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Of Linux: the control groups, and those that this process is in."""
 
 ENOUGH_TOKENS, MOST_TOKENS = 4096, 65_536
 """Tokens of a forward pass: with the first a processor is busy, more than the second do not help an accelerator."""
@@ -133,19 +134,35 @@ def _fits(needs: Needs, free: Free, margin: float) -> bool:
 
 
 def host_memory() -> int:
-    """Bytes of host memory that can still be taken: of the machine, or of the control group where that has less."""
-    left, machine = _left_in_group(), psutil.virtual_memory().available
-    return machine if left is None else min(machine, left)
+    """Bytes of host memory that can still be taken: of the machine, or of a control group where that has less."""
+    return min((psutil.virtual_memory().available, *_left_in_groups()))
 
 
-def _left_in_group() -> int | None:
-    """Of the control group, None where it has no limit; file pages that are not in use are given back."""
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        fields = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except FileNotFoundError:  # no control groups, or of the first version
-        return None
-    return None if limit == "max" else int(limit) - int(used) + int(fields["inactive_file"])
+def _left_in_groups() -> Iterator[int]:
+    """Of each control group with a limit that this process is in, up to the outermost that is seen from here.
+
+    A line of the membership is `4:memory:/a/b` in the first version of control groups, `0::/a/b` in the second.
+    """
+    for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            names = "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        own = Path(path.lstrip("/"))
+        for group in (GROUPS / controllers / each for each in (own, *own.parents)):
+            if (group / names[0]).exists():
+                yield from _left_in(group, *names)
+
+
+def _left_in(group: Path, limit: str, used: str, inactive: str) -> Iterator[int]:
+    """Nothing where there is no limit; file pages that are not in use are given back."""
+    most, taken = ((group / name).read_text().strip() for name in (limit, used))
+    fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    if most != "max":
+        yield int(most) - int(taken) + int(fields[inactive])
 
 
 def device_memory(device: torch.device) -> int | None:

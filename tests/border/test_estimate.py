@@ -85,16 +85,58 @@ def test_what_an_interrupted_run_has_written_is_not_needed_again(
     room.check_room(found, torch.device("cpu"), tmp_path, written=100)
 
 
-@pytest.mark.parametrize(("limit", "left"), [("1000", 1000 - 700 + 300), ("max", PLENTY)])
-def test_the_limit_of_the_control_group_counts(
-    limit: str, left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def group(folder: Path, limit: str, used: int, inactive: int, *, first_version: bool = False) -> None:
+    """A control group of memory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("limit_in_bytes", "usage_in_bytes", "total_") if first_version else ("max", "current", "")
+    (folder / f"memory.{names[0]}").write_text(f"{limit}\n")
+    (folder / f"memory.{names[1]}").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 400\n{names[2]}inactive_file {inactive}\n")
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where control groups are; what this process is in goes into the file `membership`."""
     has(monkeypatch)
-    monkeypatch.setattr(placement, "CGROUP", tmp_path)
+    monkeypatch.setattr(placement, "GROUPS", tmp_path)
+    monkeypatch.setattr(placement, "MEMBERSHIP", tmp_path / "membership")
+    return tmp_path
+
+
+def test_without_control_groups_the_machine_counts(groups: Path) -> None:
     assert placement.host_memory() == PLENTY
-    (tmp_path / "memory.max").write_text(f"{limit}\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 400\ninactive_file 300\n")
+    (groups / "membership").write_text("4:memory:/job\n0::/job\n")
+    assert placement.host_memory() == PLENTY, "they are not to be seen"
+
+
+@pytest.mark.parametrize(("limit", "left"), [("1000", 1000 - 700 + 300), ("max", PLENTY)])
+@pytest.mark.parametrize("member", ["/", "/seen/from/the/host/alone"])
+def test_the_limit_of_the_control_group_counts(member: str, limit: str, left: int, groups: Path) -> None:
+    (groups / "membership").write_text(f"0::{member}\n")
+    group(groups, limit, 700, 300)
+    assert placement.host_memory() == left
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [
+        (("max", "5000", "9000"), 5000 - 700 + 300),
+        (("9000", "max", "5000"), 5000 - 700 + 300),
+        (("5000", "9000", "max"), 5000 - 700 + 300),
+        (("max", "max", "max"), PLENTY),
+    ],
+)
+@pytest.mark.parametrize("first_version", [False, True])
+def test_the_narrowest_group_around_counts(
+    first_version: bool, limits: tuple[str, ...], left: int, groups: Path
+) -> None:
+    unlimited = str(2**63 - 4096) if first_version else "max"
+    top = groups / "memory" if first_version else groups
+    lines = ["1:cpu,cpuacct:/other", "4:memory:/job/step/a:b"] if first_version else ["0::/job/step/a:b"]
+    (groups / "membership").write_text("\n".join(lines) + "\n")
+    for folder, limit in zip((top / "job", top / "job/step", top / "job/step/a:b"), limits, strict=True):
+        group(folder, unlimited if limit == "max" else limit, 700, 300, first_version=first_version)
+    group(top / "job" / "beside", "1000", 900, 0, first_version=first_version)
     assert placement.host_memory() == left
 
 
