@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import types
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,19 @@ def test_weights_that_are_converted_do_not_stay_in_their_files() -> None:
     assert mapped.mapped_weights == 2 * mapped.parameters
     assert converted.mapped_weights == 0
     assert converted.without.needs.host["weights"] == mapped.mapped_weights
+
+
+def test_the_command_takes_what_compress_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text, file = save_dense(tmp_path / "m"), save_text(tmp_path / "t.txt"), tmp_path / "found"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in RECIPE.items()]
+    common = [str(model), "--dataset", str(text), *flags, "--dtype", "bfloat16", "--device", "cpu"]
+    has(monkeypatch, host=2**16)
+    assert cli.main(["estimate", *common, "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert "weights" in found["without"]["needs"]["host"], "they are converted"
+    assert cli.main(["compress", *common, "--output", str(tmp_path / "out")]) == 2
+    assert f"host memory: needed {found['without_host_total'] / 2**20:,.1f} MiB" in capsys.readouterr().err
+    assert cli.main(["estimate", *common, "--device", "nowhere"]) == 2
+    assert "--device nowhere cannot be used" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import resolve_sequence_length
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.evaluation.estimate import Estimate, estimate, on_meta
-from optimum_modegpt.integration.commands.common import check_file, path, source_of, verb, write_json
+from optimum_modegpt.integration.commands.common import add_device, check_file, path, source_of, verb, write_json
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
-from optimum_modegpt.integration.reading import load_config, readable
+from optimum_modegpt.integration.reading import load_config, pick_device, readable
 from optimum_modegpt.integration.source import Source, context_of
 from optimum_modegpt.integration.tables import estimate_table
 
@@ -24,12 +24,13 @@ def add(verbs: Any) -> None:
     parser = verb(verbs, "estimate", run, "Memory and work that compressing MODEL needs; loads no weights.")
     parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
     add_configuration(parser)
+    add_device(parser)
 
 
 def run(options: Namespace) -> None:
     """What compressing a model would take, without loading its weights."""
     check_file(options.json)
-    found = estimate_of(source_of(options), configuration(options))
+    found = estimate_of(source_of(options), configuration(options), options.dtype, pick_device(options.device))
     write_json(options.json, found.to_dict())
     print(estimate_table(found))
 
