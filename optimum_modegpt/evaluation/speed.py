@@ -90,7 +90,9 @@ class Size:
 
     parameters: int
     weight_bytes: int
-    """In memory, and about so many on disk."""
+    """In memory."""
+    disk_bytes: int | None = None
+    """Of the safetensors files that it was loaded from; None where it was not, or nobody looked."""
 
 
 @dataclass(frozen=True)

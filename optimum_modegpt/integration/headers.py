@@ -7,6 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors import SafetensorError, safe_open
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.inspection import TensorHeader
@@ -31,6 +33,12 @@ def weight_bytes(folder: Path) -> int | None:
     """Size of the safetensors files of the model in a folder; None where they are not there."""
     files = weight_files(folder)
     return sum(file.stat().st_size for file in files) if files else None
+
+
+def stored_bytes(source: Source) -> int | None:
+    """`weight_bytes` of a model that was loaded, from its folder or through the cache of the Hub."""
+    config = cached_file(source.path, CONFIG_NAME, **{**source.hub, "local_files_only": True})
+    return None if config is None else weight_bytes(Path(config).parent)
 
 
 def _local(folder: Path) -> dict[str, TensorHeader]:

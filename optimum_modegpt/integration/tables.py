@@ -240,4 +240,5 @@ def _setting(row: Row) -> str:
 
 
 def _size(size: Size) -> str:
-    return f"{size.parameters:,} parameters, {_bytes(size.weight_bytes)} of weights"
+    on_disk = "" if size.disk_bytes is None else f", {_bytes(size.disk_bytes)} on disk"
+    return f"{size.parameters:,} parameters, {_bytes(size.weight_bytes)} of weights{on_disk}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from transformers import PreTrainedModel
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.speed import Benchmark, Setting, Spread, benchmark
 from optimum_modegpt.integration import cli
+from optimum_modegpt.integration.headers import stored_bytes
+from optimum_modegpt.integration.source import Source
 
 NAME = "llama-gqa-tied"
 NEW = 4
@@ -80,6 +83,7 @@ def test_cache_and_weights_are_counted(
     for model, size in zip(models, (found.model, found.reference), strict=True):
         model.save_pretrained(tmp_path)
         assert size.parameters == model.num_parameters()
+        assert size.disk_bytes is None, "it was not loaded from files"
         assert size.weight_bytes == pytest.approx((tmp_path / "model.safetensors").stat().st_size, rel=0.05)
 
 
@@ -180,12 +184,27 @@ def test_table_json_and_plot(folders: list[str], tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     data = json.loads((tmp_path / "speed.json").read_text())
     assert data["machine"]["torch"] == torch.__version__
+    for name, folder in (("model", folders[0]), ("reference", folders[2])):
+        stored = data[name]["disk_bytes"]
+        assert stored == Path(folder, "model.safetensors").stat().st_size
+        assert f"of weights, {stored / 2**20:.1f} MiB on disk" in shown
     for row in data["rows"]:
         assert f"{row['setting']['batch_size']} × 8" in shown
         ratio = row["decode_ratio"]
         assert f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" in shown
         assert f"{row['model']['prefill_tokens_per_second']['median']:,.1f}" in shown
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_cache_of_the_hub_keeps_is_counted(folders: list[str], tmp_path: Path) -> None:
+    repo = tmp_path / "models--user--model"
+    snapshot = Path(shutil.copytree(folders[0], repo / "snapshots" / ("0" * 40)))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(snapshot.name)
+    source = Source("user/model", {"cache_dir": str(tmp_path)})
+    assert stored_bytes(source) == (snapshot / "model.safetensors").stat().st_size
+    (snapshot / "model.safetensors").unlink()
+    assert stored_bytes(source) is None
 
 
 def test_files_are_checked_before_work(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from optimum_modegpt.integration.commands.common import (
     verb,
     write_json,
 )
+from optimum_modegpt.integration.headers import stored_bytes
 from optimum_modegpt.integration.reading import pick_device
+from optimum_modegpt.integration.source import Source
 from optimum_modegpt.integration.tables import benchmark_table
 from optimum_modegpt.plot import picture_formats, plot_speeds
 
@@ -66,8 +69,9 @@ def counts(text: str) -> tuple[int, ...]:
 def run(options: Namespace) -> None:
     """Measures and prints the table."""
     _check_files(options)
-    model, reference = models_on(pick_device(options.device), options.dtype, source_of(options), reference_of(options))
-    found = measure(
+    source, dense = source_of(options), reference_of(options)
+    model, reference = models_on(pick_device(options.device), options.dtype, source, dense)
+    measured = measure(
         model,
         reference,
         batch_sizes=options.batch_sizes,
@@ -77,10 +81,16 @@ def run(options: Namespace) -> None:
         compile=options.compile,
         progress=shows_progress(),
     )
+    found = replace(measured, model=_stored(measured.model, source), reference=_stored(measured.reference, dense))
     print(benchmark_table(found))
     write_json(options.json, {"model_name": options.model, "reference_name": options.reference, **found.to_dict()})
     if options.plot is not None:
         _draw(options, found)
+
+
+def _stored(size: Any, source: Source | None) -> Any:
+    """A size with that of the model's files; None where there is no model."""
+    return None if source is None else replace(size, disk_bytes=stored_bytes(source))
 
 
 def _check_files(options: Namespace) -> None:
