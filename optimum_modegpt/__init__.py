@@ -6,6 +6,7 @@ keyword `compression_config` of `from_pretrained` (not where the environment set
 
 from importlib.metadata import version
 
+from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.comparison.compare import compare
 from optimum_modegpt.comparison.monitor import CanaryMonitor
 from optimum_modegpt.comparison.page import comparison_page
@@ -46,6 +47,7 @@ __all__ = [
     "Benchmark",
     "CalibrationDataError",
     "CanaryMonitor",
+    "Checkpoint",
     "CheckpointError",
     "Comparison",
     "EvaluationError",

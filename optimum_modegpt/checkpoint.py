@@ -13,8 +13,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.calibration.streams import SUFFIX
+from optimum_modegpt.errors import CheckpointError, OutputError
 
 MANIFEST = "manifest.json"
+RESULT, REPLACED = "result", "replaced"
+"""Folders in it: the result while it is written, and what it takes the place of."""
+OWN = ("manifest.json*", "block-*.safetensors*", "streams-*.safetensors*", f"*{SUFFIX}", RESULT, REPLACED)
+"""What is in such a folder."""
+ANEW = "To start anew, take --fresh on the command line, or remove the folder."
 STREAM_SECONDS = 30
 """The residual streams are written at most this often: with blocks that take less, a few are computed again."""
 SAMPLED = 64
-"""Elements of each tensor that the fingerprint of a model reads."""
+"""Elements of each tensor that the fingerprint of a model holds as they are, beside the sum of all."""
 
 
 @dataclass
@@ -49,20 +56,51 @@ class Progress:
     """Windows per forward pass: as many as at first, or as were left where memory did not suffice."""
     seconds: float = 0.0
     """Of all runs until now."""
+    saved: str | None = None
+    """Digest of the report of the result, once that is written whole and only has to be moved to its place."""
 
 
 class Checkpoint:
     """The folder of one compression; only one process at a time may use it.
 
+    The same compression goes on from what stands there. Weights of a compressed model stay in its files: remove it when
+    the result is saved.
+
     Args:
         folder: made where it does not exist.
-        fresh: whether to throw away what stands there.
     """
 
-    def __init__(self, folder: Path, *, fresh: bool = False) -> None:
-        self.folder, self.fresh = folder, fresh
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
         self.progress = Progress({})
+        self._lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
         self._streams_written = self._began = time.monotonic()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process uses it; one that does so already may enter again. Left empty it is gone.
+
+        Raises:
+            CheckpointError: another process is at work there, or the folder is none of ours.
+            OutputError: it cannot be written.
+        """
+        self._check_ours()
+        with parents_made(self.folder):
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                message = f"another run is at work on {self.folder}; wait for it, or stop it first."
+                raise CheckpointError(message) from None
+            except OSError as error:
+                raise OutputError(f"{self.folder} cannot be written: {error}") from error
+            try:
+                yield
+            finally:
+                if self._lock.lock_counter == 1:
+                    if not (self.folder / MANIFEST).exists():  # nothing was finished
+                        self.remove()
+                    Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else has it open
+                self._lock.release()
 
     @contextmanager
     def opened(self, identity: Mapping[str, Any]) -> Iterator[Checkpoint]:
@@ -71,29 +109,57 @@ class Checkpoint:
         Raises:
             CheckpointError: another process is at work there, or it is the checkpoint of another compression.
         """
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise CheckpointError(f"another run is at work on {self.folder}; wait for it, or stop it first.") from None
-        try:
-            if self.fresh:
-                self.remove()
-                self.folder.mkdir()
+        with self.alone():
+            with writing(self.folder):
+                self.folder.mkdir(exist_ok=True)
             self.progress = self._read(dict(identity))
+            self._tidy()
             self._streams_written = self._began = time.monotonic()
             yield self
-        finally:
-            if not (self.folder / MANIFEST).exists():  # nothing was finished
-                self.remove()
-            lock.release()
-            Path(lock.lock_file).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Deletes it: the result is in its place."""
-        shutil.rmtree(self.folder)
+        """Deletes it, with all that was finished, where it exists.
+
+        Raises:
+            CheckpointError: the folder is none of ours.
+        """
+        self._check_ours()
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def _check_ours(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is a file; unfinished work needs a folder.")
+        found = [] if not self.folder.exists() else sorted(path.name for path in self.folder.iterdir())
+        if foreign := [name for name in found if not any(fnmatch(name, pattern) for pattern in OWN)]:
+            raise CheckpointError(
+                f"{self.folder} holds what no unfinished compression has: {', '.join(foreign[:5])}"
+                f"{', …' if len(foreign) > 5 else ''}. Choose a folder that does not exist."
+            )
+
+    @property
+    def size(self) -> int:
+        """Bytes of unfinished work on the disk."""
+        return sum(file.stat().st_size for file in self.folder.rglob("*"))
+
+    def read(self) -> Progress | None:
+        """How far an earlier run has come; None where nothing was finished.
+
+        Raises:
+            CheckpointError: its record cannot be read.
+        """
+        path = self.folder / MANIFEST
+        if not path.is_file():
+            return None
+        try:
+            return Progress(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}\n{ANEW}") from error
+
+    def keep_saved(self, digest: str) -> None:
+        """Writes that the result is there, whole; by the digest of its report it is known again."""
+        self.progress.saved = digest
+        self._write_manifest()
 
     def keep_batch_size(self, windows: int) -> None:
         """Writes how many windows go at once from now on."""
@@ -102,8 +168,8 @@ class Checkpoint:
 
     # ----------------------------------------------------------------------------------------------------- the plan
 
-    def keep_plan(self, plan: list[dict[str, int]], measured: Mapping[str, Any], warnings: list[str]) -> None:
-        """Writes the plan, and what it was made from."""
+    def keep_plan(self, plan: list[dict[str, int]] | None, measured: Mapping[str, Any], warnings: list[str]) -> None:
+        """Writes what was measured until now, and the plan that was made from it, once there is one."""
         self.progress.plan, self.progress.measured, self.progress.warnings = plan, dict(measured), list(warnings)
         self._write_manifest()
 
@@ -165,13 +231,9 @@ class Checkpoint:
         return self.folder / f"streams-{blocks:05}.safetensors"
 
     def _read(self, identity: dict[str, Any]) -> Progress:
-        path = self.folder / MANIFEST
-        if not path.is_file():
+        progress = self.read()
+        if progress is None:
             return Progress(identity)
-        try:
-            progress = Progress(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}\nStart anew with --fresh.") from error
         if differences := [
             f"{name} was {progress.identity.get(name)!r}, now it is {value!r}"
             for name, value in identity.items()
@@ -180,9 +242,16 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder} holds the unfinished work of another compression:\n  "
                 + "\n  ".join(differences)
-                + "\nRun it as it was to go on, or start anew with --fresh."
+                + f"\nRun it as it was to go on. {ANEW}"
             )
         return progress
+
+    def _tidy(self) -> None:
+        """Deletes what a process that was killed could not."""
+        for pattern in ("*.partial", "streams-*.safetensors"):
+            for file in self.folder.glob(pattern):
+                if file != self._streams(self.finished):
+                    file.unlink()
 
     def _write_manifest(self) -> None:
         now = time.monotonic()
@@ -203,6 +272,26 @@ class Checkpoint:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
+
+
+@contextmanager
+def parents_made(path: Path) -> Iterator[None]:
+    """The folders above `path` exist inside; of those made for it none is left at the end that is empty.
+
+    Raises:
+        OutputError: they cannot be made.
+    """
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}") from error
+    try:
+        yield
+    finally:
+        for parent in made:
+            with suppress(OSError):  # not empty: something was saved there
+                parent.rmdir()
 
 
 @contextmanager
@@ -229,11 +318,17 @@ def mapped(path: Path) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over names, shapes and some elements of all tensors of a model: another revision has another one."""
+    """sha256 over names, shapes, sums and some elements of all tensors of a model; every weight is read."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // SAMPLED)].cpu()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {_bits_sum(flat)}".encode())
         digest.update(sample.to(torch.float64).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _bits_sum(flat: Tensor) -> int:
+    """The sum of a tensor's bits, read as integers as wide as its elements."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    return int(flat.view(integers).sum(dtype=torch.int64)) if flat.numel() else 0

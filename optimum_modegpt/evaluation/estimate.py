@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import Architecture, Block, Family, check_model_type
-from optimum_modegpt.compress import check_reachable, part_sizes
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.memory import Parts
 from optimum_modegpt.methods.placement import Arrangement, Free, Needs, arrange, host_memory
 from optimum_modegpt.methods.work import Extent, block_forward, shapes_of, work_of
 from optimum_modegpt.stages import compute_device
+from optimum_modegpt.walk.checks import check_reachable, part_sizes
 
 LIBRARIES = 12 * 2**20
 """Bytes on the host that numerical libraries take for themselves once they compute; measured 11 to 20 MiB."""

@@ -8,7 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.integration.hf_quantizer import kept_in
 from optimum_modegpt.integration.quantizer import as_config
 from optimum_modegpt.integration.source import Source, default_dataset, loading
 
@@ -58,7 +60,12 @@ class ModeGPTModelForCausalLM:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, compression_config: Any = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        compression_config: Any = None,
+        checkpoint: Checkpoint | None = None,
+        **kwargs: Any,
     ) -> PreTrainedModel:
         """A compressed model.
 
@@ -67,11 +74,15 @@ class ModeGPTModelForCausalLM:
                 stands in for the default dataset.
             args: handed on to `AutoModelForCausalLM.from_pretrained`.
             compression_config: a `ModeGPTConfig` or a dict of its fields, for a dense model; None for a compressed one.
+            checkpoint: where finished blocks are written, and taken over from a run that was interrupted; with one a
+                model may be larger than memory. The result keeps its weights there: `checkpoint.remove()` when it is
+                saved.
             kwargs: handed on to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             InvalidConfig: a dense model without `compression_config`.
             AlreadyCompressed: a compressed one with it.
+            CheckpointError: the checkpoint is that of another compression, or in use, or cannot be written.
         """
         source = Source.of_arguments(pretrained_model_name_or_path, kwargs)
         if compression_config is None:
@@ -79,7 +90,7 @@ class ModeGPTModelForCausalLM:
         else:
             compression_config = default_dataset(as_config(compression_config), source)
         arguments = with_quantization_config({**kwargs, "compression_config": compression_config})
-        with loading(source):
+        with loading(source), kept_in(checkpoint):
             return AutoModelForCausalLM.from_pretrained(source.path, *args, **arguments)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,10 +19,23 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.source import Source, being_loaded
+
+_CHECKPOINT: ContextVar[Checkpoint | None] = ContextVar("modegpt_checkpoint", default=None)
+
+
+@contextmanager
+def kept_in(checkpoint: Checkpoint | None) -> Iterator[None]:
+    """What is compressed while it is loaded inside keeps its finished blocks there."""
+    token = _CHECKPOINT.set(checkpoint)
+    try:
+        yield
+    finally:
+        _CHECKPOINT.reset(token)
 
 
 class ModeGPTHfQuantizer(HfQuantizer):
@@ -61,7 +77,8 @@ class ModeGPTHfQuantizer(HfQuantizer):
             raise InvalidConfig(
                 f"device_map puts weights on {', '.join(sorted(places & {'disk', 'meta'}))}, where they cannot be "
                 "compressed. Leave device_map out: only one block at a time needs the accelerator. A model larger than "
-                "memory: `optimum-cli modegpt compress MODEL --output DIR` leaves weights in their files."
+                "memory: `optimum-cli modegpt compress MODEL --output DIR`, or ModeGPTModelForCausalLM with a "
+                "checkpoint, leave weights in their files."
             )
         if len(places) > 1 or places & {"balanced", "balanced_low_0", "sequential"}:
             raise InvalidConfig(
@@ -79,8 +96,13 @@ class ModeGPTHfQuantizer(HfQuantizer):
             raise RuntimeError("the weights were loaded without the step that reads the calibration text.")
         self._check_placement(model)
         self._remove_traces(model)
-        progress = logging.is_progress_bar_enabled()
-        self.quantizer.compress_with(model, self.windows, source=self._source(model), progress=progress)
+        self.quantizer.compress_with(
+            model,
+            self.windows,
+            source=self._source(model),
+            checkpoint=_CHECKPOINT.get(),
+            progress=logging.is_progress_bar_enabled(),
+        )
         return model
 
     def _source(self, model: PreTrainedModel) -> Source:

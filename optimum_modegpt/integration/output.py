@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
+from optimum_modegpt.checkpoint import REPLACED, RESULT, parents_made
 from optimum_modegpt.errors import OutputError
 
 OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jinja")
@@ -68,28 +69,34 @@ def is_own(path: Path) -> bool:
 
 
 @contextmanager
-def replacing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new empty folder beside `folder` that takes its place at the end.
+def replacing(folder: Path, *, overwrite: bool, workshop: Path | None = None) -> Iterator[Path]:
+    """A new empty folder that takes the place of `folder` at the end.
 
     On an error inside it is gone with every folder made for it, and what stood at `folder` is as before. Where the
-    place was taken meanwhile, the finished result is kept beside it.
+    place was taken meanwhile, the finished result is kept beside it. It is made in `workshop`, a folder of the same
+    disk that stays, so that a run that is killed leaves nothing elsewhere (see `taken_back`); else in one of its own.
 
     Raises:
         OutputError: the place cannot be written, or was taken meanwhile.
     """
     folder = folder.resolve()
     mark = uuid.uuid4().hex[:8]
-    partial = folder.with_name(f".{folder.name}.partial-{mark}")
-    made = [parent for parent in partial.parents if not parent.exists()]
-    try:
-        _make(partial, folder)
-        yield partial
-        _place(partial, folder, mark, overwrite=overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # not empty: something was saved there
-                parent.rmdir()
+    place = workshop or folder.with_name(f".{folder.name}.partial-{mark}")
+    partial = place / RESULT
+    with parents_made(place):
+        try:
+            _make(partial, folder)
+            yield partial
+            _place(partial, folder, mark, overwrite=overwrite)
+        finally:
+            shutil.rmtree(place if workshop is None else partial, ignore_errors=True)
+
+
+def taken_back(workshop: Path, folder: Path) -> None:
+    """Puts right what a run that was killed left: `folder` is what it was before, or the new result."""
+    shutil.rmtree(workshop / RESULT, ignore_errors=True)
+    if (old := workshop / REPLACED).exists() and not folder.exists():
+        old.rename(folder)
 
 
 def _make(partial: Path, folder: Path) -> None:
@@ -102,9 +109,9 @@ def _make(partial: Path, folder: Path) -> None:
 def _place(partial: Path, folder: Path, mark: str, *, overwrite: bool) -> None:
     """Moves the finished result to its place, or beside it where the place may not be taken."""
     error: OSError | None = None
-    for attempt in range(ATTEMPTS if overwrite else 1):
+    for _ in range(ATTEMPTS if overwrite else 1):
         try:
-            return _swap(partial, folder, folder.with_name(f".{folder.name}.old-{mark}-{attempt}"), overwrite)
+            return _swap(partial, folder, overwrite)
         except OutputError as refusal:
             error = refusal
             break
@@ -116,8 +123,9 @@ def _place(partial: Path, folder: Path, mark: str, *, overwrite: bool) -> None:
     raise OutputError(f"{reason}\nThe finished model is kept in {kept}") from error
 
 
-def _swap(partial: Path, folder: Path, old: Path, overwrite: bool) -> None:
+def _swap(partial: Path, folder: Path, overwrite: bool) -> None:
     """One try; a rename never takes the place of a folder that is not empty."""
+    old = partial.with_name(REPLACED)
     with suppress(OSError):
         folder.rmdir()  # only where it is empty
     if not overwrite or not folder.exists():

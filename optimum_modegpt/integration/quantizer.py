@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.checkpoint import Checkpoint
-from optimum_modegpt.compress import Base, compress
+from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.hub import KEPT_REPORT, Upload
 from optimum_modegpt.integration.source import Source, calibrate, find_tokenizer
 from optimum_modegpt.report import Report
+from optimum_modegpt.walk.state import Base
 
 
 class ModeGPTQuantizer:
@@ -40,6 +41,7 @@ class ModeGPTQuantizer:
         tokenizer: Any = None,
         *,
         device: torch.device | None = None,
+        checkpoint: Checkpoint | None = None,
         progress: bool = True,
         **hub: Any,
     ) -> PreTrainedModel:
@@ -49,6 +51,8 @@ class ModeGPTQuantizer:
             model: a dense causal language model, in memory.
             tokenizer: object or name; None takes the configuration's, else that of the model's name.
             device: where to compute, one block at a time; None takes the accelerator where there is one.
+            checkpoint: where finished blocks are written, and taken over from a run that was interrupted. The result
+                keeps its weights there: `checkpoint.remove()` when it is saved.
             progress: whether to show progress bars.
             hub: arguments of the `from_pretrained` that loaded the model (revision, token, cache_dir, subfolder, …);
                 its tokenizer is read with the same.
@@ -62,7 +66,7 @@ class ModeGPTQuantizer:
             )
         source = Source.of_model(model, hub)
         windows = self.prepare(model.config, tokenizer, source)
-        self.compress_with(model, windows, device=device, source=source, progress=progress)
+        self.compress_with(model, windows, device=device, source=source, checkpoint=checkpoint, progress=progress)
         return model
 
     compress_model = quantize_model

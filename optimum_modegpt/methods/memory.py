@@ -127,16 +127,15 @@ def _final_gain(shapes: Shapes, extent: Extent) -> Parts:
 
 
 def _sensitivities(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterator[Moment]:
-    """Every variant of a block goes through the rest of the model; logits are taken a few rows at a time."""
-    used, variant = sensitivity.budget(shapes.blocks, extent.windows), extent.length * shapes.d_model * extent.element
-    copies = min(3, shapes.blocks)  # what left the block, and what enters and leaves a later one
-    variants = copies * len(PARTS) * len(used.ratios) * used.divergence_windows * variant
-    own = (5 * used.moment_windows + 3 * used.divergence_windows + extent.windows) * variant
+    """What a sweep cuts passes the rest of the model together; logits are taken a few rows at a time."""
+    used, window = sensitivity.budget(shapes.blocks, extent.windows), extent.length * shapes.d_model * extent.element
+    cut = sensitivity.sweep_length(shapes.blocks) * len(PARTS) * len(used.ratios) * used.divergence_windows
+    # All windows; those for moments in front of the block and both sums in it; the dense ones to compare with.
+    own = (extent.windows + 3 * used.moment_windows + 2 * used.divergence_windows) * window
+    streams = {"residual streams": own, "streams of the variants": cut * window}
     batch = min(extent.batch, sensitivity.LOGITS_AT_ONCE // shapes.vocabulary)
-    streams = {"residual streams": own, "streams of the variants": variants}
     logits = batch * shapes.vocabulary * (4 * FLOAT32 + extent.element)
     tail = {"head": shapes.vocabulary * shapes.d_model * extent.element}
     yield Moment({**tail, "block": shapes.weights * extent.element, "next-token distributions": logits}, streams)
-    measured = {"residual streams": own}
     for work in _block_work(shapes, replace(config, refit_iterations=0), extent):
-        yield Moment({**tail, **work, "variant": shapes.weights * extent.element}, measured)
+        yield Moment({**work, "variant": shapes.weights * extent.element}, streams)

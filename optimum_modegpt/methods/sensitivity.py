@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from optimum_modegpt import processes
-from optimum_modegpt.allocation.plan import PartSize, Sizes
+from optimum_modegpt.allocation.plan import Sizes
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.calibration.streams import Front, Stream, kept
@@ -30,6 +30,11 @@ MOMENT_WINDOWS, DIVERGENCE_WINDOWS = 32, 16
 LEAST_BUDGET = 8192
 """Block-forwards of a window that are always allowed: they cost little in models with few blocks."""
 LOGITS_AT_ONCE = 2**26
+SWEEPS = 4
+"""In a single one all cut blocks' streams would be in memory together; each brings all later blocks to the device."""
+
+Curves = dict[tuple[int, str], list[tuple[float, float]]]
+"""Points (sparsity, divergence) by block and part."""
 
 
 @dataclass(frozen=True)
@@ -56,75 +61,126 @@ def budget(blocks: int, windows: int) -> Budget:
     return Budget(moment_windows, 1, FEWER_RATIOS)
 
 
-def measure(
-    architecture: Architecture,
-    tokens: Tensor,
-    sizes: Sizes,
-    config: ModeGPTConfig,
-    *,
-    plan: Budget,
-    enter: Callable[[Tensor], Front],
-    device: torch.device,
-    progress: bool,
-) -> dict[tuple[int, str], list[tuple[float, float]]]:
-    """Curves of (sparsity, mean KL(dense ‖ cut) in nats per token) by block index and part.
+def split(tokens: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
+    """The windows for moments, and others for the divergence; the same one where there is only one."""
+    own = max(1, min(budget.moment_windows, len(tokens) - 1))
+    first = own if len(tokens) > 1 else 0
+    return tokens[:own], tokens[first : first + budget.divergence_windows]
+
+
+def sweep_length(blocks: int) -> int:
+    """Blocks that are measured in one sweep through those after them."""
+    return -(-blocks // SWEEPS)
+
+
+@dataclass
+class Sweeps:
+    """Measures mean KL(dense ‖ cut) in nats per token for every part of every block, cut at some ratios.
 
     Every part is cut alone, with dense statistics and its own dense output as the target, without token weights, norm
-    gains and the refit of gate and up; the rest of the model stays dense. `enter` takes tokens to the first block.
+    gains and the refit of gate and up; the rest of the model stays dense. The blocks are measured in a few sweeps: what
+    one cuts passes all later blocks together, so that each comes to the device once a sweep.
+
+    Attributes:
+        architecture: the dense model.
+        sizes: what can be cut where.
+        config: how to cut.
+        ratios: sparsities to cut at.
+        moments: what enters the next block that is measured, of the windows for moments.
+        divergence: the same of those for the divergence.
+        device: where to compute.
     """
-    split = min(plan.moment_windows, len(tokens) - 1) if len(tokens) > 1 else 0
-    moment_front, front = enter(tokens[: max(1, split)]), enter(tokens[split : split + plan.divergence_windows])
-    tail = architecture.tail(device)
-    reference = _through(architecture, 0, front.stream, front, device)
-    curves, stream, entering = {}, moment_front.stream, front.stream
-    for block, size in tqdm(
-        list(zip(architecture.blocks, sizes, strict=True)), desc="sensitivities", unit="block", disable=not progress
-    ):
-        dense = block.on(device)
-        arguments, passing = moment_front.on(block.index, device), front.on(block.index, device)
-        targets = residual_matched.run_dense(dense, stream, arguments, weighted=False)
-        students = _students(dense, stream, targets, arguments, size, plan.ratios, config)
-        with naming(f"block {block.index}"):
-            changed = [(part, sparsity, _run(student, entering, passing)) for part, sparsity, student in students]
-        # All variants pass a later block together, so that it comes to the device once.
-        joined = _through(architecture, block.index + 1, [b for *_, out in changed for b in out], front, device)
-        divergences = _divergences(tail, reference, joined, len(changed))
-        for (part, sparsity, _), divergence in zip(changed, divergences, strict=True):
-            if not math.isfinite(divergence):
-                raise NumericalError(
-                    f"block {block.index}, {part}: with {sparsity:.0%} of it removed the output distribution is not "
-                    "finite. Load the model in bfloat16 or float32, or check its weights."
-                )
-            curves.setdefault((block.index, part), []).append((sparsity, divergence))
-        stream, entering = targets.after, _run(dense, entering, passing)
+
+    architecture: Architecture
+    sizes: Sizes
+    config: ModeGPTConfig
+    ratios: tuple[float, ...]
+    moments: Front
+    divergence: Front
+    device: torch.device
+
+    def measured(self, known: Curves, *, progress: bool) -> Iterator[Curves]:
+        """The curves of each sweep; those of blocks in `known` are not measured again."""
+        blocks = len(self.architecture.blocks)
+        length = sweep_length(blocks)
+        sweeps = [range(blocks)[first : first + length] for first in range(0, blocks, length)]
+        done = {index for index, _ in known}
+        total = sum(blocks - sweep.start for sweep in sweeps)
+        with tqdm(total=total, desc="sensitivities", unit="block", disable=not progress) as bar:
+            for sweep in sweeps:
+                if done.isdisjoint(sweep):
+                    yield self._measure(sweep, bar.update)
+                else:
+                    self._leave_out(sweep)
+                    bar.update(blocks - sweep.start)
+
+    def _leave_out(self, sweep: range) -> None:
+        """The dense streams pass these blocks, as they do while these are measured."""
+        for block in self.architecture.blocks[sweep.start : sweep.stop]:
+            dense = block.on(self.device)
+            self._pass(dense, self._targets(dense))
+
+    def _measure(self, sweep: range, passed: Callable[[], Any]) -> Curves:
+        """The curves of these blocks; `passed` is called after every block that what they are cut to has passed."""
+        cuts: list[tuple[int, str, float]] = []
+        outputs: Stream = []
+        reference: Stream = []
+        for block in self.architecture.blocks[sweep.start :]:
+            dense, arguments = block.on(self.device), self.divergence.on(block.index, self.device)
+            _advance(outputs, dense, arguments)
+            if block.index in sweep:
+                targets = self._targets(dense)
+                with naming(f"block {block.index}"):
+                    for part, sparsity, student in self._students(dense, targets):
+                        cuts.append((block.index, part, sparsity))
+                        outputs += _run(student, self.divergence.stream, arguments)
+                self._pass(dense, targets)
+                reference = list(self.divergence.stream)
+            else:
+                _advance(reference, dense, arguments)
+            passed()
+        return _curves(cuts, _divergences(self.architecture.tail(self.device), reference, outputs, len(cuts)))
+
+    def _targets(self, dense: Block) -> residual_matched.DenseTargets:
+        arguments = self.moments.on(dense.index, self.device)
+        return residual_matched.run_dense(dense, self.moments.stream, arguments, weighted=False)
+
+    def _pass(self, dense: Block, targets: residual_matched.DenseTargets) -> None:
+        """The dense streams in front of the next block."""
+        arguments = self.divergence.on(dense.index, self.device)
+        self.moments = replace(self.moments, stream=targets.after)
+        self.divergence = replace(self.divergence, stream=_run(dense, self.divergence.stream, arguments))
+
+    def _students(self, dense: Block, targets: residual_matched.DenseTargets) -> Iterator[tuple[str, float, Block]]:
+        """Copies of the block with one part cut, at every ratio: (part, sparsity, block)."""
+        stream, arguments = self.moments.stream, self.moments.on(dense.index, self.device)
+        student = dense.student(self.device)
+        query_key = residual_matched.observe_query_key(student, stream, arguments)
+        heads = residual_matched.head_outputs(student, stream, arguments)
+        output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
+        middle = [kept(student.after_attention(batch.to(self.device)), batch) for batch in targets.attention]
+        mlp = residual_matched.observe_mlp(student, middle, targets.mlp, None)
+        for part, size in self.sizes[dense.index].items():
+            ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios} - {size.dense}
+            with naming(part):
+                least = min(ranks, default=size.dense)
+                cut = _cutter(part, student, (query_key, output, mlp), least, self.config)
+                for rank in sorted(ranks):
+                    variant = dense.student(self.device)
+                    cut(variant, rank)
+                    yield part, 1 - rank / size.dense, variant
+
+
+def _curves(cuts: list[tuple[int, str, float]], divergences: list[float]) -> Curves:
+    curves: Curves = {}
+    for (index, part, sparsity), divergence in zip(cuts, divergences, strict=True):
+        if not math.isfinite(divergence):
+            raise NumericalError(
+                f"block {index}, {part}: with {sparsity:.0%} of it removed the output distribution is not finite. Load "
+                "the model in bfloat16 or float32, or check its weights."
+            )
+        curves.setdefault((index, part), []).append((sparsity, divergence))
     return curves
-
-
-def _students(
-    dense: Block,
-    stream: Stream,
-    targets: residual_matched.DenseTargets,
-    arguments: dict[str, Any],
-    sizes: Mapping[str, PartSize],
-    ratios: tuple[float, ...],
-    config: ModeGPTConfig,
-) -> Iterator[tuple[str, float, Block]]:
-    """Copies of the block with one part cut, at every ratio: (part, sparsity, block)."""
-    device = dense.output.weight.device
-    student = dense.student(device)
-    query_key = residual_matched.observe_query_key(student, stream, arguments)
-    heads = residual_matched.head_outputs(student, stream, arguments)
-    output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
-    middle = [kept(student.after_attention(batch.to(device)), batch) for batch in targets.attention]
-    mlp = residual_matched.observe_mlp(student, middle, targets.mlp, None)
-    for part, size in sizes.items():
-        ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in ratios} - {size.dense}
-        with naming(part):
-            cut = _cutter(part, student, (query_key, output, mlp), min(ranks, default=size.dense), config)
-            for rank in sorted(ranks):
-                variant = dense.student(device)
-                cut(variant, rank)
-                yield part, 1 - rank / size.dense, variant
 
 
 def _cutter(
@@ -164,11 +220,11 @@ def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Stream:
     return [kept(block.forward(batch.to(device), arguments), batch) for batch in stream]
 
 
-def _through(architecture: Architecture, first: int, stream: Stream, front: Front, device: torch.device) -> Stream:
-    """The stream after the dense blocks from `first` on."""
-    for block in architecture.blocks[first:]:
-        stream = _run(block.on(device), stream, front.on(block.index, device))
-    return stream
+def _advance(stream: Stream, block: Block, arguments: dict[str, Any]) -> None:
+    """Takes the stream through the block; in place, so that it is never there twice."""
+    device = block.output.weight.device
+    for index, batch in enumerate(stream):
+        stream[index] = kept(block.forward(batch.to(device), arguments), batch)
 
 
 def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, variants: int) -> list[float]:

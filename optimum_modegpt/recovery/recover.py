@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.compress import Base
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.perplexity import check_windows, perplexity
+from optimum_modegpt.walk.state import Base
 
 HELD_OUT_SHARE, FEWEST_HELD_OUT = 0.05, 2
 """Windows that are not trained on but choose the best step."""

@@ -37,7 +37,8 @@ from optimum_modegpt.calibration.data import (
     evaluation_windows,
     resolve_sequence_length,
 )
-from optimum_modegpt.compress import compress, part_sizes
+from optimum_modegpt.compress import compress
+from optimum_modegpt.walk.checks import part_sizes
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)

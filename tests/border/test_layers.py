@@ -19,6 +19,7 @@ LAYERS = (
     ("stages", "architectures", "processes"),
     ("calibration",),
     ("methods", "checkpoint"),
+    ("walk",),
     ("compress",),
     ("evaluation", "export", "plot", "demo"),
     ("comparison", "recovery"),
@@ -28,7 +29,7 @@ LAYERS = (
 """What an import may reach: layers above its target's, and the module or package itself."""
 
 BESIDE = "modeling"
-MODELING_USERS = ("architectures", "methods", "compress", "export", "integration")
+MODELING_USERS = ("architectures", "methods", "walk", "compress", "export", "integration")
 """The compressed classes stand beside the layers; these may use them."""
 
 ONLY = {

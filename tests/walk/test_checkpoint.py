@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,16 @@ from checkpoints import RECIPE, save_dense, save_text
 from safetensors.torch import load_file
 from tiny import FAMILIES, dense, tokens
 
-from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer
 from optimum_modegpt import checkpoint as module
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.checkpoint import REPLACED, RESULT, Checkpoint, fingerprint
 from optimum_modegpt.compress import compress
-from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.errors import CheckpointError, IllConditionedWarning
 from optimum_modegpt.integration import cli
+from optimum_modegpt.integration.output import taken_back
 from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods.sensitivity import Sweeps
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 
@@ -169,7 +172,8 @@ def test_another_compression_is_refused_by_name(
         with pytest.raises(CheckpointError, match=name):
             compress(model, ModeGPTConfig(sparsity=0.3), text, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
     fresh, straight = dense("llama-mha"), dense("llama-mha")
-    compress(fresh, config, windows, checkpoint=Checkpoint(tmp_path / "kept", fresh=True), progress=False)
+    Checkpoint(tmp_path / "kept").remove()
+    compress(fresh, config, windows, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
     compress(straight, config, windows, progress=False)
     assert_same(states(fresh), states(straight))
 
@@ -200,11 +204,130 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
     assert_same(states(again), states(straight))
 
 
+def test_sensitivities_go_on_after_the_last_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, again = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    report = run(straight, None)
+    measure, sweeps = Sweeps._measure, []
+
+    def dies_in_the_third(self: Sweeps, sweep: range, *args: Any) -> Any:
+        if len(sweeps) == 2:
+            raise Killed
+        sweeps.append(sweep)
+        return measure(self, sweep, *args)
+
+    monkeypatch.setattr(Sweeps, "_measure", dies_in_the_third)
+    with pytest.raises(Killed):
+        run(dense("llama-gqa-tied"), Checkpoint(tmp_path / "kept"))
+    assert sweeps == [range(1), range(1, 2)]
+    sweeps.clear()
+    resumed = run(again, Checkpoint(tmp_path / "kept"))
+    assert sweeps == [range(2, 3)]
+    assert resumed.sensitivities == report.sensitivities
+    assert_same(states(again), states(straight))
+
+
+def test_a_resumed_run_reports_what_the_first_was_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = residual_matched.cut_mlp
+
+    def cut_badly(*args: Any) -> Any:
+        warnings.warn("a moment is ill-conditioned", IllConditionedWarning, stacklevel=1)
+        return cut(*args)
+
+    with monkeypatch.context() as patch:
+        killed_at(1, patch)
+        patch.setattr(residual_matched, "cut_mlp", cut_badly)
+        with pytest.raises(Killed):
+            run(dense("llama-mha"), Checkpoint(tmp_path / "kept"), allocation="uniform", refit_iterations=0)
+    report = run(dense("llama-mha"), Checkpoint(tmp_path / "kept"), allocation="uniform", refit_iterations=0)
+    assert "a moment is ill-conditioned" in report.warnings
+
+
+def test_every_weight_counts_in_the_fingerprint() -> None:
+    model = dense("llama-mha", torch_dtype=torch.bfloat16)
+    before = fingerprint(model)
+    assert fingerprint(dense("llama-mha", torch_dtype=torch.bfloat16)) == before
+    weight = model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(torch.inf, dtype=weight.dtype))
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "folder"])
+def test_a_folder_that_is_none_of_ours_is_left_alone(name: str, tmp_path: Path) -> None:
+    place = tmp_path / "models"
+    (place / name).mkdir(parents=True)
+    checkpoint = Checkpoint(place)
+    for refused in (lambda: run(dense("llama-mha"), checkpoint), checkpoint.remove):
+        with pytest.raises(CheckpointError, match=f"holds what no unfinished compression has: {name}"):
+            refused()
+    assert (place / name).is_dir()
+
+
 def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"manifest.json cannot be read(.|\n)*--fresh"):
         run(dense("llama-mha"), Checkpoint(tmp_path / "kept"))
+
+
+SAVE = "lambda self, model, folder, *_: ((folder / 'half').touch(), die())"
+KILLED = {
+    "while its result is saved": f"quantizer.ModeGPTQuantizer.save = {SAVE}",
+    "before its result is in place": "output._place = die",
+    "when its result is in place": "checkpoint.Checkpoint.remove = die",
+}
+
+
+@pytest.mark.parametrize("moment", KILLED)
+def test_the_command_ends_well_where_it_was_killed_at_the_end(moment: str, tmp_path: Path) -> None:
+    model, text, output = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt"), tmp_path / "small"
+    words = ["compress", str(model), "--dataset", str(text), *FLAGS, "--output"]
+    script = (
+        "import os, signal\n"
+        "from optimum_modegpt import checkpoint\n"
+        "from optimum_modegpt.integration import cli, output, quantizer\n"
+        "die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"{KILLED[moment]}\n"
+        f"cli.main({[*words, str(output)]!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert output.exists() == (moment == "when its result is in place")
+    assert cli.main([*words, str(output)]) == 0
+    assert cli.main([*words, str(tmp_path / "straight")]) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "straight"))
+    assert_same(one, other)
+    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "straight").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "small", "straight"}
+    assert cli.main([*words, str(output)]) == 2, "what is finished is not overwritten"
+
+
+def test_what_was_overwritten_comes_back_where_the_run_was_killed(tmp_path: Path) -> None:
+    workshop, place = tmp_path / ".small.checkpoint", tmp_path / "small"
+    for left in (RESULT, REPLACED):
+        (workshop / left).mkdir(parents=True)
+        (workshop / left / left).touch()
+    taken_back(workshop, place)
+    assert [path.name for path in place.iterdir()] == [REPLACED]
+    assert list(workshop.iterdir()) == []
+
+
+def test_a_second_command_waits_for_the_result_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt")
+    words = ["compress", str(model), "--dataset", str(text), *FLAGS, "--output", str(tmp_path / "small")]
+    save, codes = ModeGPTQuantizer.save, []
+
+    def meanwhile(*args: Any) -> None:
+        codes.append(cli.main(words))
+        save(*args)
+
+    monkeypatch.setattr(ModeGPTQuantizer, "save", meanwhile)
+    assert cli.main(words) == 0
+    assert codes == [2]
+    assert "another run is at work" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "small"}
 
 
 def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from tiny import VARIANTS, classes, dense, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from optimum_modegpt.architectures import Block
+from optimum_modegpt.architectures import Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.streams import Place, enter
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import (
@@ -25,8 +26,10 @@ from optimum_modegpt.errors import (
     NumericalError,
     UnsupportedModel,
 )
+from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 from optimum_modegpt.report import PARTS, Report
+from optimum_modegpt.walk.checks import part_sizes
 
 WINDOWS, LENGTH = 10, 16
 RECIPES = [("default", None), ("default", "influence"), ("paper", None), ("paper", "sensitivity"), ("paper", "uniform")]
@@ -224,6 +227,26 @@ def test_the_record_and_the_report_say_what_was_done(tmp_path: Any) -> None:
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report
     assert json.loads(json.dumps(record)) == record
+
+
+def test_sensitivities_bring_a_block_to_the_device_once_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture, config = resolve(dense("llama-gqa-tied", num_hidden_layers=6)), ModeGPTConfig(sparsity=0.3)
+    sizes, host = part_sizes(architecture, config), torch.device("cpu")
+    first, second = (enter(architecture, tokens(8, 24, seed=seed), 4, Place(host)) for seed in range(2))
+    brought, on = [], Block.on
+    monkeypatch.setattr(Block, "on", lambda block, device: (brought.append(block.index), on(block, device))[1])
+
+    def curves(number: int) -> sensitivity.Curves:
+        brought.clear()
+        monkeypatch.setattr(sensitivity, "SWEEPS", number)
+        sweeps = sensitivity.Sweeps(architecture, sizes, config, (0.3, 0.6), first, second, host)
+        with torch.no_grad():
+            return {name: curve for found in sweeps.measured({}, progress=False) for name, curve in found.items()}
+
+    together = curves(1)
+    assert brought == list(range(6))
+    assert curves(3) == together, "what passes a block together does not change what comes out"
+    assert brought == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 4, 5]
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "influence", "sensitivity"])

@@ -66,13 +66,13 @@ def test_only_once_and_never_below_one_window(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_allocation_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, sizes = sensitivity.measure, []
+    original, sizes = sensitivity.Sweeps.measured, []
 
-    def measure(*args: Any, enter: Any, **kwargs: Any) -> Any:
-        sizes.append(enter.keywords["batch_size"])
+    def measured(sweeps: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(max(map(len, sweeps.moments.stream)))
         if len(sizes) == 1:
             raise torch.OutOfMemoryError("out of memory")
-        return original(*args, enter=enter, **kwargs)
+        return original(sweeps, *args, **kwargs)
 
     run_dense, decomposed = residual_matched.run_dense, set()
 
@@ -81,7 +81,7 @@ def test_the_allocation_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
             decomposed.update(map(len, stream))
         return run_dense(block, stream, *args, **kwargs)
 
-    monkeypatch.setattr(sensitivity, "measure", measure)
+    monkeypatch.setattr(sensitivity.Sweeps, "measured", measured)
     monkeypatch.setattr(residual_matched, "run_dense", noted)
     config = ModeGPTConfig(sparsity=0.3, batch_size=4, refit_iterations=0)
     report = compress(dense("opt"), config, TokenWindows(tokens(8, 24), {}), progress=False)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from optimum_modegpt.integration.commands.common import (
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
 from optimum_modegpt.integration.commands.estimate import estimate_of
 from optimum_modegpt.integration.hub import Upload
-from optimum_modegpt.integration.output import check_output, replacing
+from optimum_modegpt.integration.output import check_output, replacing, taken_back
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.reading import load_config, load_model, pick_device
 from optimum_modegpt.integration.source import Source, default_dataset
 from optimum_modegpt.report import Report
 from optimum_modegpt.stages import compute_device
+from optimum_modegpt.walk.record import portable
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +90,28 @@ def compress_to(output: Path, options: Namespace, device: torch.device | None) -
     """The work itself, with the options of `compress`."""
     source = source_of(options)
     quantizer = _quantizer(options, source)
-    check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
     check_file(options.report)
+    checkpoint = _checkpoint(output, fresh=options.fresh)
+    with nullcontext() if checkpoint is None else _unfinished_work(checkpoint, output, fresh=options.fresh):
+        report = None if checkpoint is None else _placed(checkpoint, output, quantizer.config)
+        if report is None:
+            check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
+            report = _compress(output, options, quantizer, source, checkpoint, device)
+        if checkpoint is not None:
+            checkpoint.remove()
+    if options.report is not None:
+        shutil.copyfile(output / REPORT, options.report)
+    return report
+
+
+def _compress(
+    output: Path,
+    options: Namespace,
+    quantizer: ModeGPTQuantizer,
+    source: Source,
+    checkpoint: Checkpoint | None,
+    device: torch.device | None,
+) -> Report:
     if quantizer.config.sparsity > STEEP:
         logger.warning(
             "sparsity %g: beyond %g quality falls fast. Plan a fine-tuning afterwards: %s recover %s",
@@ -98,21 +120,20 @@ def compress_to(output: Path, options: Namespace, device: torch.device | None) -
             options.program,
             output,
         )
-    checkpoint = _checkpoint(output, fresh=options.fresh)
     if not options.ignore_estimate:
         found = estimate_of(source, quantizer.config, options.dtype, device)
-        check_room(found, compute_device(device, torch.device("cpu")), output, written=_size(checkpoint))
-    with replacing(output, overwrite=options.overwrite) as folder, _going_on_later(checkpoint):
+        written = 0 if checkpoint is None else checkpoint.size  # is taken over
+        check_room(found, compute_device(device, torch.device("cpu")), output, written=written)
+    workshop = None if checkpoint is None else checkpoint.folder
+    with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
         windows = quantizer.prepare(load_config(source), None, source)
         model = load_model(source, options.dtype)
         report = quantizer.compress_with(
             model, windows, source=source, device=device, checkpoint=checkpoint, progress=shows_progress()
         )
         quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
-    if checkpoint is not None:
-        checkpoint.remove()
-    if options.report is not None:
-        shutil.copyfile(output / REPORT, options.report)
+        if checkpoint is not None:
+            checkpoint.keep_saved(_digest(folder / REPORT))
     return report
 
 
@@ -135,7 +156,7 @@ def _checkpoint(output: Path, *, fresh: bool) -> Checkpoint | None:
     Raises:
         CheckpointError: several processes, and unfinished work of one alone stands there.
     """
-    checkpoint = Checkpoint(output.absolute().with_name(f".{output.name}.checkpoint"), fresh=fresh)
+    checkpoint = Checkpoint(output.absolute().with_name(f".{output.name}.checkpoint"))
     if processes.count() == 1:
         return checkpoint
     if checkpoint.folder.is_dir():
@@ -148,24 +169,35 @@ def _checkpoint(output: Path, *, fresh: bool) -> Checkpoint | None:
     return None
 
 
-def _size(checkpoint: Checkpoint | None) -> int:
-    """Bytes of unfinished work, which will be taken over or deleted."""
-    if checkpoint is None:
-        return 0
-    return sum(file.stat().st_size for file in checkpoint.folder.glob("*"))
+def _placed(checkpoint: Checkpoint, output: Path, config: ModeGPTConfig) -> Report | None:
+    """The report of a run of this command that was killed when its result was in place already."""
+    progress, file = checkpoint.read(), output / REPORT
+    if progress is None or not file.is_file() or _digest(file) != progress.saved:
+        return None
+    report = Report.load(file)
+    return report if report.config == portable(config) else None
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 @contextmanager
-def _going_on_later(checkpoint: Checkpoint | None) -> Iterator[None]:
-    """An interrupt says what is kept."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if checkpoint is None or not checkpoint.folder.is_dir():
-            raise
-        raise KeyboardInterrupt(
-            f"what is finished is kept in {checkpoint.folder}. The same command goes on, with --fresh it starts anew."
-        ) from None
+def _unfinished_work(checkpoint: Checkpoint, output: Path, *, fresh: bool) -> Iterator[None]:
+    """Inside, the checkpoint is ours alone, from what was left of the last run to the result in its place."""
+    with checkpoint.alone():
+        taken_back(checkpoint.folder, output)
+        if fresh:
+            checkpoint.remove()
+        try:
+            yield
+        except KeyboardInterrupt:
+            if checkpoint.read() is None:
+                raise
+            raise KeyboardInterrupt(
+                f"what is finished is kept in {checkpoint.folder}. The same command goes on, with --fresh it starts "
+                "anew."
+            ) from None
 
 
 def _upload(options: Namespace) -> Upload | None:

@@ -1,0 +1,142 @@
+"""What is refused before it costs anything, and what is never let out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from optimum_modegpt import processes
+from optimum_modegpt.allocation.plan import Plan, Sizes, head_step, largest_sparsity, mlp_step, part_size
+from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.calibration.streams import Stream
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel
+from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
+from optimum_modegpt.walk.state import Walk
+
+SPARSITY_TOLERANCE = 0.005
+"""A plan that misses the requested sparsity by more is a warning."""
+DISTINCT_SHARE = 0.9
+"""A smaller share of distinct calibration windows is a warning."""
+READING_TOLERANCE = 1e-3
+"""Largest relative difference between a block's own forward pass and our reading of it."""
+
+
+def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
+    """What can be cut where: dense widths, weights per unit of width, grids."""
+
+    def sizes(block: Block) -> dict[str, Any]:
+        dense, d_model, cap = block.dense_widths, block.down.out_features, config.max_sparsity
+        head_unit = (block.heads + block.kv_heads) * d_model
+        mlp_unit = (len(block.layout.mlp_inputs) + 1) * d_model
+        qk_step = head_step(dense.qk, config.round_to, pairs=block.rotary)
+        vo_step = head_step(dense.vo, config.round_to, pairs=False)
+        return {
+            "mlp": part_size(dense.mlp, mlp_unit, mlp_step(dense.mlp, config.round_to), cap),
+            "qk": part_size(dense.qk, head_unit, qk_step, cap),
+            "vo": part_size(dense.vo, head_unit, vo_step, cap),
+        }
+
+    return [sizes(block) for block in architecture.blocks]
+
+
+def check_request(walk: Walk) -> None:
+    """What can be refused before any computing is refused here."""
+    tokens, config, model = walk.calibration.tokens, walk.config, walk.architecture.model
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens.shape[1] > context:
+        raise CalibrationDataError(
+            f"calibration windows have {tokens.shape[1]} tokens, the model's context is {context}; "
+            f"set sequence_length to {context} or less."
+        )
+    check_reachable(config, walk.sizes)
+    if len(tokens) < processes.count():
+        raise CalibrationDataError(
+            f"{len(tokens)} calibration windows cannot be shared among {processes.count()} processes; start at most "
+            f"{len(tokens)}, or calibrate on more windows with num_samples."
+        )
+    if (distinct := len(tokens.unique(dim=0))) < DISTINCT_SHARE * len(tokens):
+        walk.warn(
+            f"only {distinct} of the {len(tokens)} calibration windows differ: the text repeats itself, and the model "
+            "will be good at nothing else. Calibrate on varied text like that which the model will see."
+        )
+    widest = max(block["mlp"].dense for block in walk.sizes)
+    if tokens.numel() < widest:
+        walk.warn(
+            f"only {tokens.numel()} calibration tokens for an MLP width of {widest}: the moments are rank deficient. "
+            f"Use at least {widest} tokens, better {4 * widest}."
+        )
+
+
+def check_reachable(config: ModeGPTConfig, sizes: Sizes) -> None:
+    """Refuses a sparsity above what the widths allow."""
+    if (limit := largest_sparsity(sizes)) + SPARSITY_TOLERANCE < config.sparsity:
+        raise InvalidConfig(
+            f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
+            f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
+        )
+
+
+def check_plan(plan: Plan, sizes: Sizes) -> None:
+    """A plan from outside must have every part of every block at an allowed width."""
+    if len(plan) != len(sizes):
+        raise InvalidConfig(f"the plan has {len(plan)} blocks, the model {len(sizes)}.")
+    for index, (ranks, block) in enumerate(zip(plan, sizes, strict=True)):
+        if set(ranks) != set(block):
+            raise InvalidConfig(f"plan, block {index}: parts {sorted(ranks)}, expected {sorted(block)}.")
+        for part, size in block.items():
+            if ranks[part] not in size.widths():
+                raise InvalidConfig(
+                    f"plan, block {index}: {part} width {ranks[part]}; allowed are {size.dense} and the multiples of "
+                    f"{size.step} from {size.floor} up to it (round_to and max_sparsity of the configuration)."
+                )
+
+
+def check_tensors(architecture: Architecture) -> None:
+    """Refuses a model with tensors that its compressed class would not have."""
+    family, config = architecture.family, architecture.model.config
+    widths = [block.dense_widths for block in architecture.blocks]
+    model_class: Any = family.models["AutoModelForCausalLM"]
+    with torch.device("meta"):
+        known = model_class(family.config.from_dense(config, widths, {"format_version": FORMAT_VERSION})).state_dict()
+    if unknown := sorted(architecture.model.state_dict().keys() - known.keys()):
+        raise UnsupportedModel(
+            f"{type(architecture.model).__name__} has tensors that its family does not: {', '.join(unknown[:5])}"
+            f"{' …' if len(unknown) > 5 else ''}. Compress the plain model."
+        )
+
+
+def check_reading(walk: Walk) -> None:
+    """Compares every block's own forward pass with that of its compressed class at full width, on one window.
+
+    A block that computes something else than its family's would come out of the walk as something it never was.
+    """
+    window = walk.front.stream[0][:1].to(walk.device)
+    for block in walk.architecture.blocks:
+        arguments = walk.front.on(block.index, walk.device)
+        own = block.on(walk.device).forward(window, arguments)
+        ours = block.student(walk.device).composed_forward(window, arguments)
+        if not own.isfinite().all():
+            raise NumericalError(
+                f"block {block.index}: its output is not finite on the calibration text. Load the model in bfloat16 or "
+                "float32, or check its weights."
+            )
+        difference = float((own.float() - ours.float()).norm() / own.float().norm().clamp_min(1e-30))
+        if difference > max(READING_TOLERANCE, 10 * torch.finfo(own.dtype).eps):
+            raise UnsupportedModel(
+                f"{type(walk.architecture.model).__name__}, block {block.index} computes something else than its "
+                f"family's norm, attention, norm, MLP (relative difference {difference:.1e}); this variant is not "
+                "supported."
+            )
+        window = own
+
+
+def check_result(error: dict[str, float], compressed: Stream) -> None:
+    """A block whose fit or output is not finite is never installed."""
+    for part, value in error.items():
+        if not math.isfinite(value):
+            raise NumericalError(f"{part}: its fit is not finite; calibrate on more, and more varied, text.")
+    if not all(batch.isfinite().all() for batch in compressed):
+        raise NumericalError("the compressed block's output is not finite; calibrate on more, and more varied, text.")

@@ -1,0 +1,127 @@
+"""What one compression carries from stage to stage."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optimum_modegpt import processes
+from optimum_modegpt.allocation.plan import Sizes
+from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.streams import Front, Place, enter, in_batches
+from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.methods import sensitivity
+from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange
+from optimum_modegpt.methods.work import Shapes, shapes_of
+from optimum_modegpt.stages import StageClock
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where a dense model came from: a name of the Hub, or of a folder the last part of its path; and the commit."""
+
+    model: str | None = None
+    revision: str | None = None
+
+    def completed(self, model: PreTrainedModel) -> Base:
+        """With what `model` itself remembers in place of what is not known."""
+        name = getattr(model.config, "_name_or_path", None) or None
+        own = Path(name).name if name and os.path.isdir(name) else name
+        return Base(self.model or own, self.revision or getattr(model.config, "_commit_hash", None))
+
+
+@dataclass
+class Walk:
+    """What one compression carries from stage to stage."""
+
+    architecture: Architecture
+    config: ModeGPTConfig
+    calibration: TokenWindows
+    sizes: Sizes
+    """What can be cut where."""
+    device: torch.device
+    base: Base
+    checkpoint: Checkpoint | None
+    progress: bool
+    clock: StageClock = field(init=False)
+    shapes: Shapes = field(init=False)
+    """Of the dense model, taken before it changes."""
+    batch_size: int = field(init=False)
+    """Windows per forward pass; halved where memory does not suffice."""
+    streams: Streams = field(init=False)
+    """Where the residual streams are kept, and `place`, the same as a place."""
+    place: Place = field(init=False)
+    front: Front = field(default_factory=lambda: Front([], []))
+    """What enters the first block; nothing before the calibration tokens were embedded."""
+    budget: sensitivity.Budget | None = None
+    curves: sensitivity.Curves = field(default_factory=dict)
+    influences: list[float] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.clock = StageClock(self.device)
+        self.shapes = shapes_of(self.architecture.model, self.architecture.family)
+        arrangement = arranged(self)
+        host, folder = torch.device("cpu"), Path(tempfile.gettempdir())
+        files = Place(host, folder if self.checkpoint is None else self.checkpoint.folder)
+        self.batch_size, self.streams = arrangement.batch_size, arrangement.streams
+        self.place = {"device": Place(self.device), "host": Place(host), "files": files}[self.streams]
+
+    def enter(self, tokens: Tensor) -> Front:
+        """What enters the first block for these windows."""
+        return enter(self.architecture, tokens, self.batch_size, self.place)
+
+    def halve_batches(self) -> None:
+        """Half as many windows go at once from here on, also where the run is taken up again."""
+        self.batch_size //= 2
+        if self.checkpoint is not None:
+            self.checkpoint.keep_batch_size(self.batch_size)
+        self.front = replace(self.front, stream=in_batches(self.front.stream, self.batch_size))
+
+    def warn(self, message: str) -> None:
+        """Logs a warning and keeps it for the report, once."""
+        if message not in self.warnings:
+            logger.warning(message)
+            self.warnings.append(message)
+
+    def measured(self) -> dict[str, Any]:
+        """What the plan was made from, safe for JSON."""
+        budget = {} if self.budget is None else {**vars(self.budget), "ratios": list(self.budget.ratios)}
+        curves = {f"{block}.{part}": [list(point) for point in curve] for (block, part), curve in self.curves.items()}
+        return {"sensitivities": curves, "sensitivity_budget": budget, "influences": self.influences}
+
+
+def arranged(walk: Walk) -> Arrangement:
+    """Where streams are kept and how many windows go at once, by what memory is free.
+
+    Finished blocks go where the dense ones are; those of the host take no memory where streams or a checkpoint are in
+    files.
+    """
+    model, config = walk.architecture.model, walk.config
+    element, length = model.dtype.itemsize, walk.calibration.tokens.shape[1]
+    finished = int((1 - config.sparsity) * walk.shapes.blocks * walk.shapes.weights * element)
+    on_host = walk.architecture.blocks[0].output.weight.device.type == "cpu"
+    held = {} if on_host and walk.checkpoint is not None else {"finished blocks": finished}
+    free = Free.beside(walk.device)
+    return arrange(
+        walk.shapes,
+        config,
+        windows=-(-len(walk.calibration.tokens) // processes.count()),
+        length=length,
+        element=element,
+        accelerated=walk.device.type != "cpu",
+        free=replace(free, host=free.host // processes.count()),
+        besides=Needs(files=held) if on_host else Needs(device=held),
+    )
