@@ -14,7 +14,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -29,6 +30,8 @@ from optimum_modegpt.stages import StageClock
 
 SEED = 0
 """Of the token ids."""
+
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,8 @@ class Speed:
     """New tokens of the whole batch after the first, one a step, with the key-value cache."""
     cache_bytes_per_token: float | None
     """Of keys and values in all blocks; None for a model without such a cache."""
-    peak_memory: int | None
-    """Bytes: the weights, and how far device memory rose; None where the allocator does not tell, as on a CPU."""
+    peak_memory: int
+    """Bytes: the weights, and how far memory rose in a run above what was taken before it; see `memory_kind`."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,9 @@ class Benchmark:
     new_tokens: int
     repeats: int
     machine: dict[str, Any]
+    memory_kind: str
+    """What is seen to rise in `Speed.peak_memory`: "device memory", or on a CPU, where both models share one process,
+    its "sampled resident size"."""
     notes: tuple[str, ...] = field(default=())
     """What was not measured as asked for."""
 
@@ -126,8 +132,9 @@ def benchmark(
 ) -> Benchmark:
     """Speed at every batch size and prompt length, on random token ids.
 
-    Each setting is warmed up once. In each repeat the two models take turns, and the order alternates, so that a
-    machine that slows down slows both. A setting that does not fit into memory is told in its row.
+    Each setting runs twice before it is timed: to warm up, and to see what memory it takes. In each repeat the two
+    models take turns, and the order alternates, so that a machine that slows down slows both. A setting that does not
+    fit into memory is told in its row.
 
     Args:
         model: on the device where it shall run.
@@ -157,7 +164,8 @@ def benchmark(
     with evaluating(*models.values()), tqdm(total=len(settings) * repeats, disable=not progress, unit="run") as bar:
         rows = tuple(_row(models, one, generator, new_tokens, repeats, bar) for one in settings)
     sizes = {name: _size(each) for name, each in models.items()}
-    return Benchmark(rows, sizes["model"], sizes.get("reference"), new_tokens, repeats, _machine(model), notes)
+    kind = StageClock(model.device).memory_kind
+    return Benchmark(rows, sizes["model"], sizes.get("reference"), new_tokens, repeats, _machine(model), kind, notes)
 
 
 def _check(models: list[PreTrainedModel], numbers: tuple[int, ...]) -> None:
@@ -201,7 +209,7 @@ class _Run:
     decode: float
     """Seconds of all steps after the first token."""
     cache_bytes: float | None
-    working_bytes: int | None
+    """For one token of one sequence."""
 
 
 def _row(
@@ -218,19 +226,24 @@ def _row(
     ids = torch.randint(vocabulary, shape, generator=generator).to(first.device)
     forwards = {name: _forward(model, setting) for name, model in models.items()}
     runs: dict[str, list[_Run]] = {name: [] for name in models}
+    peaks: dict[str, int] = {}
     failures: dict[str, str] = {}
-    for repeat in range(repeats + 1):
+    for repeat in range(-2, repeats):  # the first warms up, the second shows what memory it takes
         for name in [*models] if repeat % 2 else [*models][::-1]:
-            if name not in failures:
-                run = _fitting(lambda name=name: _run(models[name], forwards[name], ids, setting, new_tokens))
-                if run is None:
-                    failures[name] = f"{name}: out of memory"
-                elif repeat:  # the first warms up
-                    runs[name].append(run)
-        bar.update(repeat > 0)
-    found = {name: _speed(runs[name], models[name], setting, new_tokens) for name in models if name not in failures}
-    ratios = _ratios(runs["model"], runs["reference"]) if len(found) == 2 else (None, None)
-    return Row(setting, found.get("model"), found.get("reference"), *ratios, tuple(failures.values()))
+            if name in failures:
+                continue
+            run = partial(_run, models[name], forwards[name], ids, setting, new_tokens)
+            found = _fitting(run if repeat != -1 else partial(_peak, models[name], run))
+            if found is None:
+                failures[name] = f"{name}: out of memory"
+            elif isinstance(found, int):
+                peaks[name] = found
+            elif repeat >= 0:
+                runs[name].append(found)
+        bar.update(repeat >= 0)
+    speeds = {name: _speed(runs[name], peaks[name], setting, new_tokens) for name in models if name not in failures}
+    ratios = _ratios(runs["model"], runs["reference"]) if len(speeds) == 2 else (None, None)
+    return Row(setting, speeds.get("model"), speeds.get("reference"), *ratios, tuple(failures.values()))
 
 
 def _forward(model: PreTrainedModel, setting: Setting) -> Callable[..., Any]:
@@ -240,8 +253,8 @@ def _forward(model: PreTrainedModel, setting: Setting) -> Callable[..., Any]:
     return torch.compile(model)
 
 
-def _fitting(measure: Callable[[], _Run]) -> _Run | None:
-    """The run; None where memory ends, on an accelerator or on the host."""
+def _fitting(measure: Callable[[], Measured]) -> Measured | None:
+    """What is measured; None where memory ends, on an accelerator or on the host."""
     try:
         return measure()
     except torch.OutOfMemoryError:
@@ -252,20 +265,16 @@ def _fitting(measure: Callable[[], _Run]) -> _Run | None:
         raise
 
 
-def _run(model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, setting: Setting, new_tokens: int) -> _Run:
+def _peak(model: PreTrainedModel, run: Callable[[], _Run]) -> int:
+    """Bytes: the weights, and how far memory rises while it runs."""
     clock = StageClock(model.device)
-    if clock.allocator is None:
-        return _Run(*_timed(model, forward, ids, setting, new_tokens), working_bytes=None)
-    before = clock.allocator.memory_allocated(model.device)
+    before = clock.in_use()
     with clock.stage("run"):
-        times = _timed(model, forward, ids, setting, new_tokens)
-    return _Run(*times, working_bytes=clock.stages[-1].peak_memory - before)
+        run()
+    return _size(model).weight_bytes + clock.stages[-1].peak_memory - before
 
 
-def _timed(
-    model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, setting: Setting, new_tokens: int
-) -> tuple[float, float, float | None]:
-    """Seconds to the first token and of the steps after it, and bytes of the cache for one token of one sequence."""
+def _run(model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, setting: Setting, new_tokens: int) -> _Run:
     cache = StaticCache(model.config, max_cache_len=ids.shape[1] + new_tokens) if setting.compiled else None
     start = time.perf_counter()
     output = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -278,7 +287,7 @@ def _timed(
     token.cpu()
     end = time.perf_counter()
     taken = cache_bytes(output.past_key_values)
-    return first - start, end - first, None if taken is None else taken / len(ids)
+    return _Run(first - start, end - first, None if taken is None else taken / len(ids))
 
 
 def _likeliest(output: Any) -> Tensor:
@@ -303,8 +312,7 @@ def cache_bytes(cache: Any) -> float | None:
 # ------------------------------------------------------------------------------------------------------------ results
 
 
-def _speed(runs: list[_Run], model: PreTrainedModel, setting: Setting, new_tokens: int) -> Speed:
-    peaks = [run.working_bytes for run in runs if run.working_bytes is not None]
+def _speed(runs: list[_Run], peak: int, setting: Setting, new_tokens: int) -> Speed:
     return Speed(
         first_token_seconds=Spread.of(run.first_token for run in runs),
         prefill_tokens_per_second=Spread.of(
@@ -312,7 +320,7 @@ def _speed(runs: list[_Run], model: PreTrainedModel, setting: Setting, new_token
         ),
         decode_tokens_per_second=Spread.of(setting.batch_size * new_tokens / run.decode for run in runs),
         cache_bytes_per_token=runs[-1].cache_bytes,
-        peak_memory=_size(model).weight_bytes + max(peaks) if peaks else None,
+        peak_memory=peak,
     )
 
 

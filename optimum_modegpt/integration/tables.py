@@ -199,6 +199,7 @@ def benchmark_table(found: Benchmark) -> str:
         *(f"{name}: {_size(size)}" for name, size in (("model", found.model), ("reference", found.reference)) if size),
         _aligned([("batch × prompt", "run", "measure", *columns), *rows], left=3),
         f"medians of {found.repeats} runs with {found.new_tokens} new tokens; in brackets the lowest and the highest",
+        f"peak memory: the weights, and how far the {found.memory_kind} rose in a run above what was taken before it",
     ]
     failures = [f"{_setting(row)} {failure}" for row in found.rows for failure in row.failures]
     return "\n".join([*lines, *failures, *found.notes])
@@ -212,9 +213,8 @@ def _benchmark_rows(row: Row, paired: bool) -> list[tuple[str, ...]]:
         ("decode tokens/s", row.decode_ratio, lambda one: f"{one.decode_tokens_per_second.median:,.1f}"),
         ("time to first token, ms", None, lambda one: f"{1e3 * one.first_token_seconds.median:,.2f}"),
         ("cache bytes per token", None, lambda one: _number(one.cache_bytes_per_token)),
+        ("peak memory", None, lambda one: _bytes(one.peak_memory)),
     ]
-    if any(one is not None and one.peak_memory is not None for one in speeds):
-        measures.append(("peak memory", None, lambda one: _bytes(one.peak_memory)))
     lines = [
         (name, *(_cell(one, show) for one in speeds), *((_ratio(ratio),) if paired else ()))
         for name, ratio, show in measures
