@@ -270,8 +270,8 @@ def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: Mo
             [value_basis(g, r.transpose(0, 1).flatten(1), rank) for g, r in zip(groups, rows, strict=True)]
         )
         value = bases.mT @ value
-        inverse = block_diagonal(torch.linalg.pinv(bases).mT, per_group, ones=moments.ones)
-        moments, dense = moments.mapped(block_diagonal(bases, per_group, ones=moments.ones)), inverse.T @ dense
+        basis = block_diagonal(bases, per_group, ones=moments.ones)  # orthonormal: its transpose inverts it
+        moments, dense = moments.mapped(basis), basis.T @ dense
     output = centred_refit(moments, dense, moments.ridge(config.output_ridge))
     return ValueOutputFactors(value, output, moments.relative_error(output), bases)
 

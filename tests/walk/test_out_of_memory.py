@@ -12,6 +12,7 @@ from tiny import dense, tokens
 from optimum_modegpt import ModeGPTConfig, Report
 from optimum_modegpt import checkpoint as checkpoints
 from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.streams import Place
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.compress import compress
 from optimum_modegpt.methods import residual_matched, sensitivity
@@ -24,18 +25,27 @@ def run(model: Any, batch_size: int, checkpoint: Checkpoint | None = None, **fie
     return compress(model, config, TokenWindows(tokens(8, 24), {}), checkpoint=checkpoint, progress=False)
 
 
+def exhaust(of: str) -> None:
+    """What torch raises where this memory is used up."""
+    if of == "device":
+        raise torch.OutOfMemoryError("out of memory")
+    torch.empty(2**60, dtype=torch.uint8)
+
+
 class Memory:
     """Too small for batches of more than `windows`; at the block `fails_at` it is always too small."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, windows: int, fails_at: int | None = None) -> None:
-        self.windows, self.fails_at, self.largest = windows, fails_at, []
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, windows: int, fails_at: int | None = None, of: str = "device"
+    ) -> None:
+        self.windows, self.fails_at, self.of, self.largest = windows, fails_at, of, []
         self.original = residual_matched.run_dense
         monkeypatch.setattr(residual_matched, "run_dense", self)
 
     def __call__(self, block: Any, stream: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
         self.largest.append(max(map(len, stream)))
         if (block.index > 0 and self.largest[-1] > self.windows) or block.index == self.fails_at:
-            raise torch.OutOfMemoryError("out of memory")
+            exhaust(self.of)
         return self.original(block, stream, *args, **kwargs)
 
 
@@ -43,10 +53,11 @@ def states(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-def test_the_batch_size_is_halved_and_the_result_is_that_of_the_half(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of", ["device", "host"])
+def test_the_batch_size_is_halved_and_the_result_is_that_of_the_half(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
     assert not run(expected, 2).warnings
-    Memory(monkeypatch, windows=2)
+    Memory(monkeypatch, windows=2, of=of)
     report = run(model, 4)
     assert report.warnings == (f"decompose: {SEEN.format(4, 2)}",)
     assert [stage.name for stage in report.stages] == ["embed", "allocate (uniform)", "decompose", "adopt"]
@@ -63,6 +74,34 @@ def test_only_once_and_never_below_one_window(monkeypatch: pytest.MonkeyPatch) -
             run(model, batch_size)
         assert memory.largest == tried  # the first block and the second, each time
     torch.testing.assert_close(states(model), before, rtol=0, atol=0)
+
+
+def test_the_first_stage_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    run(expected, 2)
+    keep = Place.keep
+
+    def kept(place: Place, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim == 3 and len(tensor) > 2:
+            exhaust("device")
+        return keep(place, tensor)
+
+    monkeypatch.setattr(Place, "keep", kept)
+    assert run(model, 4).warnings == (f"embed: {SEEN.format(4, 2)}",)
+    torch.testing.assert_close(states(model), states(expected), rtol=0, atol=0)
+
+
+def test_another_error_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def breaks(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(residual_matched, "run_dense", breaks)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        run(dense("llama-gqa-tied"), 4)
+    assert len(calls) == 1
 
 
 def test_the_allocation_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
