@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.architectures import Architecture, Block, Family, check_model_type
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.memory import Parts
-from optimum_modegpt.methods.placement import Arrangement, Free, Needs, arrange, host_memory
+from optimum_modegpt.methods.placement import Arrangement, Free, Needs, arrange, finished_blocks, host_memory
 from optimum_modegpt.methods.work import Extent, block_forward, shapes_of, work_of
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checks import check_reachable, part_sizes
@@ -22,18 +22,21 @@ LIBRARIES = 12 * 2**20
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak, and multiply-adds in units of one forward pass of the blocks over the calibration tokens.
+    """Bytes at the peak of a machine; multiply-adds in units of a forward pass of the blocks over calibration tokens.
 
     Attributes:
         parameters: of the model, tied ones once.
         block_parameters: those of the projections that can be cut.
         calibration_tokens: all of them.
-        with_accelerator: where streams are kept and what is needed, above the program itself, with an accelerator: the
-            one that is there, else one of unknown size.
+        processes: how many compress it together on the machine.
+        with_accelerator: where streams are kept and what is needed, above the programs themselves, with an accelerator
+            for each process: such as the one that is there, else of unknown size. What is needed on the host and in
+            files is the sum over the processes.
         without: the same where the host computes as well.
         mapped_weights: memory maps of the model's files: they count as resident size while they are in use, but the
             system takes the pages back where memory is short.
-        disk: the unfinished work beside the output, and the result; files of streams come on top.
+        disk: the unfinished work beside the output, which several processes do not keep, and the result; files of
+            streams come on top.
         forward_multiply_adds: of one forward pass.
         forward_passes: how many of them the steps are worth.
     """
@@ -41,6 +44,7 @@ class Estimate:
     parameters: int
     block_parameters: int
     calibration_tokens: int
+    processes: int
     with_accelerator: Arrangement
     without: Arrangement
     mapped_weights: int
@@ -66,6 +70,7 @@ def estimate(
     *,
     weights_mapped: bool = True,
     device: torch.device | None = None,
+    processes: int = 1,
 ) -> Estimate:
     """What the command `compress` would need for `model`, which may stand on the meta device.
 
@@ -77,6 +82,7 @@ def estimate(
         sequence_length: tokens of a calibration window.
         weights_mapped: whether the weights stay in their files, as they do when they are loaded as they are stored.
         device: where to compute; None takes the accelerator where there is one.
+        processes: how many are started together on this machine, each with an accelerator of its own where there are.
 
     Raises:
         AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.
@@ -87,29 +93,31 @@ def estimate(
     element, weights = model.dtype.itemsize, shapes.blocks * shapes.weights
     parameters = sum(parameter.numel() for parameter in model.parameters())
     loaded = {"libraries": LIBRARIES, **({} if weights_mapped else {"weights": parameters * element})}
+    finished = finished_blocks(shapes, config, element)
     with_accelerator, without = (
         arrange(
             shapes,
             config,
-            windows=config.num_samples,
-            length=sequence_length,
-            element=element,
+            extent=Extent(config.num_samples, sequence_length, sequence_length, element),
             accelerated=accelerated,
             free=Free.beside(compute_device(device, torch.device("cpu"))) if accelerated else Free(host_memory()),
-            besides=Needs(host=loaded),
+            besides=Needs(host=loaded, files=finished if processes > 1 else {}),
+            processes=processes,
         )
         for accelerated in (True, False)
     )
     extent = Extent(config.num_samples, sequence_length, with_accelerator.batch_size * sequence_length, element)
+    streams = (2 if config.method == "default" else 1) * extent.tokens * shapes.d_model * element
     forward = shapes.blocks * block_forward(shapes, extent.windows, sequence_length)
     return Estimate(
         parameters=parameters,
         block_parameters=weights,
         calibration_tokens=extent.tokens,
-        with_accelerator=with_accelerator,
-        without=without,
+        processes=processes,
+        with_accelerator=_on_machine(with_accelerator, processes),
+        without=_on_machine(without, processes),
         mapped_weights=parameters * element if weights_mapped else 0,
-        disk=_disk(parameters * element, weights * element, config, extent.tokens * shapes.d_model * element),
+        disk=_disk(int((parameters - config.sparsity * weights) * element), finished, streams, processes),
         forward_multiply_adds=int(forward),
         forward_passes={
             name: step.total / forward
@@ -119,15 +127,20 @@ def estimate(
     )
 
 
-def _disk(model: int, blocks: int, config: ModeGPTConfig, stream: int) -> Parts:
+def _on_machine(arrangement: Arrangement, processes: int) -> Arrangement:
+    """With what all processes need together, where one of them needs this; they share no accelerator."""
+    host, files = (
+        {name: processes * size for name, size in parts.items()}
+        for parts in (arrangement.needs.host, arrangement.needs.files)
+    )
+    return replace(arrangement, needs=replace(arrangement.needs, host=host, files=files))
+
+
+def _disk(result: int, finished: Parts, streams: int, processes: int) -> Parts:
     """The checkpoint stays until the result is written; streams are replaced by later ones that are written first."""
-    streams = (2 if config.method == "default" else 1) * stream
-    result = int(model - config.sparsity * blocks)
-    return {
-        "finished blocks": int((1 - config.sparsity) * blocks),
-        "residual streams": streams,
-        "result, or the next streams": max(result, streams),
-    }
+    if processes > 1:
+        return {"result": result}
+    return {**finished, "residual streams": streams, "result, or the next streams": max(result, streams)}
 
 
 def _check_reachable(model: PreTrainedModel, family: Family, modules: Any, config: ModeGPTConfig) -> None:

@@ -156,6 +156,8 @@ def estimate_table(found: Estimate) -> str:
         f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
         f"{found.calibration_tokens:,} calibration tokens",
     ]
+    if found.processes > 1:
+        rows.append(f"{found.processes} processes: host and files are those of all, device memory that of each")
     for title, arrangement in (("with an accelerator", found.with_accelerator), ("without one", found.without)):
         needs, place = arrangement.needs, STREAMS[arrangement.streams]
         rows.append(f"{title}: streams in {place}, {arrangement.batch_size} windows at a time")

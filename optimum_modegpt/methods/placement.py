@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,12 +62,11 @@ def arrange(
     shapes: Shapes,
     config: ModeGPTConfig,
     *,
-    windows: int,
-    length: int,
-    element: int,
+    extent: Extent,
     accelerated: bool,
     free: Free,
     besides: Needs,
+    processes: int = 1,
 ) -> Arrangement:
     """The fastest arrangement that fits; where none does, the one that needs least.
 
@@ -76,13 +75,14 @@ def arrange(
     Args:
         shapes: of the model.
         config: what to do; its batch size, where it has one, is not questioned.
-        windows: calibration windows of this process.
-        length: tokens of one.
-        element: bytes of an activation.
+        extent: of all processes; the batch is chosen here.
         accelerated: whether the work is done on an accelerator.
         free: what can be taken.
         besides: what is held all along; what it says of files is held on the host while streams are in memory.
+        processes: how many share the windows and the host; what is needed is what each of them needs.
     """
+    windows, length = -(-extent.windows // processes), extent.length
+    free = replace(free, host=free.host // processes)
     most = MOST_TOKENS if accelerated and free.device is not None else ENOUGH_TOKENS
     sizes = [config.batch_size] if config.batch_size else _batch_sizes(windows, length, most)
     least = min(sizes[0], max(1, ENOUGH_TOKENS // length))
@@ -90,13 +90,18 @@ def arrange(
     options: list[tuple[Streams, int]] = [(streams, size) for streams in near for size in sizes if size >= least]
     arrangements = []
     for streams, size in [*options, *(("files", size) for size in sizes)]:
-        extent = Extent(windows, length, min(windows, size) * length, element)
-        needs = _needs(moments(shapes, config, extent), streams, accelerated, besides)
-        if streams == "device":
-            needs.host["streams to be written"] = 2 * extent.tokens * shapes.d_model * element
+        own = Extent(windows, length, min(windows, size) * length, extent.element)
+        needs = _needs(moments(shapes, config, own), streams, accelerated, besides)
+        if streams == "device" and processes == 1:  # several keep no checkpoint
+            needs.host["streams to be written"] = 2 * own.tokens * shapes.d_model * own.element
         arrangements.append(Arrangement(streams, size, needs))
     fitting = (each for margin in (MARGIN, 1) for each in arrangements if _fits(each.needs, free, margin))
     return next(fitting, arrangements[-1])
+
+
+def finished_blocks(shapes: Shapes, config: ModeGPTConfig, element: int) -> Parts:
+    """The compressed blocks, all of them, at `element` bytes a weight."""
+    return {"finished blocks": int((1 - config.sparsity) * shapes.blocks * shapes.weights * element)}
 
 
 def _batch_sizes(windows: int, length: int, tokens: int) -> list[int]:

@@ -21,8 +21,8 @@ from optimum_modegpt.calibration.streams import Front, Place, enter, in_batches
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods import sensitivity
-from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange
-from optimum_modegpt.methods.work import Shapes, shapes_of
+from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange, finished_blocks
+from optimum_modegpt.methods.work import Extent, Shapes, shapes_of
 from optimum_modegpt.stages import StageClock
 
 logger = logging.getLogger(__name__)
@@ -111,17 +111,14 @@ def arranged(walk: Walk) -> Arrangement:
     """
     model, config = walk.architecture.model, walk.config
     element, length = model.dtype.itemsize, walk.calibration.tokens.shape[1]
-    finished = int((1 - config.sparsity) * walk.shapes.blocks * walk.shapes.weights * element)
     on_host = walk.architecture.blocks[0].output.weight.device.type == "cpu"
-    held = {} if on_host and walk.checkpoint is not None else {"finished blocks": finished}
-    free = Free.beside(walk.device)
+    held = {} if on_host and walk.checkpoint is not None else finished_blocks(walk.shapes, config, element)
     return arrange(
         walk.shapes,
         config,
-        windows=-(-len(walk.calibration.tokens) // processes.count()),
-        length=length,
-        element=element,
+        extent=Extent(len(walk.calibration.tokens), length, length, element),
         accelerated=walk.device.type != "cpu",
-        free=replace(free, host=free.host // processes.count()),
+        free=Free.beside(walk.device),
         besides=Needs(files=held) if on_host else Needs(device=held),
+        processes=processes.count(),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import psutil
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
-from tiny import VARIANTS
+from tiny import VARIANTS, dense
 from transformers import AutoModelForCausalLM
 
-from optimum_modegpt import ModeGPTConfig, NotEnoughRoom
+from optimum_modegpt import ModeGPTConfig, NotEnoughRoom, processes
+from optimum_modegpt.architectures import resolve
+from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.evaluation import room
-from optimum_modegpt.evaluation.estimate import Estimate, estimate, on_meta
+from optimum_modegpt.evaluation.estimate import LIBRARIES, Estimate, estimate, on_meta
 from optimum_modegpt.integration import cli
 from optimum_modegpt.methods import placement
+from optimum_modegpt.walk.checks import part_sizes
+from optimum_modegpt.walk.state import Base, Walk, arranged
 
 PLENTY = 2**40
 
@@ -141,6 +146,53 @@ def test_the_narrowest_group_around_counts(
     assert placement.host_memory() == left
 
 
+@pytest.mark.parametrize("host", [PLENTY, 2**16])
+def test_several_processes_arrange_themselves_as_was_predicted(host: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    has(monkeypatch, host=host)
+    model, config, cpu = dense("llama-mha"), ModeGPTConfig(**RECIPE), torch.device("cpu")
+    architecture, windows = resolve(model), TokenWindows(torch.zeros(8, 32, dtype=torch.int64), {})
+    predicted = estimate(model, config, 32, device=cpu, processes=3).without
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    walk = Walk(architecture, config, windows, part_sizes(architecture, config), cpu, Base(), None, False)
+    taken = arranged(walk)
+    assert (taken.streams, taken.batch_size) == (predicted.streams, predicted.batch_size)
+    assert predicted.streams == ("host" if host == PLENTY else "files")
+    libraries = {"libraries": LIBRARIES}
+    assert predicted.needs.host == {name: 3 * size for name, size in (libraries | taken.needs.host).items()}
+    assert predicted.needs.files == {name: 3 * size for name, size in taken.needs.files.items()}
+
+
+def test_several_processes_hold_their_own_and_keep_no_checkpoint() -> None:
+    model, config = dense("llama-mha", intermediate_size=1024), ModeGPTConfig(**RECIPE)
+    alone, together = (estimate(model, config, 32, processes=count) for count in (1, 4))
+    one, all_of_them = alone.without.needs.host, together.without.needs.host
+    for name in ("libraries", "moments of the MLP, and their factorisation"):
+        assert all_of_them[name] == 4 * one[name]
+    assert all_of_them["residual streams"] == one["residual streams"], "they are shared out"
+    assert all_of_them["finished blocks"] == 4 * alone.disk["finished blocks"]
+    on_device = [found.with_accelerator.needs.device for found in (alone, together)]
+    assert on_device[0] == on_device[1], "each has one of its own"
+    assert list(together.disk) == ["result"]
+
+
+def test_streams_of_several_processes_need_room_where_temporary_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has(monkeypatch, host=2**16)
+    found = replace(found_on("cpu"), processes=2)
+    has(monkeypatch)
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one disk alone")
+    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(shared))
+    free = {tmp_path: PLENTY, shared: sum(found.without.needs.files.values())}
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=free[place]))
+    room.check_room(found, torch.device("cpu"), tmp_path)
+    free[shared] -= 1
+    with pytest.raises(NotEnoughRoom, match=r"disk at /dev/shm: needed .* let TMPDIR be a folder on another disk"):
+        room.check_room(found, torch.device("cpu"), tmp_path)
+
+
 def test_compress_refuses_before_it_reads_weights_and_goes_on_when_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,5 +232,8 @@ def test_the_command_takes_what_compress_takes(
     assert "weights" in found["without"]["needs"]["host"], "they are converted"
     assert cli.main(["compress", *common, "--output", str(tmp_path / "out")]) == 2
     assert f"host memory: needed {found['without_host_total'] / 2**20:,.1f} MiB" in capsys.readouterr().err
+    assert cli.main(["estimate", *common, "--json", str(file), "--processes", "3"]) == 0
+    assert json.loads(file.read_text())["processes"] == 3
+    assert "3 processes: host and files are those of all" in capsys.readouterr().out
     assert cli.main(["estimate", *common, "--device", "nowhere"]) == 2
     assert "--device nowhere cannot be used" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 
 from optimum_modegpt import ModeGPTConfig
 from optimum_modegpt.methods.placement import MARGIN, MOST_TOKENS, Arrangement, Free, Needs, arrange
-from optimum_modegpt.methods.work import Shapes
+from optimum_modegpt.methods.work import Extent, Shapes
 
 SHAPES = Shapes(
     d_model=4096,
@@ -32,9 +32,7 @@ def arranged(
     return arrange(
         SHAPES,
         ModeGPTConfig(allocation="uniform", **recipe),
-        windows=128,
-        length=length,
-        element=2,
+        extent=Extent(128, length, length, 2),
         accelerated=device is not None,
         free=Free(host, device),
         besides=besides or Needs(),

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from optimum_modegpt import processes
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import resolve_sequence_length
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.evaluation.estimate import Estimate, estimate, on_meta
-from optimum_modegpt.integration.commands.common import add_device, check_file, path, source_of, verb, write_json
+from optimum_modegpt.integration.commands.common import add_device, check_file, count, path, source_of, verb, write_json
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
 from optimum_modegpt.integration.reading import load_config, pick_device, readable
 from optimum_modegpt.integration.source import Source, context_of
@@ -23,6 +24,9 @@ def add(verbs: Any) -> None:
     """Declares the arguments."""
     parser = verb(verbs, "estimate", run, "Memory and work that compressing MODEL needs; loads no weights.")
     parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
+    parser.add_argument(
+        "--processes", type=count, default=1, metavar="N", help="processes started together on this machine; default 1"
+    )
     add_configuration(parser)
     add_device(parser)
 
@@ -30,15 +34,23 @@ def add(verbs: Any) -> None:
 def run(options: Namespace) -> None:
     """What compressing a model would take, without loading its weights."""
     check_file(options.json)
-    found = estimate_of(source_of(options), configuration(options), options.dtype, pick_device(options.device))
+    source, device = source_of(options), pick_device(options.device)
+    found = estimate_of(source, configuration(options), options.dtype, device, options.processes)
     write_json(options.json, found.to_dict())
     print(estimate_table(found))
 
 
 def estimate_of(
-    source: Source, config: ModeGPTConfig, dtype: str = "auto", device: torch.device | None = None
+    source: Source,
+    config: ModeGPTConfig,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    together: int | None = None,
 ) -> Estimate:
-    """What compressing a model would take when its weights are loaded as `dtype`; "auto" is as they are stored."""
+    """What compressing a model would take when its weights are loaded as `dtype`; "auto" is as they are stored.
+
+    `together` is how many processes share the work; None means those that do so now.
+    """
     model_config = load_config(source)
     check_model_type(model_config.model_type)
     length = resolve_sequence_length(config.sequence_length, context_of(model_config))
@@ -46,4 +58,11 @@ def estimate_of(
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
     with readable(source):
         model = on_meta(AutoModelForCausalLM, model_config, wanted)
-        return estimate(model, config, length, weights_mapped=wanted == stored, device=device)
+        return estimate(
+            model,
+            config,
+            length,
+            weights_mapped=wanted == stored,
+            device=device,
+            processes=together or processes.count(),
+        )
