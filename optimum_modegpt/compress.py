@@ -23,6 +23,7 @@ from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.influence import InfluenceSum
 from optimum_modegpt.calibration.streams import Stream, kept
+from optimum_modegpt.calibration.transfers import arriving
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
@@ -195,9 +196,9 @@ def measure_influences(walk: Walk) -> list[float]:
     for block in tqdm(walk.architecture.blocks, desc="influences", unit="block", disable=not walk.progress):
         total, after = InfluenceSum(), []
         dense, arguments = block.on(walk.device), walk.front.on(block.index, walk.device)
-        for batch in stream:
-            output = dense.forward(batch.to(walk.device), arguments)
-            total.add(batch.to(walk.device), output)
+        for batch, entering in zip(stream, arriving(stream, walk.device), strict=True):
+            output = dense.forward(entering, arguments)
+            total.add(entering, output)
             after.append(kept(output, batch))
         with naming(f"block {block.index}"):
             influences.append(total.value())
@@ -238,7 +239,8 @@ def matched_step(
     walk: Walk, block: Block, dense: Stream, compressed: Stream, widths: Widths, arguments: dict[str, Any]
 ) -> tuple[Block, dict[str, float], Stream, Stream]:
     """One block of the default method; a block is left exactly as it is while nothing before it was cut."""
-    original, student = block.on(walk.device), block.student(walk.device)
+    original = block.on(walk.device)
+    student = original.student(walk.device)
     targets = residual_matched.run_dense(original, dense, arguments)
     if widths == block.dense_widths and compressed is dense:
         return student, dict.fromkeys(PARTS, 0.0), targets.after, targets.after
@@ -252,8 +254,9 @@ def published_step(
     walk: Walk, block: Block, dense: Stream, compressed: Stream, widths: Widths, arguments: dict[str, Any]
 ) -> tuple[Block, dict[str, float], Stream, Stream]:
     """One block of the published method: one shot, the dense stream alone; `compressed` is the same stream."""
-    moments, after = published.observe(block.on(walk.device), dense, arguments)
-    student = block.student(walk.device)
+    original = block.on(walk.device)
+    moments, after = published.observe(original, dense, arguments)
+    student = original.student(walk.device)
     if widths == block.dense_widths:
         return student, dict.fromkeys(PARTS, 0.0), after, after
     return student, published.compress_block(student, moments, widths, walk.config), after, after

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.calibration.transfers import to_host
 from optimum_modegpt.errors import CheckpointError
 from optimum_modegpt.processes import share
 
@@ -48,7 +49,7 @@ class Place:
             CheckpointError: the disk is full, or refuses.
         """
         if self.folder is None or Place.of(tensor) == self:
-            return tensor.to(self.device)
+            return to_host(tensor) if self.device.type == "cpu" else tensor.to(self.device)
         try:
             return _in_file(tensor.detach().to(self.device).contiguous(), self.folder)
         except (OSError, RuntimeError) as error:  # torch has no error of its own for what the system refuses

@@ -11,6 +11,7 @@ from torch import Tensor
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
 from optimum_modegpt.calibration.streams import Stream, inputs_of, kept
+from optimum_modegpt.calibration.transfers import arriving
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
@@ -37,8 +38,8 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
     mlp_sum = LinearMomentSum(ones=False)
     after: Stream = []
     with inputs_of(block.module.get_submodule(block.layout.value)) as reads, inputs_of(block.down) as hidden:
-        for batch in stream:
-            output = block.forward(batch.to(device), arguments)
+        for batch, entering in zip(stream, arriving(stream, device), strict=True):
+            output = block.forward(entering, arguments)
             inputs, activations = reads.pop(), hidden.pop()
             query, key = query_key_vectors(block, inputs)
             query_sum.add(query)

@@ -29,6 +29,7 @@ from optimum_modegpt.calibration.moments import (
     with_ones,
 )
 from optimum_modegpt.calibration.streams import Stream, inputs_of, kept
+from optimum_modegpt.calibration.transfers import arriving
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
@@ -74,8 +75,7 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weight
     device = block.output.weight.device
     attention, mlp, after = [], [], []
     weights: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for batch in stream:
-        hidden = batch.to(device)
+    for batch, hidden in zip(stream, arriving(stream, device), strict=True):
         total = hidden + block.attend(block.attention_input(hidden), arguments)
         middle = block.after_attention(total)
         end = middle + block.down(block.mlp_hidden(block.mlp_input(middle)))
@@ -140,8 +140,8 @@ def match_norm(norm: Any, dense: Stream, compressed: Stream) -> None:
     if weight is None:
         return
     slope = SlopeSum(norm)
-    for target, source in zip(dense, compressed, strict=True):
-        slope.add(target.to(weight.device), source.to(weight.device))
+    for target, source in zip(arriving(dense, weight.device), arriving(compressed, weight.device), strict=True):
+        slope.add(target, source)
     with torch.no_grad():
         weight.mul_(slope.value().to(weight))
 
@@ -194,8 +194,8 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
         HeadMomentSum(block.kv_heads),
         AttentionCurvatureSum(block),
     )
-    for batch in _first_windows(stream, windows):
-        query, key = query_key_vectors(block, block.attention_input(batch.to(device)))
+    for batch in arriving(_first_windows(stream, windows), device):
+        query, key = query_key_vectors(block, block.attention_input(batch))
         query_sum.add(query)
         if block.rotary:
             curvature.add(query, key, arguments)
@@ -237,8 +237,8 @@ def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Ite
     """What the attention gives its output projection, (batch, length, heads · head_dim), kept where the stream is."""
     device = block.output.weight.device
     with inputs_of(block.output) as seen:
-        for batch in stream:
-            block.attend(block.attention_input(batch.to(device)), arguments)
+        for batch, hidden in zip(stream, arriving(stream, device), strict=True):
+            block.attend(block.attention_input(hidden), arguments)
             yield kept(seen.pop(), batch)
 
 
@@ -248,9 +248,10 @@ def observe_output(
     """Moments of the output projection's input, with what is missing from the stream to the dense sum as the target."""
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
-    for index, (batch, head, target) in enumerate(zip(stream, heads, targets, strict=True)):
+    arrived = (arriving(each, device) for each in (stream, heads, targets))
+    for index, (batch, head, target) in enumerate(zip(*arrived, strict=True)):
         weight = None if weights is None else weights[index].to(device)
-        moments.add(head.to(device), raised(target.to(device)) - raised(batch.to(device)), weight)
+        moments.add(head, raised(target) - raised(batch), weight)
     return moments.value()
 
 
@@ -286,7 +287,8 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
         return hidden + block.output(head)
 
-    return [kept(total(hidden.to(device), head.to(device)), hidden) for hidden, head in zip(stream, heads, strict=True)]
+    arrived = zip(stream, arriving(stream, device), arriving(heads, device), strict=True)
+    return [kept(total(hidden, head), batch) for batch, hidden, head in arrived]
 
 
 # mlp
@@ -296,10 +298,9 @@ def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Ten
     """Moments of the down projection's input, with what is missing to the dense sum as the target."""
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.down.bias is not None)
-    for index, (batch, target) in enumerate(zip(middle, targets, strict=True)):
-        stream = batch.to(device)
+    for index, (batch, target) in enumerate(zip(arriving(middle, device), arriving(targets, device), strict=True)):
         weight = None if weights is None else weights[index].to(device)
-        moments.add(block.mlp_hidden(block.mlp_input(stream)), raised(target.to(device)) - raised(stream), weight)
+        moments.add(block.mlp_hidden(block.mlp_input(batch)), raised(target) - raised(batch), weight)
     return moments.value()
 
 
@@ -401,10 +402,11 @@ def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Itera
     """The MLP's normalised inputs and its targets, window after window, on the block's device."""
     assert targets.mlp_weights is not None
     biased = block.module.get_submodule(block.layout.mlp_inputs[0]).bias is not None
-    for batch, target, weight in zip(middle, targets.mlp, targets.mlp_weights, strict=True):
-        stream = batch.to(block.output.weight.device)
-        inputs, missing = raised(block.mlp_input(stream)), raised(target.to(stream.device)) - raised(stream)
-        for seen, wanted, own in zip(inputs, missing, weight.to(stream.device), strict=True):
+    device = block.output.weight.device
+    arrived = (arriving(each, device) for each in (middle, targets.mlp, targets.mlp_weights))
+    for batch, target, weight in zip(*arrived, strict=True):
+        inputs, missing = raised(block.mlp_input(batch)), raised(target) - raised(batch)
+        for seen, wanted, own in zip(inputs, missing, weight, strict=True):
             yield TokenSample(with_ones(seen) if biased else seen, wanted, own)
 
 
@@ -419,7 +421,7 @@ def _kept_sample(sample: TokenSample, beside: Tensor) -> TokenSample:
 def _map(stream: Stream, block: Block, function: Callable[[Tensor], Tensor]) -> Stream:
     """`function` of every batch, computed on the block's device, kept where the stream is."""
     device = block.output.weight.device
-    return [kept(function(batch.to(device)), batch) for batch in stream]
+    return [kept(function(hidden), batch) for batch, hidden in zip(stream, arriving(stream, device), strict=True)]
 
 
 def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:

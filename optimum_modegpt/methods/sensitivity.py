@@ -16,6 +16,7 @@ from optimum_modegpt.allocation.plan import Sizes
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.calibration.streams import Front, Stream, kept
+from optimum_modegpt.calibration.transfers import arriving
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import raised
@@ -158,7 +159,8 @@ class Sweeps:
         query_key = residual_matched.observe_query_key(student, stream, arguments)
         heads = residual_matched.head_outputs(student, stream, arguments)
         output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
-        middle = [kept(student.after_attention(batch.to(self.device)), batch) for batch in targets.attention]
+        sums = zip(targets.attention, arriving(targets.attention, self.device), strict=True)
+        middle = [kept(student.after_attention(total), batch) for batch, total in sums]
         mlp = residual_matched.observe_mlp(student, middle, targets.mlp, None)
         for part, size in self.sizes[dense.index].items():
             ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios} - {size.dense}
@@ -217,14 +219,15 @@ def _cutter(
 
 def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Stream:
     device = block.output.weight.device
-    return [kept(block.forward(batch.to(device), arguments), batch) for batch in stream]
+    arrived = zip(stream, arriving(stream, device), strict=True)
+    return [kept(block.forward(hidden, arguments), batch) for batch, hidden in arrived]
 
 
 def _advance(stream: Stream, block: Block, arguments: dict[str, Any]) -> None:
     """Takes the stream through the block; in place, so that it is never there twice."""
     device = block.output.weight.device
-    for index, batch in enumerate(stream):
-        stream[index] = kept(block.forward(batch.to(device), arguments), batch)
+    for index, hidden in enumerate(arriving(stream, device)):
+        stream[index] = kept(block.forward(hidden, arguments), stream[index])
 
 
 def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, variants: int) -> list[float]:

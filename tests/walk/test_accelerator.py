@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny import dense, tokens
+
+from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.compress import compress
+from optimum_modegpt.methods import placement
 
 PATHS = os.pathsep.join(path for path in sys.path if path)
 """So that another process finds what this one does: the device stays for as long as a process runs."""
@@ -39,3 +46,17 @@ def test_nothing_meets_what_is_elsewhere(recipe: dict[str, Any], free: int | Non
     assert found["kept"] == (["elsewhere"] if streams == "device" else ["cpu"])
     assert found["left"] == []
     assert found["distance"] < 1e-3
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="this machine has no accelerator")
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_where_streams_are_kept_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, found = torch.accelerator.current_accelerator(), {}
+    for free, streams in ((2**40, "device"), (None, "host")):
+        monkeypatch.setattr(placement, "device_memory", lambda device, free=free: free)
+        model, config = dense("llama-gqa-tied"), ModeGPTConfig(sparsity=0.3, method=method, batch_size=5)
+        report = compress(model, config, TokenWindows(tokens(64, 24), {}), device=device, progress=False)
+        assert report.streams == streams
+        found[streams] = model.state_dict()
+    for name, tensor in found["device"].items():
+        assert torch.equal(found["host"][name], tensor), name
