@@ -10,6 +10,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
+from optimum_modegpt.calibration.transfers import pinned_size
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.memory import Moment, Parts, moments
 from optimum_modegpt.methods.work import Extent, Shapes
@@ -20,6 +21,8 @@ GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 ENOUGH_TOKENS, MOST_TOKENS = 4096, 65_536
 """Tokens of a forward pass: with the first a processor is busy, more than the second do not help an accelerator."""
 
+AT_ONCE = 3
+"""Streams of which the next batch comes to an accelerator while it computes with this one."""
 MARGIN = 1.25
 """How often what is counted has to fit, if it can: allocators keep back what is freed, and counts are a little off."""
 
@@ -91,7 +94,11 @@ def arrange(
     arrangements = []
     for streams, size in [*options, *(("files", size) for size in sizes)]:
         own = Extent(windows, length, min(windows, size) * length, extent.element)
-        needs = _needs(moments(shapes, config, own), streams, accelerated, besides)
+        batch = own.batch * shapes.d_model * own.element
+        pinned = pinned_size(batch) / batch if accelerated and streams == "host" else 1.0
+        needs = _needs(moments(shapes, config, own), streams, accelerated, besides, pinned)
+        if accelerated and streams != "device":
+            needs.device["batches on their way"] = AT_ONCE * batch
         if streams == "device" and processes == 1:  # several keep no checkpoint
             needs.host["streams to be written"] = 2 * own.tokens * shapes.d_model * own.element
         arrangements.append(Arrangement(streams, size, needs))
@@ -113,10 +120,12 @@ def _batch_sizes(windows: int, length: int, tokens: int) -> list[int]:
     return sizes or [1]
 
 
-def _needs(found: list[Moment], streams: Streams, accelerated: bool, besides: Needs) -> Needs:
+def _needs(found: list[Moment], streams: Streams, accelerated: bool, besides: Needs, pinned: float) -> Needs:
+    """`pinned`: how many times their size streams on the host take."""
     beside_work = streams == "device" or (streams == "host" and not accelerated)
     work = _largest({**moment.work, **moment.streams} if beside_work else moment.work for moment in found)
     apart = {} if beside_work else _largest(moment.streams for moment in found)
+    apart = {name: int(pinned * size) for name, size in apart.items()}
     if streams == "files":
         host, files = besides.host, {**besides.files, **apart}
     else:
