@@ -73,6 +73,12 @@ def _block_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterat
         "moments of the MLP": (mlp**2 + mlp * d) * (FLOAT64 + FLOAT32),
         "one batch of tokens": extent.batch * (mlp * (element + raised) + 3 * d * FLOAT32),
     }
+    if shapes.eager:
+        yield {
+            **seen,
+            "moments of the MLP": (mlp**2 + mlp * d) * FLOAT64,
+            "scores of the attention": attention_scores(shapes, extent),
+        }
     # While the inverse is made, then while it shrinks.
     for matrices, weights in ((4, 2), (2 + SHRINK + SHRINK**2, 3 + SHRINK)):
         yield {
@@ -108,6 +114,11 @@ def _block_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterat
             "weights in float64 and float32": 2 * down + vectors,
             "moments of the MLP, and their factorisation": 3 * left**2 * FLOAT64,
         }
+
+
+def attention_scores(shapes: Shapes, extent: Extent) -> int:
+    """Bytes of what transformers' eager attention holds of a batch: products, and their softmax in float32."""
+    return shapes.head_count * extent.batch * extent.length * (extent.element + FLOAT32)
 
 
 def _channels_halfway(mlp: int, config: ModeGPTConfig) -> int:

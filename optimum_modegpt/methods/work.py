@@ -7,7 +7,7 @@ code happens to compute twice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.architectures import Family
 from optimum_modegpt.calibration.moments import affordable_windows, curvature_work
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.decompositions.softmax import ITERATIONS
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens
@@ -26,7 +27,7 @@ from optimum_modegpt.report import PARTS
 class Shapes:
     """Sizes of one block: residual width, joint width of the heads, their number and that of their groups, MLP width,
     matrices at the MLP's input, weights of the projections, whether heads are rotated; and of the model, its vocabulary
-    and blocks."""
+    and blocks, and whether its attention is "eager": such a one holds the scores of a batch."""
 
     d_model: int
     heads: int
@@ -38,6 +39,7 @@ class Shapes:
     rotary: bool
     vocabulary: int
     blocks: int
+    eager: bool = False
 
 
 def shapes_of(model: PreTrainedModel, family: Family) -> Shapes:
@@ -45,7 +47,8 @@ def shapes_of(model: PreTrainedModel, family: Family) -> Shapes:
     blocks: Any = model.base_model.get_submodule(family.layout.blocks)
     head: Any = model.get_output_embeddings()
     each = (_block_shapes(block, family, head.out_features, len(blocks)) for block in blocks)
-    return max(each, key=lambda shapes: shapes.weights)
+    largest = max(each, key=lambda shapes: shapes.weights)
+    return replace(largest, eager=model.config._attn_implementation == "eager")
 
 
 def _block_shapes(block: nn.Module, family: Family, vocabulary: int, blocks: int) -> Shapes:
@@ -155,7 +158,7 @@ def _default_block(shapes: Shapes, config: ModeGPTConfig, extent: Extent, left: 
 
 
 def _published_block(shapes: Shapes, extent: Extent) -> dict[str, Work]:
-    inputs = shapes.d_model**2 + shapes.mlp**2 + shapes.heads**2 // shapes.head_count
+    inputs = shapes.d_model**2 + gram_work(shapes.mlp) + shapes.heads**2 // shapes.head_count
     return {
         "residual streams": Work(own=block_forward(shapes, extent.windows, extent.length)),
         "moments": Work(raised=extent.tokens * inputs),
@@ -165,7 +168,7 @@ def _published_block(shapes: Shapes, extent: Extent) -> dict[str, Work]:
 
 def _moments(shapes: Shapes) -> float:
     """For one token: of the MLP's hidden channels, of the heads' outputs, each with its target."""
-    return shapes.mlp * (shapes.mlp + shapes.d_model) + shapes.heads * (shapes.heads + shapes.d_model)
+    return sum(gram_work(width) + width * shapes.d_model for width in (shapes.mlp, shapes.heads))
 
 
 def _curvature(shapes: Shapes, extent: Extent) -> float:
@@ -192,7 +195,7 @@ def _refit(shapes: Shapes, config: ModeGPTConfig, tokens: int, left: int) -> Wor
     halfway = (shapes.mlp + left) / 2
     widths = (halfway, *[left] * FINAL_ROUNDS)
     products = 6 * config.refit_iterations * shapes.d_model * sum(widths)
-    moments = sum((1 + shapes.mlp_inputs) * width**2 + (3 + shapes.d_model) * width for width in widths)
+    moments = sum((1 + shapes.mlp_inputs) * gram_work(int(width)) + (3 + shapes.d_model) * width for width in widths)
     factors = sum(shapes.mlp_inputs * _cholesky(int(width)) for width in widths) + rounds * _cholesky(shapes.d_model)
     solves = 2 * shapes.d_model * sum(width**2 for width in widths)
     return Work(raised=sample * (products + moments) + factors, exact=solves)

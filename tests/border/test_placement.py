@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt.architectures import check_model_type
+from optimum_modegpt.methods.memory import attention_scores, moments
 from optimum_modegpt.methods.placement import MARGIN, MOST_TOKENS, Arrangement, Free, Needs, arrange
-from optimum_modegpt.methods.work import Extent, Shapes
+from optimum_modegpt.methods.work import Extent, Shapes, shapes_of
+from optimum_modegpt.stages import StageClock
 
 SHAPES = Shapes(
     d_model=4096,
@@ -73,6 +80,33 @@ def test_as_many_windows_at_once_as_pay() -> None:
     assert arranged(device=PLENTY).batch_size == MOST_TOKENS // 2048
     assert arranged(device=PLENTY, length=64).batch_size == 128, "there are no more windows"
     assert arranged(device=8 * GIB).batch_size < arranged(device=15 * GIB).batch_size
+
+
+def test_scores_that_an_eager_attention_holds_count() -> None:
+    windows, length, heads = 4, 512, 16
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        vocab_size=300,
+        attn_implementation="eager",
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    shapes = shapes_of(model, check_model_type("llama"))
+    clock, ids = StageClock(torch.device("cpu")), torch.zeros(windows, length, dtype=torch.int64)
+    before = clock.in_use()
+    with torch.no_grad(), clock.stage("forward"):
+        model(ids, use_cache=False, logits_to_keep=1)
+    extent = Extent(windows, length, windows * length, 4)
+    scores = attention_scores(shapes, extent)
+    assert scores == heads * length**2 * windows * 8
+    assert clock.stages[0].peak_memory - before == pytest.approx(scores, rel=0.2)
+    fused = replace(shapes, eager=False)
+    most = [
+        max(sum(moment.work.values()) for moment in moments(each, ModeGPTConfig(), extent)) for each in (shapes, fused)
+    ]
+    assert most[0] > scores > most[1]
 
 
 def test_a_batch_size_that_was_asked_for_is_kept() -> None:
