@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optimum_modegpt import processes
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.decompositions.least_squares import LinearMoments
-from optimum_modegpt.decompositions.psd import exact, raised, working
+from optimum_modegpt.decompositions.psd import exact, gram_matrix, raised, working
 
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
@@ -44,7 +44,7 @@ class LinearMomentSum:
         if weight is not None:
             root = weight.flatten().sqrt()[:, None]
             inputs, target = root * inputs, root * target
-        self.gram = _added(self.gram, inputs.T @ inputs)
+        self.gram = _added(self.gram, gram_matrix(inputs))
         self.cross = _added(self.cross, inputs.T @ target)
         self.energy = self.energy + exact(target.square().sum())
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import Total, complete
-from optimum_modegpt.decompositions.psd import damp, inverse, mean_diagonal
+from optimum_modegpt.decompositions.psd import damp, gram_matrix, inverse, mean_diagonal
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -168,10 +168,10 @@ class _Linearised:
         channels = [self.down.new_zeros(width, width) for _ in self.rows]
         for sample in self._on_device(self.samples):
             root = sample.weight.sqrt()[:, None]
-            inputs += _moment(root * sample.inputs)
+            inputs += gram_matrix(root * sample.inputs)
             weight += sample.weight.sum()
             for channel, z in zip(channels, self._derivatives(sample.inputs), strict=True):
-                channel += _moment(root * z)
+                channel += gram_matrix(root * z)
         metric = self.down @ self.down.T
         return self.total(inputs) / self.total(weight), [self.total(channel).mul_(metric) for channel in channels]
 
@@ -183,10 +183,6 @@ class _Linearised:
     def _on_device(self, samples: Iterable[TokenSample]) -> Iterator[TokenSample]:
         for sample in samples:
             yield TokenSample(*(x.to(self.down) for x in (sample.inputs, sample.target, sample.weight)))
-
-
-def _moment(x: Tensor) -> Tensor:
-    return x.T @ x
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

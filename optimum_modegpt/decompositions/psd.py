@@ -22,6 +22,9 @@ PRODUCT_NOISE = 1e-6
 """Where a damped moment has eigenvalues below zero, those below this fraction of the largest are noise of the float32
 products it was summed from."""
 
+GRAM_WIDTH = 1024
+"""Columns up to which both triangles are computed: in narrower ones symmetry saves less than small products cost."""
+
 
 def exact(x: Tensor) -> Tensor:
     """`x` in float64, on its own device where that has float64, else on the CPU."""
@@ -62,6 +65,39 @@ def products_of(dtype: torch.dtype) -> Iterator[None]:
     finally:
         for (backend, _), precision in zip(backends, before, strict=True):
             backend.fp32_precision = precision
+
+
+def gram_matrix(rows: Tensor) -> Tensor:
+    """rowsᵀ rows (d, d) for `rows` (n, d); of blocks that mirror each other one is computed, of a large d about half."""
+    width = rows.shape[1]
+    result = rows.new_empty(width, width)
+    _fill_gram(result, rows)
+    return result
+
+
+def _fill_gram(result: Tensor, rows: Tensor) -> None:
+    if rows.shape[1] <= GRAM_WIDTH:
+        torch.mm(rows.T, rows, out=result)
+        return
+    half = _half(rows.shape[1])
+    left, right = rows[:, :half], rows[:, half:]
+    _fill_gram(result[:half, :half], left)
+    _fill_gram(result[half:, half:], right)
+    torch.mm(left.T, right, out=result[:half, half:])
+    result[half:, :half] = result[:half, half:].T
+
+
+def gram_work(width: int) -> int:
+    """Multiply-adds of `gram_matrix` for one row."""
+    if width <= GRAM_WIDTH:
+        return width**2
+    half = _half(width)
+    return gram_work(half) + gram_work(width - half) + half * (width - half)
+
+
+def _half(width: int) -> int:
+    """About half of it, on a border that matrix units like."""
+    return -(-width // 128) * 64
 
 
 def mean_diagonal(moment: Tensor) -> Tensor:

@@ -7,13 +7,17 @@ import warnings
 import pytest
 import torch
 from laws import MOMENTS, difference, eye, moment, normal
+from torch.utils.flop_counter import FlopCounterMode
 
+from optimum_modegpt.decompositions import psd
 from optimum_modegpt.decompositions.psd import (
     PRODUCT_NOISE,
     ROOT_RIDGE,
     add_diagonal,
     damp,
     exact,
+    gram_matrix,
+    gram_work,
     inverse,
     mean_diagonal,
     require_finite,
@@ -159,3 +163,17 @@ def test_device_without_float64_falls_back_to_the_cpu():
     assert torch.equal(exact(_NoFloat64("the framework doesn't support float64")), normal(2))
     with pytest.raises(TypeError, match="something else"):
         exact(_NoFloat64("something else"))
+
+
+@pytest.mark.parametrize("width", [1, 5, 64, 200, 256, 333])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gram_matrix_is_the_product_that_it_spares_half_of(
+    width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psd, "GRAM_WIDTH", 64)
+    rows = torch.randn(50, width, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    with FlopCounterMode(display=False) as counter:
+        found = gram_matrix(rows)
+    torch.testing.assert_close(found, rows.T @ rows)
+    assert counter.get_total_flops() == 2 * len(rows) * gram_work(width)
+    assert width <= 64 or gram_work(width) < 0.8 * width**2
