@@ -59,19 +59,27 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_python_runs_as_printed(folder: Path) -> None:
-    first, second, third = PYTHON
+    first, second, resumable, third = PYTHON
     data = f'dataset="{folder}/text.txt", num_samples=8, sequence_length=32'
-    first = first.replace(HUB_NAME, str(folder / "dense")).replace("sparsity=0.3", f"sparsity=0.3, {data}")
+    first, resumable = (
+        block.replace(HUB_NAME, str(folder / "dense")).replace("sparsity=0.3", f"sparsity=0.3, {data}")
+        for block in (first, resumable)
+    )
     second = second.replace('dataset="my_text.txt"', data)
     assert data in first
     assert data in second
+    assert data in resumable
     loading = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model, reference = (AutoModelForCausalLM.from_pretrained({str(folder / 'dense')!r}) for _ in range(2))\n"
         f"tokenizer = AutoTokenizer.from_pretrained({str(folder / 'dense')!r})\n"
     )
     with serving() as hub:
-        result = run([sys.executable, "-c", first + loading + second + third], folder, hub.environment(folder / "home"))
+        result = run(
+            [sys.executable, "-c", first + loading + second + resumable + loading + third],
+            folder,
+            hub.environment(folder / "home"),
+        )
         assert (
             "modegpt" in ModelCard(hub.repos["user/qwen-modegpt-30"].files("main")["README.md"].data.decode()).data.tags
         )
@@ -79,6 +87,8 @@ def test_the_python_runs_as_printed(folder: Path) -> None:
     assert "requests: 1 served, 1 compared" in result.stdout
     assert (folder / "qwen-modegpt-30" / "config.json").is_file()
     assert (folder / "small" / "report.json").is_file()
+    assert (folder / "qwen-small" / "report.json").is_file()
+    assert not (folder / "qwen-unfinished").exists()
 
 
 def test_the_shell_commands_run_as_printed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
