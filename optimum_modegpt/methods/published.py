@@ -36,9 +36,9 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
     device = block.output.weight.device
     query_sum, key_sum, value_sum = (HeadMomentSum(block.kv_heads) for _ in range(3))
     mlp_sum = LinearMomentSum(ones=False)
-    after: Stream = []
     with inputs_of(block.module.get_submodule(block.layout.value)) as reads, inputs_of(block.down) as hidden:
-        for batch, entering in zip(stream, arriving(stream, device), strict=True):
+
+        def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
             inputs, activations = reads.pop(), hidden.pop()
             query, key = query_key_vectors(block, inputs)
@@ -46,7 +46,11 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
             key_sum.add(key)
             value_sum.add(_value_vectors(block, inputs))
             mlp_sum.add(activations, block.down(activations) - (0 if block.down.bias is None else block.down.bias))
-            after.append(kept(output, batch))
+            return output
+
+        after = [
+            kept(observed(entering), batch) for batch, entering in zip(stream, arriving(stream, device), strict=True)
+        ]
     return PublishedMoments(
         QueryKeyMoments(query_sum.value(), key_sum.value()), value_sum.value(), mlp_sum.value()
     ), after
