@@ -1,6 +1,10 @@
 """Time and memory of compressing random models of Llama's shapes: against size, width, depth and calibration tokens.
 
 python tests/benchmarks/scaling.py --json scaling.json
+python tests/benchmarks/scaling.py --studies llama --blocks 2 all --dtype bfloat16 --windows 128 --length 2048
+
+The second command wants a GPU: blocks as wide as those of Llama-2, 7B, 13B and 70B, a few of them and all. A case that
+does not fit by what `estimate` says is not started, and stands with what it needs.
 
 Every case is a process of its own that loads its model from a folder, as the command line does. Beside each measured
 peak stands what `estimate` says of it. The exponents are slopes of log(seconds) and log(bytes) on the logarithm of what
@@ -35,11 +39,18 @@ from optimum_modegpt import ModeGPTConfig
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.compress import compress
-from optimum_modegpt.evaluation.estimate import estimate
+from optimum_modegpt.errors import NotEnoughRoom
+from optimum_modegpt.evaluation.estimate import estimate, on_meta
+from optimum_modegpt.evaluation.room import check_room
 from optimum_modegpt.report import count_parameters
 from optimum_modegpt.stages import compute_device
 
-BASE: dict[str, Any] = {"width": 256, "blocks": 2, "windows": 16, "length": 256, "vocabulary": 1024}
+BASE: dict[str, Any] = {"width": 256, "blocks": 2, "vocabulary": 1024}
+LLAMAS: dict[str, dict[str, Any]] = {
+    "7B": {"width": 4096, "mlp": 11008, "heads": 32, "groups": 32, "blocks": 32},
+    "13B": {"width": 5120, "mlp": 13824, "heads": 40, "groups": 40, "blocks": 40},
+    "70B": {"width": 8192, "mlp": 28672, "heads": 64, "groups": 8, "blocks": 80},
+}
 STUDIES: dict[str, list[dict[str, Any]]] = {
     "tokens": [{"windows": windows} for windows in (16, 32, 64)],
     "width": [{"width": width} for width in (256, 384, 512)],
@@ -65,13 +76,20 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES), help="what grows")
+    named = [*STUDIES, "llama"]
+    parser.add_argument("--studies", nargs="+", choices=named, default=list(STUDIES), help="what grows")
+    parser.add_argument("--llamas", nargs="+", choices=LLAMAS, default=list(LLAMAS), help="of the study llama")
+    parser.add_argument("--blocks", nargs="+", default=["2"], metavar="N", help="of a llama: a number, or all")
+    parser.add_argument("--windows", type=int, default=16, help="for calibration, where they are not what grows")
+    parser.add_argument("--length", type=int, default=256, help="of a window, in tokens")
     parser.add_argument("--allocation", default="uniform", help="as in compress")
     parser.add_argument("--iterations", type=int, default=5, help="refit_iterations of compress")
     parser.add_argument("--sparsity", type=float, default=0.3, help="as in compress")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", default="auto", help="where to compute")
-    parser.add_argument("--scale", type=int, default=1, help="multiplies all widths: 8 takes 512 to those of 7B")
+    parser.add_argument(
+        "--folder", type=Path, help="for the models while they are compressed; default: a temporary one"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -85,25 +103,44 @@ def recipe(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def cases(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What each case of a study has of its own."""
+    if name != "llama":
+        return STUDIES[name]
+    counts = [None if count == "all" else int(count) for count in options.blocks]
+    return [
+        {"llama": llama, "vocabulary": 32_000, **LLAMAS[llama], **({} if count is None else {"blocks": count})}
+        for llama in options.llamas
+        for count in counts
+    ]
+
+
 def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All cases of one study, printed as a table, with the exponents."""
+    """All cases of one study, printed as a table, with the exponents where one thing alone grows."""
     rows = []
-    for changes in tqdm(STUDIES[name], desc=name, disable=not sys.stderr.isatty()):
-        shape = {**BASE, **changes}
-        shape["width"] *= options.scale
-        rows.append(in_own_process({**shape, "dtype": options.dtype, "device": options.device, **recipe(options)}))
-    grows = GROWS[name]
-    fitted = {what: exponent([row[grows] for row in rows], [row[what] for row in rows]) for what in ("seconds", "peak")}
+    common = {"windows": options.windows, "length": options.length, "dtype": options.dtype, "device": options.device}
+    for changes in tqdm(cases(name, options), desc=name, disable=not sys.stderr.isatty()):
+        rows.append(in_own_process({**BASE, **common, **recipe(options), **changes}, options.folder))
+    grows = GROWS.get(name, "parameters")
     print(
-        f"\n{name}\n{grows:>12}{'seconds':>10}{'× floor':>9}{'peak MiB':>10}{'estimate':>10}{'ratio':>8}{'streams':>10}"
+        f"\n{name}\n{grows:>16}{'blocks':>8}{'seconds':>10}{'× floor':>9}{'peak MiB':>10}{'estimate':>10}{'ratio':>8}"
+        f"{'streams':>10}"
     )
     for row in rows:
+        print(f"{row[grows]:>16,}{row['blocks']:>8}", end="")
+        if "seconds" not in row:
+            print(f"  not started: {row['refused']}")
+            continue
         paced, mib = row["seconds"] / row["floor"], [row[name] / 2**20 for name in ("peak", "estimate")]
         print(
-            f"{row[grows]:>12,}{row['seconds']:>10.1f}{paced:>9.1f}{mib[0]:>10.1f}{mib[1]:>10.1f}"
-            f"{mib[1] / mib[0]:>8.2f}{row['streams']:>10}"
+            f"{row['seconds']:>10.1f}{paced:>9.1f}{mib[0]:>10.1f}{mib[1]:>10.1f}{mib[1] / mib[0]:>8.2f}"
+            f"{row['streams']:>10}"
         )
-    print(f"seconds ~ {grows}^{fitted['seconds']:.2f}, peak ~ {grows}^{fitted['peak']:.2f}", flush=True)
+    fitted = {}
+    if name in GROWS:
+        values = {what: [row[what] for row in rows] for what in (grows, "seconds", "peak")}
+        fitted = {what: exponent(values[grows], values[what]) for what in ("seconds", "peak")}
+        print(f"seconds ~ {grows}^{fitted['seconds']:.2f}, peak ~ {grows}^{fitted['peak']:.2f}", flush=True)
     return {"grows": grows, "exponents": fitted, "rows": rows}
 
 
@@ -115,53 +152,72 @@ def exponent(sizes: list[float], values: list[float]) -> float:
     return products / sum((a - mean_x) ** 2 for a in x)
 
 
-def in_own_process(case: dict[str, Any]) -> dict[str, Any]:
-    """The case with its measured figures; the model is made here, so that its making does not count."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shape_of(case), dtype=getattr(torch, case["dtype"]))
-        model.save_pretrained(folder)
+def in_own_process(case: dict[str, Any], place: Path | None) -> dict[str, Any]:
+    """The case with its measured figures, or with why it was not started."""
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        model = on_meta(AutoModelForCausalLM, shape_of(case), getattr(torch, case["dtype"]))
+        sizes, device = {"parameters": count_parameters(model)}, device_of(case)
+        try:
+            if "free" not in case:
+                check_room(estimate(model, config_of(case), case["length"], device=device), device, Path(folder))
+        except NotEnoughRoom as error:
+            return {**case, **sizes, "refused": str(error)}
+        save_random(case, Path(folder))
         command = [sys.executable, __file__, "--case", json.dumps({**case, "folder": folder})]
         done = subprocess.run(command, env=os.environ | MALLOC, stdout=subprocess.PIPE, text=True, check=True)
-    return {**case, **json.loads(done.stdout.splitlines()[-1])}
+    return {**case, **sizes, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def save_random(case: dict[str, Any], folder: Path) -> None:
+    """Random weights; nothing of them stays in this process."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shape_of(case), dtype=getattr(torch, case["dtype"]))
+    model.save_pretrained(folder, max_shard_size="1GB")
 
 
 def shape_of(case: dict[str, Any]) -> LlamaConfig:
-    """A Llama with an MLP of 2.75 times the width."""
+    """A Llama; unless the case says otherwise with heads of 64 and an MLP of 2.75 times the width."""
     width = case["width"]
+    heads = case.get("heads", width // HEAD)
     return LlamaConfig(
         hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_attention_heads=width // HEAD,
-        num_key_value_heads=width // HEAD,
+        intermediate_size=case.get("mlp", width * 11 // 4),
+        num_attention_heads=heads,
+        num_key_value_heads=case.get("groups", heads),
         num_hidden_layers=case["blocks"],
         vocab_size=case["vocabulary"],
         max_position_embeddings=case["length"],
     )
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and peak memory of one compression in this process."""
-    config = ModeGPTConfig(
+def config_of(case: dict[str, Any]) -> ModeGPTConfig:
+    return ModeGPTConfig(
         num_samples=case["windows"],
         sequence_length=case["length"],
         **{name: case[name] for name in ("sparsity", "allocation", "refit_iterations")},
     )
+
+
+def device_of(case: dict[str, Any]) -> torch.device:
+    return compute_device(None if case["device"] == "auto" else case["device"], torch.device("cpu"))
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    """Seconds and peak memory of one compression in this process."""
+    config, device = config_of(case), device_of(case)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, case["vocabulary"], (case["windows"], case["length"]), generator=generator)
-    device = compute_device(None if case["device"] == "auto" else case["device"], torch.device("cpu"))
     on_host = device.type == "cpu"
     if "free" in case:
         psutil.virtual_memory = lambda: types.SimpleNamespace(available=case["free"], total=case["free"])
     with anonymous_peak() as peaks:
         model = AutoModelForCausalLM.from_pretrained(case["folder"], dtype="auto")
-        found, parameters = estimate(model, config, case["length"], device=device), count_parameters(model)
+        found = estimate(model, config, case["length"], device=device)
         expected = found.without if on_host else found.with_accelerator
         checkpoint = Checkpoint(Path(case["folder"]) / "checkpoint")
         windows = TokenWindows(tokens, {})
         report = compress(model, config, windows, device=device, checkpoint=checkpoint, progress=False)
     return {
-        "parameters": parameters,
         "tokens": tokens.numel(),
         "seconds": sum(stage.seconds for stage in report.stages),
         "floor": sum(sum(stage.floor.values()) for stage in report.stages),
