@@ -329,6 +329,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _bits_sum(flat: Tensor) -> int:
-    """The sum of a tensor's bits, read as integers as wide as its elements."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
-    return int(flat.view(integers).sum(dtype=torch.int64)) if flat.numel() else 0
+    """The sum of a tensor's bytes, eight at a time as one integer: as fast as memory is read."""
+    bits = flat.contiguous().view(torch.uint8)
+    if bits.storage_offset() % 8:
+        bits = bits.clone()
+    whole = len(bits) // 8 * 8
+    return int(bits[:whole].view(torch.int64).sum()) + int(bits[whole:].sum())

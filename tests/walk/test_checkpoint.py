@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import signal
@@ -17,6 +18,7 @@ import torch
 from checkpoints import RECIPE, save_dense, save_text
 from safetensors.torch import load_file
 from tiny import FAMILIES, dense, tokens
+from torch import nn
 
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer
 from optimum_modegpt import checkpoint as module
@@ -242,14 +244,17 @@ def test_a_resumed_run_reports_what_the_first_was_warned_of(tmp_path: Path, monk
     assert "a moment is ill-conditioned" in report.warnings
 
 
-def test_every_weight_counts_in_the_fingerprint() -> None:
-    model = dense("llama-mha", torch_dtype=torch.bfloat16)
-    before = fingerprint(model)
-    assert fingerprint(dense("llama-mha", torch_dtype=torch.bfloat16)) == before
-    weight = model.model.layers[1].mlp.down_proj.weight
+@pytest.mark.parametrize("place", [(0, 0), (1, 2), (2, 4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_every_weight_counts_in_the_fingerprint(dtype: torch.dtype, place: tuple[int, int]) -> None:
+    whole = torch.randn(22, generator=torch.Generator().manual_seed(0)).to(dtype)
+    layer = nn.Linear(5, 3, bias=False)
+    layer.weight = nn.Parameter(whole[5:20].view(3, 5))  # somewhere in a larger storage
+    before = fingerprint(layer)
+    assert fingerprint(copy.deepcopy(layer)) == before
     with torch.no_grad():
-        weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(torch.inf, dtype=weight.dtype))
-    assert fingerprint(model) != before
+        layer.weight[place] = torch.nextafter(layer.weight[place], torch.tensor(torch.inf, dtype=dtype))
+    assert fingerprint(layer) != before
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "folder"])
