@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -56,8 +56,8 @@ class Progress:
     """Windows per forward pass: as many as at first, or as were left where memory did not suffice."""
     seconds: float = 0.0
     """Of all runs until now."""
-    saved: str | None = None
-    """Digest of the report of the result, once that is written whole and only has to be moved to its place."""
+    saved: dict[str, Any] | None = None
+    """What the result is known by, once it is written whole and only has to be moved to its place."""
 
 
 class Checkpoint:
@@ -124,8 +124,12 @@ class Checkpoint:
             CheckpointError: the folder is none of ours.
         """
         self._check_ours()
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        if not self.folder.exists():
+            return
+        for path in self.folder.iterdir():
+            if path.name != MANIFEST:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(self.folder)  # the record last: what is killed here is known again
 
     def _check_ours(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -156,9 +160,9 @@ class Checkpoint:
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}\n{ANEW}") from error
 
-    def keep_saved(self, digest: str) -> None:
-        """Writes that the result is there, whole; by the digest of its report it is known again."""
-        self.progress.saved = digest
+    def keep_saved(self, saved: dict[str, Any]) -> None:
+        """Writes that the result is there, whole, and what it is known by."""
+        self.progress.saved = saved
         self._write_manifest()
 
     def keep_batch_size(self, windows: int) -> None:
@@ -303,9 +307,7 @@ def writing(folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except CheckpointError:
-        raise
-    except Exception as error:  # safetensors has an error of its own for what the system refuses
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for what the system refuses
         raise CheckpointError(
             f"{folder} cannot be written: {error}\nFinished blocks are kept there: make room and run the same again."
         ) from error

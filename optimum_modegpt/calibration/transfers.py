@@ -1,7 +1,12 @@
-"""Copies between the host and an accelerator, beside the computing where the accelerator can do both at once."""
+"""Copies from the host to an accelerator, beside the computing where the accelerator can do both at once.
+
+What comes back waits for the computing that it is the result of, and the computing for it; it goes into pinned memory,
+from which the next copy comes beside the computing. From other memory and from files a copy holds up the host instead.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,8 +15,14 @@ from torch import Tensor
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether copies to and from `device` can run while it computes."""
+    """Whether copies to `device` can run while it computes."""
     return device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
+
+
+@functools.cache
+def copies_to(device: torch.device) -> torch.Stream:
+    """The one queue of copies: memory that was freed in one is of no use to another."""
+    return torch.Stream(device=device)
 
 
 def arriving(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
@@ -23,7 +34,7 @@ def arriving(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor
     if not overlaps(device):
         yield from (batch.to(device) for batch in batches)
         return
-    copying, computing = torch.Stream(device=device), torch.accelerator.current_stream(device)
+    copying, computing = copies_to(device), torch.accelerator.current_stream(device)
 
     def sent(batch: Tensor) -> tuple[Tensor, Any]:
         if batch.device == device:
@@ -36,6 +47,7 @@ def arriving(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor
             computing.wait_event(arrival)
             batch.record_stream(computing)  # pyright: ignore[reportArgumentType]
         yield batch
+        del batch  # while the next but one is sent
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    """rowsᵀ rows (d, d) for `rows` (n, d); of blocks that mirror each other one is computed."""
+    """rowsᵀ rows (d, d) for `rows` (n, d); of blocks that mirror each other one is computed, no gradient."""
     width = rows.shape[1]
     result = rows.new_empty(width, width)
     _fill_gram(result, rows)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.architectures import Architecture, Block, Family, check_model_type
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.memory import Parts
-from optimum_modegpt.methods.placement import Arrangement, Free, Needs, arrange, finished_blocks, host_memory
+from optimum_modegpt.methods.placement import Arrangement, Free, Needs, arrange, finished_size, host_memory
 from optimum_modegpt.methods.work import Extent, block_forward, shapes_of, work_of
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checks import check_reachable, part_sizes
@@ -93,7 +93,7 @@ def estimate(
     element, weights = model.dtype.itemsize, shapes.blocks * shapes.weights
     parameters = sum(parameter.numel() for parameter in model.parameters())
     loaded = {"libraries": LIBRARIES, **({} if weights_mapped else {"weights": parameters * element})}
-    finished = finished_blocks(shapes, config, element)
+    finished = finished_size(shapes, config, element)
     with_accelerator, without = (
         arrange(
             shapes,

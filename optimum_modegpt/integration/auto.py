@@ -80,13 +80,15 @@ class ModeGPTModelForCausalLM:
             kwargs: handed on to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            InvalidConfig: a dense model without `compression_config`.
+            InvalidConfig: a dense model without `compression_config`, or a checkpoint for a compressed one.
             AlreadyCompressed: a compressed one with it.
             CheckpointError: the checkpoint is that of another compression, or in use, or cannot be written.
         """
         source = Source.of_arguments(pretrained_model_name_or_path, kwargs)
         if compression_config is None:
             _check_compressed(source)
+            if checkpoint is not None:
+                raise InvalidConfig("checkpoint keeps the work of a compression; a compressed model is only loaded.")
         else:
             compression_config = default_dataset(as_config(compression_config), source)
         arguments = with_quantization_config({**kwargs, "compression_config": compression_config})

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.checkpoint import REPLACED, RESULT, parents_made
 from optimum_modegpt.errors import OutputError
+
+logger = logging.getLogger(__name__)
 
 OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jinja")
 OWN_NAMES = ("README.md", "ranks.png", ".gitattributes")
@@ -30,6 +34,8 @@ def check_output(folder: Path, *, overwrite: bool, used: Iterable[Path] = ()) ->
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file; --output needs a folder.")
     place = folder.resolve()
+    if place == Path.cwd():
+        raise OutputError(f"{folder} is the folder that this runs in; choose another --output.")
     for path in used:
         if place == path.resolve():
             raise OutputError(f"{folder} is what this run reads (model, text or tokenizer); choose another --output.")
@@ -66,6 +72,19 @@ def is_own(path: Path) -> bool:
     if path.is_dir():
         return path.name == CHAT_TEMPLATE_DIR and all(one.suffix == ".jinja" and is_own(one) for one in path.iterdir())
     return path.suffix in OWN_SUFFIXES or path.name in OWN_NAMES or path.stem == "vocab"
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """What the system refuses while a result is written into `folder` is an error of the disk, not of the program.
+
+    Raises:
+        OutputError: with what the system said.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for it
+        raise OutputError(f"{folder} cannot be written: {error}\nMake room and run the same again.") from error
 
 
 @contextmanager
@@ -134,7 +153,7 @@ def _swap(partial: Path, folder: Path, overwrite: bool) -> None:
     folder.rename(old)
     try:
         _check_ours(old, folder)
-    except OutputError:
+    except BaseException:
         old.rename(folder)
         raise
     try:
@@ -143,4 +162,7 @@ def _swap(partial: Path, folder: Path, overwrite: bool) -> None:
         # Another run's result may stand there by now.
         shutil.rmtree(old) if folder.exists() else old.rename(folder)
         raise
-    shutil.rmtree(old)
+    try:
+        shutil.rmtree(old)
+    except OSError as error:  # it is still open somewhere, on a disk of the network
+        logger.warning("what %s was before could not be deleted, all of it: %s", folder, error)

@@ -106,7 +106,7 @@ def arrange(
     return next(fitting, arrangements[-1])
 
 
-def finished_blocks(shapes: Shapes, config: ModeGPTConfig, element: int) -> Parts:
+def finished_size(shapes: Shapes, config: ModeGPTConfig, element: int) -> Parts:
     """The compressed blocks, all of them, at `element` bytes a weight."""
     return {"finished blocks": int((1 - config.sparsity) * shapes.blocks * shapes.weights * element)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from optimum_modegpt.calibration.streams import Front, Stream, kept
 from optimum_modegpt.calibration.transfers import arriving
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
-from optimum_modegpt.decompositions.psd import raised
+from optimum_modegpt.decompositions.psd import exact, raised
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.report import PARTS
@@ -130,11 +131,12 @@ class Sweeps:
             dense, arguments = block.on(self.device), self.divergence.on(block.index, self.device)
             _advance(outputs, dense, arguments)
             if block.index in sweep:
-                targets = self._targets(dense)
+                targets, entering = self._targets(dense), list(arriving(self.divergence.stream, self.device))
                 with naming(f"block {block.index}"):
                     for part, sparsity, student in self._students(dense, targets):
                         cuts.append((block.index, part, sparsity))
-                        outputs += _run(student, self.divergence.stream, arguments)
+                        after = map(partial(student.forward, arguments=arguments), entering)
+                        outputs += [kept(*each) for each in zip(after, self.divergence.stream, strict=True)]
                 self._pass(dense, targets)
                 reference = list(self.divergence.stream)
             else:
@@ -235,12 +237,12 @@ def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, varian
     tokens = processes.total(sum(dense.shape[:2].numel() for dense in reference))
     head = cast(nn.Linear, tail[-1])
     rows, device = max(1, LOGITS_AT_ONCE // head.out_features), head.weight.device
-    sums = torch.zeros(variants, dtype=torch.float64)
+    sums = exact(torch.zeros(variants, device=device))
     for batch, dense in enumerate(reference):
         chunks = [outputs[variant * len(reference) + batch].flatten(0, 1).split(rows) for variant in range(variants)]
         for index, chunk in enumerate(dense.flatten(0, 1).split(rows)):
             expected = raised(tail(chunk.to(device))).log_softmax(-1)
             for variant in range(variants):
                 found = raised(tail(chunks[variant][index].to(device))).log_softmax(-1)
-                sums[variant] += float(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
+                sums[variant] += exact(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
     return (processes.total(sums) / tokens).tolist()

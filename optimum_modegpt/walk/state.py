@@ -21,7 +21,7 @@ from optimum_modegpt.calibration.streams import Front, Place, enter, in_batches
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods import sensitivity
-from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange, finished_blocks
+from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange, finished_size
 from optimum_modegpt.methods.work import Extent, Shapes, shapes_of
 from optimum_modegpt.stages import StageClock
 
@@ -112,7 +112,7 @@ def arranged(walk: Walk) -> Arrangement:
     model, config = walk.architecture.model, walk.config
     element, length = model.dtype.itemsize, walk.calibration.tokens.shape[1]
     on_host = walk.architecture.blocks[0].output.weight.device.type == "cpu"
-    held = {} if on_host and walk.checkpoint is not None else finished_blocks(walk.shapes, config, element)
+    held = {} if on_host and walk.checkpoint is not None else finished_size(walk.shapes, config, element)
     return arrange(
         walk.shapes,
         config,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from optimum_modegpt import OutputError
+from optimum_modegpt.integration import output
 from optimum_modegpt.integration.output import check_output, replacing
 
 
@@ -112,6 +113,41 @@ def test_a_lost_race_with_overwrite_is_tried_again(tmp_path: Path, monkeypatch: 
     assert lost
     assert mark_of(folder) == "new"
     assert names(tmp_path) == {"out"}
+
+
+def test_the_folder_of_the_run_is_no_place_for_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="is the folder that this runs in"):
+        check_output(Path("."), overwrite=True)
+
+
+def test_an_interrupt_while_folders_change_places_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = result(tmp_path / "out", "old")
+
+    def interrupted(*args: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), replacing(folder, overwrite=True) as partial:  # noqa: PT012
+        result(partial, "new")
+        monkeypatch.setattr(output, "_check_ours", interrupted)
+    assert mark_of(folder) == "old"
+
+
+def test_what_cannot_be_deleted_of_the_old_result_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"
+
+    def busy(*args: Path) -> None:
+        raise OSError("device or resource busy")
+
+    with monkeypatch.context() as patch, replacing(folder, overwrite=True, workshop=workshop) as partial:
+        result(partial, "new")
+        patch.setattr(output.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else busy())
+    assert mark_of(folder) == "new"
+    assert "could not be deleted" in caplog.text
 
 
 def test_a_failed_run_removes_the_folders_made_for_it(tmp_path: Path) -> None:

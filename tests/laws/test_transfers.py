@@ -37,7 +37,7 @@ class Queue:
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     noted: list[str] = []
     monkeypatch.setattr(transfers, "overlaps", lambda device: device == AWAY)
-    monkeypatch.setattr(torch, "Stream", lambda device: Queue(noted))
+    monkeypatch.setattr(transfers, "copies_to", lambda device: Queue(noted))
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Queue(noted))
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, queue: noted.append(f"hold {len(tensor)}"))
     return noted

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import FAMILIES, dense, tokens
 from torch import nn
@@ -298,6 +299,8 @@ def test_the_command_ends_well_where_it_was_killed_at_the_end(moment: str, tmp_p
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
     assert done.returncode == -signal.SIGKILL
     assert output.exists() == (moment == "when its result is in place")
+    if output.exists():
+        assert cli.main([*words, str(output), "--dtype", "float16"]) == 2, "another result is not this one"
     assert cli.main([*words, str(output)]) == 0
     assert cli.main([*words, str(tmp_path / "straight")]) == 0
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "straight"))
@@ -315,6 +318,44 @@ def test_what_was_overwritten_comes_back_where_the_run_was_killed(tmp_path: Path
     taken_back(workshop, place)
     assert [path.name for path in place.iterdir()] == [REPLACED]
     assert list(workshop.iterdir()) == []
+
+
+def test_a_link_stays_a_link_to_the_result(tmp_path: Path) -> None:
+    model, text = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "small").symlink_to(tmp_path / "disk" / "small")
+    words = ["compress", str(model), "--dataset", str(text), *FLAGS, "--output", str(tmp_path / "small")]
+    assert cli.main(words) == 0
+    assert (tmp_path / "small").is_symlink()
+    assert (tmp_path / "small" / "report.json").is_file()
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["small"], "unfinished work was beside the result"
+
+
+def test_a_checkpoint_is_known_until_the_last_of_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        killed_at(2, patch)
+        with pytest.raises(Killed):
+            run(dense("llama-mha"), Checkpoint(tmp_path / "kept"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", lambda *args, **kwargs: None)
+        Checkpoint(tmp_path / "kept").remove()
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == [module.MANIFEST]
+
+
+def test_a_full_disk_while_the_result_is_saved_is_no_defect(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, text = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt")
+    words = ["compress", str(model), "--dataset", str(text), *FLAGS, "--output", str(tmp_path / "small")]
+
+    def full(*args: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModeGPTQuantizer, "save", full)
+        assert cli.main(words) == 2
+    assert "No space left on device\nMake room and run the same again." in capsys.readouterr().err
+    assert cli.main(words) == 0
 
 
 def test_a_second_command_waits_for_the_result_of_the_first(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shlex
 import shutil
@@ -32,13 +33,12 @@ from optimum_modegpt.integration.commands.common import (
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
 from optimum_modegpt.integration.commands.estimate import estimate_of
 from optimum_modegpt.integration.hub import Upload
-from optimum_modegpt.integration.output import check_output, replacing, taken_back
+from optimum_modegpt.integration.output import check_output, replacing, saving, taken_back
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.reading import load_config, load_model, pick_device
 from optimum_modegpt.integration.source import Source, default_dataset
 from optimum_modegpt.report import Report
 from optimum_modegpt.stages import compute_device
-from optimum_modegpt.walk.record import portable
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,13 @@ def run(options: Namespace) -> None:
 
 def compress_to(output: Path, options: Namespace, device: torch.device | None) -> Report:
     """The work itself, with the options of `compress`."""
+    output = output.resolve()  # what is beside it is on its disk
     source = source_of(options)
     quantizer = _quantizer(options, source)
     check_file(options.report)
     checkpoint = _checkpoint(output, fresh=options.fresh)
     with nullcontext() if checkpoint is None else _unfinished_work(checkpoint, output, fresh=options.fresh):
-        report = None if checkpoint is None else _placed(checkpoint, output, quantizer.config)
+        report = None if checkpoint is None else _placed(checkpoint, output, _request(options, source, quantizer))
         if report is None:
             check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
             report = _compress(output, options, quantizer, source, checkpoint, device)
@@ -131,9 +132,11 @@ def _compress(
         report = quantizer.compress_with(
             model, windows, source=source, device=device, checkpoint=checkpoint, progress=shows_progress()
         )
-        quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
+        with saving(output):
+            quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
         if checkpoint is not None:
-            checkpoint.keep_saved(_digest(folder / REPORT))
+            request = _request(options, source, quantizer)
+            checkpoint.keep_saved({"report": _digest(folder / REPORT), "request": request})
     return report
 
 
@@ -165,17 +168,25 @@ def _checkpoint(output: Path, *, fresh: bool) -> Checkpoint | None:
                 f"{checkpoint.folder} holds unfinished work, and only one process alone can go on with it. Run the "
                 "command without torchrun, or throw the work away with --fresh."
             )
-        checkpoint.remove()
+        with _unfinished_work(checkpoint, output, fresh=True):
+            pass
     return None
 
 
-def _placed(checkpoint: Checkpoint, output: Path, config: ModeGPTConfig) -> Report | None:
+def _placed(checkpoint: Checkpoint, output: Path, request: dict[str, Any]) -> Report | None:
     """The report of a run of this command that was killed when its result was in place already."""
     progress, file = checkpoint.read(), output / REPORT
-    if progress is None or not file.is_file() or _digest(file) != progress.saved:
+    if progress is None or not file.is_file() or progress.saved != {"report": _digest(file), "request": request}:
         return None
-    report = Report.load(file)
-    return report if report.config == portable(config) else None
+    return Report.load(file)
+
+
+def _request(options: Namespace, source: Source, quantizer: ModeGPTQuantizer) -> dict[str, Any]:
+    """What was asked for, safe for JSON."""
+    path = Path(source.path)
+    model = str(path.resolve()) if path.exists() else source.path
+    asked = {"model": model, "revision": source.revision, "dtype": options.dtype, **quantizer.config.to_dict()}
+    return json.loads(json.dumps(asked, default=str))
 
 
 def _digest(file: Path) -> str:

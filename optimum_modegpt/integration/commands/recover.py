@@ -25,7 +25,7 @@ from optimum_modegpt.integration.commands.common import (
     verb,
 )
 from optimum_modegpt.integration.hub import KEPT_REPORT
-from optimum_modegpt.integration.output import check_output, replacing
+from optimum_modegpt.integration.output import check_output, replacing, saving
 from optimum_modegpt.integration.reading import load_config, pick_device
 from optimum_modegpt.integration.source import DEMO, Source, calibrate
 from optimum_modegpt.recovery import Recovery, RecoveryConfig, check_compressed, recover
@@ -108,8 +108,9 @@ def _recover_to(
             )
         if report is not None:
             vars(model)[KEPT_REPORT] = report
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        with saving(output):
+            tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
     return recovery
 
 
