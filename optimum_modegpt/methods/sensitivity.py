@@ -237,12 +237,13 @@ def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, varian
     tokens = processes.total(sum(dense.shape[:2].numel() for dense in reference))
     head = cast(nn.Linear, tail[-1])
     rows, device = max(1, LOGITS_AT_ONCE // head.out_features), head.weight.device
-    sums = exact(torch.zeros(variants, device=device))
+    sums = [exact(torch.zeros((), device=device))] * variants
     for batch, dense in enumerate(reference):
         chunks = [outputs[variant * len(reference) + batch].flatten(0, 1).split(rows) for variant in range(variants)]
         for index, chunk in enumerate(dense.flatten(0, 1).split(rows)):
             expected = raised(tail(chunk.to(device))).log_softmax(-1)
             for variant in range(variants):
                 found = raised(tail(chunks[variant][index].to(device))).log_softmax(-1)
-                sums[variant] += exact(nn.functional.kl_div(found, expected, reduction="sum", log_target=True))
-    return (processes.total(sums) / tokens).tolist()
+                divergence = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
+                sums[variant] = sums[variant] + exact(divergence)
+    return (processes.total(torch.stack(sums)) / tokens).tolist()
