@@ -246,4 +246,4 @@ def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, varian
                 found = raised(tail(chunks[variant][index].to(device))).log_softmax(-1)
                 divergence = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
                 sums[variant] = sums[variant] + exact(divergence)
-    return (processes.total(torch.stack(sums)) / tokens).tolist()
+    return (processes.total(torch.stack(sums)) / tokens).cpu().tolist()
