@@ -312,7 +312,8 @@ def eliminate_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeG
 def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
     """The MLP without the channels of `order`, down refitted for those that stay."""
     factors = MLPFactors(block.mlp_rows(), block.input_outputs(block.down), 0.0)
-    return _without(factors, moments, order, config)
+    ridge = moments.ridge(config.output_ridge)
+    return _refit_down(*_without(factors, moments, order), ridge)
 
 
 def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, config: ModeGPTConfig) -> MLPFactors:
@@ -331,15 +332,17 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
-        factors = _without(factors, moments, _elimination(factors.down, moments, width, config), config)
+        order, ridge = _elimination(factors.down, moments, width, config), moments.ridge(config.output_ridge)
+        factors, moments = _without(factors, moments, order)  # what the moments were takes more than what they are
+        factors = _refit_down(factors, moments, ridge)
         for _ in range(rounds):
             del moments  # they take more than all that the refit keeps
             factors = _refit_inputs(student, factors, samples, config)
             moments = _hidden_moments(student, factors.rows, samples)
-            factors = _refit_down(factors, moments, config)
+            factors = _refit_down(factors, moments, moments.ridge(config.output_ridge))
     if windows < processes.total(own):
         moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets))
-        factors = _refit_down(factors, moments, config)
+        factors = _refit_down(factors, moments, moments.ridge(config.output_ridge))
     return factors
 
 
@@ -352,16 +355,11 @@ def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGP
     return processes.agreed(order)
 
 
-def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
-    """The factors without the channels of `order`, with down refitted under the λ of the whole."""
-    kept, ridge = remaining(order, moments.width), moments.ridge(config.output_ridge)
-    rows, down, moments = (
-        tuple(row[kept] for row in factors.rows),
-        factors.down[moments.with_constant(kept)],
-        moments.kept(kept),
-    )
-    down = centred_refit(moments, down, ridge)
-    return MLPFactors(rows, down, moments.relative_error(down))
+def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor) -> tuple[MLPFactors, LinearMoments]:
+    """The factors, and the moments, without the channels of `order`."""
+    kept = remaining(order, moments.width)
+    rows, down = tuple(row[kept] for row in factors.rows), factors.down[moments.with_constant(kept)]
+    return MLPFactors(rows, down, factors.relative_error), moments.kept(kept)
 
 
 def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig) -> MLPFactors:
@@ -383,9 +381,9 @@ def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample],
     return replace(factors, rows=rows)
 
 
-def _refit_down(factors: MLPFactors, moments: LinearMoments, config: ModeGPTConfig) -> MLPFactors:
+def _refit_down(factors: MLPFactors, moments: LinearMoments, ridge: Tensor) -> MLPFactors:
     """Down refitted to the present hidden channels, centred on what it is."""
-    down = centred_refit(moments, factors.down, moments.ridge(config.output_ridge))
+    down = centred_refit(moments, factors.down, ridge)
     return MLPFactors(factors.rows, down, moments.relative_error(down))
 
 
