@@ -121,6 +121,16 @@ def attention_scores(shapes: Shapes, extent: Extent) -> int:
     return shapes.head_count * extent.batch * extent.length * (extent.element + FLOAT32)
 
 
+def _down_refit(shapes: Shapes, left: int) -> Parts:
+    """Down refitted for some channels, while the moments of all are held for the next choice."""
+    d, mlp = shapes.d_model, shapes.mlp
+    return {
+        "moments of the MLP, and their factorisation": (mlp**2 + 3 * left**2) * FLOAT64,
+        "weights in float64 and float32": d
+        * ((2 * mlp + 5 * left) * FLOAT64 + shapes.mlp_inputs * (mlp + left) * FLOAT32),
+    }
+
+
 def _channels_halfway(mlp: int, config: ModeGPTConfig) -> int:
     """Where half of the channels that go are gone; where the plan is not uniform, of a block that is cut little."""
     removed = config.sparsity if config.resolved_allocation == "uniform" else config.sparsity / 2
@@ -148,5 +158,7 @@ def _sensitivities(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Ite
     logits = batch * shapes.vocabulary * (4 * FLOAT32 + extent.element)
     tail = {"head": shapes.vocabulary * shapes.d_model * extent.element}
     yield Moment({**tail, "block": shapes.weights * extent.element, "next-token distributions": logits}, streams)
-    for work in _block_work(shapes, replace(config, refit_iterations=0), extent):
+    cut_least = _down_refit(shapes, int(shapes.mlp * (1 - min(used.ratios))))
+    blocks = {"block, dense and compressed": 2 * shapes.weights * extent.element}
+    for work in (*_block_work(shapes, replace(config, refit_iterations=0), extent), {**blocks, **cut_least}):
         yield Moment({**work, "variant": shapes.weights * extent.element}, streams)
