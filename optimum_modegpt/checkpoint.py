@@ -2,6 +2,8 @@
 
 A block is written as soon as it is finished and read back as a memory map, so finished blocks take no memory. The
 manifest is replaced at once and last: a process that is killed at any moment leaves the previous one or the new one.
+
+Processes that work together share the folder. The first writes the record and the blocks, each its own streams.
 """
 
 from __future__ import annotations
@@ -25,15 +27,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from optimum_modegpt import processes
 from optimum_modegpt.calibration.streams import SUFFIX
 from optimum_modegpt.errors import CheckpointError, OutputError
 
 MANIFEST = "manifest.json"
 RESULT, REPLACED = "result", "replaced"
 """Folders in it: the result while it is written, and what it takes the place of."""
-OWN = ("manifest.json*", "block-*.safetensors*", "streams-*.safetensors*", f"*{SUFFIX}", RESULT, REPLACED)
+OWN = (
+    "manifest.json*",
+    "block-*.safetensors*",
+    "streams-*.safetensors*",
+    "process-*.lock",
+    f"*{SUFFIX}",
+    RESULT,
+    REPLACED,
+)
 """What is in such a folder."""
 ANEW = "To start anew, take --fresh on the command line, or remove the folder."
+MEMBER_SECONDS = 60
+"""How long a process waits for one of a run that was killed, which ends by itself."""
 STREAM_SECONDS = 30
 """The residual streams are written at most this often: with blocks that take less, a few are computed again."""
 SAMPLED = 64
@@ -54,6 +67,8 @@ class Progress:
     warnings: list[str] = field(default_factory=list)
     batch_size: int | None = None
     """Windows per forward pass: as many as at first, or as were left where memory did not suffice."""
+    asked_batch_size: int | None = None
+    """As many as were asked for."""
     seconds: float = 0.0
     """Of all runs until now."""
     saved: dict[str, Any] | None = None
@@ -61,13 +76,14 @@ class Progress:
 
 
 class Checkpoint:
-    """The folder of one compression; only one process at a time may use it.
+    """The folder of one compression; only one run at a time may use it.
 
     The same compression goes on from what stands there. Weights of a compressed model stay in its files: remove it when
     the result is saved.
 
     Args:
-        folder: made where it does not exist.
+        folder: made where it does not exist; processes that work together name the same one, on a disk that all of them
+            reach.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -78,12 +94,17 @@ class Checkpoint:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other process uses it; one that does so already may enter again. Left empty it is gone.
+        """Inside, no other run uses it; one that does so already may enter again. Left empty it is gone.
+
+        The first process speaks for those that work with it.
 
         Raises:
-            CheckpointError: another process is at work there, or the folder is none of ours.
+            CheckpointError: another run is at work there, or the folder is none of ours.
             OutputError: it cannot be written.
         """
+        if not processes.is_first():
+            yield
+            return
         self._check_ours()
         with parents_made(self.folder):
             try:
@@ -107,15 +128,43 @@ class Checkpoint:
         """The checkpoint of a compression with this identity; what stands there is taken over.
 
         Raises:
-            CheckpointError: another process is at work there, or it is the checkpoint of another compression.
+            CheckpointError: another run is at work there, or it is the checkpoint of another compression.
         """
         with self.alone():
-            with writing(self.folder):
-                self.folder.mkdir(exist_ok=True)
-            self.progress = self._read(dict(identity))
-            self._tidy()
-            self._streams_written = self._began = time.monotonic()
-            yield self
+            self.progress = processes.told(self._taken_over(dict(identity)) if processes.is_first() else None)
+            with self._as_a_member():
+                self._streams_written = self._began = time.monotonic()
+                yield self
+                processes.wait_for_all()  # the first may delete what another has yet to open
+
+    def _taken_over(self, identity: dict[str, Any]) -> Progress:
+        with writing(self.folder):
+            self.folder.mkdir(exist_ok=True)
+        self.progress = self._read(identity)
+        self._tidy()
+        return self.progress
+
+    @contextmanager
+    def _as_a_member(self) -> Iterator[None]:
+        """A process beside the first has a lock of its own: one of a run that was killed may outlive the first."""
+        if processes.is_first():
+            yield
+            return
+        if not self.folder.is_dir():
+            raise CheckpointError(
+                f"{self.folder} was made by the first process, and process {processes.index() + 1} does not find it: "
+                "processes on several machines keep their work on a disk that all of them reach."
+            )
+        lock = FileLock(self.folder / f"process-{processes.index()}.lock")
+        try:
+            lock.acquire(timeout=MEMBER_SECONDS)
+        except Timeout:
+            message = f"{self.folder}: a process of the run before is still at work; stop it, and run the same again."
+            raise CheckpointError(message) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def remove(self) -> None:
         """Deletes it, with all that was finished, where it exists.
@@ -186,7 +235,9 @@ class Checkpoint:
 
     def keep_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
         """Writes a finished block and gives it back with memory maps of the file, where `home` is the host."""
-        self._write_tensors(self._block(index), module.state_dict())
+        if processes.is_first():
+            self._write_tensors(self._block(index), module.state_dict())
+        processes.wait_for_all()
         return self.restore_block(index, module, home)
 
     def restore_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
@@ -201,21 +252,26 @@ class Checkpoint:
     def keep_streams(
         self, errors: list[dict[str, float]], warnings: list[str], dense: list[Tensor], compressed: list[Tensor]
     ) -> None:
-        """Writes the streams after the blocks of `errors`, where the last time was long ago."""
-        if time.monotonic() - self._streams_written < STREAM_SECONDS:
+        """Writes the streams after the blocks of `errors`, where the last time was long ago.
+
+        Of several processes, none deletes the former ones before the streams of all count.
+        """
+        if not processes.told(time.monotonic() - self._streams_written >= STREAM_SECONDS):
             return
         streams = {f"dense.{index:06}": batch for index, batch in enumerate(dense)}
         if compressed is not dense:
             streams |= {f"compressed.{index:06}": batch for index, batch in enumerate(compressed)}
         before = self._streams(self.finished)
         self._write_tensors(self._streams(len(errors)), streams)
+        processes.wait_for_all()
         self.progress.errors, self.progress.warnings = list(errors), list(warnings)
         self._write_manifest()
+        processes.wait_for_all()
         before.unlink(missing_ok=True)
         self._streams_written = time.monotonic()
 
     def streams(self, keep: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """The dense and the compressed stream after the finished blocks; one object where they are the same.
+        """This process's dense and compressed stream after the finished blocks; one object where they are the same.
 
         `keep` takes each batch, a map of the checkpoint's file, to its place.
         """
@@ -232,7 +288,7 @@ class Checkpoint:
         return self.folder / f"block-{index:05}.safetensors"
 
     def _streams(self, blocks: int) -> Path:
-        return self.folder / f"streams-{blocks:05}.safetensors"
+        return self.folder / f"streams-{blocks:05}.process-{processes.index()}.safetensors"
 
     def _read(self, identity: dict[str, Any]) -> Progress:
         progress = self.read()
@@ -254,10 +310,12 @@ class Checkpoint:
         """Deletes what a process that was killed could not."""
         for pattern in ("*.partial", "streams-*.safetensors"):
             for file in self.folder.glob(pattern):
-                if file != self._streams(self.finished):
+                if not file.match(f"streams-{self.finished:05}.*.safetensors"):
                     file.unlink()
 
     def _write_manifest(self) -> None:
+        if not processes.is_first():
+            return
         now = time.monotonic()
         self.progress.seconds, self._began = self.progress.seconds + now - self._began, now
         text = json.dumps(dataclasses.asdict(self.progress), indent=1)

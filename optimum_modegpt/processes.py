@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -41,9 +41,14 @@ def count() -> int:
     return 1 if _joined is None else _joined.count
 
 
+def index() -> int:
+    """Of this process among them, from 0."""
+    return 0 if _joined is None else _joined.index
+
+
 def is_first() -> bool:
     """Whether this is the process that writes and prints."""
-    return _joined is None or _joined.index == 0
+    return index() == 0
 
 
 def share(windows: Tensor) -> Tensor:
@@ -94,6 +99,38 @@ def agreed(choice: Tensor) -> Tensor:
     return shared.to(choice.device)
 
 
+def told(value: Any) -> Any:
+    """The first process's `value`, which can be pickled; that of the others counts for nothing.
+
+    Raises:
+        ProcessError: another process has ended, or does not come.
+    """
+    return each(value)[0]
+
+
+def each(value: Any) -> list[Any]:
+    """The values of all processes, which can be pickled, the first one's first.
+
+    Raises:
+        ProcessError: another process has ended, or does not come.
+    """
+    if _joined is None:
+        return [value]
+    values = [None] * _joined.count
+    with _together():
+        distributed.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Goes on when all processes have come here.
+
+    Raises:
+        ProcessError: another process has ended, or does not come.
+    """
+    each(None)
+
+
 @contextmanager
 def joined(wanted: torch.device | None) -> Iterator[torch.device | None]:
     """Inside, this process works with those that were started with it; the device for it to compute on, or `wanted`
@@ -120,7 +157,7 @@ def joined(wanted: torch.device | None) -> Iterator[torch.device | None]:
     try:
         _joined = _Group(distributed.get_rank(), processes, device)
         yield device
-        total(0.0)  # where one fails until here, all do
+        wait_for_all()  # where one fails until here, all do
     finally:
         _joined = None
     # Only now: to take leave may wait for the others. A process that failed just ends, and its connections with it.

@@ -35,8 +35,7 @@ class Estimate:
         without: the same where the host computes as well.
         mapped_weights: memory maps of the model's files: they count as resident size while they are in use, but the
             system takes the pages back where memory is short.
-        disk: the unfinished work beside the output, which several processes do not keep, and the result; files of
-            streams come on top.
+        disk: the unfinished work beside the output, and the result; files of streams come on top.
         forward_multiply_adds: of one forward pass.
         forward_passes: how many of them the steps are worth.
     """
@@ -101,7 +100,7 @@ def estimate(
             extent=Extent(config.num_samples, sequence_length, sequence_length, element),
             accelerated=accelerated,
             free=Free.beside(compute_device(device, torch.device("cpu"))) if accelerated else Free(host_memory()),
-            besides=Needs(host=loaded, files=finished if processes > 1 else {}),
+            besides=Needs(host=loaded),
             processes=processes,
         )
         for accelerated in (True, False)
@@ -117,7 +116,7 @@ def estimate(
         with_accelerator=_on_machine(with_accelerator, processes),
         without=_on_machine(without, processes),
         mapped_weights=parameters * element if weights_mapped else 0,
-        disk=_disk(int((parameters - config.sparsity * weights) * element), finished, streams, processes),
+        disk=_disk(int((parameters - config.sparsity * weights) * element), finished, streams),
         forward_multiply_adds=int(forward),
         forward_passes={
             name: step.total / forward
@@ -136,10 +135,8 @@ def _on_machine(arrangement: Arrangement, processes: int) -> Arrangement:
     return replace(arrangement, needs=replace(arrangement.needs, host=host, files=files))
 
 
-def _disk(result: int, finished: Parts, streams: int, processes: int) -> Parts:
+def _disk(result: int, finished: Parts, streams: int) -> Parts:
     """The checkpoint stays until the result is written; streams are replaced by later ones that are written first."""
-    if processes > 1:
-        return {"result": result}
     return {**finished, "residual streams": streams, "result, or the next streams": max(result, streams)}
 
 

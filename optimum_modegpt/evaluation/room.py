@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -31,17 +30,9 @@ def check_room(found: Estimate, device: torch.device, folder: Path, *, written: 
     home = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     needs, free = (found.without if device.type == "cpu" else found.with_accelerator).needs, Free.beside(device)
     files = {f"{name}, in files": size for name, size in needs.files.items()}
-    # Where there is no checkpoint, files of streams are the system's temporary ones.
-    temporary = Path(tempfile.gettempdir()) if found.processes > 1 else home
-    if temporary.stat().st_dev == home.stat().st_dev:
-        disks = {home: {**found.disk, **files}}
-    else:
-        disks = {home: found.disk, temporary: files}
     shortages = _shortage("host memory", needs.host, free.host, f"take {SMALLER}")
-    for place, parts in disks.items():
-        advice = "take an --output" if place == home else "let TMPDIR be a folder"
-        on_disk = shutil.disk_usage(place).free + written
-        shortages += _shortage(f"disk at {place}", parts, on_disk, f"{advice} on another disk")
+    on_disk = shutil.disk_usage(home).free + written
+    shortages += _shortage(f"disk at {home}", {**found.disk, **files}, on_disk, "take an --output on another disk")
     if free.device is not None:
         shortages += _shortage(f"memory on {device}", needs.device, free.device, f"take {SMALLER}, or --device cpu")
     if shortages:

@@ -99,7 +99,7 @@ def arrange(
         needs = _needs(moments(shapes, config, own), streams, accelerated, besides, pinned)
         if accelerated and streams != "device":
             needs.device["batches on their way"] = AT_ONCE * batch
-        if streams == "device" and processes == 1:  # several keep no checkpoint
+        if streams == "device":
             needs.host["streams to be written"] = 2 * own.tokens * shapes.d_model * own.element
         arrangements.append(Arrangement(streams, size, needs))
     fitting = (each for margin in (MARGIN, 1) for each in arrangements if _fits(each.needs, free, margin))

@@ -14,8 +14,7 @@ from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.streams import Stream, in_batches
-from optimum_modegpt.checkpoint import fingerprint
-from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.checkpoint import Progress, fingerprint
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.modeling.modegpt_common import Widths
 from optimum_modegpt.report import Stage
@@ -29,34 +28,43 @@ def taken_over(walk: Walk, plan: Plan | None) -> Iterator[None]:
     if walk.checkpoint is None:
         yield
         return
-    if processes.count() > 1:
-        raise CheckpointError(
-            f"{walk.checkpoint.folder}: only a process alone keeps unfinished work, found {processes.count()} of them; "
-            "pass no checkpoint."
-        )
     with walk.checkpoint.opened(identity(walk, plan)) as checkpoint:
         for message in checkpoint.progress.warnings:
             walk.warn(message)
-        walk.batch_size = checkpoint.progress.batch_size = checkpoint.progress.batch_size or walk.batch_size
+        take_batch_size(walk, checkpoint.progress)
         if checkpoint.progress.seconds:
             walk.clock.stages.append(Stage("earlier runs", checkpoint.progress.seconds, 0))
         yield
 
 
+def take_batch_size(walk: Walk, progress: Progress) -> None:
+    """That of the interrupted run, unless another is asked for now: it may have been too large."""
+    asked = walk.config.batch_size
+    if asked in (None, progress.asked_batch_size):
+        walk.batch_size = progress.batch_size or walk.batch_size
+    progress.batch_size, progress.asked_batch_size = walk.batch_size, asked or progress.asked_batch_size
+
+
 def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
     """What has to be the same for unfinished work to be taken over and end in the same bits, safe for JSON."""
     model = walk.architecture.model
+    own = {"device": walk.device.type, "threads": torch.get_num_threads(), "versions": versions()}
+    others = processes.each(own)[1:]
+    configuration = {name: value for name, value in walk.config.to_dict().items() if name != "batch_size"}
     return {
         "model": fingerprint(model),
         "revision": walk.base.revision,
         "attention": model.config._attn_implementation,
-        **{f"configuration, {name}": value for name, value in walk.config.to_dict().items()},
+        **{f"configuration, {name}": value for name, value in configuration.items()},
         "plan": plan,
         "calibration": hashlib.sha256(walk.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
-        "device": walk.device.type,
         "processes": processes.count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
+        **own,
+        **{
+            f"process {number}, {name}": value
+            for number, other in enumerate(others, start=2)
+            for name, value in other.items()
+        },
     }
 
 

@@ -74,9 +74,10 @@ class Walk:
         self.clock = StageClock(self.device)
         self.shapes = shapes_of(self.architecture.model, self.architecture.family)
         arrangement = arranged(self)
-        host, folder = torch.device("cpu"), Path(tempfile.gettempdir())
-        files = Place(host, folder if self.checkpoint is None else self.checkpoint.folder)
-        self.batch_size, self.streams = arrangement.batch_size, arrangement.streams
+        host = torch.device("cpu")
+        files = Place(host, Path(tempfile.gettempdir()) if self.checkpoint is None else self.checkpoint.folder)
+        self.batch_size = min(processes.each(arrangement.batch_size))  # one for all, for a run that is taken up again
+        self.streams = arrangement.streams
         self.place = {"device": Place(self.device), "host": Place(host), "files": files}[self.streams]
 
     def enter(self, tokens: Tensor) -> Front:

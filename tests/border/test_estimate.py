@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import types
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from optimum_modegpt import ModeGPTConfig, NotEnoughRoom, processes
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.evaluation import room
 from optimum_modegpt.evaluation.estimate import LIBRARIES, Estimate, estimate, on_meta
 from optimum_modegpt.integration import cli
@@ -147,13 +147,24 @@ def test_the_narrowest_group_around_counts(
 
 
 @pytest.mark.parametrize("host", [PLENTY, 2**16])
-def test_several_processes_arrange_themselves_as_was_predicted(host: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_arrange_themselves_as_was_predicted(
+    host: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     has(monkeypatch, host=host)
     model, config, cpu = dense("llama-mha"), ModeGPTConfig(**RECIPE), torch.device("cpu")
     architecture, windows = resolve(model), TokenWindows(torch.zeros(8, 32, dtype=torch.int64), {})
     predicted = estimate(model, config, 32, device=cpu, processes=3).without
     monkeypatch.setattr(processes, "count", lambda: 3)
-    walk = Walk(architecture, config, windows, part_sizes(architecture, config), cpu, Base(), None, False)
+    walk = Walk(
+        architecture,
+        config,
+        windows,
+        part_sizes(architecture, config),
+        cpu,
+        Base(),
+        Checkpoint(tmp_path / "kept"),
+        False,
+    )
     taken = arranged(walk)
     assert (taken.streams, taken.batch_size) == (predicted.streams, predicted.batch_size)
     assert predicted.streams == ("host" if host == PLENTY else "files")
@@ -162,37 +173,18 @@ def test_several_processes_arrange_themselves_as_was_predicted(host: int, monkey
     assert predicted.needs.files == {name: 3 * size for name, size in taken.needs.files.items()}
 
 
-def test_several_processes_hold_their_own_and_keep_no_checkpoint() -> None:
+def test_several_processes_hold_their_own_beside_one_checkpoint() -> None:
     model, config = dense("llama-mha", intermediate_size=1024), ModeGPTConfig(**RECIPE)
     alone, together = (estimate(model, config, 32, processes=count) for count in (1, 4))
     one, all_of_them = alone.without.needs.host, together.without.needs.host
     for name in ("libraries", "moments of the MLP, and their factorisation"):
         assert all_of_them[name] == 4 * one[name]
     assert all_of_them["residual streams"] == one["residual streams"], "they are shared out"
-    assert all_of_them["finished blocks"] == 4 * alone.disk["finished blocks"]
     on_device = [found.with_accelerator.needs.device for found in (alone, together)]
     for needs in on_device:
         needs.pop("batches on their way")  # smaller, with fewer windows
     assert on_device[0] == on_device[1], "each has one of its own"
-    assert list(together.disk) == ["result"]
-
-
-def test_streams_of_several_processes_need_room_where_temporary_files_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    has(monkeypatch, host=2**16)
-    found = replace(found_on("cpu"), processes=2)
-    has(monkeypatch)
-    shared = Path("/dev/shm")
-    if not shared.is_dir() or shared.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is one disk alone")
-    monkeypatch.setattr(room.tempfile, "gettempdir", lambda: str(shared))
-    free = {tmp_path: PLENTY, shared: sum(found.without.needs.files.values())}
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=free[place]))
-    room.check_room(found, torch.device("cpu"), tmp_path)
-    free[shared] -= 1
-    with pytest.raises(NotEnoughRoom, match=r"disk at /dev/shm: needed .* let TMPDIR be a folder on another disk"):
-        room.check_room(found, torch.device("cpu"), tmp_path)
+    assert together.disk == alone.disk
 
 
 def test_compress_refuses_before_it_reads_weights_and_goes_on_when_told(

@@ -153,7 +153,7 @@ def test_work_without_streams_is_done_again(tmp_path: Path, monkeypatch: pytest.
     [
         ({"sparsity": 0.2}, "configuration, sparsity was 0.3, now it is 0.2"),
         ({"seed": 1}, "configuration, seed was 0"),
-        ({"batch_size": 2}, "configuration, batch_size was None, now it is 2"),
+        ({"round_to": 8}, "configuration, round_to was 'auto', now it is 8"),
     ],
 )
 def test_another_compression_is_refused_by_name(

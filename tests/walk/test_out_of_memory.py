@@ -144,5 +144,19 @@ def test_a_resumed_run_takes_over_the_batch_size(tmp_path: Path, monkeypatch: py
     memory = Memory(monkeypatch, windows=2)
     report = run(model, 4, Checkpoint(tmp_path / "parts"))
     assert memory.largest == [2]
+    assert report.batch_size == 2
     assert report.warnings == (f"decompose: {SEEN.format(4, 2)}",)
     torch.testing.assert_close(states(model), states(expected), rtol=0, atol=0)
+
+
+def test_a_resumed_run_takes_another_batch_size_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "STREAM_SECONDS", 0)
+    model = dense("llama-gqa-tied")
+    Memory(monkeypatch, windows=1)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, 4, Checkpoint(tmp_path / "parts"))
+    report = run(model, 1, Checkpoint(tmp_path / "parts"))
+    assert report.batch_size == 1
+    assert report.stages[0].name == "earlier runs"

@@ -8,28 +8,33 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import RECIPE, save_dense, save_text
+from checkpoints import save_dense, save_text
 from safetensors.torch import load_file
 from tiny import FAMILIES, dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report, processes
+from optimum_modegpt import checkpoint as module
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.compress import compress
-from optimum_modegpt.errors import CheckpointError, NumericalError
+from optimum_modegpt.errors import NumericalError
 from optimum_modegpt.integration import cli
-from optimum_modegpt.methods import published, residual_matched, sensitivity
+from optimum_modegpt.methods import residual_matched, sensitivity
 
 WINDOWS, LENGTH, PROCESSES = 14, 24, 3
 """Shares of 5, 5 and 4 windows."""
 
 PATHS = os.pathsep.join(path for path in sys.path if path)
 """So that other processes find what this one does."""
+
+KINDS = ("out", "err")
+"""Of what a process prints."""
 
 SECONDS = 300
 """None of them lives longer."""
@@ -42,7 +47,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def run(job: str, checkpoint: Checkpoint | None = None) -> tuple[Any, Report]:
+def run(job: str) -> tuple[Any, Report]:
     """A model in float64 and its report; budgets so small that some processes have no part in them."""
     name, recipe = JOBS[job]
     model = dense(name).double()
@@ -52,7 +57,7 @@ def run(job: str, checkpoint: Checkpoint | None = None) -> tuple[Any, Report]:
         patch.setattr(residual_matched, "REFIT_TOKENS", 7 * LENGTH)
         patch.setattr(residual_matched, "GAIN_TOKENS", 3 * WINDOWS)
         patch.setattr(sensitivity, "DIVERGENCE_WINDOWS", 2)
-        return model, compress(model, config, windows, checkpoint=checkpoint, progress=False)
+        return model, compress(model, config, windows, progress=False)
 
 
 def work(folder: Path) -> None:
@@ -63,51 +68,54 @@ def work(folder: Path) -> None:
             torch.save(model.state_dict(), folder / f"{job}-{os.environ['RANK']}.pt")
             if processes.is_first():
                 report.save(folder / f"{job}.json")
-        with pytest.raises(CheckpointError, match="only a process alone"):
-            run("paper", Checkpoint(folder / "kept"))
 
 
-def run_together(count: int, folder: Path, words: list[str]) -> list[tuple[int, str, str]]:
-    """(exit code, output, errors) of processes that work together, once all have ended; `folder` takes what they print.
+def run_together(count: int, folder: Path, commands: list[list[str]]) -> list[list[tuple[int, str, str]]]:
+    """Of each of the commands, one after the other: (exit code, output, errors) of processes that work together on it.
 
     They are forks of one that has imported everything, which takes far longer than most of what they do.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count), "PYTHONPATH": PATHS}
     done = subprocess.run(
-        [sys.executable, __file__, str(folder), *words],
-        env=os.environ | shared,
+        [sys.executable, __file__, str(count), str(folder), json.dumps(commands)],
+        env={**os.environ, "PYTHONPATH": PATHS},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    texts = [[(folder / f"{rank}.{kind}").read_text() for kind in ("out", "err")] for rank in range(count)]
-    return [(code, *text) for code, text in zip(json.loads(done.stdout), texts, strict=True)]
+    return [
+        [
+            (code, *((folder / f"{number}.{rank}.{kind}").read_text() for kind in KINDS))
+            for rank, code in enumerate(codes)
+        ]
+        for number, codes in enumerate(json.loads(done.stdout))
+    ]
 
 
-def fork_all(folder: Path) -> None:
-    """Goes on in each of the processes; the one that they come of waits for them, prints their exit codes and ends."""
-    children = []
-    for rank in range(int(os.environ["WORLD_SIZE"])):
-        if child := os.fork():
+def fork_all(count: int, folder: Path, commands: list[list[str]]) -> None:
+    """Does each command with `count` forks of this process, then prints their exit codes."""
+    codes = []
+    for number, words in enumerate(commands):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        children = []
+        for rank in range(count):
+            if not (child := os.fork()):
+                signal.alarm(SECONDS)
+                os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                for stream, kind in enumerate(KINDS, start=1):
+                    os.dup2(os.open(folder / f"{number}.{rank}.{kind}", os.O_CREAT | os.O_WRONLY), stream)
+                sys.exit(ended(words[0], words[1], words[2:]) if words else work(folder))
             children.append(child)
-            continue
-        signal.alarm(SECONDS)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for stream, kind in ((1, "out"), (2, "err")):
-            os.dup2(os.open(folder / f"{rank}.{kind}", os.O_CREAT | os.O_WRONLY), stream)
-        return
-    print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-    sys.exit()
+        codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    print(json.dumps(codes))
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
-    for code, _, errors in run_together(PROCESSES, folder, []):
+    for code, _, errors in run_together(PROCESSES, folder, [[]])[0]:
         assert code == 0, errors[-3000:]
     return folder
 
@@ -145,62 +153,131 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The command but for the folder of the result."""
     folder = tmp_path_factory.mktemp("dense")
     checkpoint, text = save_dense(folder / "model"), save_text(folder / "text.txt")
-    flags = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    return ["compress", str(checkpoint), "--dataset", str(text), *flags, "--device", "cpu", "--output"]
+    flags = ["--sparsity", "0.3", "--num-samples", "8", "--sequence-length", "32", "--device", "cpu"]
+    return ["compress", str(checkpoint), "--dataset", str(text), *flags, "--output"]
 
 
-def test_the_first_process_saves_and_prints(words: list[str], tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def launched(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The result of two processes, alone in its folder, and what they printed."""
+    output = tmp_path_factory.mktemp("launched") / "small"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "optimum_modegpt"]
     environment = {**os.environ, "PYTHONPATH": PATHS}
     done = subprocess.run(
-        [*launcher, *words, str(tmp_path / "small")], env=environment, capture_output=True, text=True, timeout=200
+        [*launcher, *words, str(output)], env=environment, capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("saved in") == 1
-    assert "on cpu, 2 processes" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["small"]
-    assert Report.load(tmp_path / "small" / "report.json").processes == 2
+    return output, done.stdout
+
+
+def test_the_first_process_saves_and_prints(words: list[str], launched: tuple[Path, str], tmp_path: Path) -> None:
+    output, printed = launched
+    assert printed.count("saved in") == 1
+    assert "on cpu, 2 processes" in printed
+    assert [path.name for path in output.parent.iterdir()] == ["small"]
+    assert Report.load(output / "report.json").processes == 2
     assert cli.main([*words, str(tmp_path / "alone")]) == 0
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "alone"))
+    one, other = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "alone"))
     for name, tensor in other.items():
         assert (one[name] - tensor).double().norm() <= 1e-4 * tensor.double().norm(), name
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_where_one_fails_all_end(failing: int, words: list[str], tmp_path: Path) -> None:
-    output_folder, printed = tmp_path / "output", tmp_path / "printed"
-    output_folder.mkdir()
-    printed.mkdir()
-    results = run_together(2, printed, [str(failing), *words, str(output_folder / "small")])
-    for rank, (code, output, errors) in enumerate(results):
-        assert code == cli.FAILED
-        assert output == ""
-        expected = "error: block 1: planted" if rank == failing else "error: another process of this run has ended"
-        assert expected in errors
-    assert list(output_folder.iterdir()) == []
+MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
+    "none": (Checkpoint, "remove", lambda *_: False),
+    "error": (residual_matched, "compress_block", lambda student, *_: student.index == 1),
+    "in a block": (residual_matched, "compress_block", lambda student, *_: student.index == 1),
+    "in a sweep": (
+        Checkpoint,
+        "keep_plan",
+        lambda _, plan, measured, __: not plan and len(measured["sensitivities"]) > 3,
+    ),
+    "at the streams": (Checkpoint, "_write_tensors", lambda _, path, __: path.name.startswith("streams-00002")),
+    "at the record": (Checkpoint, "_write_manifest", lambda self: self.finished == 2),
+    "when placed": (Checkpoint, "remove", lambda self: self.progress.saved is not None),
+}
+"""Where a process ends: before this call, with such arguments."""
+
+ENDS = [("error", 1), ("in a block", 0), ("in a sweep", 1), ("at the streams", 1), ("at the record", 0)]
+"""A moment, and which of two processes."""
 
 
-def fail(failing: str, words: list[str]) -> int:
-    """The command, where one process finds something wrong in the second block that the others do not see."""
-    original = published.observe
+def ended(moment: str, failing: str, words: list[str]) -> int:
+    """The command, where one process finds an error that the others do not, or is killed."""
+    target, name, when = MOMENTS[moment]
+    original = getattr(target, name)
 
-    def observe(block: Any, *args: Any) -> Any:
-        if block.index == 1 and os.environ["RANK"] == failing:
-            raise NumericalError("planted")
-        return original(block, *args)
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == failing and when(*args):
+            if moment == "error":
+                raise NumericalError("planted")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(published, "observe", observe)
+        patch.setattr(module, "STREAM_SECONDS", 0)
+        patch.setattr(target, name, planted)
         return cli.main(words)
 
 
-def test_unfinished_work_of_one_is_not_taken_over_by_several(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def broken_off(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Any, Path]]:
+    """By moment and process: how the processes ended; the folder, after the same command was run again."""
+    printed, folders = tmp_path_factory.mktemp("printed"), [tmp_path_factory.mktemp("output") for _ in ENDS]
+    commands = []
+    for (moment, failing), folder in zip(ENDS, folders, strict=True):
+        commands += [
+            [moment, str(failing), *words, str(folder / "small")],
+            ["none", "0", *words, str(folder / "small")],
+        ]
+    results = run_together(2, printed, commands)
+    for code, _, errors in (each for again in results[1::2] for each in again):
+        assert code == 0, errors[-3000:]
+    return dict(zip(ENDS, zip(results[::2], folders, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_where_one_ends_all_do(end: tuple[str, int], broken_off: Any) -> None:
+    moment, failing = end
+    for rank, (code, output, errors) in enumerate(broken_off[end][0]):
+        assert output == ""
+        if rank != failing:
+            assert code == cli.FAILED
+            assert "error: another process of this run has ended" in errors
+        elif moment == "error":
+            assert code == cli.FAILED
+            assert "error: block 1: planted" in errors
+        else:
+            assert code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_same_command_goes_on(end: tuple[str, int], broken_off: Any, launched: tuple[Path, str]) -> None:
+    folder = broken_off[end][1]
+    assert [path.name for path in folder.iterdir()] == ["small"]
+    assert Report.load(folder / "small" / "report.json").stages[0].name == "earlier runs"
+    found, expected = (load_file(path / "model.safetensors") for path in (folder / "small", launched[0]))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_unfinished_work_is_for_as_many_processes_as_began_it(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / ".small.checkpoint").mkdir()
-    monkeypatch.setattr(processes, "count", lambda: 2)
-    assert cli.main([*words, str(tmp_path / "small")]) == cli.FAILED
-    assert "only one process alone can go on with it" in capsys.readouterr().err
+    (tmp_path / "printed").mkdir()
+    command = [*words, str(tmp_path / "output" / "small")]
+    run_together(2, tmp_path / "printed", [["error", "0", *command]])
+    assert cli.main(command) == cli.FAILED
+    assert "processes was 2, now it is 1" in capsys.readouterr().err
+    assert cli.main([*command, "--fresh"]) == 0
+
+
+def test_where_the_result_is_in_its_place_the_rest_is_put_away(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "printed").mkdir()
+    command = [*words, str(tmp_path / "output" / "small")]
+    killed, again = run_together(2, tmp_path / "printed", [["when placed", "0", *command], ["none", "0", *command]])
+    assert killed[0][0] == -signal.SIGKILL
+    assert [code for code, _, _ in again] == [0, 0], again
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["small"]
 
 
 def test_a_launch_that_is_none_is_refused(
@@ -227,6 +304,4 @@ def test_a_process_alone_gets_back_what_it_gave() -> None:
 
 
 if __name__ == "__main__":
-    folder, *words = sys.argv[1:]
-    fork_all(Path(folder))
-    sys.exit(fail(words[0], words[1:]) if words else work(Path(folder)))
+    fork_all(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

@@ -9,7 +9,7 @@ import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from optimum_modegpt import processes
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.errors import CheckpointError, InvalidConfig
+from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.room import check_room
 from optimum_modegpt.integration.card import REPORT
 from optimum_modegpt.integration.commands.common import (
@@ -92,14 +92,16 @@ def compress_to(output: Path, options: Namespace, device: torch.device | None) -
     source = source_of(options)
     quantizer = _quantizer(options, source)
     check_file(options.report)
-    checkpoint = _checkpoint(output, fresh=options.fresh)
-    with nullcontext() if checkpoint is None else _unfinished_work(checkpoint, output, fresh=options.fresh):
-        report = None if checkpoint is None else _placed(checkpoint, output, _request(options, source, quantizer))
+    with _unfinished_work(output) as checkpoint, checkpoint.alone():
+        taken_back(checkpoint.folder, output)
+        if options.fresh:
+            checkpoint.remove()
+        report = _placed(checkpoint, output, _request(options, source, quantizer))
+        processes.told(report is None)  # whether there is work for the others
         if report is None:
             check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
             report = _compress(output, options, quantizer, source, checkpoint, device)
-        if checkpoint is not None:
-            checkpoint.remove()
+        checkpoint.remove()
     if options.report is not None:
         shutil.copyfile(output / REPORT, options.report)
     return report
@@ -110,7 +112,7 @@ def _compress(
     options: Namespace,
     quantizer: ModeGPTQuantizer,
     source: Source,
-    checkpoint: Checkpoint | None,
+    checkpoint: Checkpoint,
     device: torch.device | None,
 ) -> Report:
     if quantizer.config.sparsity > STEEP:
@@ -123,10 +125,9 @@ def _compress(
         )
     if not options.ignore_estimate:
         found = estimate_of(source, quantizer.config, options.dtype, device)
-        written = 0 if checkpoint is None else checkpoint.size  # is taken over
-        check_room(found, compute_device(device, torch.device("cpu")), output, written=written)
-    workshop = None if checkpoint is None else checkpoint.folder
-    with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
+        room = compute_device(device, torch.device("cpu"))
+        check_room(found, room, output, written=checkpoint.size)  # which is taken over
+    with replacing(output, overwrite=options.overwrite, workshop=checkpoint.folder) as folder:
         windows = quantizer.prepare(load_config(source), None, source)
         model = load_model(source, options.dtype)
         report = quantizer.compress_with(
@@ -134,9 +135,8 @@ def _compress(
         )
         with saving(output):
             quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
-        if checkpoint is not None:
-            request = _request(options, source, quantizer)
-            checkpoint.keep_saved({"report": _digest(folder / REPORT), "request": request})
+        request = _request(options, source, quantizer)
+        checkpoint.keep_saved({"report": _digest(folder / REPORT), "request": request})
     return report
 
 
@@ -145,32 +145,16 @@ def _take_part(options: Namespace, device: torch.device | None) -> None:
     logging.getLogger("optimum_modegpt").setLevel(logging.ERROR)  # the first process warns
     source = source_of(options)
     quantizer = _quantizer(options, source)
-    windows = quantizer.prepare(load_config(source), None, source)
-    quantizer.compress_with(load_model(source, options.dtype), windows, source=source, device=device, progress=False)
+    with _unfinished_work(options.output.resolve()) as checkpoint:
+        if not processes.told(None):
+            return
+        windows = quantizer.prepare(load_config(source), None, source)
+        model = load_model(source, options.dtype)
+        quantizer.compress_with(model, windows, source=source, device=device, checkpoint=checkpoint, progress=False)
 
 
 def _quantizer(options: Namespace, source: Source) -> ModeGPTQuantizer:
     return ModeGPTQuantizer(default_dataset(configuration(options), source))
-
-
-def _checkpoint(output: Path, *, fresh: bool) -> Checkpoint | None:
-    """Where unfinished work is kept; None with several processes, which keep nothing.
-
-    Raises:
-        CheckpointError: several processes, and unfinished work of one alone stands there.
-    """
-    checkpoint = Checkpoint(output.absolute().with_name(f".{output.name}.checkpoint"))
-    if processes.count() == 1:
-        return checkpoint
-    if checkpoint.folder.is_dir():
-        if not fresh:
-            raise CheckpointError(
-                f"{checkpoint.folder} holds unfinished work, and only one process alone can go on with it. Run the "
-                "command without torchrun, or throw the work away with --fresh."
-            )
-        with _unfinished_work(checkpoint, output, fresh=True):
-            pass
-    return None
 
 
 def _placed(checkpoint: Checkpoint, output: Path, request: dict[str, Any]) -> Report | None:
@@ -194,21 +178,17 @@ def _digest(file: Path) -> str:
 
 
 @contextmanager
-def _unfinished_work(checkpoint: Checkpoint, output: Path, *, fresh: bool) -> Iterator[None]:
-    """Inside, the checkpoint is ours alone, from what was left of the last run to the result in its place."""
-    with checkpoint.alone():
-        taken_back(checkpoint.folder, output)
-        if fresh:
-            checkpoint.remove()
-        try:
-            yield
-        except KeyboardInterrupt:
-            if checkpoint.read() is None:
-                raise
-            raise KeyboardInterrupt(
-                f"what is finished is kept in {checkpoint.folder}. The same command goes on, with --fresh it starts "
-                "anew."
-            ) from None
+def _unfinished_work(output: Path) -> Iterator[Checkpoint]:
+    """Where it is kept until the result is at `output`; an interrupt inside says so, where anything is."""
+    checkpoint = Checkpoint(output.with_name(f".{output.name}.checkpoint"))
+    try:
+        yield checkpoint
+    except KeyboardInterrupt:
+        if checkpoint.read() is None:
+            raise
+        raise KeyboardInterrupt(
+            f"what is finished is kept in {checkpoint.folder}. The same command goes on, with --fresh it starts anew."
+        ) from None
 
 
 def _upload(options: Namespace) -> Upload | None:
