@@ -55,7 +55,7 @@ STUDIES: dict[str, list[dict[str, Any]]] = {
     "tokens": [{"windows": windows} for windows in (16, 32, 64)],
     "width": [{"width": width} for width in (256, 384, 512)],
     "depth": [{"blocks": blocks} for blocks in (2, 4, 8)],
-    "size": [{"width": 256, "blocks": 4}, {"width": 384, "blocks": 6}, {"width": 512, "blocks": 8}],
+    "size": [{"width": 256, "blocks": 4}, {"width": 512, "blocks": 8}, {"width": 768, "blocks": 14}],
     "files": [{"windows": windows, "vocabulary": 256, "free": 2**27} for windows in (64, 128)],
 }
 GROWS = {"tokens": "tokens", "width": "width", "depth": "blocks", "size": "parameters", "files": "tokens"}
