@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -22,8 +22,7 @@ from optimum_modegpt.allocation.targets import influence_targets, plan_from_targ
 from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.streams import Stream, kept
-from optimum_modegpt.calibration.transfers import arriving
+from optimum_modegpt.calibration.streams import Stream, passed
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
@@ -194,16 +193,19 @@ def measure_influences(walk: Walk) -> list[float]:
     """Block influence of every block, over all calibration windows."""
     stream, influences = walk.front.stream, []
     for block in tqdm(walk.architecture.blocks, desc="influences", unit="block", disable=not walk.progress):
-        total, after = InfluenceSum(), []
+        total = InfluenceSum()
         dense, arguments = block.on(walk.device), walk.front.on(block.index, walk.device)
-        for batch, entering in zip(stream, arriving(stream, walk.device), strict=True):
-            output = dense.forward(entering, arguments)
-            total.add(entering, output)
-            after.append(kept(output, batch))
+        stream = list(passed(partial(influenced, dense, arguments, total), walk.device, stream))
         with naming(f"block {block.index}"):
             influences.append(total.value())
-        stream = after
     return influences
+
+
+def influenced(block: Block, arguments: dict[str, Any], total: InfluenceSum, entering: Tensor) -> Tensor:
+    """The block's output; how much it turned the stream is added to `total`."""
+    output = block.forward(entering, arguments)
+    total.add(entering, output)
+    return output
 
 
 # decompose

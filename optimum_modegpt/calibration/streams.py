@@ -6,9 +6,10 @@ It is chosen for the first of them; whatever is made from a stream goes where th
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture
-from optimum_modegpt.calibration.transfers import to_host
+from optimum_modegpt.calibration.transfers import arriving, leaving, to_host
 from optimum_modegpt.errors import CheckpointError
 from optimum_modegpt.processes import share
 
 Stream = list[Tensor]
 """The residual stream, (batch, length, d_model) a batch."""
+
+HOST = torch.device("cpu")
 
 SUFFIX = ".stream"
 """Of the files that streams are kept in; by it they are told from other maps of files."""
@@ -43,7 +46,7 @@ class Place:
         return cls(tensor.device, Path(name).parent if name is not None and name.endswith(SUFFIX) else None)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """`tensor`, there; itself where it is there already.
+        """`tensor`, there, when this returns; itself where it is there already.
 
         Raises:
             CheckpointError: the disk is full, or refuses.
@@ -59,9 +62,21 @@ class Place:
             ) from error
 
 
-def kept(tensor: Tensor, beside: Tensor) -> Tensor:
-    """`tensor` where `beside` is kept."""
-    return Place.of(beside).keep(tensor)
+def kept(tensors: Iterable[Tensor], beside: Stream) -> Iterator[Tensor]:
+    """The tensors where the stream `beside` is kept, in their order, each once it is there.
+
+    To the host's memory they are copied beside the computing of those that follow. Writing into a file holds that up.
+    """
+    place = next(map(Place.of, beside), Place(HOST))
+    return leaving(tensors) if place == Place(HOST) else map(place.keep, tensors)
+
+
+def passed(
+    function: Callable[..., Tensor], device: torch.device, stream: Stream, *others: Iterable[Tensor]
+) -> Iterator[Tensor]:
+    """`function` of every batch of the streams, computed on `device`, kept where the first stream is."""
+    arrived = (arriving(each, device) for each in (stream, *others))
+    return kept(itertools.starmap(function, zip(*arrived, strict=True)), stream)
 
 
 def _in_file(tensor: Tensor, folder: Path) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from optimum_modegpt.calibration.transfers import pinned_size
+from optimum_modegpt.calibration.transfers import LEAVING, pinned_size
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.memory import Moment, Parts, moments
 from optimum_modegpt.methods.work import Extent, Shapes
@@ -21,8 +21,8 @@ GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 ENOUGH_TOKENS, MOST_TOKENS = 4096, 65_536
 """Tokens of a forward pass: with the first a processor is busy, more than the second do not help an accelerator."""
 
-AT_ONCE = 3
-"""Streams of which the next batch comes to an accelerator while it computes with this one."""
+AT_ONCE = 2 + LEAVING
+"""Batches on their way while an accelerator computes: those of two streams come and `LEAVING` go, or three come."""
 MARGIN = 1.25
 """How often what is counted has to fit, if it can: allocators keep back what is freed, and counts are a little off."""
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
-from optimum_modegpt.calibration.streams import Stream, inputs_of, kept
-from optimum_modegpt.calibration.transfers import arriving
+from optimum_modegpt.calibration.streams import Stream, inputs_of, passed
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
@@ -33,7 +32,6 @@ class PublishedMoments:
 
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
     """Runs the dense block over `stream`; its moments, and the stream after it."""
-    device = block.output.weight.device
     query_sum, key_sum, value_sum = (HeadMomentSum(block.kv_heads) for _ in range(3))
     mlp_sum = LinearMomentSum(ones=False)
     with inputs_of(block.module.get_submodule(block.layout.value)) as reads, inputs_of(block.down) as hidden:
@@ -48,9 +46,7 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
             mlp_sum.add(activations, block.down(activations) - (0 if block.down.bias is None else block.down.bias))
             return output
 
-        after = [
-            kept(observed(entering), batch) for batch, entering in zip(stream, arriving(stream, device), strict=True)
-        ]
+        after = list(passed(observed, block.output.weight.device, stream))
     return PublishedMoments(
         QueryKeyMoments(query_sum.value(), key_sum.value()), value_sum.value(), mlp_sum.value()
     ), after

@@ -28,7 +28,7 @@ from optimum_modegpt.calibration.moments import (
     token_weights,
     with_ones,
 )
-from optimum_modegpt.calibration.streams import Stream, inputs_of, kept
+from optimum_modegpt.calibration.streams import Stream, inputs_of, kept, passed
 from optimum_modegpt.calibration.transfers import arriving
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
@@ -56,8 +56,8 @@ FINAL_ROUNDS = 2
 class DenseTargets:
     """What the dense block does to the dense stream, a tensor a batch.
 
-    The sums of stream and part output (before a post-norm), the weights of their tokens (None: all equal), and the
-    stream after the block.
+    The sums of stream and part output (before a post-norm), the weights of their tokens (None: all equal; where they
+    were computed, they are small), and the stream after the block.
     """
 
     attention: Stream
@@ -73,19 +73,21 @@ class DenseTargets:
 def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weighted: bool = True) -> DenseTargets:
     """Runs the dense block over the dense stream and keeps what the refits are to match."""
     device = block.output.weight.device
-    attention, mlp, after = [], [], []
     weights: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for batch, hidden in zip(stream, arriving(stream, device), strict=True):
-        total = hidden + block.attend(block.attention_input(hidden), arguments)
-        middle = block.after_attention(total)
-        end = middle + block.down(block.mlp_hidden(block.mlp_input(middle)))
-        attention.append(kept(total, batch))
-        mlp.append(kept(end, batch))
-        after.append(mlp[-1] if block.norm_first else kept(block.after_mlp(end), batch))
-        for own, sums, norm in zip(weights, (total, end), (block.attention_norm, block.mlp_norm), strict=True):
-            own.append(token_weights(sums, norm).to(batch.device))
+
+    def sums() -> Iterator[Tensor]:
+        for hidden in arriving(stream, device):
+            total = hidden + block.attend(block.attention_input(hidden), arguments)
+            middle = block.after_attention(total)
+            end = middle + block.down(block.mlp_hidden(block.mlp_input(middle)))
+            weights[0].append(token_weights(total, block.attention_norm))
+            weights[1].append(token_weights(end, block.mlp_norm))
+            yield from (total, end)
+
+    both = list(kept(sums(), stream))
+    attention, mlp = both[::2], both[1::2]
     attention_weights, mlp_weights = (_with_mean_one(w) if weighted else None for w in weights)
-    return DenseTargets(attention, mlp, attention_weights, mlp_weights, after)
+    return DenseTargets(attention, mlp, attention_weights, mlp_weights, stream_after(block, mlp, block.after_mlp))
 
 
 def compress_block(
@@ -112,23 +114,24 @@ def compress_block(
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
 
     with naming("vo"):
-        heads = list(head_outputs(student, compressed, arguments))
+        heads = list(kept(head_outputs(student, compressed, arguments), compressed))
         moments = observe_output(student, compressed, heads, targets.attention, targets.attention_weights)
         value_output = cut_value_output(student, moments, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output)
     sums = _attended(student, compressed, heads, value_output.bases)
 
     match_norm(student.mlp_norm if student.norm_first else student.attention_norm, targets.attention, sums)
-    middle = _map(sums, student, student.after_attention)
+    middle = stream_after(student, sums, student.after_attention)
     with naming("mlp"):
         mlp = refit_mlp(student, middle, targets, widths.mlp, config)
     student.install_mlp(mlp.rows, mlp.down)
-    sums = _map(middle, student, lambda h: h + student.down(student.mlp_hidden(student.mlp_input(h))))
+    device = student.output.weight.device
+    sums = list(passed(lambda h: h + student.down(student.mlp_hidden(student.mlp_input(h))), device, middle))
 
     if not student.norm_first:
         match_norm(student.mlp_norm, targets.mlp, sums)
     errors = {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}
-    return errors, _map(sums, student, student.after_mlp)
+    return errors, stream_after(student, sums, student.after_mlp)
 
 
 def match_norm(norm: Any, dense: Stream, compressed: Stream) -> None:
@@ -234,12 +237,11 @@ def cut_query_key(
 
 
 def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
-    """What the attention gives its output projection, (batch, length, heads · head_dim), kept where the stream is."""
-    device = block.output.weight.device
+    """What the attention gives its output projection, (batch, length, heads · head_dim), on the block's device."""
     with inputs_of(block.output) as seen:
-        for batch, hidden in zip(stream, arriving(stream, device), strict=True):
+        for hidden in arriving(stream, block.output.weight.device):
             block.attend(block.attention_input(hidden), arguments)
-            yield kept(seen.pop(), batch)
+            yield seen.pop()
 
 
 def observe_output(
@@ -250,7 +252,7 @@ def observe_output(
     moments = LinearMomentSum(ones=block.output.bias is not None)
     arrived = (arriving(each, device) for each in (stream, heads, targets))
     for index, (batch, head, target) in enumerate(zip(*arrived, strict=True)):
-        weight = None if weights is None else weights[index].to(device)
+        weight = None if weights is None else weights[index]
         moments.add(head, raised(target) - raised(batch), weight)
     return moments.value()
 
@@ -279,7 +281,6 @@ def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: Mo
 
 def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None) -> Stream:
     """The sums of stream and attention output from the head outputs with the dense values: Z B is what B gives."""
-    device = block.output.weight.device
 
     def total(hidden: Tensor, head: Tensor) -> Tensor:
         if bases is not None:
@@ -287,8 +288,7 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
         return hidden + block.output(head)
 
-    arrived = zip(stream, arriving(stream, device), arriving(heads, device), strict=True)
-    return [kept(total(hidden, head), batch) for batch, hidden, head in arrived]
+    return list(passed(total, block.output.weight.device, stream, heads))
 
 
 # mlp
@@ -299,7 +299,7 @@ def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Ten
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.down.bias is not None)
     for index, (batch, target) in enumerate(zip(arriving(middle, device), arriving(targets, device), strict=True)):
-        weight = None if weights is None else weights[index].to(device)
+        weight = None if weights is None else weights[index]
         moments.add(block.mlp_hidden(block.mlp_input(batch)), raised(target) - raised(batch), weight)
     return moments.value()
 
@@ -328,7 +328,7 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
     own = sum(len(batch) for batch in middle)
     windows = max(1, REFIT_TOKENS // middle[0].shape[1])
     sample = itertools.islice(_token_samples(student, middle, targets), max(0, windows - processes.before(own)))
-    samples = [_kept_sample(each, middle[0]) for each in sample]
+    samples = _kept_samples(sample, middle)
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
@@ -401,25 +401,32 @@ def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Itera
     assert targets.mlp_weights is not None
     biased = block.module.get_submodule(block.layout.mlp_inputs[0]).bias is not None
     device = block.output.weight.device
-    arrived = (arriving(each, device) for each in (middle, targets.mlp, targets.mlp_weights))
-    for batch, target, weight in zip(*arrived, strict=True):
+    arrived = (arriving(each, device) for each in (middle, targets.mlp))
+    for batch, target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         inputs, missing = raised(block.mlp_input(batch)), raised(target) - raised(batch)
         for seen, wanted, own in zip(inputs, missing, weight, strict=True):
             yield TokenSample(with_ones(seen) if biased else seen, wanted, own)
 
 
-def _kept_sample(sample: TokenSample, beside: Tensor) -> TokenSample:
-    weight = sample.weight.to(beside.device)
-    return TokenSample(kept(sample.inputs, beside), kept(sample.target, beside), weight)
+def _kept_samples(samples: Iterable[TokenSample], beside: Stream) -> list[TokenSample]:
+    """Their inputs and targets where the stream is kept; the weights stay where they are."""
+    weights: list[Tensor] = []
+
+    def parts() -> Iterator[Tensor]:
+        for sample in samples:
+            weights.append(sample.weight)
+            yield from (sample.inputs, sample.target)
+
+    both = list(kept(parts(), beside))
+    return list(map(TokenSample, both[::2], both[1::2], weights))
 
 
 # helpers
 
 
-def _map(stream: Stream, block: Block, function: Callable[[Tensor], Tensor]) -> Stream:
-    """`function` of every batch, computed on the block's device, kept where the stream is."""
-    device = block.output.weight.device
-    return [kept(function(hidden), batch) for batch, hidden in zip(stream, arriving(stream, device), strict=True)]
+def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tensor]) -> Stream:
+    """The stream that the sums of a part are, or become by the norm that follows them."""
+    return sums if block.norm_first else list(passed(post_norm, block.output.weight.device, sums))
 
 
 def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:

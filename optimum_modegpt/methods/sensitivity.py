@@ -16,7 +16,7 @@ from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Sizes
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.moments import QueryKeyMoments
-from optimum_modegpt.calibration.streams import Front, Stream, kept
+from optimum_modegpt.calibration.streams import Front, Stream, kept, passed
 from optimum_modegpt.calibration.transfers import arriving
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
@@ -133,10 +133,7 @@ class Sweeps:
             if block.index in sweep:
                 targets, entering = self._targets(dense), list(arriving(self.divergence.stream, self.device))
                 with naming(f"block {block.index}"):
-                    for part, sparsity, student in self._students(dense, targets):
-                        cuts.append((block.index, part, sparsity))
-                        after = map(partial(student.forward, arguments=arguments), entering)
-                        outputs += [kept(*each) for each in zip(after, self.divergence.stream, strict=True)]
+                    outputs += kept(self._cut(dense, targets, entering, cuts), self.divergence.stream)
                 self._pass(dense, targets)
                 reference = list(self.divergence.stream)
             else:
@@ -152,7 +149,16 @@ class Sweeps:
         """The dense streams in front of the next block."""
         arguments = self.divergence.on(dense.index, self.device)
         self.moments = replace(self.moments, stream=targets.after)
-        self.divergence = replace(self.divergence, stream=_run(dense, self.divergence.stream, arguments))
+        self.divergence = replace(self.divergence, stream=list(_run(dense, self.divergence.stream, arguments)))
+
+    def _cut(
+        self, dense: Block, targets: residual_matched.DenseTargets, entering: Stream, cuts: list[tuple[int, str, float]]
+    ) -> Iterator[Tensor]:
+        """What the block makes of `entering` with one part cut, variant after variant; they are noted in `cuts`."""
+        arguments = self.divergence.on(dense.index, self.device)
+        for part, sparsity, student in self._students(dense, targets):
+            cuts.append((dense.index, part, sparsity))
+            yield from (student.forward(batch, arguments) for batch in entering)
 
     def _students(self, dense: Block, targets: residual_matched.DenseTargets) -> Iterator[tuple[str, float, Block]]:
         """Copies of the block with one part cut, at every ratio: (part, sparsity, block)."""
@@ -161,8 +167,7 @@ class Sweeps:
         query_key = residual_matched.observe_query_key(student, stream, arguments)
         heads = residual_matched.head_outputs(student, stream, arguments)
         output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
-        sums = zip(targets.attention, arriving(targets.attention, self.device), strict=True)
-        middle = [kept(student.after_attention(total), batch) for batch, total in sums]
+        middle = residual_matched.stream_after(student, targets.attention, student.after_attention)
         mlp = residual_matched.observe_mlp(student, middle, targets.mlp, None)
         for part, size in self.sizes[dense.index].items():
             ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios} - {size.dense}
@@ -219,17 +224,14 @@ def _cutter(
     return cut
 
 
-def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Stream:
-    device = block.output.weight.device
-    arrived = zip(stream, arriving(stream, device), strict=True)
-    return [kept(block.forward(hidden, arguments), batch) for batch, hidden in arrived]
+def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
+    return passed(partial(block.forward, arguments=arguments), block.output.weight.device, stream)
 
 
 def _advance(stream: Stream, block: Block, arguments: dict[str, Any]) -> None:
     """Takes the stream through the block; in place, so that it is never there twice."""
-    device = block.output.weight.device
-    for index, hidden in enumerate(arriving(stream, device)):
-        stream[index] = kept(block.forward(hidden, arguments), stream[index])
+    for index, output in enumerate(_run(block, stream, arguments)):
+        stream[index] = output
 
 
 def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, variants: int) -> list[float]:

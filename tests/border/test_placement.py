@@ -133,6 +133,14 @@ def test_what_is_held_besides_counts() -> None:
     assert not spilled.host.keys() & blocks.keys()
 
 
+def test_batches_on_their_way_count_where_streams_are_not_on_the_accelerator() -> None:
+    assert "batches on their way" not in arranged(device=PLENTY).needs.device
+    for host in (PLENTY, 4 * GIB):
+        found = arranged(device=20 * GIB, host=host)
+        batch = found.batch_size * 2048 * SHAPES.d_model * 2
+        assert found.needs.device["batches on their way"] == 4 * batch, "two streams come, and two batches go"
+
+
 def test_streams_on_an_accelerator_pass_the_host_to_be_written() -> None:
     needs = arranged(device=PLENTY).needs
     assert needs.host == {"streams to be written": 2 * 128 * 2048 * 4096 * 2}

@@ -49,14 +49,23 @@ def test_nothing_meets_what_is_elsewhere(recipe: dict[str, Any], free: int | Non
 
 
 @pytest.mark.skipif(not torch.accelerator.is_available(), reason="this machine has no accelerator")
-@pytest.mark.parametrize("method", ["default", "paper"])
-def test_where_streams_are_kept_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("llama-gqa-tied", {}),
+        ("llama-gqa-tied", {"method": "paper"}),
+        ("opt-post-ln", {"allocation": "influence"}),
+    ],
+)
+def test_where_streams_are_kept_changes_nothing(
+    name: str, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     device, found = torch.accelerator.current_accelerator(), {}
     for free, streams in ((2**40, "device"), (None, "host")):
         monkeypatch.setattr(placement, "device_memory", lambda device, free=free: free)
-        model, config = dense("llama-gqa-tied"), ModeGPTConfig(sparsity=0.3, method=method, batch_size=5)
+        model, config = dense(name), ModeGPTConfig(sparsity=0.3, batch_size=5, **recipe)
         report = compress(model, config, TokenWindows(tokens(64, 24), {}), device=device, progress=False)
         assert report.streams == streams
         found[streams] = model.state_dict()
-    for name, tensor in found["device"].items():
-        assert torch.equal(found["host"][name], tensor), name
+    for key, tensor in found["device"].items():
+        assert torch.equal(found["host"][key], tensor), key
