@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from optimum_modegpt.decompositions.psd import exact, products_of, working
+from optimum_modegpt.decompositions.psd import exact, products_of, row_type, working
 from optimum_modegpt.report import Stage
 
 SAMPLING_SECONDS = 0.02
@@ -43,6 +43,7 @@ def product_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     with products_of(dtype):
         return {
             "own": _product_rate(device, dtype),
+            "moments": _product_rate(device, row_type(device, dtype)),
             "raised": _product_rate(device, working(dtype)),
             "exact": _product_rate(host, torch.float64),
         }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optimum_modegpt import processes
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.decompositions.least_squares import LinearMoments
-from optimum_modegpt.decompositions.psd import exact, gram_matrix, raised, working
+from optimum_modegpt.decompositions.psd import cross_matrix, exact, gram_matrix, raised, row_type, working
 
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
@@ -29,7 +29,11 @@ CURVATURE_BUDGET = 0.25
 
 @dataclass
 class LinearMomentSum:
-    """Accumulates `LinearMoments`: products in float32, of a float64 model in float64; sums in float64."""
+    """Accumulates `LinearMoments`: products in float32, of a float64 model in float64; sums in float64.
+
+    Inputs and targets, after weighting, are of the inputs' `row_type`: rounded to 16 bits they lose what is of the size
+    of the activations' own rounding. Products and energy are of the same numbers, so that they fit each other.
+    """
 
     ones: bool
     gram: Tensor | float = 0.0
@@ -38,15 +42,17 @@ class LinearMomentSum:
 
     def add(self, inputs: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Adds tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
-        inputs, target = raised(inputs.flatten(0, -2)), raised(target.flatten(0, -2))
+        inputs, target = inputs.flatten(0, -2), target.flatten(0, -2)
+        rows = row_type(inputs.device, inputs.dtype)
         if self.ones:
             inputs = with_ones(inputs)
         if weight is not None:
             root = weight.flatten().sqrt()[:, None]
             inputs, target = root * inputs, root * target
+        inputs, target = inputs.to(rows), target.to(rows)
         self.gram = _added(self.gram, gram_matrix(inputs))
-        self.cross = _added(self.cross, inputs.T @ target)
-        self.energy = self.energy + exact(target.square().sum())
+        self.cross = _added(self.cross, cross_matrix(inputs, target))
+        self.energy = self.energy + exact(raised(target).square().sum())
 
     def value(self) -> LinearMoments:
         """The moments so far, of the tokens of all processes."""

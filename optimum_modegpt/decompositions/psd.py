@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,25 @@ def raised(x: Tensor) -> Tensor:
     return x.to(working(x.dtype))
 
 
+@functools.cache
+def row_type(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The type of the rows whose products make the moments of a model of `dtype`: its own where float32 can be their
+    sum, else `working`.
+
+    bfloat16 alone: weighted rows and what is missing to a target leave the range of float16.
+    """
+    if dtype != torch.bfloat16:
+        return working(dtype)
+    # There is no 257 in bfloat16. Laid out as by `_fill_gram`: transposed, and into a part of a matrix.
+    rows = torch.ones(257, 4, dtype=dtype, device=device)
+    part = _empty_product(rows, rows)[:2, 2:]
+    try:
+        _multiply(rows[:, :2].T, rows[:, 2:], part)
+    except RuntimeError:  # not implemented, or not for these types: torch has no other way to ask
+        return working(dtype)
+    return dtype if part.eq(257).all() else working(dtype)
+
+
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
     """Inside, float32 products of what a 16-bit model of `dtype` computed may round their inputs, as matrix units do.
@@ -68,22 +88,42 @@ def products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    """rowsᵀ rows (d, d) for `rows` (n, d); of blocks that mirror each other one is computed, no gradient."""
-    width = rows.shape[1]
-    result = rows.new_empty(width, width)
+    """rowsᵀ rows (d, d), of 16-bit rows in float32, for `rows` (n, d), no gradient.
+
+    Of blocks that mirror each other one is computed.
+    """
+    result = _empty_product(rows, rows)
     _fill_gram(result, rows)
     return result
 
 
+def cross_matrix(rows: Tensor, targets: Tensor) -> Tensor:
+    """rowsᵀ targets (d, m), of 16-bit rows in float32, for `rows` (n, d) and `targets` (n, m), no gradient."""
+    result = _empty_product(rows, targets)
+    _multiply(rows.T, targets, result)
+    return result
+
+
+def _empty_product(left: Tensor, right: Tensor) -> Tensor:
+    return left.new_empty(left.shape[1], right.shape[1], dtype=working(left.dtype))
+
+
+def _multiply(left: Tensor, right: Tensor, result: Tensor) -> None:
+    if left.dtype == result.dtype:
+        torch.mm(left, right, out=result)
+    else:
+        torch.mm(left, right, out_dtype=result.dtype, out=result)
+
+
 def _fill_gram(result: Tensor, rows: Tensor) -> None:
     if rows.shape[1] <= GRAM_WIDTH:
-        torch.mm(rows.T, rows, out=result)
+        _multiply(rows.T, rows, result)
         return
     half = _half(rows.shape[1])
     left, right = rows[:, :half], rows[:, half:]
     _fill_gram(result[:half, :half], left)
     _fill_gram(result[half:, half:], right)
-    torch.mm(left.T, right, out=result[:half, half:])
+    _multiply(left.T, right, result[:half, half:])
     result[half:, :half] = result[:half, half:].T
 
 

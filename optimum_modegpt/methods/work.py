@@ -91,19 +91,23 @@ class Extent:
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply-adds of a step, by the precision of their products: the model's own, float32, float64."""
+    """Multiply-adds of a step, by the precision of their products: the model's own, that of the rows of its moments
+    (its own too where float32 can be their sum, else float32), float32, float64."""
 
     own: float = 0.0
+    moments: float = 0.0
     raised: float = 0.0
     exact: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.own + other.own, self.raised + other.raised, self.exact + other.exact)
+        return Work(
+            self.own + other.own, self.moments + other.moments, self.raised + other.raised, self.exact + other.exact
+        )
 
     @property
     def total(self) -> float:
         """All of them."""
-        return self.own + self.raised + self.exact
+        return self.own + self.moments + self.raised + self.exact
 
 
 def block_forward(shapes: Shapes, windows: float, length: int) -> float:
@@ -148,7 +152,7 @@ def _joined(blocks: Iterable[dict[str, Work]]) -> dict[str, Work]:
 def _default_block(shapes: Shapes, config: ModeGPTConfig, extent: Extent, left: int) -> dict[str, Work]:
     steps = {
         "residual streams": Work(own=2 * block_forward(shapes, extent.windows, extent.length)),
-        "moments": Work(raised=extent.tokens * _moments(shapes)),
+        "moments": Work(moments=extent.tokens * _moments(shapes)),
         "curvature of the attention": Work(raised=_curvature(shapes, extent) if shapes.rotary else 0.0),
         "factorisations": Work(exact=_factorisations(shapes, left)),
     }
@@ -161,7 +165,7 @@ def _published_block(shapes: Shapes, extent: Extent) -> dict[str, Work]:
     inputs = shapes.d_model**2 + gram_work(shapes.mlp) + shapes.heads**2 // shapes.head_count
     return {
         "residual streams": Work(own=block_forward(shapes, extent.windows, extent.length)),
-        "moments": Work(raised=extent.tokens * inputs),
+        "moments": Work(moments=extent.tokens * inputs),
         "factorisations": Work(exact=_cholesky(shapes.mlp) + 10 * shapes.d_model**3),
     }
 
@@ -215,7 +219,7 @@ def _sensitivities(shapes: Shapes, extent: Extent, variants: int | None) -> Work
     observed = shapes.blocks * block_forward(shapes, used.moment_windows + used.divergence_windows, extent.length)
     head = variants * used.divergence_windows * extent.length * shapes.vocabulary * shapes.d_model
     moments = shapes.blocks * used.moment_windows * extent.length * _moments(shapes)
-    return Work(forwards + observed + head, moments, shapes.blocks * _factorisations(shapes, 0))
+    return Work(forwards + observed + head, moments, exact=shapes.blocks * _factorisations(shapes, 0))
 
 
 def product_seconds(work: Work, rates: Mapping[str, float]) -> float:

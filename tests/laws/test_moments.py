@@ -10,6 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from optimum_modegpt.calibration.influence import InfluenceSum
 from optimum_modegpt.calibration.moments import LinearMomentSum, SlopeSum, token_weights, with_ones
+from optimum_modegpt.decompositions import psd
+from optimum_modegpt.decompositions.least_squares import LinearMoments
 
 SHAPE = (2, 9)
 NORMS = pytest.mark.parametrize("norm", [nn.LayerNorm(6), LlamaRMSNorm(6)], ids=["layer norm", "rms norm"])
@@ -31,6 +33,61 @@ def test_sums_over_batches_are_the_moments_of_all_tokens(dtype, ones, weighted):
     assert difference(found.gram, expected.gram) < 1e-6
     assert difference(found.cross, expected.cross) < 1e-6
     assert float(found.energy) == pytest.approx(float(expected.energy), rel=1e-6)
+
+
+def sums_of(inputs: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, *, ones: bool) -> LinearMoments:
+    total = LinearMomentSum(ones=ones)
+    total.add(inputs, target, weight)
+    return total.value()
+
+
+@pytest.mark.parametrize("width", [5, 300])
+@pytest.mark.parametrize("ones", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_in_16_bits_give_moments_in_float32(width, ones, weighted, sums_in_float32, monkeypatch):
+    monkeypatch.setattr(psd, "GRAM_WIDTH", 64)
+    inputs, target = normal(*SHAPE, width).bfloat16(), normal(*SHAPE, 4, seed=1).float()
+    weight = normal(*SHAPE, seed=2).exp().float() if weighted else None
+    found = sums_of(inputs, target, weight, ones=ones)
+    assert set(sums_in_float32) == {torch.bfloat16}
+    tokens = [x.double().flatten(0, 1) for x in (inputs, target)]
+    expected = linear_moments(*tokens, None if weight is None else weight.double().flatten(), ones=ones)
+    rounding = torch.finfo(torch.bfloat16).eps
+    assert difference(found.gram, expected.gram) < (rounding if weighted else 1e-6)
+    assert torch.equal(found.gram, found.gram.T)
+    assert difference(found.cross, expected.cross) < rounding
+    assert float(found.energy) == pytest.approx(float(expected.energy), rel=rounding)
+    assert found.gram.dtype == found.cross.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_other_rows_are_what_they_were(dtype, request):
+    inputs, target, weight = normal(*SHAPE, 5).to(dtype), normal(*SHAPE, 4, seed=1).to(dtype), normal(*SHAPE).exp()
+    weight = weight.to(torch.promote_types(dtype, torch.float32))
+    expected = sums_of(inputs, target, weight, ones=True)
+    calls = request.getfixturevalue("sums_in_float32")
+    found = sums_of(inputs, target, weight, ones=True)
+    assert calls == []
+    assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in ("gram", "cross", "energy"))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_where_float32_cannot_be_the_sum_rows_are_raised(weighted):
+    inputs, target = normal(*SHAPE, 5).bfloat16(), normal(*SHAPE, 4, seed=1).float()
+    weight = normal(*SHAPE, seed=2).exp().float() if weighted else None
+    found = sums_of(inputs, target, weight, ones=True)
+    root = 1 if weight is None else weight.flatten().sqrt()[:, None]
+    rows, targets = root * with_ones(inputs.float().flatten(0, 1)), root * target.flatten(0, 1)
+    assert torch.equal(found.gram, (rows.T @ rows).double())
+    assert torch.equal(found.cross, (rows.T @ targets).double())
+    assert torch.equal(found.energy, targets.square().sum().double())
+
+
+def test_a_sum_that_is_rounded_is_none(sums_in_float32):
+    assert psd.row_type(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
+    psd.row_type.cache_clear()
+    sums_in_float32.rounds = True
+    assert psd.row_type(torch.device("cpu"), torch.bfloat16) == torch.float32
 
 
 def test_constant_input_stands_last():

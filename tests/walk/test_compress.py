@@ -120,10 +120,15 @@ def test_the_batch_size_does_not_matter() -> None:
     torch.testing.assert_close(logits(one), logits(all_at_once), rtol=1e-3, atol=1e-3)
 
 
-def test_bfloat16_stays_bfloat16_and_loses_little() -> None:
+@pytest.mark.parametrize("method", ["default", "paper"])
+@pytest.mark.parametrize("sums", ["raised", "in 16 bits"])
+def test_bfloat16_stays_bfloat16_and_loses_little(method: str, sums: str, request: pytest.FixtureRequest) -> None:
     exact, rounded = dense("llama-mqa-biases"), dense("llama-mqa-biases").to(torch.bfloat16)
-    expected = run(exact, sparsity=0.3, allocation="uniform")
-    report = run(rounded, sparsity=0.3, allocation="uniform")
+    calls = request.getfixturevalue("sums_in_float32") if sums == "in 16 bits" else None
+    expected = run(exact, sparsity=0.3, allocation="uniform", method=method)
+    assert not calls, "of a model in float32"
+    report = run(rounded, sparsity=0.3, allocation="uniform", method=method)
+    assert calls is None or len(calls) > len(report.blocks)
     assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
     for ours, theirs in zip(report.blocks, expected.blocks, strict=True):
         for part in PARTS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.decompositions.psd import products_of
 from optimum_modegpt.methods.work import Extent, Work, product_seconds, shapes_of, work_of
-from optimum_modegpt.stages import StageClock
+from optimum_modegpt.stages import StageClock, product_rates
 
 WINDOWS, LENGTH = 8, 64
 SHAPE = LlamaConfig(
@@ -61,7 +62,7 @@ def test_products_are_near_the_floor(allocation: str, refit_iterations: int, cou
     floor = work_of(shapes, config, extent, mlp_ranks=ranks, variants=variants)
     assert (allocation == "uniform") == (not floor["allocate"])
     for stage, name in (("allocate", f"allocate ({allocation})"), ("decompose", "decompose")):
-        needed = sum(work.own + work.raised for work in floor[stage].values())
+        needed = sum(work.total - work.exact for work in floor[stage].values())
         # A block that stays as it is, as the first may, takes less.
         assert 0.6 * needed <= counted[name] <= 1.7 * needed, stage
     timed = {stage.name: stage.floor for stage in report.stages}
@@ -70,7 +71,16 @@ def test_products_are_near_the_floor(allocation: str, refit_iterations: int, cou
 
 
 def test_several_precisions_take_their_own_time() -> None:
-    assert product_seconds(Work(own=6, raised=4, exact=1), {"own": 3, "raised": 2, "exact": 0.5}) == 6
+    work, rates = Work(own=6, moments=3, raised=4, exact=1), {"own": 3, "moments": 3, "raised": 2, "exact": 0.5}
+    assert product_seconds(work, rates) == 7
+    assert (work + work).total == 2 * work.total == 28
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_precision_has_a_rate(dtype: torch.dtype) -> None:
+    rates = product_rates.__wrapped__(torch.device("cpu"), dtype)
+    assert rates.keys() == {field.name for field in fields(Work)}
+    assert min(rates.values()) > 0
 
 
 def test_16_bit_models_let_products_round_and_others_do_not() -> None:
