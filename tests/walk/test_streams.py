@@ -16,6 +16,7 @@ from tiny import FAMILIES, dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report
 from optimum_modegpt import checkpoint as checkpoints
+from optimum_modegpt.calibration import transfers
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.streams import Place, kept
 from optimum_modegpt.checkpoint import Checkpoint
@@ -83,6 +84,25 @@ def test_files_give_the_bits_of_memory(
     request.getfixturevalue("little_memory")
     assert_same(run(**recipe, checkpoint=Checkpoint(tmp_path / "kept")), expected)
     assert set(spilled) == {tmp_path / "kept"}
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), {"name": "opt-post-ln"}], ids=[*RECIPES, "opt-post-ln"])
+def test_what_is_on_its_way_is_never_read(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, waited = run(**recipe), 0
+
+    def sent(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        home = torch.full_like(tensor, torch.nan)
+
+        def synchronize() -> None:
+            nonlocal waited
+            waited += 1
+            home.copy_(tensor)
+
+        return home, types.SimpleNamespace(synchronize=synchronize)
+
+    monkeypatch.setattr(transfers, "_sent_home", sent)
+    assert_same(run(**recipe), expected)
+    assert waited
 
 
 @pytest.mark.parametrize("starts_with", [0, 2**40])
