@@ -247,7 +247,14 @@ def matched_step(
     if widths == block.dense_widths and compressed is dense:
         return student, dict.fromkeys(PARTS, 0.0), targets.after, targets.after
     errors, after = residual_matched.compress_block(
-        student, dense, compressed, targets, widths, arguments=arguments, config=walk.config
+        student,
+        dense,
+        compressed,
+        targets,
+        widths,
+        arguments=arguments,
+        config=walk.config,
+        keep_derivatives=walk.keep_derivatives,
     )
     return student, errors, targets.after, after
 

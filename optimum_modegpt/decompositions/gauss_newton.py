@@ -38,7 +38,7 @@ def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activati
     return hidden * (inputs @ rows[1].T) if len(rows) == 2 else hidden
 
 
-def refit_inputs(
+def refit_inputs(  # noqa: PLR0913 - each stands in the formula, or says how far it is followed and where
     rows: Sequence[Tensor],
     down: Tensor,
     samples: Sequence[TokenSample],
@@ -46,6 +46,7 @@ def refit_inputs(
     *,
     ridge: float,
     iterations: int,
+    keep_derivatives: bool = True,
     before: int = 0,
     total: Total = complete,
 ) -> tuple[Tensor, ...]:
@@ -62,6 +63,8 @@ def refit_inputs(
         activation: φ.
         ridge: the fraction 0.1 of the formula: damping of both factors and of the objective.
         iterations: conjugate-gradient iterations.
+        keep_derivatives: whether z of all tokens, as many numbers as tokens times rows, is kept from one iteration to
+            the next; else it is computed again, for a third more products.
         before: how many windows other processes have that come before `samples`.
         total: what completes a sum over `samples`.
     """
@@ -69,7 +72,7 @@ def refit_inputs(
     held = max(2, windows // 8) if windows >= 4 else 0
     own = max(0, held - before)
     held_back, fitted = samples[:own] if held else samples, samples[own:]
-    problem = _Linearised(tuple(rows), down, fitted, activation, ridge, total)
+    problem = _Linearised(tuple(rows), down, fitted, activation, ridge, total, keep_derivatives)
 
     def error(step: Iterable[Tensor], scale: float = 1.0) -> float:
         moved = [row + scale * delta for row, delta in zip(rows, step, strict=True)]
@@ -87,7 +90,7 @@ def refit_inputs(
 
 
 class _Linearised:
-    """The damped least squares at one point; products with its matrix run over the windows, nothing large is kept."""
+    """The damped least squares at one point; products with its matrix run over the windows."""
 
     def __init__(
         self,
@@ -97,8 +100,11 @@ class _Linearised:
         activation: Activation,
         ridge: float,
         total: Total = complete,
+        keep_derivatives: bool = False,
     ) -> None:
         self.rows, self.down, self.samples, self.activation, self.total = rows, down, samples, activation, total
+        self.keep_derivatives = keep_derivatives
+        self.derivatives: list[list[Tensor]] = []
         input_moment, output_moments = self._factor_moments()
         scale = mean_diagonal(input_moment)
         self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in output_moments]
@@ -132,28 +138,38 @@ class _Linearised:
     def _gradient(self) -> list[Tensor]:
         """Jᵀ r at the present rows."""
         sums = [torch.zeros_like(row) for row in self.rows]
-        for sample in self._on_device(self.samples):
+        for sample, derivatives in self._linearised():
             residual = sample.target - hidden_channels(self.rows, sample.inputs, self.activation) @ self.down
-            self._add_transposed(sums, sample, residual)
+            self._add_transposed(sums, sample, derivatives, residual)
         return [self.total(each) for each in sums]
 
     def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """(JᵀJ + μ) direction."""
         sums = [torch.zeros_like(row) for row in self.rows]
-        for sample in self._on_device(self.samples):
-            derivatives = self._derivatives(sample.inputs)
+        for sample, derivatives in self._linearised():
             moved = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
             hidden = functools.reduce(torch.add, moved)
-            self._add_transposed(sums, sample, hidden @ self.down, derivatives)
+            self._add_transposed(sums, sample, derivatives, hidden @ self.down)
         return [self.total(each) + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
 
     def _add_transposed(
-        self, sums: list[Tensor], sample: TokenSample, residual: Tensor, derivatives: Sequence[Tensor] | None = None
+        self, sums: list[Tensor], sample: TokenSample, derivatives: list[Tensor], residual: Tensor
     ) -> None:
         """Adds Jᵀ residual of one window to `sums`."""
         back = (sample.weight[:, None] * residual) @ self.down.T
-        for gradient, z in zip(sums, derivatives or self._derivatives(sample.inputs), strict=True):
+        for gradient, z in zip(sums, derivatives, strict=True):
             gradient += (z * back).T @ sample.inputs
+
+    def _linearised(self) -> Iterator[tuple[TokenSample, list[Tensor]]]:
+        """The samples with z per matrix: kept by the first pass over all of them, or computed in each."""
+        for index, sample in enumerate(self._on_device(self.samples)):
+            if index < len(self.derivatives):
+                yield sample, self.derivatives[index]
+                continue
+            derivatives = self._derivatives(sample.inputs)
+            if self.keep_derivatives:
+                self.derivatives.append(derivatives)
+            yield sample, derivatives
 
     def _derivatives(self, inputs: Tensor) -> list[Tensor]:
         """z per matrix, in the order of the rows."""
@@ -166,11 +182,11 @@ class _Linearised:
         width, d_model = self.rows[0].shape
         inputs, weight = self.down.new_zeros(d_model, d_model), self.down.new_zeros(())
         channels = [self.down.new_zeros(width, width) for _ in self.rows]
-        for sample in self._on_device(self.samples):
+        for sample, derivatives in self._linearised():
             root = sample.weight.sqrt()[:, None]
             inputs += gram_matrix(root * sample.inputs)
             weight += sample.weight.sum()
-            for channel, z in zip(channels, self._derivatives(sample.inputs), strict=True):
+            for channel, z in zip(channels, derivatives, strict=True):
                 channel += gram_matrix(root * z)
         metric = self.down @ self.down.T
         return self.total(inputs) / self.total(weight), [self.total(channel).mul_(metric) for channel in channels]

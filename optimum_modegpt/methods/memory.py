@@ -6,7 +6,7 @@ Counted are tensors: what an allocator keeps back of freed ones, and the program
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.nystrom import SHRINK
@@ -32,15 +32,16 @@ class Moment:
     streams: Parts
 
 
-def moments(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> list[Moment]:
-    """The moments that can be the peak."""
+def moments(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> list[Moment]:
+    """The moments that can be the peak; `keep_derivatives` as in an `Arrangement`."""
     three = {"residual streams": 3 * extent.tokens * shapes.d_model * extent.element}
     if config.method == "default":
         streams = _streams(shapes, config, extent)
         found = [Moment(work, streams) for work in _block_work(shapes, config, extent)]
+        found += [Moment(work, streams) for work in _refit_work(shapes, config, extent, keep_derivatives)]
         found.append(Moment(_final_gain(shapes, extent), three))
     else:
-        found = [Moment(work, three) for work in _block_work(shapes, replace(config, refit_iterations=0), extent)]
+        found = [Moment(work, three) for work in _block_work(shapes, config, extent)]
     if config.resolved_allocation == "sensitivity" and config.sparsity:
         found += _sensitivities(shapes, config, extent)
     return found
@@ -60,7 +61,7 @@ def _streams(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Parts:
 
 
 def _block_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterator[Parts]:
-    """One block: its moments, the elimination, the refit of gate and up, the curvature of its attention.
+    """One block: its moments, the elimination, the curvature of its attention.
 
     The counts of matrices are those of the code at that moment, a Cholesky solve with two copies of its own.
     """
@@ -94,26 +95,35 @@ def _block_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Iterat
         + 3 * extent.batch * extent.length * (shapes.head_count // groups),
         "one batch of tokens": 6 * extent.batch * shapes.heads * FLOAT32,
     }
-    if config.refit_iterations and config.sparsity:
-        left = _channels_halfway(mlp, config)
-        down, vectors = left * d * (2 * FLOAT64 + FLOAT32), inputs * left * d * FLOAT32
-        matrices = 2 * (inputs + 1) * left**2 * FLOAT32
-        yield {
-            **blocks,
-            "weights in float64 and float32": down + vectors,
-            "moments of its channels, inverted": matrices,
-        }
-        yield {
-            **blocks,
-            "weights in float64 and float32": down + CONJUGATE_VECTORS * vectors,
-            "moments of its channels, inverted": inputs * left**2 * FLOAT32,
-            "one window of tokens": (3 * inputs + 2) * extent.length * left * FLOAT32,
-        }
-        yield {
-            **blocks,
-            "weights in float64 and float32": 2 * down + vectors,
-            "moments of the MLP, and their factorisation": 3 * left**2 * FLOAT64,
-        }
+
+
+def _refit_work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> Iterator[Parts]:
+    """The refit of gate and up of one block, and of down after it."""
+    if not config.refit_iterations or not config.sparsity:
+        return
+    d, inputs, left = shapes.d_model, shapes.mlp_inputs, _channels_halfway(shapes.mlp, config)
+    blocks = {"block, dense and compressed": 2 * shapes.weights * extent.element}
+    down, vectors = left * d * (2 * FLOAT64 + FLOAT32), inputs * left * d * FLOAT32
+    channels = inputs * min(extent.tokens, REFIT_TOKENS) * left * FLOAT32
+    derivatives = {"derivatives of the hidden channels": channels} if keep_derivatives else {}
+    yield {
+        **blocks,
+        **derivatives,
+        "weights in float64 and float32": down + vectors,
+        "moments of its channels, inverted": 2 * (inputs + 1) * left**2 * FLOAT32,
+    }
+    yield {
+        **blocks,
+        **derivatives,
+        "weights in float64 and float32": down + CONJUGATE_VECTORS * vectors,
+        "moments of its channels, inverted": inputs * left**2 * FLOAT32,
+        "one window of tokens": (3 * inputs + 2) * extent.length * left * FLOAT32,
+    }
+    yield {
+        **blocks,
+        "weights in float64 and float32": 2 * down + vectors,
+        "moments of the MLP, and their factorisation": 3 * left**2 * FLOAT64,
+    }
 
 
 def attention_scores(shapes: Shapes, extent: Extent) -> int:
@@ -160,5 +170,5 @@ def _sensitivities(shapes: Shapes, config: ModeGPTConfig, extent: Extent) -> Ite
     yield Moment({**tail, "block": shapes.weights * extent.element, "next-token distributions": logits}, streams)
     cut_least = _down_refit(shapes, int(shapes.mlp * (1 - min(used.ratios))))
     blocks = {"block, dense and compressed": 2 * shapes.weights * extent.element}
-    for work in (*_block_work(shapes, replace(config, refit_iterations=0), extent), {**blocks, **cut_least}):
+    for work in (*_block_work(shapes, config, extent), {**blocks, **cut_least}):
         yield Moment({**work, "variant": shapes.weights * extent.element}, streams)

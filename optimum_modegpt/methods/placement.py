@@ -54,10 +54,12 @@ class Needs:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Where residual streams are kept, windows per forward pass, and what is needed at the peak with both."""
+    """Where residual streams are kept, windows per forward pass, whether the refit of gate and up keeps its derivatives
+    from one iteration to the next, and what is needed at the peak with all that."""
 
     streams: Streams
     batch_size: int
+    keep_derivatives: bool
     needs: Needs
 
 
@@ -73,7 +75,8 @@ def arrange(
 ) -> Arrangement:
     """The fastest arrangement that fits; where none does, the one that needs least.
 
-    Streams are kept as near as they can be with `ENOUGH_TOKENS` at once, then as many windows go at once as pay.
+    Streams are kept as near as they can be with `ENOUGH_TOKENS` at once, then derivatives where there is room, then as
+    many windows go at once as pay.
 
     Args:
         shapes: of the model.
@@ -90,18 +93,20 @@ def arrange(
     sizes = [config.batch_size] if config.batch_size else _batch_sizes(windows, length, most)
     least = min(sizes[0], max(1, ENOUGH_TOKENS // length))
     near: tuple[Streams, ...] = ("device", "host") if accelerated and free.device is not None else ("host",)
-    options: list[tuple[Streams, int]] = [(streams, size) for streams in near for size in sizes if size >= least]
+    options: list[tuple[Streams, bool, int]] = [
+        (streams, keep, size) for streams in near for keep in (True, False) for size in sizes if size >= least
+    ]
     arrangements = []
-    for streams, size in [*options, *(("files", size) for size in sizes)]:
+    for streams, keep, size in [*options, *(("files", False, size) for size in sizes)]:
         own = Extent(windows, length, min(windows, size) * length, extent.element)
         batch = own.batch * shapes.d_model * own.element
         pinned = pinned_size(batch) / batch if accelerated and streams == "host" else 1.0
-        needs = _needs(moments(shapes, config, own), streams, accelerated, besides, pinned)
+        needs = _needs(moments(shapes, config, own, keep), streams, accelerated, besides, pinned)
         if accelerated and streams != "device":
             needs.device["batches on their way"] = AT_ONCE * batch
         if streams == "device":
             needs.host["streams to be written"] = 2 * own.tokens * shapes.d_model * own.element
-        arrangements.append(Arrangement(streams, size, needs))
+        arrangements.append(Arrangement(streams, size, keep, needs))
     fitting = (each for margin in (MARGIN, 1) for each in arrangements if _fits(each.needs, free, margin))
     return next(fitting, arrangements[-1])
 

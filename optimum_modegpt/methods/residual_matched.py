@@ -99,6 +99,7 @@ def compress_block(
     *,
     arguments: dict[str, Any],
     config: ModeGPTConfig,
+    keep_derivatives: bool,
 ) -> tuple[dict[str, float], Stream]:
     """Cuts and refits the three parts of `student`, a copy of the dense block at full width.
 
@@ -123,7 +124,7 @@ def compress_block(
     match_norm(student.mlp_norm if student.norm_first else student.attention_norm, targets.attention, sums)
     middle = stream_after(student, sums, student.after_attention)
     with naming("mlp"):
-        mlp = refit_mlp(student, middle, targets, widths.mlp, config)
+        mlp = refit_mlp(student, middle, targets, widths.mlp, config, keep_derivatives=keep_derivatives)
     student.install_mlp(mlp.rows, mlp.down)
     device = student.output.weight.device
     sums = list(passed(lambda h: h + student.down(student.mlp_hidden(student.mlp_input(h))), device, middle))
@@ -316,7 +317,15 @@ def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPT
     return _refit_down(*_without(factors, moments, order), ridge)
 
 
-def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, config: ModeGPTConfig) -> MLPFactors:
+def refit_mlp(
+    student: Block,
+    middle: Stream,
+    targets: DenseTargets,
+    rank: int,
+    config: ModeGPTConfig,
+    *,
+    keep_derivatives: bool,
+) -> MLPFactors:
     """`cut_mlp`, and where channels are removed gate and up are refitted as well.
 
     Half of the channels go first, and the others are chosen among refitted ones; each refit of gate and up is followed
@@ -337,7 +346,7 @@ def refit_mlp(student: Block, middle: Stream, targets: DenseTargets, rank: int, 
         factors = _refit_down(factors, moments, ridge)
         for _ in range(rounds):
             del moments  # they take more than all that the refit keeps
-            factors = _refit_inputs(student, factors, samples, config)
+            factors = _refit_inputs(student, factors, samples, config, keep_derivatives=keep_derivatives)
             moments = _hidden_moments(student, factors.rows, samples)
             factors = _refit_down(factors, moments, moments.ridge(config.output_ridge))
     if windows < processes.total(own):
@@ -362,7 +371,9 @@ def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor) -> tupl
     return MLPFactors(rows, down, factors.relative_error), moments.kept(kept)
 
 
-def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig) -> MLPFactors:
+def _refit_inputs(
+    block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig, *, keep_derivatives: bool
+) -> MLPFactors:
     """One Gauss–Newton step on gate and up with down fixed; the output bias is taken off the target."""
     rank = len(factors.rows[0])
     weight, bias = factors.down.to(factors.rows[0]).split((rank, len(factors.down) - rank))
@@ -375,6 +386,7 @@ def _refit_inputs(block: Block, factors: MLPFactors, samples: list[TokenSample],
         block.activation,
         ridge=config.input_ridge,
         iterations=config.refit_iterations,
+        keep_derivatives=keep_derivatives,
         before=processes.before(len(samples)),
         total=processes.total,
     )

@@ -63,6 +63,8 @@ class Walk:
     streams: Streams = field(init=False)
     """Where the residual streams are kept, and `place`, the same as a place."""
     place: Place = field(init=False)
+    keep_derivatives: bool = field(init=False)
+    """Whether there is room for what the refit of gate and up would compute again in every iteration."""
     front: Front = field(default_factory=lambda: Front([], []))
     """What enters the first block; nothing before the calibration tokens were embedded."""
     budget: sensitivity.Budget | None = None
@@ -77,7 +79,7 @@ class Walk:
         host = torch.device("cpu")
         files = Place(host, Path(tempfile.gettempdir()) if self.checkpoint is None else self.checkpoint.folder)
         self.batch_size = min(processes.each(arrangement.batch_size))  # one for all, for a run that is taken up again
-        self.streams = arrangement.streams
+        self.streams, self.keep_derivatives = arrangement.streams, arrangement.keep_derivatives
         self.place = {"device": Place(self.device), "host": Place(host), "files": files}[self.streams]
 
     def enter(self, tokens: Tensor) -> Front:
@@ -85,8 +87,9 @@ class Walk:
         return enter(self.architecture, tokens, self.batch_size, self.place)
 
     def halve_batches(self) -> None:
-        """Half as many windows go at once from here on, also where the run is taken up again."""
+        """Half as many windows go at once from here on, also where the run is taken up again; less is kept."""
         self.batch_size //= 2
+        self.keep_derivatives = False
         if self.checkpoint is not None:
             self.checkpoint.keep_batch_size(self.batch_size)
         self.front = replace(self.front, stream=in_batches(self.front.stream, self.batch_size))

@@ -44,7 +44,14 @@ class Case:
                 return student, published.compress_block(student, moments, widths, CONFIG)
             targets = residual_matched.run_dense(self.block, self.stream, self.arguments)
             errors, _ = residual_matched.compress_block(
-                student, self.stream, self.stream, targets, widths, arguments=self.arguments, config=CONFIG
+                student,
+                self.stream,
+                self.stream,
+                targets,
+                widths,
+                arguments=self.arguments,
+                config=CONFIG,
+                keep_derivatives=False,
             )
         return student, errors
 
@@ -213,7 +220,14 @@ def test_refit_makes_up_for_what_earlier_blocks_lost(name):
     with torch.no_grad():
         targets = residual_matched.run_dense(case.block, case.stream, case.arguments)
         _, after = residual_matched.compress_block(
-            student, case.stream, drifted, targets, case.block.dense_widths, arguments=case.arguments, config=CONFIG
+            student,
+            case.stream,
+            drifted,
+            targets,
+            case.block.dense_widths,
+            arguments=case.arguments,
+            config=CONFIG,
+            keep_derivatives=False,
         )
         untouched = [case.block.forward(batch, case.arguments) for batch in drifted]
     errors = [difference(torch.cat(result), torch.cat(targets.after)) for result in (after, untouched)]

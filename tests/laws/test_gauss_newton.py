@@ -313,3 +313,23 @@ def test_float32_rows_give_nearly_the_same():
     for a, b in zip(refitted, expected, strict=True):
         assert a.dtype == torch.float32
         assert difference(a, b) < 1e-3
+
+
+@SHAPES
+def test_derivatives_that_are_kept_are_those_that_are_computed_again(matrices):
+    rows, down, samples = problem(matrices, nn.SiLU())
+    calls = []
+
+    class Noted(nn.SiLU):
+        def forward(self, input):
+            calls.append(input.shape)
+            return super().forward(input)
+
+    kept, again = [], []
+    for results, keep in ((kept, True), (again, False)):
+        calls.clear()
+        results.append(refit_inputs(rows, down, samples, Noted(), ridge=0.1, iterations=4, keep_derivatives=keep))
+        results.append(len(calls))
+    assert all(torch.equal(a, b) for a, b in zip(kept[0], again[0], strict=True))
+    fitted = len(samples) - max(2, len(samples) // 8)
+    assert again[1] - kept[1] == 5 * fitted, "the gradient and every iteration"
