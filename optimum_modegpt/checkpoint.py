@@ -135,7 +135,7 @@ class Checkpoint:
             with self._as_a_member():
                 self._streams_written = self._began = time.monotonic()
                 yield self
-                processes.wait_for_all()  # the first may delete what another has yet to open
+            processes.wait_for_all()  # the first may delete what another has yet to open or to close
 
     def _taken_over(self, identity: dict[str, Any]) -> Progress:
         with writing(self.folder):
