@@ -194,15 +194,18 @@ def _factorisations(shapes: Shapes, left: int) -> float:
 
 
 def _refit(shapes: Shapes, config: ModeGPTConfig, tokens: int, left: int) -> Work:
-    """Rounds of conjugate gradients, six products of the MLP's size an iteration; then the moments of what is new."""
+    """Rounds of conjugate gradients, six products of the MLP's size an iteration, and the gradient through both factors
+    of the preconditioner; then the moments of what is new."""
     sample, rounds = min(tokens, REFIT_TOKENS), 1 + FINAL_ROUNDS
     halfway = (shapes.mlp + left) / 2
     widths = (halfway, *[left] * FINAL_ROUNDS)
     products = 6 * config.refit_iterations * shapes.d_model * sum(widths)
     moments = sum((1 + shapes.mlp_inputs) * gram_work(int(width)) + (3 + shapes.d_model) * width for width in widths)
     factors = sum(shapes.mlp_inputs * _cholesky(int(width)) for width in widths) + rounds * _cholesky(shapes.d_model)
+    preconditioned = sum(shapes.mlp_inputs * shapes.d_model * width * (width + shapes.d_model) for width in widths)
     solves = 2 * shapes.d_model * sum(width**2 for width in widths)
-    return Work(raised=sample * (products + moments) + factors, exact=solves)
+    raised = sample * (products + moments) + factors + (1 + config.refit_iterations) * preconditioned
+    return Work(raised=raised, exact=solves)
 
 
 def _final_gain(shapes: Shapes, extent: Extent) -> Work:
