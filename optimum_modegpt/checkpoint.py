@@ -177,7 +177,7 @@ class Checkpoint:
             return
         for path in self.folder.iterdir():
             if path.name != MANIFEST:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         shutil.rmtree(self.folder)  # the record last: what is killed here is known again
 
     def _check_ours(self) -> None:
@@ -311,7 +311,7 @@ class Checkpoint:
         for pattern in ("*.partial", "streams-*.safetensors"):
             for file in self.folder.glob(pattern):
                 if not file.match(f"streams-{self.finished:05}.*.safetensors"):
-                    file.unlink()
+                    file.unlink(missing_ok=True)  # a process of the run before may tidy too
 
     def _write_manifest(self) -> None:
         if not processes.is_first():

@@ -15,6 +15,7 @@ from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.streams import Stream, in_batches
 from optimum_modegpt.checkpoint import Progress, fingerprint
+from optimum_modegpt.errors import ProcessError
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.modeling.modegpt_common import Widths
 from optimum_modegpt.report import Stage
@@ -48,24 +49,37 @@ def take_batch_size(walk: Walk, progress: Progress) -> None:
 def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
     """What has to be the same for unfinished work to be taken over and end in the same bits, safe for JSON."""
     model = walk.architecture.model
+    read = {
+        "model": fingerprint(model),
+        "calibration": hashlib.sha256(walk.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
+    }
+    check_alike(read)
     own = {"device": walk.device.type, "threads": torch.get_num_threads(), "versions": versions()}
-    others = processes.each(own)[1:]
     configuration = {name: value for name, value in walk.config.to_dict().items() if name != "batch_size"}
     return {
-        "model": fingerprint(model),
+        **read,
         "revision": walk.base.revision,
         "attention": model.config._attn_implementation,
         **{f"configuration, {name}": value for name, value in configuration.items()},
         "plan": plan,
-        "calibration": hashlib.sha256(walk.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
         "processes": processes.count(),
         **own,
         **{
             f"process {number}, {name}": value
-            for number, other in enumerate(others, start=2)
+            for number, other in enumerate(processes.each(own)[1:], start=2)
             for name, value in other.items()
         },
     }
+
+
+def check_alike(read: dict[str, str]) -> None:
+    """Refuses processes that have not read the same."""
+    for number, other in enumerate(processes.each(read), start=1):
+        if different := [name for name in read if other[name] != read[name]]:
+            raise ProcessError(
+                f"processes {processes.index() + 1} and {number} have not read the same {' and '.join(different)}; on all "
+                "machines model, revision and text have to be the same."
+            )
 
 
 def known_plan(walk: Walk) -> Plan | None:

@@ -26,6 +26,7 @@ from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import NumericalError
 from optimum_modegpt.integration import cli
 from optimum_modegpt.methods import residual_matched, sensitivity
+from optimum_modegpt.walk import resume
 
 WINDOWS, LENGTH, PROCESSES = 14, 24, 3
 """Shares of 5, 5 and 4 windows."""
@@ -194,6 +195,8 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "at the streams": (Checkpoint, "_write_tensors", lambda _, path, __: path.name.startswith("streams-00002")),
     "at the record": (Checkpoint, "_write_manifest", lambda self: self.finished == 2),
     "when placed": (Checkpoint, "remove", lambda self: self.progress.saved is not None),
+    "while the first saves": (sys.modules["optimum_modegpt.compress"], "make_report", lambda *_: True),
+    "another model": (resume, "fingerprint", lambda _: True),
 }
 """Where a process ends: before this call, with such arguments."""
 
@@ -208,6 +211,8 @@ def ended(moment: str, failing: str, words: list[str]) -> int:
 
     def planted(*args: Any, **kwargs: Any) -> Any:
         if os.environ["RANK"] == failing and when(*args):
+            if moment == "another model":
+                return "another"
             if moment == "error":
                 raise NumericalError("planted")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -260,6 +265,15 @@ def test_the_same_command_goes_on(end: tuple[str, int], broken_off: Any, launche
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_what_is_read_is_the_same_everywhere(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "printed").mkdir()
+    command = [*words, str(tmp_path / "output" / "small")]
+    (results,) = run_together(2, tmp_path / "printed", [["another model", "1", *command]])
+    assert [code for code, _, _ in results] == [cli.FAILED, cli.FAILED]
+    assert "processes 1 and 2 have not read the same model" in results[0][2]
+    assert not (tmp_path / "output").exists()
+
+
 def test_unfinished_work_is_for_as_many_processes_as_began_it(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,11 +285,15 @@ def test_unfinished_work_is_for_as_many_processes_as_began_it(
     assert cli.main([*command, "--fresh"]) == 0
 
 
-def test_where_the_result_is_in_its_place_the_rest_is_put_away(words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("moment", "failing"), [("when placed", 0), ("while the first saves", 1)])
+def test_where_the_result_is_in_its_place_the_rest_is_put_away(
+    moment: str, failing: int, words: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "printed").mkdir()
     command = [*words, str(tmp_path / "output" / "small")]
-    killed, again = run_together(2, tmp_path / "printed", [["when placed", "0", *command], ["none", "0", *command]])
-    assert killed[0][0] == -signal.SIGKILL
+    commands = [[moment, str(failing), *command], ["none", "0", *command]]
+    killed, again = run_together(2, tmp_path / "printed", commands)
+    assert killed[failing][0] == -signal.SIGKILL
     assert [code for code, _, _ in again] == [0, 0], again
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["small"]
 

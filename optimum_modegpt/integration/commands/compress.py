@@ -101,6 +101,7 @@ def compress_to(output: Path, options: Namespace, device: torch.device | None) -
         if report is None:
             check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
             report = _compress(output, options, quantizer, source, checkpoint, device)
+        processes.wait_for_all()  # where another has ended, the record still tells how to go on
         checkpoint.remove()
     if options.report is not None:
         shutil.copyfile(output / REPORT, options.report)
@@ -146,11 +147,11 @@ def _take_part(options: Namespace, device: torch.device | None) -> None:
     source = source_of(options)
     quantizer = _quantizer(options, source)
     with _unfinished_work(options.output.resolve()) as checkpoint:
-        if not processes.told(None):
-            return
-        windows = quantizer.prepare(load_config(source), None, source)
-        model = load_model(source, options.dtype)
-        quantizer.compress_with(model, windows, source=source, device=device, checkpoint=checkpoint, progress=False)
+        if processes.told(None):
+            windows = quantizer.prepare(load_config(source), None, source)
+            model = load_model(source, options.dtype)
+            quantizer.compress_with(model, windows, source=source, device=device, checkpoint=checkpoint, progress=False)
+        processes.wait_for_all()
 
 
 def _quantizer(options: Namespace, source: Source) -> ModeGPTQuantizer:
@@ -170,6 +171,7 @@ def _request(options: Namespace, source: Source, quantizer: ModeGPTQuantizer) ->
     path = Path(source.path)
     model = str(path.resolve()) if path.exists() else source.path
     asked = {"model": model, "revision": source.revision, "dtype": options.dtype, **quantizer.config.to_dict()}
+    del asked["batch_size"]  # another may be asked for on the way
     return json.loads(json.dumps(asked, default=str))
 
 
