@@ -77,8 +77,8 @@ def check_alike(read: dict[str, str]) -> None:
     for number, other in enumerate(processes.each(read), start=1):
         if different := [name for name in read if other[name] != read[name]]:
             raise ProcessError(
-                f"processes {processes.index() + 1} and {number} have not read the same {' and '.join(different)}; on all "
-                "machines model, revision and text have to be the same."
+                f"processes {processes.index() + 1} and {number} have not read the same {' and '.join(different)}; on "
+                "all machines model, revision and text have to be the same."
             )
 
 
