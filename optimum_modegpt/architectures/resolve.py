@@ -16,6 +16,7 @@ from optimum_modegpt.architectures.families import FAMILIES
 from optimum_modegpt.architectures.spec import Family
 from optimum_modegpt.decompositions.psd import raised
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
+from optimum_modegpt.modeling.modegpt_contract import check_attention
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def check_model_type(model_type: str) -> Family:
     Raises:
         AlreadyCompressed: for a result of this package.
         UnsupportedModel: for a type we do not know, with the list of those we know.
+        ImportError: if the installed transformers changed the family's attention; before any weights are loaded.
     """
     if model_type.startswith("modegpt_"):
         raise AlreadyCompressed(
@@ -68,7 +70,9 @@ def check_model_type(model_type: str) -> Family:
         )
     if model_type not in FAMILIES:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}.")
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    check_attention(family.dense_attention_class)
+    return family
 
 
 def resolve(model: PreTrainedModel) -> Architecture:

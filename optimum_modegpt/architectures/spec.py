@@ -37,3 +37,8 @@ class Family:
     def attention_class(self) -> type:
         """The compressed attention class."""
         return self.models["AutoModelForCausalLM"].attention_class  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def dense_attention_class(self) -> type:
+        """Return the attention class of transformers that the compressed one derives from."""
+        return self.attention_class.__bases__[-1]

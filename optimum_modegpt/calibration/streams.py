@@ -148,7 +148,7 @@ def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Pl
 
         stream = [place.keep(run(batch)) for batch in share(tokens).split(batch_size) if len(batch)]
         run(tokens[:1])
-        arguments = [{**recorder.arguments, "past_key_values": None} for recorder in recorders]
+        arguments = [recorder.arguments for recorder in recorders]
     return Front(stream, arguments)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from optimum_modegpt.evaluation.speed import cache_bytes
+from optimum_modegpt.evaluation.cache import cache_bytes, cache_of
 from optimum_modegpt.stages import StageClock
 
 
@@ -64,7 +64,7 @@ def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops
         tokens=tokens,
         first_token_seconds=first - start,
         seconds_per_token=(ticks.times[-1] - first) / (len(tokens) - 1) if len(tokens) > 1 else None,
-        cache_bytes_per_token=cache_bytes(getattr(output, "past_key_values", None)),
+        cache_bytes_per_token=cache_bytes(cache_of(output)),
         working_bytes=clock.stages[-1].peak_memory - before if clock.stages else None,
     )
 

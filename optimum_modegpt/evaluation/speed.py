@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StaticCache
 
 from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.evaluation.cache import cache_argument, cache_bytes, cache_of
 from optimum_modegpt.evaluation.fidelity import check_vocabularies
 from optimum_modegpt.evaluation.perplexity import evaluating
 from optimum_modegpt.stages import StageClock
@@ -277,36 +278,23 @@ def _peak(model: PreTrainedModel, run: Callable[[], _Run]) -> int:
 def _run(model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, setting: Setting, new_tokens: int) -> _Run:
     cache = StaticCache(model.config, max_cache_len=ids.shape[1] + new_tokens) if setting.compiled else None
     start = time.perf_counter()
-    output = forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    name = cache_argument(model)
+    output = forward(input_ids=ids, **{name: cache}, use_cache=True, logits_to_keep=1)
     token = _likeliest(output)
     token.cpu()  # waits for the device
     first = time.perf_counter()
     for _ in range(new_tokens):
-        output = forward(input_ids=token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        output = forward(input_ids=token, **{name: cache_of(output)}, use_cache=True, logits_to_keep=1)
         token = _likeliest(output)
     token.cpu()
     end = time.perf_counter()
-    taken = cache_bytes(output.past_key_values)
+    taken = cache_bytes(cache_of(output))
     return _Run(first - start, end - first, None if taken is None else taken / len(ids))
 
 
 def _likeliest(output: Any) -> Tensor:
     """(batch, 1)"""
     return output.logits[:, -1:].argmax(-1)
-
-
-def cache_bytes(cache: Any) -> float | None:
-    """Bytes that a key-value cache keeps for one position of the whole batch; None where it keeps no such thing.
-
-    By its own length for each block: a sliding window keeps fewer tokens.
-    """
-    sizes = [
-        tensor.numel() * tensor.element_size() / tensor.shape[-2]
-        for layer in getattr(cache, "layers", ())
-        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
-        if isinstance(tensor, Tensor) and tensor.ndim == 4
-    ]
-    return sum(sizes) if sizes else None
 
 
 # ------------------------------------------------------------------------------------------------------------ results

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from .modegpt_contract import check_attention, check_loading, refuse_unread_cache
 from .modegpt_files import one_set_of_weights, readable_weights
 
 # What stands below a mixin: at run time a family's dense class.
@@ -236,6 +238,8 @@ class ModeGPTAttentionMixin(Dense):
 
     output_name: ClassVar[str] = "o_proj"
     rotary: ClassVar[bool] = True
+    cache_argument: str
+    """Name under which the dense class takes the key-value cache."""
     qk_head_dim: int
     v_head_dim: int
     rope_index: Tensor
@@ -250,51 +254,63 @@ class ModeGPTAttentionMixin(Dense):
         hidden_states: Tensor,
         position_embeddings: Any = None,  # (cos, sin) of the model's rotary table
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Any]:
-        """As the dense class: (batch, length, d_model) to the same shape, and the attention weights where asked for."""
-        shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
-        if self.rotary:
-            query, key = self.rotate(query, key, *position_embeddings)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.config._attn_implementation == "sdpa" and query.shape[2] == 1 and "cache" not in kwargs:
-            attn_output, attn_weights = self.attend_once(query, key, value, attention_mask), None
-        else:
-            attn_output, attn_weights = self.attend(query, key, value, attention_mask, **kwargs)
-        attn_output = attn_output.reshape(*shape, -1).contiguous()
-        return getattr(self, self.output_name)(attn_output), attn_weights
+        """Map (batch, length, d_model) to the same shape, as the dense class does; also return the attention weights.
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-        """Attention by the kernel that the configuration names, (batch, length, heads, v); and its weights or None."""
+        vLLM reads the source of this method: it expects the lookup of the attention interface and exactly one call of
+        it here, with `scaling` as an attribute of `self`.
+        """
+        cache = kwargs.pop(self.cache_argument, None)
+        refuse_unread_cache(type(self).__name__, kwargs)
         implementation = self.config._attn_implementation or ""
-        width = self.kernel_width(implementation, paged="cache" in kwargs)
+        # Up to transformers 5.23 a paged cache is an argument of the attention function.
+        paged = "cache" in kwargs or (cache is not None and not isinstance(cache, Cache))
+        query, key, value = self.project(hidden_states, position_embeddings)
+        width = self.kernel_width(implementation, paged)
+        if paged:  # the cache itself has this width
+            query, key, value = _pad(query, width), _pad(key, width), _pad(value, width)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
+        if implementation == "sdpa" and query.shape[2] == 1 and not paged:
+            return self.output(self.attend_once(query, key, value, attention_mask)), None
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attn_output, attn_weights = attention_interface(
             self,
-            *(_pad(x, width) for x in (query, key, value)),
-            mask,
+            _pad(query, width),
+            _pad(key, width),
+            _pad(value, width),
+            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.attention_window,
             **kwargs,
         )
-        length, heads = query.shape[2], query.shape[1]
-        return attn_output.reshape(-1, length, heads, width or self.v_head_dim)[..., : self.v_head_dim], attn_weights
+        shape = (*hidden_states.shape[:-1], query.shape[1], width or self.v_head_dim)
+        return self.output(attn_output.reshape(shape)[..., : self.v_head_dim]), attn_weights
+
+    def project(self, hidden_states: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, (batch, heads, length, width) each; query and key after rotation."""
+        shape = hidden_states.shape[:-1]
+        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
+        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
+        if self.rotary:
+            query, key = self.rotate(query, key, *position_embeddings)
+        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def output(self, heads: Tensor) -> Tensor:
+        """Apply the output projection to (batch, length, heads, v)."""
+        return getattr(self, self.output_name)(heads.flatten(-2).contiguous())
 
     def attend_once(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of one query a head, (batch, kv_heads, heads / kv_heads, v).
+        """Return the attention output of one query per head, (batch, 1, heads, v).
 
         The queries of a group are rows of one product with its keys and values: nothing of the cache is repeated for
         the heads of a group, and nothing is padded.
         """
         groups = key.shape[1]
-        return nn.functional.scaled_dot_product_attention(
+        output = nn.functional.scaled_dot_product_attention(
             _rows_of_groups(query, groups),
             key,
             value,
@@ -302,16 +318,18 @@ class ModeGPTAttentionMixin(Dense):
             dropout_p=self.attention_dropout if self.training else 0.0,
             scale=self.scaling,
         )
+        return output.flatten(1, 2).unsqueeze(1)  # from (batch, kv_heads, heads / kv_heads, v)
 
     def kernel_width(self, implementation: str, paged: bool) -> int | None:
-        """The head dim that query, key and value are padded to, None where widths may differ.
+        """Return the head dim that query, key and value are padded to, or None if their widths may differ.
 
-        Zero columns change no product. A paged cache has one width for all blocks, that of the dense model; flash
-        kernels take one width for the three, and so do the fast paths of sdpa.
+        Zero columns change no product. A paged cache and SGLang have one width for all blocks, that of the dense model.
+        vLLM has one per block, the `head_dim` of its `per_layer_config`; flash kernels and the fast paths of sdpa also
+        take one width for the three.
         """
-        if paged:
+        if paged or implementation == "sglang":
             return self.head_dim
-        one_width = "flash" in implementation or implementation == "sdpa"
+        one_width = "flash" in implementation or implementation in ("sdpa", "vllm")
         return max(self.qk_head_dim, self.v_head_dim) if one_width else None
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,7 +371,12 @@ def _rows_of_groups(x: Tensor, groups: int) -> Tensor:
 
 
 def adopt_attention(attention: Any, attention_class: type) -> None:
-    """Turns a dense attention module into the compressed class at full width; it computes what it computed before."""
+    """Turn a dense attention module into the compressed class at full width; its outputs stay the same.
+
+    Raises:
+        ImportError: the dense class takes an argument that the compressed one does not handle.
+    """
+    attention.cache_argument = check_attention(type(attention))
     head_dim, device = attention.head_dim, attention.q_proj.weight.device
     attention.__class__ = attention_class
     attention.set_widths(head_dim, head_dim)
@@ -428,6 +451,7 @@ class ModeGPTModelMixin(Dense):
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        check_loading()
         for index, widths in enumerate(config.widths()):  # refused here, before anything is allocated
             if self.attention_class.rotary and widths.qk % 2:
                 raise ValueError(

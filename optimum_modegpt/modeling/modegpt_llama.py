@@ -21,7 +21,7 @@ class ModeGPTLlamaConfig(ModeGPTConfigMixin, LlamaConfig):
     layout = LLAMA_LIKE
 
 
-class ModeGPTLlamaAttention(ModeGPTAttentionMixin, LlamaAttention):
+class ModeGPTLlamaAttention(ModeGPTAttentionMixin, LlamaAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Llama's attention with query/key and value heads of widths of their own."""
 
 

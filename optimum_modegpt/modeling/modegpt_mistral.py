@@ -21,7 +21,7 @@ class ModeGPTMistralConfig(ModeGPTConfigMixin, MistralConfig):
     layout = LLAMA_LIKE
 
 
-class ModeGPTMistralAttention(ModeGPTAttentionMixin, MistralAttention):
+class ModeGPTMistralAttention(ModeGPTAttentionMixin, MistralAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Mistral's attention with query/key and value heads of widths of their own."""
 
     @property

@@ -21,7 +21,7 @@ class ModeGPTQwen2Config(ModeGPTConfigMixin, Qwen2Config):
     layout = LLAMA_LIKE
 
 
-class ModeGPTQwen2Attention(ModeGPTAttentionMixin, Qwen2Attention):
+class ModeGPTQwen2Attention(ModeGPTAttentionMixin, Qwen2Attention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Qwen2's attention with query/key and value heads of widths of their own."""
 
 

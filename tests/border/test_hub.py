@@ -272,7 +272,7 @@ def card_of(hub: Hub, repo: str, revision: str = "main") -> str:
 
 
 def test_one_commit_has_everything(hub: Hub, pushed: tuple[dict[str, Any], Any]) -> None:
-    code = {"modegpt_common.py", "modegpt_files.py", "modegpt_llama.py"}
+    code = {"modegpt_common.py", "modegpt_contract.py", "modegpt_files.py", "modegpt_llama.py"}
     for repo in ("private", "sharded", "saved", "changed", "quantized"):
         repo = hub.repos[f"user/{repo}"]
         first = list(repo.commits.values())[1]
@@ -547,7 +547,15 @@ def test_an_interrupted_upload_keeps_the_folder_and_says_how_to_go_on(hub: Hub, 
 
 
 @pytest.mark.parametrize(
-    "lost", ["model.safetensors", "modegpt_common.py", "modegpt_files.py", "modegpt_llama.py", "config.json"]
+    "lost",
+    [
+        "model.safetensors",
+        "modegpt_common.py",
+        "modegpt_contract.py",
+        "modegpt_files.py",
+        "modegpt_llama.py",
+        "config.json",
+    ],
 )
 def test_a_folder_that_is_not_whole_is_not_sent(lost: str, tmp_path: Path) -> None:
     compressed("llama-gqa-tied").save_pretrained(tmp_path)

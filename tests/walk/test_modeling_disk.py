@@ -122,7 +122,7 @@ def test_files_are_small_and_say_what_they_are(name: str, saved: dict[str, dict[
     names = {"AutoConfig", *classes(name)}
     assert config["auto_map"].keys() == names
     code = {path.name for path in folder.glob("*.py")}
-    assert code == {"modegpt_common.py", "modegpt_files.py", f"modegpt_{family}.py"}
+    assert code == {"modegpt_common.py", "modegpt_contract.py", "modegpt_files.py", f"modegpt_{family}.py"}
     assert {value.partition(".")[0] + ".py" for value in config["auto_map"].values()} <= code
     assert not list(folder.glob("*.bin"))
 

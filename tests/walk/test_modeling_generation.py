@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, VARIANTS, compressed, tokenizer, tokens
+import transformers
+from tiny import FAMILIES, VARIANTS, compressed, dense, tokenizer, tokens
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, PreTrainedModel, pipeline
+
+from optimum_modegpt.evaluation.cache import cache_argument, cache_of
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -47,13 +50,13 @@ def test_cached_logits_equal_uncached(name: str) -> None:
     model, ids = compressed(name), tokens(2, 14)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
-        start = model(ids[:, :9], use_cache=True)
+        start, argument = model(ids[:, :9], use_cache=True), cache_argument(model)
         found = [start.logits]
         for position in range(9, 14):
-            step = model(ids[:, position : position + 1], past_key_values=start.past_key_values, use_cache=True)
+            step = model(ids[:, position : position + 1], **{argument: cache_of(start)}, use_cache=True)
             found.append(step.logits)
     torch.testing.assert_close(torch.cat(found, dim=1), expected, atol=3e-5, rtol=1e-5)
-    cached = start.past_key_values.layers
+    cached = cache_of(start).layers
     attentions = [module for module in model.modules() if hasattr(module, "qk_head_dim")]
     assert [(layer.keys.shape[-1], layer.values.shape[-1]) for layer in cached] == [
         (attention.qk_head_dim, attention.v_head_dim) for attention in attentions
@@ -69,9 +72,9 @@ def test_a_step_with_a_mask_for_each_head(name: str) -> None:
     for attention in ("eager", "sdpa"):
         model.set_attn_implementation(attention)
         with torch.no_grad():
-            cache = model(ids[:, :9], use_cache=True).past_key_values
+            cache = {cache_argument(model): cache_of(model(ids[:, :9], use_cache=True))}
             found[attention] = model(
-                ids[:, 9:], attention_mask=mask, position_ids=torch.full((2, 1), 9), past_key_values=cache
+                ids[:, 9:], attention_mask=mask, position_ids=torch.full((2, 1), 9), **cache
             ).logits
     torch.testing.assert_close(found["sdpa"], found["eager"], atol=3e-5, rtol=1e-5)
 
@@ -101,13 +104,20 @@ def test_beam_search_with_and_without_cache(name: str) -> None:
 @FAMILY
 def test_continuous_batching(name: str) -> None:
     """Its paged cache has one width for all blocks."""
-    model, ids = compressed(name), tokens(1, 7)
-    expected = greedy(model, ids)[0, 7:].tolist()
+    ids = tokens(1, 7)
+    if len(batched(dense(name), ids)[0]) < NEW:
+        pytest.skip(f"transformers {transformers.__version__} cannot batch the dense {name} continuously either")
+    model = compressed(name)
+    assert batched(model, ids) == [greedy(model, ids)[0, 7:].tolist()]
+
+
+def batched(model: PreTrainedModel, ids: Tensor) -> list[list[int]]:
+    """The new tokens of each text by continuous batching; fewer than asked for if the model's class cannot do it."""
     config = model.generation_config
     config.max_new_tokens, config.do_sample, config.eos_token_id = NEW, False, -1
     small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # else it takes all memory there is
-    outputs = model.generate_batch([ids[0].tolist()], config, small)
-    assert [output.generated_tokens for output in outputs.values()] == [expected]
+    outputs = model.generate_batch([text.tolist() for text in ids], config, small)
+    return [output.generated_tokens for output in outputs.values()]
 
 
 @FAMILY

@@ -45,7 +45,7 @@ def logits(model: Any) -> Tensor:
 
 def assert_travels(folder: Path, name: str) -> None:
     """The folder holds a whole model: safetensors, and the code that its configuration names."""
-    code = {"modegpt_common.py", "modegpt_files.py", f"modegpt_{family_of(name)}.py"}
+    code = {"modegpt_common.py", "modegpt_contract.py", "modegpt_files.py", f"modegpt_{family_of(name)}.py"}
     assert {path.name for path in folder.glob("*.py")} == code
     assert list(folder.glob("*.safetensors"))
     assert not [*folder.glob("*model*.bin"), *folder.glob("adapter*")]

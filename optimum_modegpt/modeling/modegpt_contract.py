@@ -1,0 +1,99 @@
+"""The contract with transformers: the methods that compressed classes replace, and the parameters that they handle.
+
+A method that replaces another one never sees an argument that was renamed, and the model then computes nonsense without
+an error. So the replaced methods are compared with this list each time a compressed module is built.
+
+This file is also remote code: it is copied beside the weights and must import nothing but torch and transformers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import transformers
+from transformers.cache_utils import Cache
+
+KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
+"""Releases of transformers that the test suite was run on."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the argument that holds the key-value cache. transformers 5.24 renamed the second to the first."""
+
+ATTENTION_PARAMETERS = frozenset(
+    {"hidden_states", "position_embeddings", "attention_mask", "output_attentions", *CACHE_NAMES}
+)
+"""Parameters of a dense attention's `forward` that the compressed attention handles."""
+
+LOADING_PARAMETERS = {
+    "mark_tied_weights_as_initialized": {"loading_info"},
+    "_adjust_missing_and_unexpected_keys": {"loading_info"},
+}
+"""Methods of `PreTrainedModel` that a strict load replaces or calls, with the parameters that it handles."""
+
+
+def check_attention(dense_class: type) -> str:
+    """Return the name of the cache argument of a dense attention class, after checking that we handle its `forward`.
+
+    Raises:
+        ImportError: the class declares a parameter that the compressed attention does not handle, or no cache argument.
+    """
+    declared = _declared(dense_class.forward)  # pyright: ignore[reportAttributeAccessIssue]
+    method = f"{dense_class.__name__}.forward"
+    _refuse_unknown(method, declared, ATTENTION_PARAMETERS)
+    names = [name for name in CACHE_NAMES if name in declared]
+    if len(names) != 1:
+        raise ImportError(
+            f"{method} declares {' and '.join(map(repr, names)) or 'no argument'} for the key-value cache; expected "
+            f"one of {', '.join(map(repr, CACHE_NAMES))}. {_advice()}"
+        )
+    return names[0]
+
+
+def check_loading() -> None:
+    """Check that transformers still calls the methods with which a load is made strict.
+
+    Raises:
+        ImportError: a method is gone or declares other parameters.
+    """
+    for name, handled in LOADING_PARAMETERS.items():
+        function = getattr(transformers.PreTrainedModel, name, None)
+        if function is None:
+            raise ImportError(f"PreTrainedModel.{name} does not exist; it is needed for strict loading. {_advice()}")
+        _refuse_unknown(f"PreTrainedModel.{name}", _declared(function), handled)
+
+
+def refuse_unread_cache(attention: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a key-value cache that arrives under a name that the attention does not read.
+
+    Raises:
+        TypeError: with the name.
+    """
+    for name, value in arguments.items():
+        if isinstance(value, Cache):
+            raise TypeError(
+                f"{attention}.forward received a key-value cache as {name!r}, which it does not read. {_advice()}"
+            )
+
+
+def _declared(function: Callable[..., Any]) -> set[str]:
+    """Return the names of a method's parameters, without `self`, `*args` and `**kwargs`."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters
+    return {name for name, one in parameters.items() if name != "self" and one.kind not in variable}
+
+
+def _refuse_unknown(method: str, declared: Collection[str], handled: Collection[str]) -> None:
+    if unknown := sorted(set(declared) - set(handled)):
+        raise ImportError(
+            f"{method} declares {', '.join(map(repr, unknown))}, which optimum-modegpt does not handle, so a "
+            f"compressed model would compute something else. {_advice()}"
+        )
+
+
+def _advice() -> str:
+    return (
+        f"Installed: transformers {transformers.__version__}; tested: {', '.join(KNOWN_VERSIONS)}. Update "
+        f"optimum-modegpt, or install a tested version: pip install transformers=={KNOWN_VERSIONS[-1]}"
+    )
