@@ -28,7 +28,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
 from optimum_modegpt.errors import IllConditionedWarning, naming
 from optimum_modegpt.methods import published, residual_matched, sensitivity
-from optimum_modegpt.modeling.adoption import adopt
+from optimum_modegpt.modeling.adoption import become, built
 from optimum_modegpt.modeling.modegpt_common import Widths
 from optimum_modegpt.report import PARTS, Report
 from optimum_modegpt.stages import compute_device
@@ -43,6 +43,7 @@ from optimum_modegpt.walk.checks import (
 )
 from optimum_modegpt.walk.record import make_record, make_report, parameters_around
 from optimum_modegpt.walk.resume import finished_blocks, keep_block, keep_plan, known_plan, taken_over
+from optimum_modegpt.walk.self_check import check_reloads, self_check
 from optimum_modegpt.walk.state import Base, Walk
 
 Result = TypeVar("Result")
@@ -102,7 +103,11 @@ def compress(
         achieved = plan_sparsity(plan, sizes)
         parameters = parameters_around(architecture, blocks, total_weights(sizes), achieved)
         record = make_record(walk, achieved, parameters)
-        install(architecture, blocks, final_norm, plan, record)
+        finished = assemble(architecture, blocks, final_norm, plan, record)
+    with walk.clock.stage("self-check"), evaluation_mode(finished):
+        check_reloads(finished)
+        walk.self_check = self_check(finished, calibration.tokens[0])
+    become(model, finished)
     return make_report(walk, plan, errors, achieved, parameters)
 
 
@@ -274,14 +279,14 @@ def published_step(
 # adopt
 
 
-def install(
+def assemble(
     architecture: Architecture,
     blocks: list[nn.Module],
     final_norm: nn.Module | None,
     plan: Plan,
     record: dict[str, Any],
-) -> None:
-    """The only place where the user's model changes: its blocks, its final norm, its class."""
+) -> PreTrainedModel:
+    """Build the compressed model; it shares the tensors that were not compressed with the user's model."""
     widths = [Widths(ranks["qk"], ranks["vo"], ranks["mlp"]) for ranks in plan]
     model, family = architecture.model, architecture.family
     config = family.config.from_dense(model.config, widths, record)
@@ -289,7 +294,7 @@ def install(
     replacements = {f"{base}{family.layout.blocks}.{index}": block for index, block in enumerate(blocks)}
     if final_norm is not None:
         replacements[f"{base}{family.final_norm}"] = final_norm
-    adopt(model, family.models["AutoModelForCausalLM"], config, replacements)  # pyright: ignore[reportArgumentType]
+    return built(model, family.models["AutoModelForCausalLM"], config, replacements)  # pyright: ignore[reportArgumentType]
 
 
 # helpers

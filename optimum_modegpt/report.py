@@ -93,6 +93,8 @@ class Report:
     """Windows for moments and for divergences, and the ratios, that the sensitivities were measured with."""
     influences: list[float] = field(default_factory=list)
     """Block influence 1 − E cos(input, output) of every block; empty unless the allocation used it."""
+    self_check: dict[str, Any] = field(default_factory=dict)
+    """Tokens, difference, tolerance and seconds of the finished model's check; see `walk.self_check.SelfCheck`."""
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     weight_bytes: int | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from optimum_modegpt.evaluation.cache import cache_bytes, cache_of
+from optimum_modegpt.kv_cache import cache_bytes, cache_of
 from optimum_modegpt.stages import StageClock
 
 

@@ -24,9 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, StaticCache
 
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.evaluation.cache import cache_argument, cache_bytes, cache_of
 from optimum_modegpt.evaluation.fidelity import check_vocabularies
 from optimum_modegpt.evaluation.perplexity import evaluating
+from optimum_modegpt.kv_cache import cache_argument, cache_bytes, cache_of
 from optimum_modegpt.stages import StageClock
 
 SEED = 0

@@ -1,4 +1,4 @@
-"""Makes a model object one of a compressed class, in place."""
+"""Turn a model object into one of a compressed class, in place: `become(model, built(model, ...))`."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MODULE_STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_f
 """Attributes of modules that are a choice of the caller, not of the class."""
 
 
-def adopt(
+def built(
     model: PreTrainedModel, model_class: type[PreTrainedModel], config: Any, replacements: Mapping[str, nn.Module]
-) -> None:
-    """Turns `model` into a `model_class`, with other modules at the paths of `replacements`; the object stays the same.
+) -> PreTrainedModel:
+    """Build a `model_class` from the tensors of `model` and of `replacements`; `model` does not change.
 
-    The new object is built from its configuration on the meta device and filled strictly, exactly as a reload is, so
-    what works here works from disk. Tensors are moved over, not copied. `model` changes in the last line alone.
+    The new object is built from its configuration on the meta device and filled strictly, exactly as a reload is.
+    Tensors are shared, not copied.
     """
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
@@ -29,6 +29,11 @@ def adopt(
     for path, target in new.named_modules():
         _carry_over(model.get_submodule(path), target)
     new.generation_config = model.generation_config
+    return new
+
+
+def become(model: PreTrainedModel, new: PreTrainedModel) -> None:
+    """Give the object `model` the class and the state of `new`."""
     model.__class__, model.__dict__ = new.__class__, new.__dict__
 
 
@@ -42,7 +47,7 @@ def _tensors(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
 
 
 def _carry_over(source: nn.Module, target: nn.Module) -> None:
-    """What no state dict holds: derived buffers such as the rotary table, frozen parameters, modes."""
+    """Copy what no state dict contains: derived buffers such as the rotary table, frozen parameters, modes."""
     for name in target._non_persistent_buffers_set:
         setattr(target, name, getattr(source, name))
     for name, parameter in target.named_parameters(recurse=False):

@@ -74,6 +74,7 @@ def make_report(
         processes=processes.count(),
         **walk.measured(),
         warnings=tuple(walk.warnings),
+        self_check={} if walk.self_check is None else dataclasses.asdict(walk.self_check),
         versions=versions(),
     )
 

@@ -24,6 +24,7 @@ from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange, finished_size
 from optimum_modegpt.methods.work import Extent, Shapes, shapes_of
 from optimum_modegpt.stages import StageClock
+from optimum_modegpt.walk.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,8 @@ class Walk:
     curves: sensitivity.Curves = field(default_factory=dict)
     influences: list[float] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    self_check: SelfCheck | None = None
+    """Of the finished model."""
 
     def __post_init__(self) -> None:
         self.clock = StageClock(self.device)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 LAYERS = (
     ("errors",),
     ("decompositions", "allocation", "config", "report"),
-    ("stages", "architectures", "processes"),
+    ("stages", "architectures", "processes", "kv_cache"),
     ("calibration",),
     ("methods", "checkpoint"),
     ("walk",),
@@ -29,7 +29,7 @@ LAYERS = (
 """What an import may reach: layers above its target's, and the module or package itself."""
 
 BESIDE = "modeling"
-MODELING_USERS = ("architectures", "methods", "walk", "compress", "export", "integration")
+MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "export", "integration")
 """The compressed classes stand beside the layers; these may use them."""
 
 ONLY = {

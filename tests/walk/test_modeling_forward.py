@@ -12,11 +12,15 @@ from tiny import FAMILIES, VARIANTS, classes, compressed, dense, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_modegpt.modeling.adoption import adopt
+from optimum_modegpt.modeling.adoption import become, built
 from optimum_modegpt.modeling.modegpt_common import Widths, adopt_attention, install_linear, install_rope_index
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
+
+
+def adopt(model: PreTrainedModel, model_class: Any, config: Any) -> None:
+    become(model, built(model, model_class, config, {}))
 
 
 def blocks_of(model: PreTrainedModel, name: str) -> Any:
@@ -78,7 +82,7 @@ def adopted(name: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel
     config = model_class.config_class.from_dense(
         model.config, [Widths(head_dim, head_dim, width)] * len(blocks), {"format_version": 1}
     )
-    adopt(model, model_class, config, {})
+    adopt(model, model_class, config)
     return reference, model
 
 
@@ -121,7 +125,7 @@ def test_adoption_keeps_the_object_and_what_the_caller_set(name: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     attention = blocks_of(model, name)[0].self_attn
     widths = [Widths(attention.head_dim, attention.head_dim, 48)] * 3
-    adopt(model, model_class, model_class.config_class.from_dense(model.config, widths, {"format_version": 1}), {})
+    adopt(model, model_class, model_class.config_class.from_dense(model.config, widths, {"format_version": 1}))
     assert id(model) == identity
     assert type(model) is model_class
     assert not model.training
@@ -148,7 +152,6 @@ def test_adoption_in_half_precision_saves_half_precision(tmp_path: Path) -> None
         model,
         model_class,
         model_class.config_class.from_dense(model.config, [Widths(8, 8, 48)] * 3, {"format_version": 1}),
-        {},
     )
     expected = model(tokens()).logits
     assert model.dtype is model.config.dtype is expected.dtype is torch.bfloat16
@@ -180,7 +183,6 @@ def test_adoption_takes_narrowed_blocks(name: str) -> None:
         model,
         model_class,
         model_class.config_class.from_dense(model.config, target.config.widths(), {"format_version": 1}),
-        {},
     )
     assert torch.equal(model(ids).logits, half_done)
     target.load_state_dict(model.state_dict(), strict=True)

@@ -11,7 +11,7 @@ from tiny import FAMILIES, VARIANTS, compressed, dense, tokenizer, tokens
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, PreTrainedModel, pipeline
 
-from optimum_modegpt.evaluation.cache import cache_argument, cache_of
+from optimum_modegpt.kv_cache import cache_argument, cache_of
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)

@@ -1,39 +1,60 @@
-"""`inspect`: ranks, parameters, record and measurements of a compressed model, which is not loaded."""
+"""`inspect`: ranks, parameters, record and measurements of a compressed model, and its self-check."""
 
 from __future__ import annotations
 
 import shlex
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from optimum_modegpt.architectures import FAMILIES
 from optimum_modegpt.evaluation.inspection import inspection
 from optimum_modegpt.integration.card.contents import EVALUATION, read
 from optimum_modegpt.integration.commands.common import check_file, path, source_of, verb, write_json
 from optimum_modegpt.integration.headers import read_headers
-from optimum_modegpt.integration.reading import load_config
+from optimum_modegpt.integration.reading import load_config, load_model
+from optimum_modegpt.integration.source import Source
 from optimum_modegpt.integration.tables import inspection_table
+from optimum_modegpt.walk.self_check import PREFILL, STEPS, SelfCheck, self_check
 
 
 def add(verbs: Any) -> None:
     """Declares the arguments."""
-    parser = verb(verbs, "inspect", run, "Ranks, parameters, record and measurements of MODEL, which is not loaded.")
+    parser = verb(verbs, "inspect", run, "Show ranks, parameters, record and measurements of MODEL without loading it.")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="also load MODEL, and compare its logits with and without the key-value cache on a few tokens",
+    )
     parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
 
 
 def run(options: Namespace) -> None:
-    """Ranks, parameters, record and measurements of a compressed model, which is not loaded."""
+    """Show a compressed model's ranks, parameters, record and measurements; load it only to check it."""
     check_file(options.json)
     source = source_of(options)
     found = inspection(load_config(source), read_headers(source))
     evaluation = _evaluation(Path(source.path)) if found.blocks else {}
-    write_json(options.json, {**found.to_dict(), "evaluation": evaluation})
+    check = _check(source) if options.check else None
+    checked = {} if check is None else {"self_check": asdict(check)}
+    write_json(options.json, {**found.to_dict(), "evaluation": evaluation, **checked})
     print(inspection_table(found, evaluation))
+    if check is not None:
+        print(check)
     if not found.blocks:
         advice = f"To compress it: {options.program} compress {shlex.quote(options.model)} --output DIR"
         unknown = f"Models of its type cannot be compressed; known: {', '.join(sorted(FAMILIES))}."
         print(f"This is a dense model. {advice if found.model_type in FAMILIES else unknown}")
+
+
+def _check(source: Source) -> SelfCheck:
+    """Load a model strictly and run the self-check on tokens from all over its vocabulary."""
+    model = load_model(source, "auto").eval()
+    tokens = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PREFILL + STEPS)
+    return self_check(model, tokens.long())
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
