@@ -18,6 +18,7 @@ import torch
 from checkpoints import RECIPE, save_dense, save_text
 from hub import Blob, Hub, serving
 from huggingface_hub import ModelCard, ModelCardData
+from peft_versions import own_adapters
 from safetensors.torch import load, load_file, save_file
 from tiny import compressed, tokenizer, tokens
 
@@ -437,8 +438,8 @@ def test_what_cannot_be_finished_leaves_no_folder(hub: Hub, placed: dict[str, An
     assert placed["left"] == []
 
 
+@own_adapters()
 def test_adapters_are_pushed_as_adapters(hub: Hub, clients: Clients) -> None:
-    pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     folder = clients.root / "under-adapters"
     compressed("llama-gqa-tied").save_pretrained(folder)
     clients.python(ADAPTERS, "adapter", given={"folder": str(folder), "saved": str(clients.root / "adapter-saved")})

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
+from peft_versions import own_adapters
 from safetensors.torch import load_file
 from tiny import FAMILIES, compressed, dense, tokenizer, tokens
 from torch import Tensor
@@ -266,12 +267,16 @@ def test_quantised_adapted_and_scattered_models_are_refused() -> None:
     adapter = LoraConfig(target_modules=["q_proj"])
     with pytest.raises(UnsupportedModel, match="found PeftModel"):
         recover(get_peft_model(compressed("opt"), adapter), windows_of())  # pyright: ignore[reportArgumentType]
-    model = compressed("opt")
-    model.add_adapter(adapter)
-    with pytest.raises(UnsupportedModel, match="has an adapter"):
-        recover(model, windows_of())
     with pytest.raises(UnsupportedModel, match="lie on meta"):
         recover(compressed("opt").to("meta"), windows_of())
+
+
+@own_adapters()
+def test_a_model_with_an_adapter_of_its_own_is_refused() -> None:
+    model = compressed("opt")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModel, match="has an adapter"):
+        recover(model, windows_of())
 
 
 def test_a_teacher_of_another_vocabulary_is_refused() -> None:

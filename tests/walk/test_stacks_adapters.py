@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fresh import run_worker
+from peft_versions import own_adapters
 from safetensors.torch import load_file
 from tiny import FAMILIES, VARIANTS, classes, compressed, fine_tune, tokenizer, tokens
 from torch import Tensor
@@ -144,13 +145,21 @@ def test_trained_saved_and_reloaded(name: str, bases: dict[str, Path], tmp_path:
         "adapter_model.safetensors",
     }
     assert torch.equal(logits(peft.PeftModel.from_pretrained(load(bases[name]), tmp_path)), expected)
-    by_adapter = load(tmp_path)
-    assert type(by_adapter) is classes(name)["AutoModelForCausalLM"]
-    assert torch.equal(logits(by_adapter), expected)
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), logits(load(bases[name])))
 
 
+@own_adapters()
+@FAMILY
+def test_the_folder_of_an_adapter_loads(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig(r=4, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    by_adapter = load(tmp_path)
+    assert type(by_adapter) is classes(name)["AutoModelForCausalLM"]
+    assert torch.equal(logits(by_adapter), logits(adapted))
+
+
+@own_adapters()
 @FAMILY
 def test_adapter_of_the_model_itself(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     model = load(bases[name])
