@@ -71,7 +71,7 @@ def check_model_type(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}.")
     family = FAMILIES[model_type]
-    check_attention(family.dense_attention_class)
+    check_attention(family.attention_class.dense_class())
     return family
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from optimum_modegpt.modeling.modegpt_common import BlockLayout
+from optimum_modegpt.modeling.modegpt_common import BlockLayout, ModeGPTAttentionMixin
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,6 @@ class Family:
         return self.config.layout
 
     @property
-    def attention_class(self) -> type:
+    def attention_class(self) -> type[ModeGPTAttentionMixin]:
         """The compressed attention class."""
         return self.models["AutoModelForCausalLM"].attention_class  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
-    def dense_attention_class(self) -> type:
-        """Return the attention class of transformers that the compressed one derives from."""
-        return self.attention_class.__bases__[-1]

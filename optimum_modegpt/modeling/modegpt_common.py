@@ -245,6 +245,11 @@ class ModeGPTAttentionMixin(Dense):
     rope_index: Tensor
     sliding_window: int | None = None
 
+    @classmethod
+    def dense_class(cls) -> type:
+        """Return the attention class of transformers that this one derives from."""
+        return cls.__bases__[-1]
+
     def set_widths(self, qk: int, vo: int) -> None:
         """Declares the head dims; the projections are replaced by the caller."""
         self.qk_head_dim, self.v_head_dim = qk, vo
@@ -370,13 +375,13 @@ def _rows_of_groups(x: Tensor, groups: int) -> Tensor:
 # ------------------------------------------------------------------------------------------- building and installing
 
 
-def adopt_attention(attention: Any, attention_class: type) -> None:
+def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]) -> None:
     """Turn a dense attention module into the compressed class at full width; its outputs stay the same.
 
     Raises:
         ImportError: the dense class takes an argument that the compressed one does not handle.
     """
-    attention.cache_argument = check_attention(type(attention))
+    attention.cache_argument = check_attention(attention_class.dense_class())
     head_dim, device = attention.head_dim, attention.q_proj.weight.device
     attention.__class__ = attention_class
     attention.set_widths(head_dim, head_dim)
@@ -419,7 +424,7 @@ def empty_linear(like: nn.Linear, out_features: int, in_features: int) -> nn.Lin
     return new.train(like.training)
 
 
-def shrink_block(block: Any, layout: BlockLayout, attention_class: type, widths: Widths) -> None:
+def shrink_block(block: Any, layout: BlockLayout, attention_class: type[ModeGPTAttentionMixin], widths: Widths) -> None:
     """Gives a freshly built dense block the widths of a compressed one; the values are to be loaded."""
     attention = block.get_submodule(layout.attention)
     head_dim = attention.head_dim

@@ -148,7 +148,7 @@ def test_modes_and_frozen_parameters_are_kept() -> None:
     model.requires_grad_(False)
     model.lm_head.requires_grad_(True)
     model.model.layers[1].eval()
-    model.gradient_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     run(model, sparsity=0.3, allocation="uniform")
     assert model.training
     assert [layer.training for layer in model.model.layers] == [True, False, True]
@@ -227,7 +227,13 @@ def test_the_record_and_the_report_say_what_was_done(tmp_path: Any) -> None:
         assert block.parts["vo"].rank == layer.self_attn.v_head_dim
         assert block.parts["mlp"].rank == layer.mlp.down_proj.in_features
         assert all(0 <= part.relative_error < 1 for part in block.parts.values())
-    assert [stage.name for stage in report.stages] == ["embed", "allocate (sensitivity)", "decompose", "adopt"]
+    assert [stage.name for stage in report.stages] == [
+        "embed",
+        "allocate (sensitivity)",
+        "decompose",
+        "adopt",
+        "self-check",
+    ]
     assert all(stage.peak_memory > 0 for stage in report.stages)
     report.save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report

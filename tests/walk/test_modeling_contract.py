@@ -131,7 +131,7 @@ def test_a_cache_under_another_name_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("family", sorted(KNOWN_FAMILIES))
 def test_the_installed_transformers_fits_the_contract(family: str) -> None:
-    dense_class = KNOWN_FAMILIES[family].dense_attention_class
+    dense_class = KNOWN_FAMILIES[family].attention_class.dense_class()
     expected = "cache" if "cache" in inspect.signature(dense_class.forward).parameters else "past_key_values"
     assert check_attention(dense_class) == expected
 
