@@ -698,8 +698,13 @@ def test_demo_does_the_whole_job(tmp_path: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == f"The compressed model was saved in {output}."
     assert "top-1 agreement" in printed
-    assert "compressed: " in printed
-    headings = ("1. compress the", "2. reload and evaluate", "3. generate: both")
+    [samples] = re.findall(r"--- dense:(.*)\n\n--- compressed:(.*)\n\n4. verdict", printed, re.DOTALL)
+    assert min(len(text.split()) for text in samples) > 20
+    verdict = printed.partition("4. verdict\n")[2].splitlines()[:3]
+    starts = ("size: 606,240 -> ", "speed: reads a prompt ", "quality: perplexity 1.74 -> ")
+    assert all(line.startswith(start) for line, start in zip(verdict, starts, strict=True))
+    assert "compress MODEL --sparsity 0.2 --output DIR" in printed
+    headings = ("1. compress the", "2. reload and evaluate", "3. generate 120 tokens", "4. verdict")
     assert [line for line in printed.splitlines() if line.startswith(headings)] == [
         next(line for line in printed.splitlines() if line.startswith(heading)) for heading in headings
     ]

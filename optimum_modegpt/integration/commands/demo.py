@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import evaluation_windows, resolve_sequence_length
+from optimum_modegpt.evaluation.speed import Benchmark, benchmark
 from optimum_modegpt.integration.commands.common import add_debug, models_on, path, source_of
 from optimum_modegpt.integration.commands.compress import LEGEND, compress_to
 from optimum_modegpt.integration.commands.evaluate import scores
+from optimum_modegpt.integration.headers import weight_bytes
 from optimum_modegpt.integration.reading import pick_device
 from optimum_modegpt.integration.source import Source, context_of
 from optimum_modegpt.integration.tables import scores_table
 
 DEMO_WINDOWS = 64
-PROMPT_WORDS, SAMPLE_TOKENS = 12, 48
+PROMPT_WORDS, SAMPLE_TOKENS = 12, 120
+SPARSITY = 0.2
+"""Fraction to remove unless another is given; at 0.3 so small a model no longer writes well."""
 
 
 def add(verbs: Any) -> None:
@@ -29,7 +37,7 @@ def add(verbs: Any) -> None:
     parser.set_defaults(dtype="auto", config=None, report=None, fresh=False, ignore_estimate=True)
     parser.add_argument("--output", type=path, metavar="DIR", help="keep the compressed model there")
     parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
-    parser.add_argument("--sparsity", type=float, default=argparse.SUPPRESS, help="as in compress")
+    parser.add_argument("--sparsity", type=float, default=SPARSITY, help=f"as in compress; default {SPARSITY}")
     parser.add_argument("--method", default=argparse.SUPPRESS, help="as in compress")
     parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator if there is one")
     add_debug(parser)
@@ -43,8 +51,9 @@ def run(options: Namespace) -> None:
         print(LEGEND)
         print(compress_to(output, options, pick_device(options.device)).summary())
         _compare(output, options)
-    where = "a temporary folder; keep it with --output DIR" if options.output is None else str(output)
-    print(f"\nThe compressed model was saved in {where}.")
+    print(f"\nnext, a model of your own: {options.program} compress MODEL --sparsity 0.2 --output DIR")
+    if options.output is not None:
+        print(f"The compressed model was saved in {output}.")
 
 
 def _compare(folder: Path, options: Namespace) -> None:
@@ -61,14 +70,42 @@ def _compare(folder: Path, options: Namespace) -> None:
     result = scores(small, dense, windows, None)
     print(f"\n2. reload and evaluate, on {result['tokens']:,} tokens of text that was not used before")
     print(scores_table(result))
+    print_samples(small, dense, tokenizer)
+    speed = benchmark(small, dense, batch_sizes=(8,), prompt_lengths=(128,), new_tokens=32)
+    print("\n4. verdict")
+    print("\n".join(verdict(result, speed, (weight_bytes(folder), weight_bytes(demo.MODEL_DIR)))))
+
+
+def print_samples(small: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any) -> None:
+    """Print what both models write after the first words of the evaluation text."""
     opening = "".join(re.findall(r"\s*\S+", demo.EVALUATION_TEXT.read_text(encoding="utf-8"))[:PROMPT_WORDS])
     prompt = tokenizer(opening, return_tensors="pt").input_ids.to(small.device)
-    print(f"\n3. generate: both go on from: {opening}")
+    print(f"\n3. generate {SAMPLE_TOKENS} tokens, greedy, after this opening:\n\n{opening}")
     for name, model in (("dense", dense), ("compressed", small)):
-        written: Any = model.generate(prompt, max_new_tokens=SAMPLE_TOKENS, do_sample=False)  # pyright: ignore[reportCallIssue]
-        print(
-            f"{name:>10}: {whole_sentences(tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))}"
+        written: Any = model.generate(  # pyright: ignore[reportCallIssue]
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=SAMPLE_TOKENS, do_sample=False
         )
+        text = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
+        print(f"\n--- {name}:{whole_sentences(text)}")
+
+
+def verdict(result: dict[str, Any], speed: Benchmark, file_bytes: tuple[int | None, int | None]) -> list[str]:
+    """Return size, speed and quality of the compressed model next to the dense one, a line each.
+
+    Args:
+        result: scores of both models on the same text.
+        speed: one row with both models.
+        file_bytes: size of the weights on disk, compressed and dense.
+    """
+    before, after = result["reference_parameters"], result["parameters"]
+    small, large = ("?" if size is None else f"{size / 1e6:.1f}" for size in file_bytes)
+    row = speed.rows[0]
+    prefill, decode = (math.nan if one is None else one.median for one in (row.prefill_ratio, row.decode_ratio))
+    return [
+        f"size: {before:,} -> {after:,} parameters, {1 - after / before:.0%} fewer; {large} -> {small} MB on disk",
+        f"speed: reads a prompt {prefill:.2f} and writes {decode:.2f} times as fast (larger models gain more)",
+        f"quality: perplexity {result['reference_perplexity']:.2f} -> {result['perplexity']:.2f} on unseen text",
+    ]
 
 
 def whole_sentences(text: str) -> str:
