@@ -401,8 +401,8 @@ def test_counts_below_one_are_refused_before_any_work(flag: str, capsys: pytest.
     ("words", "message"),
     [
         (["compress", "m", "--output", ""], "expected a path, found nothing"),
-        (["compress", "m", "--outp", "o"], "--output"),
-        (["compress", "m", "--output", "o", "--spars", "0.3"], "unrecognized arguments: --spars"),
+        (["compress", "m", "--outp", "o"], "Did you mean --output?"),
+        (["compress", "m", "--output", "o", "--spars", "0.3"], "unknown option --spars. Did you mean --sparsity?"),
     ],
 )
 def test_an_error_of_arguments_is_short(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
