@@ -1,219 +1,24 @@
-"""What a user asks for: `ModeGPTConfig`, validated at birth."""
+"""`ModeGPTConfig`, the configuration of a compression for `from_pretrained`."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
-import difflib
-import functools
-import math
-import numbers
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from collections.abc import Generator
+from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.recipe import IN_MEMORY, Recipe
 
-METHODS = ("default", "paper")
-ALLOCATIONS = ("sensitivity", "influence", "uniform")
-LARGEST_INTEGER = 2**63 - 1
-Config = TypeVar("Config")
-IN_MEMORY = "in memory: "
-"""Prefix of the description that stands for a live dataset or tokenizer in `to_dict`."""
+__all__ = ["IN_MEMORY", "ModeGPTConfig"]
 
 
-def _naming_fields(config: type[Config]) -> type[Config]:
-    """Lets a dataclass refuse a name that is no field with the nearest one."""
-    names = [field.name for field in dataclasses.fields(config)]  # pyright: ignore[reportArgumentType]
-    assign = config.__init__
-
-    @functools.wraps(assign)
-    def __init__(self: Any, *args: Any, **values: Any) -> None:
-        if unknown := next((key for key in values if key not in names), None):
-            near = difflib.get_close_matches(unknown, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Fields: {', '.join(names)}."
-            raise InvalidConfig(f"unknown field {unknown!r} in the compression configuration.{hint}")
-        assign(self, *args, **values)
-
-    config.__init__ = __init__
-    return config
-
-
-@_naming_fields
-@dataclass(repr=False)
-class ModeGPTConfig(QuantizationConfigMixin):
-    """How to compress a model; every field has a default that is a good first choice.
-
-    Args:
-        sparsity: fraction of the weights of the decoder blocks' projections to remove, in [0, 1). 0.3 removes 30 %.
-        method: `"default"`, residual-matched MoDeGPT, or `"paper"`, the algorithm as published.
-        allocation: how the removal is spread: `"sensitivity"` (measured, per block and part), `"influence"` (the
-            paper's block influence) or `"uniform"`; `None` takes the method's own: sensitivity, or influence for paper.
-        dataset: calibration text: `"wikitext2"`, `"c4"`, `"alpaca"`, a dataset id of the Hub, a local .txt, .jsonl,
-            .json or .parquet file, a list of strings or of chat messages, a `datasets.Dataset`, or token ids of
-            shape (windows, length).
-        dataset_split: split to read, where the dataset has several; `None` takes "train" (or its only one).
-        text_column: column that holds the text; `None` finds it where there is only one choice.
-        num_samples: number of calibration windows.
-        sequence_length: tokens per window; `None` takes min(2048, the model's context).
-        batch_size: windows per forward pass; `None` chooses by the memory that is free.
-        round_to: `"auto"` rounds widths to what kernels like; an integer rounds to its multiples; 1 does not round.
-        seed: seed of the choice of calibration windows; the global random state is never touched.
-        influence_temperature: ε of the paper's softmax over block influences.
-        max_sparsity: largest fraction removed from any part of any block.
-        leverage_ridge: ridge of the paper's leverage scores, as a fraction of the mean diagonal.
-        output_ridge: ridge of the refits of the output and down projections, as a fraction of the mean diagonal.
-        query_ridge: ridge of the query refit, as a fraction of the mean diagonal.
-        input_ridge: ridge of the refit of gate and up, as a fraction of the mean diagonals.
-        refit_iterations: conjugate-gradient iterations of the refit of gate and up; 0 switches it off.
-        tokenizer: tokenizer name or object; `None` takes the model's own.
-
-    Raises:
-        InvalidConfig: with the field, what was found and what is accepted.
-    """
-
-    sparsity: float = 0.3
-    method: Literal["default", "paper"] = "default"
-    allocation: Literal["sensitivity", "influence", "uniform"] | None = None
-    dataset: Any = "wikitext2"
-    dataset_split: str | None = None
-    text_column: str | None = None
-    num_samples: int = 128
-    sequence_length: int | None = None
-    batch_size: int | None = None
-    round_to: int | Literal["auto"] = "auto"
-    seed: int = 0
-    influence_temperature: float = 0.1
-    max_sparsity: float = 0.95
-    leverage_ridge: float = 1e-2
-    output_ridge: float = 1e-4
-    query_ridge: float = 1e-3
-    input_ridge: float = 0.1
-    refit_iterations: int = 4
-    tokenizer: Any = None
-
-    quant_method: ClassVar[str] = "modegpt"  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __post_init__(self) -> None:
-        for name in ("dataset", "tokenizer"):
-            if isinstance(getattr(self, name), os.PathLike):
-                setattr(self, name, os.fspath(getattr(self, name)))
-        self._check_fractions()
-        _one_of("method", self.method, METHODS)
-        if self.allocation is not None:
-            _one_of("allocation", self.allocation, ALLOCATIONS)
-        for name in ("num_samples", "refit_iterations", "seed"):
-            setattr(self, name, _integer(name, getattr(self, name), minimum=1 if name == "num_samples" else 0))
-        if self.round_to != "auto":
-            self.round_to = _integer("round_to", self.round_to, minimum=1, also="'auto'")
-        self._check_optional()
-        for name in ("dataset", "tokenizer"):
-            self._check_live(name)
-
-    def _check_fractions(self) -> None:
-        hint = f" Fractions, not percent: for {self.sparsity} % write sparsity={_percent(self.sparsity)}."
-        hint = hint if _percent(self.sparsity) else ""
-        self.sparsity = _real("sparsity", self.sparsity, 0.0, 1.0, includes_minimum=True, hint=hint)
-        self.max_sparsity = _real("max_sparsity", self.max_sparsity, 0.0, 1.0)
-        if self.sparsity > self.max_sparsity:
-            raise InvalidConfig(
-                f"sparsity={self.sparsity} is above max_sparsity={self.max_sparsity}, the most that any part may lose; "
-                "lower the first or raise the second."
-            )
-        for name in ("influence_temperature", "leverage_ridge", "output_ridge", "query_ridge", "input_ridge"):
-            setattr(self, name, _real(name, getattr(self, name), 0.0, math.inf))
-
-    def _check_optional(self) -> None:
-        for name, minimum in (("sequence_length", 2), ("batch_size", 1)):
-            if getattr(self, name) is not None:
-                setattr(self, name, _integer(name, getattr(self, name), minimum=minimum))
-        for name in ("dataset_split", "text_column"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
-                raise InvalidConfig(f"{name} must be a string or None, found {getattr(self, name)!r}.")
-
-    def _check_live(self, name: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, str) and (not value or value.startswith(IN_MEMORY)):
-            raise InvalidConfig(
-                f"{name}={value!r} describes what lived in another program (or nothing); pass the {name} again."
-            )
-        if name == "dataset" and value is None:
-            raise InvalidConfig("dataset=None: expected a name, a file, texts, a Dataset or token ids.")
-
-    @property
-    def resolved_allocation(self) -> str:
-        """The allocation in force: the field, or the method's own where it is None."""
-        return self.allocation or ("influence" if self.method == "paper" else "sensitivity")
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields and `quant_method`, safe for JSON; a live dataset or tokenizer is replaced by a description."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("dataset", "tokenizer"):
-            if fields[name] is not None and not isinstance(fields[name], str):
-                fields[name] = IN_MEMORY + _describe(fields[name])
-        return {"quant_method": self.quant_method, **fields}
-
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A configuration from a dict; `kwargs` that are fields replace those of the dict.
-
-        Raises:
-            InvalidConfig: for a key that is no field, with the nearest one.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        values = {**config_dict, **{k: v for k, v in kwargs.items() if k in names}}
-        method = values.pop("quant_method", cls.quant_method)
-        if method != cls.quant_method:
-            raise InvalidConfig(f"quant_method={method!r} is not ours; expected {cls.quant_method!r}.")
-        config = cls(**values)
-        unused = {k: v for k, v in kwargs.items() if k not in names}
-        return (config, unused) if return_unused_kwargs else config
+class ModeGPTConfig(Recipe, QuantizationConfigMixin):  # pyright: ignore[reportIncompatibleVariableOverride]
+    __doc__ = Recipe.__doc__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModeGPTConfig:
         """A shallow copy: from_pretrained copies its arguments several times, and a dataset may be large."""
         return copy.copy(self)
 
-    def __iter__(self):
+    def __iter__(self) -> Generator[tuple[str, Any]]:
         yield from self.to_dict().items()
-
-
-def _percent(value: Any) -> float | None:
-    """The fraction meant by a value that looks like a percentage."""
-    return value / 100 if isinstance(value, (int, float)) and 1 < value < 100 else None
-
-
-def _describe(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    size = f"shape {tuple(shape)}" if shape is not None else f"{len(value)} items" if hasattr(value, "__len__") else ""
-    return f"{type(value).__name__} {size}".strip()
-
-
-def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise InvalidConfig(f"{name} must be one of {', '.join(map(repr, choices))}, found {value!r}.")
-
-
-def _integer(name: str, value: Any, *, minimum: int, also: str = "") -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Integral)
-        or not minimum <= int(value) <= LARGEST_INTEGER
-    ):
-        also = f" or {also}" if also else ""
-        raise InvalidConfig(f"{name} must be an integer of at least {minimum}{also}, found {value!r}.")
-    return int(value)
-
-
-def _real(
-    name: str, value: Any, minimum: float, maximum: float, *, includes_minimum: bool = False, hint: str = ""
-) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise InvalidConfig(f"{name} must be a number, found {value!r}.")
-    number = float(value)
-    if not (minimum < number < maximum or (includes_minimum and number == minimum)):
-        bracket = "[" if includes_minimum else "("
-        raise InvalidConfig(f"{name} must lie in {bracket}{minimum:g}, {maximum:g}), found {value!r}.{hint}")
-    return number

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.perplexity import (
@@ -20,6 +19,9 @@ from optimum_modegpt.evaluation.perplexity import (
     nats_of,
     targets,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

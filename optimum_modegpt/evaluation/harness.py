@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.perplexity import evaluating
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel
 
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
 """A task's score in a mean over tasks is the first of these that it has; all are fractions, higher is better."""

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from optimum_modegpt.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGITS_BYTES = 256 * 2**20
 """Most that the logits of one batch take in float32, where the batch size is automatic."""

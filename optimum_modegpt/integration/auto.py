@@ -1,9 +1,7 @@
-"""The keyword `compression_config` of every `from_pretrained`, and a class for those who want no patched keyword."""
+"""Compression while a model is loaded: the arguments for transformers, and a class that needs no patched keyword."""
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -13,28 +11,6 @@ from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.hf_quantizer import kept_in
 from optimum_modegpt.integration.quantizer import as_config
 from optimum_modegpt.integration.source import Source, default_dataset, loading
-
-NO_PATCH = "OPTIMUM_MODEGPT_NO_PATCH"
-"""Set to 1 before the import, this environment variable leaves `PreTrainedModel.from_pretrained` alone."""
-
-
-def install_keyword() -> None:
-    """Teaches `PreTrainedModel.from_pretrained` the keyword; once, and not at all where `NO_PATCH` is set.
-
-    transformers has no door for a keyword of ours. The Auto classes and `pipeline` hand it down to this one method.
-    """
-    inner = PreTrainedModel.from_pretrained.__func__
-    if hasattr(inner, "accepts_compression_config") or os.environ.get(NO_PATCH, "0") not in ("", "0"):
-        return
-
-    @functools.wraps(inner)
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        arguments = with_quantization_config(kwargs)
-        with loading(Source.of_arguments(pretrained_model_name_or_path, kwargs)):
-            return inner(cls, pretrained_model_name_or_path, *args, **arguments)
-
-    from_pretrained.accepts_compression_config = True  # pyright: ignore[reportAttributeAccessIssue]
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:

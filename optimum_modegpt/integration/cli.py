@@ -1,95 +1,111 @@
-"""The command line: `optimum-cli modegpt` and `python -m optimum_modegpt`."""
+"""The command line: `optimum-cli modegpt` and `python -m optimum_modegpt`.
+
+Only a command that runs imports torch and transformers; help and mistakes in the arguments are answered at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from argparse import Namespace
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib import import_module
 from typing import Any, NoReturn
 
-import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-from transformers.utils import logging
-
 from optimum_modegpt.errors import ModeGPTError
-from optimum_modegpt.integration.commands import COMMANDS
-from optimum_modegpt.integration.commands.common import shows_progress
-from optimum_modegpt.integration.plain import PlainOutput, printable
+from optimum_modegpt.integration.arguments import COMMANDS
+from optimum_modegpt.integration.plain import PlainOutput, printable, replace_characters
 
 PROGRAM = "python -m optimum_modegpt"
 FAILED, INTERRUPTED = 2, 130
-A_DEFECT = "This is a defect of the program or of a library that it calls; please report it with the lines above."
+BUG = "This looks like a bug. Please report it with the traceback above."
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations, and says what is wrong in one line."""
+    """Takes no abbreviations, and reports an error in one line with the help of the command that was called."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str) -> NoReturn:
-        """The error alone: a page of usage would bury it."""
+        """Print the error without the usage, which is longer than a screen."""
         self.exit(FAILED, f"error: {message}\nsee {self.prog} --help\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Parse the arguments of a command; argparse alone would leave unknown ones to the parser of all commands."""
+        if self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._check_options(args)
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unexpected argument: {' '.join(unknown)}")
+        return options, unknown
+
+    def _check_options(self, words: Sequence[str]) -> None:
+        """Report an unknown option before a missing one, which may be the same, mistyped."""
+        known = self._option_string_actions
+        for word in words[: words.index("--")] if "--" in words else words:
+            option = word.partition("=")[0]
+            if re.match("--?[a-zA-Z]", option) and option not in known:
+                near = difflib.get_close_matches(option, known, n=1)
+                self.error(f"unknown option {option}." + (f" Did you mean {near[0]}?" if near else ""))
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs one command and returns its exit code: 0, or what the command says; 2 is any error, 130 is Ctrl-C.
+    """Run one command and return its exit code: 0, or that of the command; 2 for any error, 130 for Ctrl-C.
 
-    No exception but Ctrl-C leaves it: Python would exit with 1, which is the code of a broken threshold.
+    No exception but Ctrl-C with --debug leaves this function: Python would exit with 1, the code of a broken threshold.
     """
+    replace_characters(sys.stdout, sys.stderr)
     options = build_parser(program).parse_args(arguments)
     try:
-        with quiet_bars(), redirect_stdout(PlainOutput(sys.stdout)):
-            return options.run(options) or 0
+        return _run(options)
     except KeyboardInterrupt as interrupt:
         if options.debug:
             raise
-        print(f"\ninterrupted; {str(interrupt) or 'nothing was left behind.'}", file=sys.stderr)
+        print(f"\nInterrupted. {str(interrupt) or 'No files were written.'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader, `head` for one, has had enough; Python must not complain of it once more at exit.
+        # The reader, such as `head`, has closed the pipe. Python must not report that once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ModeGPTError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        if options.debug:
-            traceback.print_exc()
-        print(f"error: {printable(_advice(error))}", file=sys.stderr)
-        return FAILED
     except Exception as error:
-        traceback.print_exc()
-        print(f"error: {printable(_advice(error))}\n{A_DEFECT}", file=sys.stderr)
+        _report(error, options.debug)
         return FAILED
 
 
-@contextmanager
-def quiet_bars() -> Iterator[None]:
-    """Inside, transformers draws no bars of its own; those of downloads stay where someone watches."""
-    watched = shows_progress() and not are_progress_bars_disabled()
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    if watched:
-        enable_progress_bars()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
+def _run(options: Namespace) -> int:
+    """Import a command, which takes seconds, and run it."""
+    command = import_module(f"optimum_modegpt.integration.commands.{options.command}")
+    from optimum_modegpt.integration.commands.common import quiet_bars
+
+    with quiet_bars(), redirect_stdout(PlainOutput(sys.stdout)):
+        return command.run(options) or 0
 
 
-def _advice(error: BaseException) -> str:
+def _report(error: Exception, debug: bool) -> None:
+    """Print an error in one line; with its traceback if it is asked for, or if the error looks like a bug."""
+    import torch
+
+    message = str(error) or type(error).__name__
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of device memory: {error}\nTry a smaller --batch-size, or another --device."
-    return str(error) or type(error).__name__
+        message = f"out of device memory: {error}\nTry a smaller --batch-size, or another --device."
+    is_bug = not isinstance(error, ModeGPTError | OSError | ImportError | torch.OutOfMemoryError)
+    if is_bug or debug:
+        traceback.print_exception(error)
+    print(f"error: {printable(message)}" + (f"\n{BUG}" if is_bug else ""), file=sys.stderr)
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """The parser of all commands; `run` of what it returns is the function to call with it."""
+    """Return the parser of all commands; `command` of its result is the name of the one to run."""
     parser = Parser(program, description="Compress, evaluate and compare language models with MoDeGPT.")
     parser.set_defaults(program=program)
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    verbs = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(verbs)
     return parser

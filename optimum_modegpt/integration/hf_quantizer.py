@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
-from optimum_modegpt.integration.source import Source, being_loaded
+
+# This module is imported while transformers is, so what needs models is imported when it is called.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from optimum_modegpt.calibration.data import TokenWindows
+    from optimum_modegpt.checkpoint import Checkpoint
+    from optimum_modegpt.integration.source import Source
 
 _CHECKPOINT: ContextVar[Checkpoint | None] = ContextVar("modegpt_checkpoint", default=None)
 
@@ -47,6 +44,8 @@ class ModeGPTHfQuantizer(HfQuantizer):
     requires_calibration = False
 
     def __init__(self, quantization_config: ModeGPTConfig, **kwargs: Any) -> None:
+        from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
+
         super().__init__(quantization_config, **kwargs)
         self.quantizer = ModeGPTQuantizer(quantization_config)
         self.windows: TokenWindows | None = None
@@ -106,6 +105,8 @@ class ModeGPTHfQuantizer(HfQuantizer):
         return model
 
     def _source(self, model: PreTrainedModel) -> Source:
+        from optimum_modegpt.integration.source import Source, being_loaded
+
         return being_loaded() or Source.of_model(model)
 
     def _check_placement(self, model: PreTrainedModel) -> None:
@@ -115,15 +116,9 @@ class ModeGPTHfQuantizer(HfQuantizer):
             self.validate_environment(device_map=placement)
 
     def _remove_traces(self, model: PreTrainedModel) -> None:
+        from transformers import PreTrainedModel
+
         self.remove_quantization_config(model)
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_is_quantized", None)
-
-
-def register() -> None:
-    """Makes "modegpt" known to transformers; once, however often it is called."""
-    if ModeGPTConfig.quant_method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(ModeGPTConfig.quant_method)(ModeGPTConfig)
-    if ModeGPTConfig.quant_method not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(ModeGPTConfig.quant_method)(ModeGPTHfQuantizer)

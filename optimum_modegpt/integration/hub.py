@@ -33,7 +33,6 @@ from optimum_modegpt.integration.card import (
     write_card,
 )
 from optimum_modegpt.integration.readme import is_template, merge_header
-from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, whole_name
 
 logger = logging.get_logger(__name__)
@@ -302,8 +301,3 @@ class Companion:
         given = (tags,) if isinstance(tags, str) else tuple(tags or ())
         upload = Upload(repo_id, tags=(*(model.model_tags or ()), *given), **hub)
         return upload.push_saved(lambda folder: model.save_pretrained(folder, max_shard_size=max_shard_size))
-
-
-def install_companion() -> None:
-    """Teaches the compressed classes what their files alone, as remote code, cannot know."""
-    ModeGPTModelMixin.companion = Companion

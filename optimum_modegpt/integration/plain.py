@@ -1,37 +1,52 @@
-"""What a model says of itself, or writes, reaches a terminal as text and never as a command to it."""
+"""Text for terminals: without control characters, and with replacements for characters that the stream cannot encode.
+
+A model's own text must not act as a command to the terminal, and printing must not fail after the work is done.
+"""
 
 from __future__ import annotations
 
 import re
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but tab and newline, escape sequences with them, and what reverses the direction of reading."""
+"""Control characters except tab and newline, which begin escape sequences, and those that change the text direction."""
 
 
 def printable(text: str) -> str:
-    """The text with every control character written out, as in `\\x1b`."""
+    """Return the text with every control character escaped, as in `\\x1b`."""
     return COMMANDS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def one_line(value: Any) -> str:
-    """A value in one line, so that it cannot pass for a line of ours."""
+    """Return a value in one line, so that it cannot pass for a line of ours."""
     return printable(str(value).replace("\n", "\\n"))
 
 
+def replace_characters(*streams: TextIO) -> None:
+    """Let these streams escape the characters that they cannot encode, as in `\\u51fa`, instead of raising an error.
+
+    Logging and progress bars write to the same streams. Streams without an encoding, such as those of notebooks, take
+    any character.
+    """
+    for stream in streams:
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class PlainOutput:
-    """A stream of text that passes on what is `printable`."""
+    """A text stream that writes `printable` text."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes the text; the number of its characters."""
+        """Write the text and return its number of characters."""
         self._stream.write(printable(text))
         return len(text)
 
     def flush(self) -> None:
-        """As the stream's."""
+        """Flush the stream."""
         self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -14,8 +14,7 @@ from transformers.utils import logging
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
 from optimum_modegpt.integration.source import Source
-from optimum_modegpt.modeling.modegpt_common import check_sizes
-from optimum_modegpt.modeling.modegpt_files import weight_files
+from optimum_modegpt.modeling.modegpt_files import check_sizes, weight_files
 
 NO_WEIGHTS = (
     "\nA model is config.json with model.safetensors, or with shards and their index. Save or download it again."

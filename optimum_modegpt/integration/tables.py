@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optimum_modegpt.evaluation.estimate import Estimate
 from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, main_scores, mean_score
 from optimum_modegpt.evaluation.inspection import Inspection
-from optimum_modegpt.evaluation.speed import Benchmark, Row, Size, Speed, Spread
 from optimum_modegpt.integration.card.shapes import RECORD, fitted
 from optimum_modegpt.integration.plain import one_line
 from optimum_modegpt.report import PARTS
+
+if TYPE_CHECKING:
+    from optimum_modegpt.evaluation.estimate import Estimate
+    from optimum_modegpt.evaluation.speed import Benchmark, Row, Size, Speed, Spread
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Of types that safetensors calls otherwise."""

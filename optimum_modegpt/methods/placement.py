@@ -162,7 +162,7 @@ def _left_in_groups() -> Iterator[int]:
 
     A line of the membership is `4:memory:/a/b` in the first version of control groups, `0::/a/b` in the second.
     """
-    for line in MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else ():
+    for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.exists() else ():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             names = "memory.max", "memory.current", "inactive_file"
@@ -178,8 +178,8 @@ def _left_in_groups() -> Iterator[int]:
 
 def _left_in(group: Path, limit: str, used: str, inactive: str) -> Iterator[int]:
     """Nothing where there is no limit; file pages that are not in use are given back."""
-    most, taken = ((group / name).read_text().strip() for name in (limit, used))
-    fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    most, taken = ((group / name).read_text(encoding="utf-8").strip() for name in (limit, used))
+    fields = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
     if most != "max":
         yield int(most) - int(taken) + int(fields[inactive])
 

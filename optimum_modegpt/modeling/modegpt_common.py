@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .modegpt_contract import check_attention, check_loading, refuse_unread_cache
-from .modegpt_files import one_set_of_weights, readable_weights
+from .modegpt_files import check_sizes, one_set_of_weights, readable_weights
 
 # What stands below a mixin: at run time a family's dense class.
 if TYPE_CHECKING:
@@ -68,40 +68,6 @@ class Widths:
 
 
 # --------------------------------------------------------------------------------------------------- configuration
-
-SIZE_LIMIT = 2**30
-"""Far above every size there is; the bytes of a matrix of two such sizes can still be counted in 64 bits."""
-LISTED_LIMITS = {"num_hidden_layers": 2**12, "num_labels": 2**20}
-"""Limits of what is listed one by one, in memory, as soon as a configuration is read."""
-SIZES = (
-    *LISTED_LIMITS,
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "ffn_dim",
-    "word_embed_proj_dim",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-
-
-def check_sizes(values: Mapping[str, Any]) -> None:
-    """Refuses sizes of a configuration, by name, that no model has; those that are absent or None are not checked.
-
-    Raises:
-        ValueError: a size is no integer, below 1 or absurdly large, or the heads do not fall into groups.
-    """
-    for name in SIZES:
-        size, limit = values.get(name), LISTED_LIMITS.get(name, SIZE_LIMIT)
-        if size is not None and (type(size) is not int or not 1 <= size <= limit):
-            raise ValueError(f"config.json: {name} is {size!r}; expected an integer in [1, {limit}].")
-    heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if heads is not None and groups is not None and heads % groups:
-        raise ValueError(
-            f"config.json: num_attention_heads is {heads}; expected a multiple of num_key_value_heads, {groups}."
-        )
 
 
 class ModeGPTConfigMixin(Dense):

@@ -1,4 +1,4 @@
-"""The weight files of a compressed model: safetensors and nothing else, whole, and one set of them in a folder.
+"""Checks of the files of a compressed model: sizes in config.json that a model can have; weights as safetensors only.
 
 This file is also remote code: it is copied beside the weights and must import nothing but torch and transformers.
 """
@@ -11,11 +11,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers.modeling_utils import load_state_dict
 from transformers.utils.hub import cached_file
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
 """The arguments of a `from_pretrained` that say which files of the Hub are meant."""
+SIZE_LIMIT = 2**30
+"""Far above every size there is; the bytes of a matrix of two such sizes can still be counted in 64 bits."""
+LISTED_LIMITS = {"num_hidden_layers": 2**12, "num_labels": 2**20}
+"""Limits of what is listed one by one, in memory, as soon as a configuration is read."""
+SIZES = (
+    *LISTED_LIMITS,
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Refuses sizes of a configuration, by name, that no model has; those that are absent or None are not checked.
+
+    Raises:
+        ValueError: a size is no integer, below 1 or absurdly large, or the heads do not fall into groups.
+    """
+    for name in SIZES:
+        size, limit = values.get(name), LISTED_LIMITS.get(name, SIZE_LIMIT)
+        if size is not None and (type(size) is not int or not 1 <= size <= limit):
+            raise ValueError(f"config.json: {name} is {size!r}; expected an integer in [1, {limit}].")
+    heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads is not None and groups is not None and heads % groups:
+        raise ValueError(
+            f"config.json: num_attention_heads is {heads}; expected a multiple of num_key_value_heads, {groups}."
+        )
 
 
 def whole_name(variant: str | None = None) -> str:
@@ -83,6 +115,8 @@ def readable_weights(name: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
 
 def _check_folder(folder: Path, variant: str | None) -> None:
     """Refuses a local folder whose weights are pickles, led astray, cut off or damaged, before they are loaded."""
+    from transformers.modeling_utils import load_state_dict  # takes seconds to import
+
     files = weight_files(folder, variant)
     if not files and (pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin*"))):
         raise ValueError(

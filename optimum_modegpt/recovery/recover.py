@@ -14,48 +14,11 @@ from transformers import PreTrainedModel
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.perplexity import check_windows, perplexity
+from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.walk.state import Base
 
 HELD_OUT_SHARE, FEWEST_HELD_OUT = 0.05, 2
 """Windows that are not trained on but choose the best step."""
-LEARNING_RATE = 0.03
-"""Over √d_model. Measured on models of width 64 and 96; at 4096 it is 5e-4, in the range that people use for LoRA."""
-
-
-@dataclass(frozen=True)
-class RecoveryConfig:
-    """How to fine-tune.
-
-    Args:
-        steps: updates of the adapter.
-        batch_size: windows per step; as many as fit go through the model together, and gradients are accumulated.
-        learning_rate: its peak, after the first twentieth of the steps; from there it falls to zero along a cosine.
-            None takes 0.03 / √d_model: wider models want a smaller one.
-        lora_rank: rank of the adapter of every projection of the blocks.
-        seed: of the adapter's first values and the order of the windows.
-
-    Raises:
-        InvalidConfig: for a value that is out of range.
-    """
-
-    steps: int = 300
-    batch_size: int = 8
-    learning_rate: float | None = None
-    lora_rank: int = 32
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lora_rank"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise InvalidConfig(f"{name} must be an integer of at least 1, found {value!r}.")
-        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
-            raise InvalidConfig(f"learning_rate must be a number above 0, or None, found {self.learning_rate!r}.")
-
-    def peak_learning_rate(self, model_config: Any) -> float:
-        """The learning rate that a model of this configuration gets."""
-        width = model_config.get_text_config().hidden_size
-        return LEARNING_RATE / math.sqrt(width) if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True)

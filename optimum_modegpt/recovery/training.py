@@ -35,7 +35,7 @@ from optimum_modegpt.evaluation.perplexity import (
     targets,
 )
 from optimum_modegpt.evaluation.randomness import kept_random_state
-from optimum_modegpt.recovery.recover import RecoveryConfig
+from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.report import count_parameters
 
 LORA_ALPHA = 32

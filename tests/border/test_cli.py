@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -20,14 +22,16 @@ import torch
 from checkpoints import RECIPE, save_dense, save_text
 from optimum.commands.optimum_cli import main as optimum_main
 from tiny import dense, tokenizer, tokens
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, demo, perplexity
 from optimum_modegpt.calibration.data import evaluation_windows
 from optimum_modegpt.integration import cli, cli_register
+from optimum_modegpt.integration.arguments.configuration import field_texts
 from optimum_modegpt.integration.commands import compress as compress_command
 from optimum_modegpt.integration.commands import inspect as inspect_command
-from optimum_modegpt.integration.commands.configuration import configuration, field_texts
+from optimum_modegpt.integration.commands.configuration import configuration
 from optimum_modegpt.integration.commands.demo import whole_sentences
 from optimum_modegpt.report import Report
 
@@ -246,7 +250,7 @@ def test_interrupt_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> No
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=300)[1]
     assert process.returncode == 130, errors
-    assert errors.endswith("interrupted; nothing was left behind.\n")
+    assert errors.endswith("Interrupted. No files were written.\n")
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
@@ -291,7 +295,7 @@ def test_a_defect_is_no_broken_threshold(
     assert cli.main(["inspect", str(checkpoint)]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("Traceback")
-    assert "error: a shape was wrong\nThis is a defect" in errors
+    assert "error: a shape was wrong\nThis looks like a bug" in errors
 
 
 def test_a_device_that_is_not_there(
@@ -397,8 +401,8 @@ def test_counts_below_one_are_refused_before_any_work(flag: str, capsys: pytest.
     ("words", "message"),
     [
         (["compress", "m", "--output", ""], "expected a path, found nothing"),
-        (["compress", "m", "--outp", "o"], "--output"),
-        (["compress", "m", "--output", "o", "--spars", "0.3"], "unrecognized arguments: --spars"),
+        (["compress", "m", "--outp", "o"], "Did you mean --output?"),
+        (["compress", "m", "--output", "o", "--spars", "0.3"], "unknown option --spars. Did you mean --sparsity?"),
     ],
 )
 def test_an_error_of_arguments_is_short(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -687,6 +691,111 @@ def test_the_registered_file_is_the_one_of_the_package() -> None:
     assert Path(register_modegpt.__file__).read_text() == Path(cli_register.__file__).read_text(), (
         "the installed copy is older than the package's: install the package again"
     )
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("program", [cli.PROGRAM, "optimum-cli modegpt"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["compress", "demo", "--foo"], "unknown option --foo."),
+        (["compress", "demo", "--output", "o", "--foo"], "unknown option --foo."),
+        (["compress", "demo", "--ouput", "o"], "unknown option --ouput. Did you mean --output?"),
+        (
+            ["compress", "demo", "--output", "o", "--sparcity=0.2"],
+            "unknown option --sparcity. Did you mean --sparsity?",
+        ),
+        (["compress", "demo", "-output", "o"], "unknown option -output. Did you mean --output?"),
+        (["inspect", "demo", "more"], "unexpected argument: more"),
+        (["evaluate", "demo", "--", "--more"], "unexpected argument: --more"),
+        (["compress", "demo"], "the following arguments are required: --output"),
+    ],
+)
+def test_a_mistake_names_the_help_of_its_command(
+    words: list[str], message: str, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words, program=program)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\nsee {program} {words[0]} --help\n"
+
+
+def test_a_value_may_look_like_a_negative_number(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "found -1.0" in refusal(capsys, "compress", "m", "--output", "o", "--sparsity", "-1")
+
+
+# ------------------------------------------------------------------------------------ characters that cannot be printed
+
+ENCODINGS = pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+
+
+def printing(encoding: str, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
+    """The exit code, output and errors of a command on a terminal of this encoding."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    with monkeypatch.context() as patch:
+        for name, stream in streams.items():
+            patch.setattr(sys, name, stream)
+        code = cli.main([str(argument) for argument in arguments])
+    for stream in streams.values():
+        stream.flush()
+    out, errors = (stream.buffer.getvalue().decode(encoding) for stream in streams.values())  # pyright: ignore
+    return code, out, errors
+
+
+@ENCODINGS
+def test_a_path_that_cannot_be_printed_is_escaped(
+    encoding: str, checkpoint: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, page = tmp_path / "出力", tmp_path / "頁.html"
+    code, out, _ = printing(
+        encoding, monkeypatch, "compress", checkpoint, "--output", output, "--dataset", text, *FLAGS
+    )
+    assert code == 0
+    assert f"saved in {tmp_path}/\\u51fa\\u529b\n" in out
+    assert (output / "report.json").is_file()
+    for words in (["inspect", output], ["evaluate", output, "--dataset", text, "--max-windows", 2]):
+        assert printing(encoding, monkeypatch, *words)[0] == 0
+    prompts = tmp_path / "入力.txt"
+    prompts.write_text("A river\n", encoding="utf-8")
+    words = ["compare", checkpoint, output, "--prompts", prompts, "--max-new-tokens", 2, "--html", page]
+    code, out, _ = printing(encoding, monkeypatch, *words)
+    assert (code, page.is_file()) == (0, True)
+    assert "\\u9801.html" in out
+    code, _, errors = printing(encoding, monkeypatch, "inspect", tmp_path / "無い")
+    assert code == 2
+    assert "\\u7121\\u3044' does not exist" in errors
+
+
+@ENCODINGS
+def test_help_is_printed_in_every_encoding(encoding: str) -> None:
+    for name in ("benchmark", "compare", "compress"):
+        done = subprocess.run(
+            [sys.executable, "-m", "optimum_modegpt", name, "--help"],
+            capture_output=True,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+@ENCODINGS
+def test_warnings_and_progress_bars_are_printed_in_every_encoding(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(options: Any) -> None:
+        print("出")
+        print("力", file=sys.stderr)
+        logging.StreamHandler().emit(logging.makeLogRecord({"msg": "警告"}))
+        for _ in tqdm([0], desc="進行"):
+            pass
+
+    monkeypatch.setattr(inspect_command, "run", run)
+    code, out, errors = printing(encoding, monkeypatch, "inspect", "demo")
+    assert (code, out) == (0, "\\u51fa\n")
+    assert "\\u529b\n\\u8b66\\u544a\n" in errors
+    assert "\\u9032\\u884c" in errors
 
 
 # ----------------------------------------------------------------------------------------------------------------- demo

@@ -417,7 +417,7 @@ def test_an_interrupted_run_names_the_file_that_stays(
 
     monkeypatch.setattr(PromptComparison, "to_dict", interrupted)
     assert run(folders, prompts, "--jsonl", file) == 130
-    assert capsys.readouterr().err.endswith(f"interrupted; {file} holds the prompts that were measured.\n")
+    assert capsys.readouterr().err.endswith(f"Interrupted. {file} holds the prompts that were measured.\n")
     assert len(file.read_text().splitlines()) == 2
 
 

@@ -32,7 +32,7 @@ from optimum_modegpt import (
     ModeGPTQuantizer,
     UnsupportedModel,
 )
-from optimum_modegpt.integration.auto import install_keyword
+from optimum_modegpt.integration.keyword import install_keyword
 from optimum_modegpt.integration.source import Source, default_dataset
 
 
@@ -369,7 +369,7 @@ def test_the_quantizer_saves_everything(checkpoint: Path, config: ModeGPTConfig,
 
 def test_the_keyword_is_installed_once() -> None:
     before = PreTrainedModel.from_pretrained.__func__
-    install_keyword()
+    install_keyword(PreTrainedModel)
     assert PreTrainedModel.from_pretrained.__func__ is before
 
 

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 LAYERS = (
     ("errors",),
+    ("recipe",),
     ("decompositions", "allocation", "config", "report"),
     ("stages", "architectures", "processes", "kv_cache"),
     ("calibration",),
@@ -34,6 +35,7 @@ MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "e
 
 ONLY = {
     "errors": (),
+    "recipe": (f"{PACKAGE}.errors",),
     "allocation": (),
     "decompositions": ("torch", f"{PACKAGE}.errors", f"{PACKAGE}.decompositions"),
     "modeling": ("torch", "transformers"),
@@ -179,7 +181,8 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         "decompositions/rotary.py": f"from {PACKAGE}.decompositions.psd import X",
         "allocation/plan.py": "import math",
         "report.py": f"def plot():\n    from {PACKAGE}.plot import draw",
-        "config.py": f"import transformers\nfrom {PACKAGE} import errors",
+        "recipe.py": f"import dataclasses\nfrom {PACKAGE}.errors import X",
+        "config.py": f"import transformers\nfrom {PACKAGE}.recipe import X",
         "stages.py": f"from {PACKAGE}.report import Stage",
         "modeling/modegpt_common.py": "import torch\nimport transformers.x",
         "modeling/modegpt_llama.py": "from .modegpt_common import X\nfrom . import modegpt_common",
@@ -226,6 +229,7 @@ PLANTED = {
     "decompositions know numpy": ("decompositions/psd.py", "def f():\n    from numpy import array"),
     "allocation knows torch": ("allocation/plan.py", "from torch import Tensor"),
     "errors know torch": ("errors.py", "import torch.cuda"),
+    "the recipe knows transformers": ("recipe.py", "import transformers"),
     "calibration data know the architectures": ("calibration/data.py", f"from {PACKAGE}.architectures import block"),
     "modeling knows ours": ("modeling/modegpt_llama.py", f"from {PACKAGE}.errors import ModeGPTError"),
     "modeling imports its own files absolutely": (
@@ -245,3 +249,51 @@ PLANTED = {
 @pytest.mark.parametrize(("name", "text"), PLANTED.values(), ids=list(PLANTED))
 def test_planted_violation_is_caught(name, text, tmp_path):
     assert len(violations(plant(tmp_path, {name: text}))) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- text files
+
+
+def opened_without_encoding(source: str) -> list[int]:
+    """The lines that open, read or write a text file and leave its encoding to the machine."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and _is_text(node) and not any(key.arg == "encoding" for key in node.keywords)
+    ]
+
+
+def _is_text(call: ast.Call) -> bool:
+    """Whether a call works on a text file, by its name; a mode with a `b` is for bytes, and `os.open` has no mode."""
+    name, owner = getattr(call.func, "attr", None), getattr(call.func, "value", None)
+    if name in ("read_text", "write_text"):
+        return True
+    is_open = getattr(call.func, "id", None) == "open" or (name == "open" and getattr(owner, "id", None) != "os")
+    modes = [
+        value for each in (*call.args, *(k.value for k in call.keywords)) for value in [getattr(each, "value", "")]
+    ]
+    return is_open and not any(isinstance(mode, str) and "b" in mode and len(mode) <= 3 for mode in modes)
+
+
+def test_text_files_are_opened_with_an_encoding():
+    lines = {
+        str(path.relative_to(ROOT)): opened_without_encoding(path.read_text(encoding="utf-8"))
+        for path in ROOT.rglob("*.py")
+    }
+    assert len(lines) > 50
+    assert {path: found for path, found in lines.items() if found} == {}
+
+
+def test_a_text_file_without_encoding_is_found():
+    source = """
+open("a")
+Path("a").open("w")
+file.read_text()
+file.write_text("b")
+open("a", "rb")
+Path("a").open(mode="wb")
+os.open("a", os.O_WRONLY)
+open("a", encoding="utf-8")
+file.write_text("b", encoding="utf-8")
+"""
+    assert opened_without_encoding(source) == [2, 3, 4, 5]

@@ -19,7 +19,7 @@ from tiny import dense, tokenizer
 
 from optimum_modegpt.integration import cli
 from optimum_modegpt.integration.card import write_card
-from optimum_modegpt.recovery import RecoveryConfig
+from optimum_modegpt.recovery.config import RecoveryConfig
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "model_cards").iterdir())

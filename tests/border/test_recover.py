@@ -34,7 +34,8 @@ from optimum_modegpt.evaluation.fidelity import divergence
 from optimum_modegpt.evaluation.perplexity import logits_of, nats_of, targets
 from optimum_modegpt.integration import cli
 from optimum_modegpt.integration.commands import recover as recover_command
-from optimum_modegpt.recovery import Recovery, RecoveryConfig, recover
+from optimum_modegpt.recovery.config import RecoveryConfig
+from optimum_modegpt.recovery.recover import Recovery, recover
 from optimum_modegpt.report import Report
 
 pytest.importorskip("peft", reason="peft is not installed (pip install 'optimum-modegpt[recover]')")

@@ -1,18 +1,5 @@
-"""The commands, a module each: `add` declares its arguments, `run` takes the parsed ones and does it.
+"""The commands, a module each: `run` takes the parsed arguments and does it.
 
-`run` prints the result, raises what goes wrong, and may return an exit code.
+`run` prints the result, raises what goes wrong, and may return an exit code. The arguments are declared in
+`optimum_modegpt.integration.arguments`, in modules of the same names.
 """
-
-from optimum_modegpt.integration.commands import (
-    benchmark,
-    compare,
-    compress,
-    demo,
-    estimate,
-    evaluate,
-    inspect,
-    recover,
-)
-
-COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, estimate, demo)
-"""In the order in which the help lists them."""

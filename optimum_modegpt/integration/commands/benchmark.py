@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,11 @@ from optimum_modegpt.errors import OutputError
 from optimum_modegpt.evaluation.speed import Benchmark
 from optimum_modegpt.evaluation.speed import benchmark as measure
 from optimum_modegpt.integration.commands.common import (
-    add_device,
     check_file,
-    count,
     models_on,
-    path,
     reference_of,
     shows_progress,
     source_of,
-    verb,
     write_json,
 )
 from optimum_modegpt.integration.headers import stored_bytes
@@ -28,42 +23,6 @@ from optimum_modegpt.integration.reading import pick_device
 from optimum_modegpt.integration.source import Source
 from optimum_modegpt.integration.tables import benchmark_table
 from optimum_modegpt.plot import picture_formats, plot_speeds
-
-NEW_TOKENS, REPEATS = 32, 5
-BATCH_SIZES, PROMPT_LENGTHS = (1, 8), (128, 1024)
-
-
-def add(verbs: Any) -> None:
-    """Declares the arguments."""
-    parser = verb(verbs, "benchmark", run, "How fast MODEL reads a prompt and writes, and what memory it takes.")
-    parser.add_argument("--reference", metavar="DENSE", help="model to take turns with; ratios are to it")
-    parser.add_argument("--batch-sizes", type=counts, default=BATCH_SIZES, metavar="N,…", help="default 1,8")
-    parser.add_argument(
-        "--prompt-lengths",
-        type=counts,
-        default=PROMPT_LENGTHS,
-        metavar="N,…",
-        help="tokens, cut to the context; default 128,1024",
-    )
-    parser.add_argument(
-        "--new-tokens", type=count, default=NEW_TOKENS, metavar="N", help=f"decoding steps; default {NEW_TOKENS}"
-    )
-    parser.add_argument(
-        "--repeats", type=count, default=REPEATS, metavar="N", help=f"measurements of a setting; default {REPEATS}"
-    )
-    parser.add_argument("--compile", action="store_true", help="measure once more under torch.compile; takes minutes")
-    add_device(parser)
-    files = parser.add_argument_group("files")
-    files.add_argument("--json", type=path, metavar="FILE", help="write all figures, machine and versions")
-    files.add_argument("--plot", type=path, metavar="FILE", help="draw the speeds; .png, .svg or .pdf")
-
-
-def counts(text: str) -> tuple[int, ...]:
-    """Integers of at least 1, separated by commas."""
-    try:
-        return tuple(count(part.strip()) for part in text.split(","))
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"expected integers of at least 1 such as 1,8, found {text!r}") from error
 
 
 def run(options: Namespace) -> None:

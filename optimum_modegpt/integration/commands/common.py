@@ -1,18 +1,18 @@
-"""What several commands share: arguments, where models come from, files that they write."""
+"""The parts that several commands share: where models come from, progress bars, files that they write."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
 import sys
 from argparse import Namespace
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from transformers.utils import logging
 
 from optimum_modegpt.errors import CalibrationDataError, OutputError
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
@@ -20,59 +20,11 @@ from optimum_modegpt.integration.reading import load_model
 from optimum_modegpt.integration.source import Source, tokenizer_named
 from optimum_modegpt.stages import compute_device
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 OTHER_TEXT = "OTHER_TEXT.txt"
 """Stands in an advised command for a text of the user's own that was not used yet."""
-
-
-# --------------------------------------------------------------------------------------------------------- arguments
-
-
-def verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    """The parser of a command that works on one model; `run` takes its options and returns an exit code or None."""
-    parser = verbs.add_parser(name, help=text, description=text)
-    parser.set_defaults(run=run)
-    parser.add_argument("model", metavar="MODEL", help="name on the Hub, folder, or demo for the embedded model")
-    add_access(parser, "MODEL")
-    return parser
-
-
-def add_access(parser: argparse.ArgumentParser, model: str) -> None:
-    """The flags that say how the argument `model` is read."""
-    parser.add_argument("--revision", metavar="R", help=f"branch, tag or commit of {model}")
-    parser.add_argument("--token", metavar="T", help="access token of the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    add_debug(parser)
-
-
-def add_debug(parser: argparse.ArgumentParser) -> None:
-    """The flag that shows tracebacks."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """The flags of a command that computes."""
-    parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator if there is one")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the weights; auto is that of the checkpoint"
-    )
-
-
-def count(text: str) -> int:
-    """An integer of at least 1."""
-    if not re.fullmatch(r"\d+", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
-    return int(text)
-
-
-def path(text: str) -> Path:
-    """A path; an empty one would be the working folder."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, found nothing")
-    return Path(text)
-
-
-# ------------------------------------------------------------------------------------------------- models and files
 
 
 def source_of(options: Namespace) -> Source:
@@ -119,8 +71,23 @@ def shared_tokenizer(name: str | None, source: Source, reference: Source | None)
 
 
 def shows_progress() -> bool:
-    """Whether there is someone to watch progress bars."""
+    """Return whether to show progress bars: only in a terminal."""
     return sys.stderr.isatty()
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Hide transformers' progress bars; those of downloads stay if the error stream is a terminal."""
+    watched = shows_progress() and not are_progress_bars_disabled()
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    if watched:
+        enable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
 
 
 def check_file(file: Path | None) -> None:

@@ -23,14 +23,11 @@ from optimum_modegpt.evaluation.room import check_room
 from optimum_modegpt.integration.card import REPORT
 from optimum_modegpt.integration.commands.common import (
     OTHER_TEXT,
-    add_device,
     check_file,
-    path,
     shows_progress,
     source_of,
-    verb,
 )
-from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
+from optimum_modegpt.integration.commands.configuration import configuration
 from optimum_modegpt.integration.commands.estimate import estimate_of
 from optimum_modegpt.integration.hub import Upload
 from optimum_modegpt.integration.output import check_output, replacing, saving, taken_back
@@ -48,21 +45,6 @@ LEGEND = (
 )
 STEEP = 0.4
 """A sparsity from which the loss grows fast."""
-
-
-def add(verbs: Any) -> None:
-    """Declares the arguments."""
-    parser = verb(verbs, "compress", run, "Compress MODEL and save it.")
-    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
-    parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
-    parser.add_argument("--fresh", action="store_true", help="throw away what an interrupted run of this has finished")
-    parser.add_argument("--ignore-estimate", action="store_true", help="go on where memory or disk seem too small")
-    parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report there")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result, to user/name on the Hub")
-    parser.add_argument("--private", action="store_true", help="make REPO private if it is new")
-    parser.add_argument("--create-pr", action="store_true", help="upload as a pull request")
-    add_configuration(parser)
-    add_device(parser)
 
 
 def run(options: Namespace) -> None:
@@ -189,7 +171,8 @@ def _unfinished_work(output: Path) -> Iterator[Checkpoint]:
         if checkpoint.read() is None:
             raise
         raise KeyboardInterrupt(
-            f"what is finished is kept in {checkpoint.folder}. The same command goes on, with --fresh it starts anew."
+            f"Finished blocks are kept in {checkpoint.folder}. "
+            "Run the same command to resume, with --fresh to start again."
         ) from None
 
 

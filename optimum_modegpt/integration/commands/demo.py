@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import tempfile
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import evaluation_windows, resolve_sequence_length
 from optimum_modegpt.evaluation.speed import Benchmark, benchmark
-from optimum_modegpt.integration.commands.common import add_debug, models_on, path, source_of
+from optimum_modegpt.integration.commands.common import models_on, source_of
 from optimum_modegpt.integration.commands.compress import LEGEND, compress_to
 from optimum_modegpt.integration.commands.evaluate import scores
 from optimum_modegpt.integration.headers import weight_bytes
@@ -26,21 +25,6 @@ from optimum_modegpt.integration.tables import scores_table
 
 DEMO_WINDOWS = 64
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 120
-SPARSITY = 0.2
-"""Fraction to remove unless another is given; at 0.3 so small a model no longer writes well."""
-
-
-def add(verbs: Any) -> None:
-    """Declares the arguments."""
-    parser = verbs.add_parser("demo", help="The whole job on the embedded model: compress, evaluate, reload, generate.")
-    parser.set_defaults(run=run, model="demo", revision=None, token=None, trust_remote_code=False)
-    parser.set_defaults(dtype="auto", config=None, report=None, fresh=False, ignore_estimate=True)
-    parser.add_argument("--output", type=path, metavar="DIR", help="keep the compressed model there")
-    parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
-    parser.add_argument("--sparsity", type=float, default=SPARSITY, help=f"as in compress; default {SPARSITY}")
-    parser.add_argument("--method", default=argparse.SUPPRESS, help="as in compress")
-    parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator if there is one")
-    add_debug(parser)
 
 
 def run(options: Namespace) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,22 +12,11 @@ from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import resolve_sequence_length
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.evaluation.estimate import Estimate, estimate, on_meta
-from optimum_modegpt.integration.commands.common import add_device, check_file, count, path, source_of, verb, write_json
-from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
+from optimum_modegpt.integration.commands.common import check_file, source_of, write_json
+from optimum_modegpt.integration.commands.configuration import configuration
 from optimum_modegpt.integration.reading import load_config, pick_device, readable
 from optimum_modegpt.integration.source import Source, context_of
 from optimum_modegpt.integration.tables import estimate_table
-
-
-def add(verbs: Any) -> None:
-    """Declares the arguments."""
-    parser = verb(verbs, "estimate", run, "Memory and work that compressing MODEL needs; loads no weights.")
-    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
-    parser.add_argument(
-        "--processes", type=count, default=1, metavar="N", help="processes started together on this machine; default 1"
-    )
-    add_configuration(parser)
-    add_device(parser)
 
 
 def run(options: Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from argparse import Namespace
 from pathlib import Path
@@ -21,16 +20,12 @@ from optimum_modegpt.evaluation.perplexity import perplexity
 from optimum_modegpt.integration.card import CARD, EVALUATION, add_evaluation, check_evaluation
 from optimum_modegpt.integration.card.write import may_be_replaced
 from optimum_modegpt.integration.commands.common import (
-    add_device,
     check_file,
-    count,
     models_on,
-    path,
     reference_of,
     shared_tokenizer,
     shows_progress,
     source_of,
-    verb,
     write_json,
 )
 from optimum_modegpt.integration.reading import load_config, pick_device
@@ -40,51 +35,6 @@ from optimum_modegpt.report import count_parameters
 
 TEXT_FLAGS = ("dataset_split", "text_column", "sequence_length", "max_windows")
 TASK_FLAGS = ("num_fewshot", "limit", "include_path")
-
-
-def add(verbs: Any) -> None:
-    """Declares the arguments."""
-    parser = verb(
-        verbs, "evaluate", run, "Perplexity of MODEL or its scores on tasks, and how far they are from DENSE's."
-    )
-    parser.add_argument("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
-    parser.add_argument("--tokenizer", metavar="NAME", help="name or folder; by default MODEL's own, else DENSE's")
-    parser.add_argument(
-        "--batch-size", type=count, metavar="N", help="windows or requests per forward pass; chosen by size, 1 in tasks"
-    )
-    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
-    parser.add_argument(
-        "--update-card", action="store_true", help="also put the result into the folder MODEL and its model card"
-    )
-    add_device(parser)
-    text = parser.add_argument_group(
-        "perplexity", "What is done without --tasks; beside them where --dataset is given."
-    )
-    text.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
-    text.add_argument("--dataset-split", metavar="NAME", help="split to read; by default test, validation or train")
-    text.add_argument("--text-column", metavar="NAME", help="column that holds the text")
-    text.add_argument("--sequence-length", type=int, metavar="N", help="tokens per window; default min(2048, context)")
-    text.add_argument("--max-windows", type=count, metavar="N", help="score the first N windows only")
-    tasks = parser.add_argument_group("tasks", "Of lm-eval: pip install 'optimum-modegpt[eval]'.")
-    tasks.add_argument(
-        "--tasks", type=_names, metavar="NAME,NAME", help="tasks, groups or tags; lm_eval ls tasks lists them"
-    )
-    tasks.add_argument(
-        "--num-fewshot", type=_shots, metavar="N", help="examples before each question; by default the task's"
-    )
-    tasks.add_argument("--limit", type=count, metavar="N", help="the first N samples of each task only, for a trial")
-    tasks.add_argument("--include-path", type=path, metavar="DIR", help="folder with YAML files of your own tasks")
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"expected names with commas between them, found {text!r}")
-    return names
-
-
-def _shots(text: str) -> int:
-    return 0 if text == "0" else count(text)
 
 
 def run(options: Namespace) -> None:

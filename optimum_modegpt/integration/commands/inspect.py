@@ -6,30 +6,21 @@ import shlex
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_modegpt.architectures import FAMILIES
 from optimum_modegpt.evaluation.inspection import inspection
 from optimum_modegpt.integration.card.contents import EVALUATION, read
-from optimum_modegpt.integration.commands.common import check_file, path, source_of, verb, write_json
+from optimum_modegpt.integration.commands.common import check_file, source_of, write_json
 from optimum_modegpt.integration.headers import read_headers
 from optimum_modegpt.integration.reading import load_config, load_model
 from optimum_modegpt.integration.source import Source
 from optimum_modegpt.integration.tables import inspection_table
-from optimum_modegpt.walk.self_check import PREFILL, STEPS, SelfCheck, self_check
+from optimum_modegpt.modeling import DENSE_TYPES
 
-
-def add(verbs: Any) -> None:
-    """Declares the arguments."""
-    parser = verb(verbs, "inspect", run, "Show ranks, parameters, record and measurements of MODEL without loading it.")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="also load MODEL, and compare its logits with and without the key-value cache on a few tokens",
-    )
-    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
+if TYPE_CHECKING:
+    from optimum_modegpt.walk.self_check import SelfCheck
 
 
 def run(options: Namespace) -> None:
@@ -46,12 +37,14 @@ def run(options: Namespace) -> None:
         print(check)
     if not found.blocks:
         advice = f"To compress it: {options.program} compress {shlex.quote(options.model)} --output DIR"
-        unknown = f"Models of its type cannot be compressed; known: {', '.join(sorted(FAMILIES))}."
-        print(f"This is a dense model. {advice if found.model_type in FAMILIES else unknown}")
+        unknown = f"Models of its type cannot be compressed; known: {', '.join(DENSE_TYPES)}."
+        print(f"This is a dense model. {advice if found.model_type in DENSE_TYPES else unknown}")
 
 
 def _check(source: Source) -> SelfCheck:
     """Load a model strictly and run the self-check on tokens from all over its vocabulary."""
+    from optimum_modegpt.walk.self_check import PREFILL, STEPS, self_check  # imports the code of models
+
     model = load_model(source, "auto").eval()
     tokens = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PREFILL + STEPS)
     return self_check(model, tokens.long())

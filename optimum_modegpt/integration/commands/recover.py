@@ -14,55 +14,19 @@ from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.integration.card import REPORT
 from optimum_modegpt.integration.commands.common import (
     OTHER_TEXT,
-    add_device,
-    count,
     models_on,
-    path,
     reference_of,
     shared_tokenizer,
     shows_progress,
     source_of,
-    verb,
 )
 from optimum_modegpt.integration.hub import KEPT_REPORT
 from optimum_modegpt.integration.output import check_output, replacing, saving
 from optimum_modegpt.integration.reading import load_config, pick_device
 from optimum_modegpt.integration.source import DEMO, Source, calibrate
-from optimum_modegpt.recovery import Recovery, RecoveryConfig, check_compressed, recover
+from optimum_modegpt.recovery.config import RecoveryConfig
+from optimum_modegpt.recovery.recover import Recovery, check_compressed, recover
 from optimum_modegpt.report import Report
-
-MOST_WINDOWS = 4096
-
-
-def add(verbs: Any) -> None:
-    """Declares the arguments."""
-    parser = verb(verbs, "recover", run, "Fine-tune a compressed MODEL with LoRA, merge it and save the result.")
-    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
-    parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
-    parser.add_argument("--teacher", dest="reference", metavar="DENSE", help="learn its predictions, not the text's")
-    parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
-    parser.add_argument("--dataset-split", metavar="NAME", help="split to read; by default train")
-    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
-    parser.add_argument(
-        "--sequence-length", type=int, metavar="N", help="tokens per window; default min(2048, context)"
-    )
-    parser.add_argument(
-        "--num-samples",
-        type=count,
-        default=MOST_WINDOWS,
-        metavar="N",
-        help="windows to take at most; default %(default)s",
-    )
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="its peak; default 0.03 / sqrt(d_model)")
-    for flag, kind, text in (
-        ("steps", count, "updates of the weights"),
-        ("batch-size", count, "windows per step"),
-        ("lora-rank", count, "rank of the adapters"),
-        ("seed", int, "of the choice and order of the windows and of the adapters' first values"),
-    ):
-        default = getattr(RecoveryConfig, flag.replace("-", "_"))
-        parser.add_argument(f"--{flag}", type=kind, default=default, metavar="N", help=f"{text}; default %(default)s")
-    add_device(parser)
 
 
 def run(options: Namespace) -> None:

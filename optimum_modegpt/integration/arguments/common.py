@@ -1,0 +1,53 @@
+"""The arguments, and types of arguments, that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """Add the parser of a command that works on one model."""
+    parser = verbs.add_parser(name, help=text, description=text)
+    parser.add_argument("model", metavar="MODEL", help="name on the Hub, folder, or demo for the embedded model")
+    add_access(parser, "MODEL")
+    return parser
+
+
+def add_access(parser: argparse.ArgumentParser, model: str) -> None:
+    """Add the flags for access to the argument `model`."""
+    parser.add_argument("--revision", metavar="R", help=f"branch, tag or commit of {model}")
+    parser.add_argument("--token", metavar="T", help="access token of the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_debug(parser)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that shows tracebacks."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a command that computes."""
+    parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator if there is one")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights; auto is that of the checkpoint"
+    )
+
+
+def count(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
+    return int(text)
+
+
+def path(text: str) -> Path:
+    """Parse a path; an empty one would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found nothing")
+    return Path(text)
