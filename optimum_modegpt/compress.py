@@ -22,7 +22,7 @@ from optimum_modegpt.allocation.targets import influence_targets, plan_from_targ
 from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.streams import Stream, passed
+from optimum_modegpt.calibration.streams import Stream, check_dense, passed
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
@@ -174,14 +174,14 @@ def measure_sensitivities(walk: Walk) -> None:
             f"with {blocks} blocks the sensitivities are measured on {walk.budget.divergence_windows} window(s) at "
             f"{len(walk.budget.ratios)} ratios, to stay near the cost of the rest; the plan is noisier for it."
         )
-    first, second = sensitivity.split(tokens, walk.budget)
+    moments, divergence = sensitivity.split(len(tokens), walk.budget)
     sweeps = sensitivity.Sweeps(
         walk.architecture,
         walk.sizes,
         walk.config,
         walk.budget.ratios,
-        moments=walk.enter(first),
-        divergence=walk.enter(second),
+        moments=walk.enter(tokens[moments], first=moments.start),
+        divergence=walk.enter(tokens[divergence], first=divergence.start),
         device=walk.device,
     )
     for curves in sweeps.measured(walk.curves, progress=walk.progress):
@@ -197,6 +197,7 @@ def measure_influences(walk: Walk) -> list[float]:
         dense, arguments = block.on(walk.device), walk.front.on(block.index, walk.device)
         stream = list(passed(partial(influenced, dense, arguments, total), walk.device, stream))
         with naming(f"block {block.index}"):
+            check_dense(stream, walk.front.windows)
             influences.append(total.value())
     return influences
 
@@ -222,7 +223,7 @@ def cut_blocks(walk: Walk, plan: Plan) -> tuple[list[nn.Module], nn.Module | Non
         arguments = walk.front.on(block.index, walk.device)
         with naming(f"block {block.index}"):
             student, error, dense, compressed = step(walk, block, dense, compressed, widths[block.index], arguments)
-            check_result(error, compressed)
+            check_result(error, compressed, walk.front.windows)
         errors.append(error)
         modules.append(keep_block(walk, block, student.module, errors, (dense, compressed)))
         bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()}, refresh=False)
@@ -244,6 +245,7 @@ def matched_step(
     original = block.on(walk.device)
     student = original.student(walk.device)
     targets = residual_matched.run_dense(original, dense, arguments)
+    check_dense(targets.after, walk.front.windows)
     if widths == block.dense_widths and compressed is dense:
         return student, dict.fromkeys(PARTS, 0.0), targets.after, targets.after
     errors, after = residual_matched.compress_block(
@@ -265,6 +267,7 @@ def published_step(
     """One block of the published method: one shot, the dense stream alone; `compressed` is the same stream."""
     original = block.on(walk.device)
     moments, after = published.observe(original, dense, arguments)
+    check_dense(after, walk.front.windows)
     student = original.student(walk.device)
     if widths == block.dense_widths:
         return student, dict.fromkeys(PARTS, 0.0), after, after
