@@ -124,7 +124,7 @@ def harness(
 
     # lm-eval's decorators hide the signatures of both.
     wrap, run = cast("Any", huggingface.HFLM), cast("Any", lm_eval.simple_evaluate)
-    with evaluating(model), _undisturbed(progress), _quiet("lm_eval.evaluator"):
+    with evaluating(model), _undisturbed(progress), _quiet("lm_eval.evaluator"), _no_git():
         with _quiet("lm_eval.models.huggingface"):
             lm = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or 1)
         try:
@@ -287,6 +287,19 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = original
+
+
+@contextmanager
+def _no_git() -> Iterator[None]:
+    """Stops lm-eval from asking git for the commit of the working folder: git prints an error outside a repository."""
+    from lm_eval import evaluator
+
+    original = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: ""
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = original
 
 
 @contextmanager
