@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -36,13 +38,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Runs one command and returns its exit code: 0, or what the command says; 2 is any error, 130 is Ctrl-C.
+    """Runs one command and returns its exit code: 0, or the command's own; 2 is any error, 130 is Ctrl-C or SIGTERM.
 
     No exception but Ctrl-C leaves it: Python would exit with 1, which is the code of a broken threshold.
     """
     options = build_parser(program).parse_args(arguments)
     try:
-        with quiet_bars(), redirect_stdout(PlainOutput(sys.stdout)):
+        with quiet_bars(), interrupted_by_sigterm(), redirect_stdout(PlainOutput(sys.stdout)):
             return options.run(options) or 0
     except KeyboardInterrupt as interrupt:
         if options.debug:
@@ -77,6 +79,24 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM ends a command as Ctrl-C does, which removes the command's unfinished files.
+
+    Processes that work together end at once instead: one that waits for the others does not handle signals.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not is_main or not is_alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _advice(error: BaseException) -> str:

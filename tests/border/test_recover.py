@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +30,7 @@ from optimum_modegpt import (
     perplexity,
 )
 from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows
+from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.evaluation.fidelity import divergence
 from optimum_modegpt.evaluation.perplexity import logits_of, nats_of, targets
 from optimum_modegpt.integration import cli
@@ -367,6 +369,44 @@ def test_the_command_saves_an_ordinary_compressed_model(
     assert not torch.equal(logits(model), logits(before))
     subprocess.run([sys.executable, "-c", LOAD, str(output), str(tmp_path / "logits")], check=True, timeout=300)
     assert torch.equal(load_file(tmp_path / "logits")["logits"], logits(model))
+
+
+def stopped(words: list[str], by: signal.Signals) -> tuple[int, str]:
+    """Runs the command in a process that gets a signal when its result is saved; its exit code and messages."""
+    script = (
+        "import os, signal, time\n"
+        "from optimum_modegpt.integration import cli, output\n"
+        f"def stop(*args, **kwargs): os.kill(os.getpid(), signal.{by.name}); time.sleep(600)\n"
+        "output._place = stop\n"
+        f"raise SystemExit(cli.main({words!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False, timeout=300)
+    return done.returncode, done.stderr
+
+
+def test_a_run_that_was_killed_is_tidied_by_the_next(
+    small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, workshop = tmp_path / "out", tmp_path / ".out.checkpoint"
+    words = ["recover", str(small), "--dataset", str(text), "--output", str(output), *QUICK]
+    assert stopped(words, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert (workshop / "result" / "model.safetensors").is_file()
+    assert not output.exists()
+    with Checkpoint(workshop).alone():
+        assert cli.main(words) == cli.FAILED
+        assert "another run is at work" in capsys.readouterr().err
+        assert (workshop / "result" / "model.safetensors").is_file(), "nothing of a run that is at work is deleted"
+    assert cli.main(words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_nothing(by: signal.Signals, small: Path, text: Path, tmp_path: Path) -> None:
+    words = ["recover", str(small), "--dataset", str(text), "--output", str(tmp_path / "new" / "out"), *QUICK]
+    code, errors = stopped(words, by)
+    assert code == cli.INTERRUPTED
+    assert errors.endswith("interrupted; nothing was left behind.\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_gained_is_an_error_and_nothing_is_saved(

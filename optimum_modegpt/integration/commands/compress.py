@@ -33,7 +33,7 @@ from optimum_modegpt.integration.commands.common import (
 from optimum_modegpt.integration.commands.configuration import add_configuration, configuration
 from optimum_modegpt.integration.commands.estimate import estimate_of
 from optimum_modegpt.integration.hub import Upload
-from optimum_modegpt.integration.output import check_output, replacing, saving, taken_back
+from optimum_modegpt.integration.output import check_output, replacing, saving, taken_back, workshop_of
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.reading import load_config, load_model, pick_device
 from optimum_modegpt.integration.source import Source, default_dataset
@@ -182,7 +182,7 @@ def _digest(file: Path) -> str:
 @contextmanager
 def _unfinished_work(output: Path) -> Iterator[Checkpoint]:
     """Where it is kept until the result is at `output`; an interrupt inside says so, where anything is."""
-    checkpoint = Checkpoint(output.with_name(f".{output.name}.checkpoint"))
+    checkpoint = workshop_of(output)
     try:
         yield checkpoint
     except KeyboardInterrupt:

@@ -25,7 +25,7 @@ from optimum_modegpt.integration.commands.common import (
     verb,
 )
 from optimum_modegpt.integration.hub import KEPT_REPORT
-from optimum_modegpt.integration.output import check_output, replacing, saving
+from optimum_modegpt.integration.output import check_output, replacing, saving, taken_back, workshop_of
 from optimum_modegpt.integration.reading import load_config, pick_device
 from optimum_modegpt.integration.source import DEMO, Source, calibrate
 from optimum_modegpt.recovery import Recovery, RecoveryConfig, check_compressed, recover
@@ -73,22 +73,26 @@ def run(options: Namespace) -> None:
     """
     source, teacher = source_of(options), reference_of(options)
     config = RecoveryConfig(**{name: getattr(options, name) for name in RecoveryConfig.__dataclass_fields__})
-    check_output(options.output, overwrite=options.overwrite, used=_used_paths(source, teacher, options))
-    recovery = _recover_to(options.output, source, teacher, config, options)
+    output = options.output.resolve()  # the folder next to it is on the same disk
+    workshop = workshop_of(output)
+    with workshop.alone():
+        taken_back(workshop.folder, output)
+        check_output(output, overwrite=options.overwrite, used=_used_paths(source, teacher, options))
+        recovery = _recover_to(output, workshop.folder, source, teacher, config, options)
     print(recovery.summary())
     print(f"saved in {options.output}")
     print(_next_step(options))
 
 
 def _recover_to(
-    output: Path, source: Source, teacher: Source | None, config: RecoveryConfig, options: Namespace
+    output: Path, workshop: Path, source: Source, teacher: Source | None, config: RecoveryConfig, options: Namespace
 ) -> Recovery:
     device, model_config = pick_device(options.device), load_config(source)
     check_compressed(model_config)
     if teacher is not None:
         load_config(teacher)  # a name that leads nowhere is refused before anything is read
     tokenizer, report = shared_tokenizer(None, source, teacher), _report(source)
-    with replacing(output, overwrite=options.overwrite) as folder:
+    with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
         windows = calibrate(_text(options, model_config), tokenizer, model_config, source, fewer=True)
         model, dense = models_on(device, options.dtype, source, teacher)
         recovery = recover(
