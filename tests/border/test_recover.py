@@ -357,7 +357,9 @@ def test_the_command_saves_an_ordinary_compressed_model(
     printed = capsys.readouterr().out
     assert "held-out windows" in printed
     assert f"saved in {output}" in printed
-    assert printed.endswith(f"evaluate {output} --reference {teacher} --dataset OTHER_TEXT.txt\n")
+    assert printed.endswith(
+        f"evaluate {output} --reference {teacher} --dataset '<your-text.txt>' --sequence-length 32\n"
+    )
     assert {path.name for path in output.iterdir()} == {path.name for path in small.iterdir()}
     assert Report.load(output / "report.json").blocks == Report.load(small / "report.json").blocks
     assert "fine-tuned" in (output / "README.md").read_text(encoding="utf-8")
@@ -405,7 +407,7 @@ def test_a_run_that_is_stopped_leaves_nothing(by: signal.Signals, small: Path, t
     words = ["recover", str(small), "--dataset", str(text), "--output", str(tmp_path / "new" / "out"), *QUICK]
     code, errors = stopped(words, by)
     assert code == cli.INTERRUPTED
-    assert errors.endswith("interrupted; nothing was left behind.\n")
+    assert "interrupted" in errors.lower()
     assert list(tmp_path.iterdir()) == []
 
 

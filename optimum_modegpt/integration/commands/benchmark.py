@@ -13,6 +13,7 @@ from optimum_modegpt.evaluation.speed import Benchmark
 from optimum_modegpt.evaluation.speed import benchmark as measure
 from optimum_modegpt.integration.commands.common import (
     add_device,
+    add_reference_revision,
     check_file,
     count,
     models_on,
@@ -37,6 +38,7 @@ def add(verbs: Any) -> None:
     """Declares the arguments."""
     parser = verb(verbs, "benchmark", run, "How fast MODEL reads a prompt and writes, and what memory it takes.")
     parser.add_argument("--reference", metavar="DENSE", help="model to take turns with; ratios are to it")
+    add_reference_revision(parser)
     parser.add_argument("--batch-sizes", type=counts, default=BATCH_SIZES, metavar="N,…", help="default 1,8")
     parser.add_argument(
         "--prompt-lengths",

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_modegpt.errors import CalibrationDataError, OutputError
+from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, OutputError
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
 from optimum_modegpt.integration.reading import load_model
 from optimum_modegpt.integration.source import Source, tokenizer_named
 from optimum_modegpt.stages import compute_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-OTHER_TEXT = "OTHER_TEXT.txt"
-"""Stands in an advised command for a text of the user's own that was not used yet."""
 
 
 # --------------------------------------------------------------------------------------------------------- arguments
@@ -43,6 +41,12 @@ def add_access(parser: argparse.ArgumentParser, model: str) -> None:
     parser.add_argument("--token", metavar="T", help="access token of the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_debug(parser)
+
+
+def add_reference_revision(parser: argparse.ArgumentParser, flag: str = "--reference-revision") -> None:
+    """Adds the flag that says which revision of the dense model is read."""
+    text = "branch, tag or commit of DENSE"
+    parser.add_argument(flag, dest="reference_revision", metavar="R", help=text)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -81,10 +85,23 @@ def source_of(options: Namespace) -> Source:
 
 
 def reference_of(options: Namespace) -> Source | None:
-    """The model to compare with; None where none is named."""
+    """Returns the dense model to compare with or to learn from; None if none is named.
+
+    Raises:
+        InvalidConfig: only its revision is given.
+    """
+    if options.reference is None and options.reference_revision is not None:
+        raise InvalidConfig(
+            f"found a revision of the dense model, {options.reference_revision!r}, but no dense model. Name it with "
+            "--reference, for recover with --teacher."
+        )
     if options.reference is None:
         return None
-    arguments = {"token": options.token, "trust_remote_code": options.trust_remote_code or None}
+    arguments = {
+        "revision": options.reference_revision,
+        "token": options.token,
+        "trust_remote_code": options.trust_remote_code or None,
+    }
     return Source.of_arguments(options.reference, arguments)
 
 

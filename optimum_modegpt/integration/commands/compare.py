@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from optimum_modegpt.errors import EvaluationError, OutputError
 from optimum_modegpt.integration.commands.common import (
     add_access,
     add_device,
+    add_reference_revision,
     check_file,
     count,
     models_on,
@@ -47,6 +49,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("reference", metavar="DENSE", help="name on the Hub, folder, or demo for the embedded model")
     parser.add_argument("model", metavar="COMPRESSED", help="name on the Hub, or folder")
     add_access(parser, "COMPRESSED")
+    add_reference_revision(parser)
     parser.add_argument(
         "--prompts",
         type=path,
@@ -114,7 +117,7 @@ def _check_order(options: Namespace, first_is_compressed: bool, second_is_compre
     if first_is_compressed and not second_is_compressed:
         raise EvaluationError(
             f"{options.reference} is a compressed model and {options.model} a dense one; the dense one comes first: "
-            f"compare {options.model} {options.reference}"
+            f"{shlex.join(['compare', options.model, options.reference])}"
         )
 
 

@@ -22,6 +22,7 @@ from optimum_modegpt.integration.card import CARD, EVALUATION, add_evaluation, c
 from optimum_modegpt.integration.card.write import may_be_replaced
 from optimum_modegpt.integration.commands.common import (
     add_device,
+    add_reference_revision,
     check_file,
     count,
     models_on,
@@ -48,6 +49,7 @@ def add(verbs: Any) -> None:
         verbs, "evaluate", run, "Perplexity of MODEL or its scores on tasks, and how far they are from DENSE's."
     )
     parser.add_argument("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
+    add_reference_revision(parser)
     parser.add_argument("--tokenizer", metavar="NAME", help="name or folder; by default MODEL's own, else DENSE's")
     parser.add_argument(
         "--batch-size", type=count, metavar="N", help="windows or requests per forward pass; chosen by size, 1 in tasks"
@@ -163,6 +165,8 @@ def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
         settings["dtype"] = options.dtype
     if reference is not None:
         settings["reference"] = reference.base_model
+        if options.reference_revision is not None:
+            settings["reference_revision"] = options.reference_revision
         paths += ["reference"] * (not reference.is_demo and Path(reference.path).is_dir())
     return settings | ({"paths": paths} if paths else {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from optimum_modegpt.architectures import FAMILIES
 from optimum_modegpt.evaluation.inspection import inspection
 from optimum_modegpt.integration.card.contents import EVALUATION, read
+from optimum_modegpt.integration.commands.advice import NEW_FOLDER, advised
 from optimum_modegpt.integration.commands.common import check_file, path, source_of, verb, write_json
 from optimum_modegpt.integration.headers import read_headers
 from optimum_modegpt.integration.reading import load_config
@@ -31,7 +31,8 @@ def run(options: Namespace) -> None:
     write_json(options.json, {**found.to_dict(), "evaluation": evaluation})
     print(inspection_table(found, evaluation))
     if not found.blocks:
-        advice = f"To compress it: {options.program} compress {shlex.quote(options.model)} --output DIR"
+        command = advised(options, "compress", options.model, revision=options.revision, output=NEW_FOLDER)
+        advice = f"To compress it: {command}"
         unknown = f"Models of its type cannot be compressed; known: {', '.join(sorted(FAMILIES))}."
         print(f"This is a dense model. {advice if found.model_type in FAMILIES else unknown}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from transformers.utils.hub import cached_file
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.integration.card import REPORT
+from optimum_modegpt.integration.commands.advice import YOUR_TEXT, advised
 from optimum_modegpt.integration.commands.common import (
-    OTHER_TEXT,
     add_device,
+    add_reference_revision,
     count,
     models_on,
     path,
@@ -40,6 +40,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
     parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
     parser.add_argument("--teacher", dest="reference", metavar="DENSE", help="learn its predictions, not the text's")
+    add_reference_revision(parser, "--teacher-revision")
     parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
     parser.add_argument("--dataset-split", metavar="NAME", help="split to read; by default train")
     parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
@@ -143,12 +144,15 @@ def _used_paths(source: Source, teacher: Source | None, options: Namespace) -> l
 
 
 def _next_step(options: Namespace) -> str:
-    """The command that evaluates the result, ready for a shell but for the name of a text of the user's own."""
-    words = ["evaluate", str(options.output)]
-    if options.reference is not None:
-        words += ["--reference", options.reference]
-    if options.dataset is not None:
-        words += ["--dataset", OTHER_TEXT if Path(options.dataset).exists() else options.dataset]
-    if options.trust_remote_code:
-        words.append("--trust-remote-code")
-    return f"next, on text that was not trained on: {options.program} {shlex.join(words)}"
+    """Returns the command that evaluates the result; a placeholder stands for a file with other text."""
+    is_file = options.dataset is not None and Path(options.dataset).exists()
+    command = advised(
+        options,
+        *("evaluate", str(options.output)),
+        reference=options.reference,
+        reference_revision=options.reference_revision,
+        dataset=YOUR_TEXT if is_file else options.dataset,
+        text_column=None if is_file else options.text_column,
+        sequence_length=options.sequence_length,
+    )
+    return f"next, on text that was not trained on: {command}"
