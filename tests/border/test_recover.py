@@ -357,7 +357,8 @@ def test_the_command_saves_an_ordinary_compressed_model(
     printed = capsys.readouterr().out
     assert "held-out windows" in printed
     assert f"saved in {output}" in printed
-    assert printed.endswith(
+    ending = f"evaluate {output} --reference {teacher} --dataset '<your-text.txt>' --sequence-length 32\n"
+    assert printed.endswith(ending)
         f"evaluate {output} --reference {teacher} --dataset '<your-text.txt>' --sequence-length 32\n"
     )
     assert {path.name for path in output.iterdir()} == {path.name for path in small.iterdir()}
