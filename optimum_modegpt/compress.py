@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_modegpt import processes
@@ -30,6 +29,7 @@ from optimum_modegpt.errors import IllConditionedWarning, naming
 from optimum_modegpt.methods import published, residual_matched, sensitivity
 from optimum_modegpt.modeling.adoption import adopt
 from optimum_modegpt.modeling.modegpt_common import Widths
+from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS, Report
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checks import (
@@ -192,7 +192,7 @@ def measure_sensitivities(walk: Walk) -> None:
 def measure_influences(walk: Walk) -> list[float]:
     """Block influence of every block, over all calibration windows."""
     stream, influences = walk.front.stream, []
-    for block in tqdm(walk.architecture.blocks, desc="influences", unit="block", disable=not walk.progress):
+    for block in bar(walk.architecture.blocks, desc="influences", unit="block", shown=walk.progress):
         total = InfluenceSum()
         dense, arguments = block.on(walk.device), walk.front.on(block.index, walk.device)
         stream = list(passed(partial(influenced, dense, arguments, total), walk.device, stream))
@@ -218,17 +218,17 @@ def cut_blocks(walk: Walk, plan: Plan) -> tuple[list[nn.Module], nn.Module | Non
     widths = [Widths(ranks["qk"], ranks["vo"], ranks["mlp"]) for ranks in plan]
     modules, errors, dense, compressed = finished_blocks(walk, widths)
     blocks = walk.architecture.blocks
-    bar = tqdm(blocks, desc="blocks", unit="block", disable=not walk.progress, initial=len(modules))
-    for block in blocks[len(modules) :]:
-        arguments = walk.front.on(block.index, walk.device)
-        with naming(f"block {block.index}"):
-            student, error, dense, compressed = step(walk, block, dense, compressed, widths[block.index], arguments)
-            check_result(error, compressed, walk.front.windows)
-        errors.append(error)
-        modules.append(keep_block(walk, block, student.module, errors, (dense, compressed)))
-        bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()}, refresh=False)
-        bar.update()
-    bar.close()
+    total, finished = len(blocks), len(modules)
+    with bar(desc="decompose", unit="block", total=total, initial=finished, shown=walk.progress) as shown:
+        for block in blocks[finished:]:
+            arguments = walk.front.on(block.index, walk.device)
+            with naming(f"block {block.index}"):
+                student, error, dense, compressed = step(walk, block, dense, compressed, widths[block.index], arguments)
+                check_result(error, compressed, walk.front.windows)
+            errors.append(error)
+            modules.append(keep_block(walk, block, student.module, errors, (dense, compressed)))
+            shown.set_postfix({part: f"{value:.3f}" for part, value in error.items()}, refresh=False)
+            shown.update()
     final_norm = copy.deepcopy(walk.architecture.final_norm)
     if walk.config.method == "default" and final_norm is not None and compressed is not dense:
         final_norm = final_norm.to(walk.device)

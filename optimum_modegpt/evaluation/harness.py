@@ -14,12 +14,12 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.perplexity import evaluating
 from optimum_modegpt.evaluation.randomness import kept_random_state
+from optimum_modegpt.progress import bars_of_libraries
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -269,24 +269,8 @@ def _undisturbed(progress: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())  # lm-eval and some tasks seed the global generators
         stack.enter_context(redirect_stdout(sys.stderr))
-        if not progress:
-            stack.enter_context(_no_bars())
+        stack.enter_context(bars_of_libraries(progress))
         yield
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """lm-eval has no switch for its bars and says itself that they are shown, so they are told when they are made."""
-    original, made = vars(tqdm)["__init__"], tqdm.__init__  # tqdm's own is no plain function
-
-    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **{**kwargs, "disable": True})
-
-    tqdm.__init__ = hidden
-    try:
-        yield
-    finally:
-        tqdm.__init__ = original
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.progress import bar
 
 LOGITS_BYTES = 256 * 2**20
 """Most that the logits of one batch take in float32, where the batch size is automatic."""
@@ -124,7 +124,7 @@ def batches(model: PreTrainedModel, windows: Tensor, batch_size: int | None, pro
         batch_size = min(32, max(1, LOGITS_BYTES // row))
     if batch_size < 1:
         raise EvaluationError(f"batch_size must be at least 1 or None, found {batch_size}.")
-    for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", disable=not progress):
+    for batch in bar(windows.split(batch_size), desc="evaluate", unit="batch", shown=progress):
         yield batch.to(model.device)
 
 

@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from optimum_modegpt.errors import ModeGPTError
 from optimum_modegpt.integration.commands import COMMANDS
-from optimum_modegpt.integration.commands.common import shows_progress
 from optimum_modegpt.integration.plain import PlainOutput, printable
+from optimum_modegpt.progress import shown_as
 
 PROGRAM = "python -m optimum_modegpt"
 FAILED, INTERRUPTED = 2, 130
@@ -68,14 +68,18 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Inside, transformers draws no bars of its own; those of downloads stay where someone watches."""
-    watched = shows_progress() and not are_progress_bars_disabled()
+    """Inside, transformers draws no bars. Ours and those of downloads are shown on a terminal; a log has lines instead.
+
+    `HF_HUB_DISABLE_PROGRESS_BARS` switches all of them off.
+    """
+    style = "nothing" if are_progress_bars_disabled() else "bars" if sys.stderr.isatty() else "lines"
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    if watched:
+    if style == "bars":
         enable_progress_bars()
     try:
-        yield
+        with shown_as(style):
+            yield
     finally:
         if was_on:
             logging.enable_progress_bar()

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Sizes
@@ -23,6 +22,7 @@ from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import exact, raised
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS
 
 RATIOS = (0.15, 0.3, 0.45, 0.6, 0.75, 1.0)
@@ -108,13 +108,13 @@ class Sweeps:
         sweeps = [range(blocks)[first : first + length] for first in range(0, blocks, length)]
         done = {index for index, _ in known}
         total = sum(blocks - sweep.start for sweep in sweeps)
-        with tqdm(total=total, desc="sensitivities", unit="block", disable=not progress) as bar:
+        with bar(total=total, desc="sensitivities", unit="block", shown=progress) as shown:
             for sweep in sweeps:
                 if done.isdisjoint(sweep):
-                    yield self._measure(sweep, bar.update)
+                    yield self._measure(sweep, shown.update)
                 else:
                     self._leave_out(sweep)
-                    bar.update(blocks - sweep.start)
+                    shown.update(blocks - sweep.start)
 
     def _leave_out(self, sweep: range) -> None:
         """The dense streams pass these blocks, as they do while these are measured."""

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 LAYERS = (
     ("errors",),
     ("decompositions", "allocation", "config", "report"),
-    ("stages", "architectures", "processes"),
+    ("stages", "architectures", "processes", "progress"),
     ("calibration",),
     ("methods", "checkpoint"),
     ("walk",),

@@ -359,8 +359,6 @@ def test_the_command_saves_an_ordinary_compressed_model(
     assert f"saved in {output}" in printed
     ending = f"evaluate {output} --reference {teacher} --dataset '<your-text.txt>' --sequence-length 32\n"
     assert printed.endswith(ending)
-        f"evaluate {output} --reference {teacher} --dataset '<your-text.txt>' --sequence-length 32\n"
-    )
     assert {path.name for path in output.iterdir()} == {path.name for path in small.iterdir()}
     assert Report.load(output / "report.json").blocks == Report.load(small / "report.json").blocks
     assert "fine-tuned" in (output / "README.md").read_text(encoding="utf-8")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from argparse import Namespace
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from optimum_modegpt import progress
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, OutputError
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
 from optimum_modegpt.integration.reading import load_model
@@ -136,8 +136,8 @@ def shared_tokenizer(name: str | None, source: Source, reference: Source | None)
 
 
 def shows_progress() -> bool:
-    """Whether there is someone to watch progress bars."""
-    return sys.stderr.isatty()
+    """Returns whether the command that runs shows its progress, as bars or as lines."""
+    return progress.style() != "nothing"
 
 
 def check_file(file: Path | None) -> None:
