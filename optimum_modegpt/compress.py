@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from optimum_modegpt import processes
@@ -22,7 +21,7 @@ from optimum_modegpt.allocation.targets import influence_targets, plan_from_targ
 from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.streams import Stream, passed
+from optimum_modegpt.calibration.streams import Stream, check_dense, passed
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
@@ -30,6 +29,7 @@ from optimum_modegpt.errors import IllConditionedWarning, naming
 from optimum_modegpt.methods import published, residual_matched, sensitivity
 from optimum_modegpt.modeling.adoption import become, built
 from optimum_modegpt.modeling.modegpt_common import Widths
+from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS, Report
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checks import (
@@ -179,14 +179,14 @@ def measure_sensitivities(walk: Walk) -> None:
             f"with {blocks} blocks the sensitivities are measured on {walk.budget.divergence_windows} window(s) at "
             f"{len(walk.budget.ratios)} ratios, to stay near the cost of the rest; the plan is noisier for it."
         )
-    first, second = sensitivity.split(tokens, walk.budget)
+    moments, divergence = sensitivity.split(len(tokens), walk.budget)
     sweeps = sensitivity.Sweeps(
         walk.architecture,
         walk.sizes,
         walk.config,
         walk.budget.ratios,
-        moments=walk.enter(first),
-        divergence=walk.enter(second),
+        moments=walk.enter(tokens[moments], first=moments.start),
+        divergence=walk.enter(tokens[divergence], first=divergence.start),
         device=walk.device,
     )
     for curves in sweeps.measured(walk.curves, progress=walk.progress):
@@ -197,11 +197,12 @@ def measure_sensitivities(walk: Walk) -> None:
 def measure_influences(walk: Walk) -> list[float]:
     """Block influence of every block, over all calibration windows."""
     stream, influences = walk.front.stream, []
-    for block in tqdm(walk.architecture.blocks, desc="influences", unit="block", disable=not walk.progress):
+    for block in bar(walk.architecture.blocks, desc="influences", unit="block", shown=walk.progress):
         total = InfluenceSum()
         dense, arguments = block.on(walk.device), walk.front.on(block.index, walk.device)
         stream = list(passed(partial(influenced, dense, arguments, total), walk.device, stream))
         with naming(f"block {block.index}"):
+            check_dense(stream, walk.front.windows)
             influences.append(total.value())
     return influences
 
@@ -222,17 +223,17 @@ def cut_blocks(walk: Walk, plan: Plan) -> tuple[list[nn.Module], nn.Module | Non
     widths = [Widths(ranks["qk"], ranks["vo"], ranks["mlp"]) for ranks in plan]
     modules, errors, dense, compressed = finished_blocks(walk, widths)
     blocks = walk.architecture.blocks
-    bar = tqdm(blocks, desc="blocks", unit="block", disable=not walk.progress, initial=len(modules))
-    for block in blocks[len(modules) :]:
-        arguments = walk.front.on(block.index, walk.device)
-        with naming(f"block {block.index}"):
-            student, error, dense, compressed = step(walk, block, dense, compressed, widths[block.index], arguments)
-            check_result(error, compressed)
-        errors.append(error)
-        modules.append(keep_block(walk, block, student.module, errors, (dense, compressed)))
-        bar.set_postfix({part: f"{value:.3f}" for part, value in error.items()}, refresh=False)
-        bar.update()
-    bar.close()
+    total, finished = len(blocks), len(modules)
+    with bar(desc="decompose", unit="block", total=total, initial=finished, shown=walk.progress) as shown:
+        for block in blocks[finished:]:
+            arguments = walk.front.on(block.index, walk.device)
+            with naming(f"block {block.index}"):
+                student, error, dense, compressed = step(walk, block, dense, compressed, widths[block.index], arguments)
+                check_result(error, compressed, walk.front.windows)
+            errors.append(error)
+            modules.append(keep_block(walk, block, student.module, errors, (dense, compressed)))
+            shown.set_postfix({part: f"{value:.3f}" for part, value in error.items()}, refresh=False)
+            shown.update()
     final_norm = copy.deepcopy(walk.architecture.final_norm)
     if walk.config.method == "default" and final_norm is not None and compressed is not dense:
         final_norm = final_norm.to(walk.device)
@@ -249,6 +250,7 @@ def matched_step(
     original = block.on(walk.device)
     student = original.student(walk.device)
     targets = residual_matched.run_dense(original, dense, arguments)
+    check_dense(targets.after, walk.front.windows)
     if widths == block.dense_widths and compressed is dense:
         return student, dict.fromkeys(PARTS, 0.0), targets.after, targets.after
     errors, after = residual_matched.compress_block(
@@ -270,6 +272,7 @@ def published_step(
     """One block of the published method: one shot, the dense stream alone; `compressed` is the same stream."""
     original = block.on(walk.device)
     moments, after = published.observe(original, dense, arguments)
+    check_dense(after, walk.front.windows)
     student = original.student(walk.device)
     if widths == block.dense_widths:
         return student, dict.fromkeys(PARTS, 0.0), after, after

@@ -10,9 +10,12 @@ from optimum_modegpt.report import PARTS, Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 TITLES = {"mlp": "MLP", "qk": "query, key", "vo": "value, output"}
 BAR = 0.28
+PLACEHOLDERS = "Last Resort"
+"""A font of matplotlib that has a box for every character."""
 COLOURS = {"mlp": "#4c72b0", "qk": "#dd8452", "vo": "#55a868"}
 
 
@@ -38,7 +41,7 @@ def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path 
     axis.locator_params(axis="x", integer=True)
     axis.margins(x=0.01)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.set_title(title, loc="left", fontsize=10, pad=22)
+    _make_legible(axis.set_title(title, loc="left", fontsize=10, pad=22))
     axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=len(PARTS), frameon=False, fontsize=9)
     if path is not None:
         figure.savefig(path, dpi=120, bbox_inches="tight")
@@ -75,8 +78,10 @@ def plot_speeds(
         axis.set(ylabel=f"{measure}, tokens/s", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     first, *_, last = [*figure.axes, *figure.axes]
-    first.set_title(title, loc="left", fontsize=10, pad=22)
-    first.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2, frameon=False, fontsize=9)
+    _make_legible(first.set_title(title, loc="left", fontsize=10, pad=22))
+    legend = first.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=2, frameon=False, fontsize=9)
+    for name in legend.get_texts():
+        _make_legible(name)
     last.set_xlabel("batch × prompt length")
     figure.tight_layout()
     if path is not None:
@@ -91,6 +96,33 @@ def picture_formats() -> list[str]:
         ImportError: without matplotlib, naming the extra that brings it.
     """
     return sorted(_figure(1, 1).canvas.get_supported_filetypes())
+
+
+def _make_legible(text: Text) -> None:
+    """Sets a font for the characters of a text that the default font lacks, and escapes those that no font has.
+
+    For such a character matplotlib draws a box and warns several times.
+    """
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    words, default = text.get_text(), FontProperties()
+    missing = {ord(letter) for letter in words} - get_font(findfont(default)).get_charmap().keys()
+    if missing:
+        covered = {name: missing & get_font(file).get_charmap().keys() for name, file in _regular_fonts().items()}
+        name = max(covered, key=lambda name: len(covered[name]), default=None)
+        if name is not None and covered[name]:
+            text.set_fontfamily([*default.get_family(), name])
+            missing -= covered[name]
+    text.set_text(words.translate({letter: chr(letter).encode("unicode_escape").decode() for letter in missing}))
+    text.set_parse_math(False)  # a name with two dollar signs is no formula
+
+
+def _regular_fonts() -> dict[str, str]:
+    """Returns the files of the installed upright fonts of regular weight by name."""
+    from matplotlib.font_manager import fontManager
+
+    upright = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
+    return {font.name: font.fname for font in upright if not font.name.startswith(PLACEHOLDERS)}
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -38,10 +38,15 @@ class Architecture:
         return self._optional(self.family.final_norm)
 
     def tail(self, device: torch.device) -> nn.Sequential:
-        """A copy on `device` of what follows the last block: final norm, projection where there is one, head."""
+        """Copies the modules after the last block to `device`."""
+        return nn.Sequential(*(copy.deepcopy(module).to(device) for module in self.own_tail))
+
+    @property
+    def own_tail(self) -> nn.Sequential:
+        """The model's own modules after the last block: final norm, projection if it has one, head."""
         projection = self._optional(self.family.projection) if self.family.projection else None
         modules = (self.final_norm, projection, self.model.get_output_embeddings())
-        return nn.Sequential(*(copy.deepcopy(module).to(device) for module in modules if module is not None))
+        return nn.Sequential(*(module for module in modules if module is not None))
 
     def head(self, device: torch.device) -> torch.Tensor:
         """The map (vocabulary, d_model) from the final norm's output to the logits, at least float32, on `device`."""

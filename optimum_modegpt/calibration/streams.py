@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture
 from optimum_modegpt.calibration.transfers import arriving, leaving, to_host
-from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.errors import CheckpointError, NumericalError
 from optimum_modegpt.processes import share
 
 Stream = list[Tensor]
 """The residual stream, (batch, length, d_model) a batch."""
 
 HOST = torch.device("cpu")
+
+DENSE_ADVICE = "Load the model in bfloat16 or float32, or check its weights."
+"""For a dense model whose output is not finite."""
 
 SUFFIX = ".stream"
 """Of the files that streams are kept in; by it they are told from other maps of files."""
@@ -99,12 +102,35 @@ def in_batches(stream: Stream, size: int) -> Stream:
     return [part for batch in stream for part in batch.split(size)]
 
 
+def not_finite(stream: Stream, windows: Tensor) -> str | None:
+    """Names the first window of the stream with a value that is not finite; `windows` are the numbers of all."""
+    start = 0
+    for batch in stream:
+        bad = batch.isfinite().flatten(1).all(1).logical_not().nonzero()
+        if len(bad):
+            return f"calibration window {int(windows[start + int(bad[0])])} (the first is window 0)"
+        start += len(batch)
+    return None
+
+
+def check_dense(stream: Stream, windows: Tensor) -> None:
+    """Refuses a stream of the dense model that is not finite.
+
+    Raises:
+        NumericalError: with the number of the window.
+    """
+    if (window := not_finite(stream, windows)) is not None:
+        raise NumericalError(f"the dense model's output is not finite on {window}. {DENSE_ADVICE}")
+
+
 @dataclass(frozen=True)
 class Front:
     """What enters the first block, and the keyword arguments of every block for one window (they broadcast)."""
 
     stream: Stream
     arguments: list[dict[str, Any]]
+    windows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """Number of each window of the stream among the calibration windows, from 0."""
 
     def on(self, index: int, device: torch.device) -> dict[str, Any]:
         """The arguments of block `index`, on `device`."""
@@ -131,8 +157,10 @@ class _Recorder(nn.Module):
         return stream
 
 
-def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Place) -> Front:
+def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Place, *, first: int = 0) -> Front:
     """Runs the model up to its first block, on its share of `tokens` (windows, length), `batch_size` at a time.
+
+    `first` is the number of the first window of `tokens` among the calibration windows.
 
     The model's own forward pass does the work, with every block replaced by one that only takes notes; so embeddings,
     masks and rotary tables are the model's, whatever the family.
@@ -149,7 +177,7 @@ def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Pl
         stream = [place.keep(run(batch)) for batch in share(tokens).split(batch_size) if len(batch)]
         run(tokens[:1])
         arguments = [recorder.arguments for recorder in recorders]
-    return Front(stream, arguments)
+    return Front(stream, arguments, share(torch.arange(first, first + len(tokens))))
 
 
 @contextmanager

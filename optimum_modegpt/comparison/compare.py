@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from optimum_modegpt.comparison.greedy import Continuation, continuation, stops_of
@@ -34,6 +33,7 @@ from optimum_modegpt.evaluation.perplexity import (
     nats_of,
     targets,
 )
+from optimum_modegpt.progress import bar
 from optimum_modegpt.report import count_parameters
 
 logger = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def compare(
     pair = _Pair(model, reference, tokenizer, max_new_tokens, room)
     with evaluating(model, reference):
         pair.warm_up(encoded[0])
-        for index, prompt in enumerate(tqdm(encoded, desc="compare", unit="prompt", disable=not progress)):
+        for index, prompt in enumerate(bar(encoded, desc="compare", unit="prompt", shown=progress)):
             record = pair.record(index, prompt)
             if on_record is not None:
                 on_record(record)

@@ -184,7 +184,8 @@ class CanaryMonitor:
                 own says what it leaves open.
         """
         with self._counting_errors("a request could not be observed"):
-            self._observe(input_ids, output_ids, attention_mask, _Stops.of_call(self.model, generation_config, {}))
+            stops = _Stops.of(_generation_config(self.model, generation_config, {}))
+            self._observe(input_ids, output_ids, attention_mask, stops)
 
     def summary(self) -> MonitorSummary:
         """What was seen until now."""
@@ -217,14 +218,13 @@ class CanaryMonitor:
     # -------------------------------------------------------------------------------------------- on the request's path
 
     def _observe_call(self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """What `generate` returned for these arguments."""
+        """Observes the requests of one `generate` call from its output and arguments."""
         with self._counting_errors("a request could not be observed"):
-            ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-            if ids is None:
-                raise EvaluationError("generate was called without token ids; only prompts of ids are compared.")
-            given = args[1] if len(args) > 1 else kwargs.get("generation_config")
-            stops = _Stops.of_call(self.model, given, kwargs)
-            self._observe(ids, getattr(output, "sequences", output), kwargs.get("attention_mask"), stops)
+            given = dict(zip(("inputs", "generation_config"), args, strict=False)) | dict(kwargs)
+            ids = _prompts(given)
+            config = _generation_config(self.model, given.pop("generation_config", None), given)
+            mask = _attention_mask(self.model, ids, given.get("attention_mask"), config)
+            self._observe(ids, getattr(output, "sequences", output), mask, _Stops.of(config))
 
     def _observe(self, input_ids: Tensor, output_ids: Tensor, attention_mask: Tensor | None, stops: _Stops) -> None:
         repeats = len(output_ids) // len(input_ids)
@@ -328,27 +328,48 @@ def _request(number: int, prompt: Tensor, ids: Tensor, mask: Tensor | None, stop
     answer = ids[len(prompt) :]
     if len(answer) == 0 or not torch.equal(ids[: len(prompt)], prompt):
         raise EvaluationError("output_ids must be the prompts with the answers behind them, as generate gives them.")
-    return _Request(number, prompt if mask is None else prompt[mask.cpu().bool()], stops.until_end(answer))
+    read = prompt if mask is None else prompt[mask.cpu().bool()]
+    if len(read) == 0:
+        raise EvaluationError("the attention mask hides every token of a prompt; there is nothing to compare.")
+    return _Request(number, read, stops.until_end(answer))
+
+
+def _prompts(arguments: Mapping[str, Any]) -> Tensor:
+    """Returns the token ids that `generate` reads if it is called with these arguments."""
+    given = (arguments.get(name) for name in ("inputs", "input_ids"))
+    ids = next((each for each in given if each is not None), None)
+    if ids is None or arguments.get("inputs_embeds") is not None:
+        raise EvaluationError(
+            "generate was called without token ids or with inputs_embeds; only prompts of token ids are compared."
+        )
+    return ids
+
+
+def _generation_config(model: Any, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> GenerationConfig:
+    """Merges the arguments of a `generate` call, its generation config and the model's, as `generate` does."""
+    merged, _ = model._prepare_generation_config(config, **arguments)
+    return merged
+
+
+def _attention_mask(model: Any, ids: Tensor, given: Tensor | None, config: GenerationConfig) -> Tensor:
+    """Returns the attention mask of a `generate` call; without one, `generate` infers it from the padding token."""
+    if given is not None:
+        return given
+    model._prepare_special_tokens(config, device=ids.device)
+    return model._prepare_attention_mask_for_generation(ids, config, {})
 
 
 @dataclass(frozen=True)
 class _Stops:
-    """The tokens that end an answer, and the one that stands behind one that ended."""
+    """The tokens that end an answer, and the token that pads an answer which ended early."""
 
     ends: Any
     pad: int | None
 
     @classmethod
-    def of_call(cls, model: PreTrainedModel, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> _Stops:
-        """Those of the arguments of a `generate`, else of its generation config, else of the model's own."""
-
-        def chosen(key: str) -> Any:
-            if key in arguments:
-                return arguments[key]
-            found = getattr(config, key, None)
-            return getattr(model.generation_config, key) if found is None else found
-
-        return cls(chosen("eos_token_id"), chosen("pad_token_id"))
+    def of(cls, config: GenerationConfig) -> _Stops:
+        """Returns the stop tokens of a complete generation config."""
+        return cls(config.eos_token_id, config.pad_token_id)
 
     def until_end(self, answer: Tensor) -> Tensor:
         """The answer with the token that ended it and without the padding after it."""

@@ -14,11 +14,10 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from tqdm import tqdm
-
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.perplexity import evaluating
 from optimum_modegpt.evaluation.randomness import kept_random_state
+from optimum_modegpt.progress import bars_of_libraries
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -124,7 +123,7 @@ def harness(
 
     # lm-eval's decorators hide the signatures of both.
     wrap, run = cast("Any", huggingface.HFLM), cast("Any", lm_eval.simple_evaluate)
-    with evaluating(model), _undisturbed(progress), _quiet("lm_eval.evaluator"):
+    with evaluating(model), _undisturbed(progress), _quiet("lm_eval.evaluator"), _no_git():
         with _quiet("lm_eval.models.huggingface"):
             lm = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or 1)
         try:
@@ -269,24 +268,21 @@ def _undisturbed(progress: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())  # lm-eval and some tasks seed the global generators
         stack.enter_context(redirect_stdout(sys.stderr))
-        if not progress:
-            stack.enter_context(_no_bars())
+        stack.enter_context(bars_of_libraries(progress))
         yield
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """lm-eval has no switch for its bars and says itself that they are shown, so they are told when they are made."""
-    original, made = vars(tqdm)["__init__"], tqdm.__init__  # tqdm's own is no plain function
+def _no_git() -> Iterator[None]:
+    """Stops lm-eval from asking git for the commit of the working folder: git prints an error outside a repository."""
+    from lm_eval import evaluator
 
-    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **{**kwargs, "disable": True})
-
-    tqdm.__init__ = hidden
+    original = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: ""
     try:
         yield
     finally:
-        tqdm.__init__ = original
+        evaluator.get_git_commit_hash = original
 
 
 @contextmanager

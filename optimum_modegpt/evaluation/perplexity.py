@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.progress import bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +127,7 @@ def batches(model: PreTrainedModel, windows: Tensor, batch_size: int | None, pro
         batch_size = min(32, max(1, LOGITS_BYTES // row))
     if batch_size < 1:
         raise EvaluationError(f"batch_size must be at least 1 or None, found {batch_size}.")
-    for batch in tqdm(windows.split(batch_size), desc="evaluate", unit="batch", disable=not progress):
+    for batch in bar(windows.split(batch_size), desc="evaluate", unit="batch", shown=progress):
         yield batch.to(model.device)
 
 

@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, StaticCache
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.fidelity import check_vocabularies
 from optimum_modegpt.evaluation.perplexity import evaluating
 from optimum_modegpt.kv_cache import cache_argument, cache_bytes, cache_of
+from optimum_modegpt.progress import bar
 from optimum_modegpt.stages import StageClock
 
 SEED = 0
@@ -162,8 +162,9 @@ def benchmark(
         for length in lengths
     ]
     generator = torch.Generator().manual_seed(SEED)
-    with evaluating(*models.values()), tqdm(total=len(settings) * repeats, disable=not progress, unit="run") as bar:
-        rows = tuple(_row(models, one, generator, new_tokens, repeats, bar) for one in settings)
+    total = len(settings) * repeats
+    with evaluating(*models.values()), bar(desc="benchmark", unit="run", total=total, shown=progress) as shown:
+        rows = tuple(_row(models, one, generator, new_tokens, repeats, shown) for one in settings)
     sizes = {name: _size(each) for name, each in models.items()}
     kind = StageClock(model.device).memory_kind
     return Benchmark(rows, sizes["model"], sizes.get("reference"), new_tokens, repeats, _machine(model), kind, notes)
@@ -219,7 +220,7 @@ def _row(
     generator: torch.Generator,
     new_tokens: int,
     repeats: int,
-    bar: Any,
+    shown: Any,
 ) -> Row:
     first = models["model"]
     shape = (setting.batch_size, setting.prompt_length)
@@ -241,7 +242,7 @@ def _row(
                 peaks[name] = found
             elif repeat >= 0:
                 runs[name].append(found)
-        bar.update(repeat >= 0)
+        shown.update(repeat >= 0)
     speeds = {name: _speed(runs[name], peaks[name], setting, new_tokens) for name in models if name not in failures}
     ratios = _ratios(runs["model"], runs["reference"]) if len(speeds) == 2 else (None, None)
     return Row(setting, speeds.get("model"), speeds.get("reference"), *ratios, tuple(failures.values()))

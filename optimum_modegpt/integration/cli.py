@@ -9,11 +9,13 @@ import argparse
 import difflib
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -57,7 +59,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Run one command and return its exit code: 0, or that of the command; 2 for any error, 130 for Ctrl-C.
+    """Run one command and return its exit code: 0, or that of the command; 2 for any error, 130 for Ctrl-C or SIGTERM.
 
     No exception but Ctrl-C with --debug leaves this function: Python would exit with 1, the code of a broken threshold.
     """
@@ -84,8 +86,26 @@ def _run(options: Namespace) -> int:
     command = import_module(f"optimum_modegpt.integration.commands.{options.command}")
     from optimum_modegpt.integration.commands.common import quiet_bars
 
-    with quiet_bars(), redirect_stdout(PlainOutput(sys.stdout)):
+    with quiet_bars(), interrupted_by_sigterm(), redirect_stdout(PlainOutput(sys.stdout)):
         return command.run(options) or 0
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """End a command on SIGTERM as on Ctrl-C, so that its unfinished files are removed.
+
+    Processes that work together end at once instead: one that waits for the others does not handle signals.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if not is_main or not is_alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _report(error: Exception, debug: bool) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
-from optimum_modegpt.checkpoint import REPLACED, RESULT, parents_made
+from optimum_modegpt.checkpoint import REPLACED, RESULT, Checkpoint, parents_made
 from optimum_modegpt.errors import OutputError
 
 logger = logging.getLogger(__name__)
@@ -87,28 +87,31 @@ def saving(folder: Path) -> Iterator[None]:
         raise OutputError(f"{folder} cannot be written: {error}\nMake room and run the same again.") from error
 
 
-@contextmanager
-def replacing(folder: Path, *, overwrite: bool, workshop: Path | None = None) -> Iterator[Path]:
-    """A new empty folder that takes the place of `folder` at the end.
+def workshop_of(folder: Path) -> Checkpoint:
+    """Returns the hidden folder next to `folder` where a command works until its result is complete, with its lock."""
+    return Checkpoint(folder.with_name(f".{folder.name}.checkpoint"))
 
-    On an error inside it is gone with every folder made for it, and what stood at `folder` is as before. Where the
-    place was taken meanwhile, the finished result is kept beside it. It is made in `workshop`, a folder of the same
-    disk that stays, so that a run that is killed leaves nothing elsewhere (see `taken_back`); else in one of its own.
+
+@contextmanager
+def replacing(folder: Path, *, overwrite: bool, workshop: Path) -> Iterator[Path]:
+    """Yields a new empty folder that takes the place of `folder` at the end.
+
+    It is made in `workshop`, a folder on the same disk. The next run finds what a killed run left there (see
+    `taken_back`). On an error the new folder is deleted, and `folder` is as it was before. If another run has taken the
+    place of `folder` meanwhile, the finished result is kept next to it.
 
     Raises:
         OutputError: the place cannot be written, or was taken meanwhile.
     """
     folder = folder.resolve()
-    mark = uuid.uuid4().hex[:8]
-    place = workshop or folder.with_name(f".{folder.name}.partial-{mark}")
-    partial = place / RESULT
-    with parents_made(place):
+    partial = workshop / RESULT
+    with parents_made(workshop):
         try:
             _make(partial, folder)
             yield partial
-            _place(partial, folder, mark, overwrite=overwrite)
+            _place(partial, folder, uuid.uuid4().hex[:8], overwrite=overwrite)
         finally:
-            shutil.rmtree(place if workshop is None else partial, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def taken_back(workshop: Path, folder: Path) -> None:

@@ -10,19 +10,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Sizes
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.moments import QueryKeyMoments
-from optimum_modegpt.calibration.streams import Front, Stream, kept, passed
+from optimum_modegpt.calibration.streams import DENSE_ADVICE, Front, Stream, check_dense, kept, not_finite, passed
 from optimum_modegpt.calibration.transfers import arriving
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import exact, raised
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS
 
 RATIOS = (0.15, 0.3, 0.45, 0.6, 0.75, 1.0)
@@ -63,11 +63,11 @@ def budget(blocks: int, windows: int) -> Budget:
     return Budget(moment_windows, 1, FEWER_RATIOS)
 
 
-def split(tokens: Tensor, budget: Budget) -> tuple[Tensor, Tensor]:
-    """The windows for moments, and others for the divergence; the same one where there is only one."""
-    own = max(1, min(budget.moment_windows, len(tokens) - 1))
-    first = own if len(tokens) > 1 else 0
-    return tokens[:own], tokens[first : first + budget.divergence_windows]
+def split(windows: int, budget: Budget) -> tuple[slice, slice]:
+    """Divides the windows into those for moments and those for the divergence; a single window serves for both."""
+    own = max(1, min(budget.moment_windows, windows - 1))
+    first = own if windows > 1 else 0
+    return slice(0, own), slice(first, first + budget.divergence_windows)
 
 
 def sweep_length(blocks: int) -> int:
@@ -108,13 +108,13 @@ class Sweeps:
         sweeps = [range(blocks)[first : first + length] for first in range(0, blocks, length)]
         done = {index for index, _ in known}
         total = sum(blocks - sweep.start for sweep in sweeps)
-        with tqdm(total=total, desc="sensitivities", unit="block", disable=not progress) as bar:
+        with bar(total=total, desc="sensitivities", unit="block", shown=progress) as shown:
             for sweep in sweeps:
                 if done.isdisjoint(sweep):
-                    yield self._measure(sweep, bar.update)
+                    yield self._measure(sweep, shown.update)
                 else:
                     self._leave_out(sweep)
-                    bar.update(blocks - sweep.start)
+                    shown.update(blocks - sweep.start)
 
     def _leave_out(self, sweep: range) -> None:
         """The dense streams pass these blocks, as they do while these are measured."""
@@ -138,18 +138,31 @@ class Sweeps:
                 reference = list(self.divergence.stream)
             else:
                 _advance(reference, dense, arguments)
+                self._check(dense, reference, self.divergence)
             passed()
-        return _curves(cuts, _divergences(self.architecture.tail(self.device), reference, outputs, len(cuts)))
+        tail = self.architecture.tail(self.device)
+        divergences = _divergences(tail, reference, outputs, len(cuts))
+        if not all(map(math.isfinite, divergences)):
+            _check_logits(tail, reference, self.divergence.windows)
+        return _curves(cuts, divergences)
 
     def _targets(self, dense: Block) -> residual_matched.DenseTargets:
         arguments = self.moments.on(dense.index, self.device)
-        return residual_matched.run_dense(dense, self.moments.stream, arguments, weighted=False)
+        targets = residual_matched.run_dense(dense, self.moments.stream, arguments, weighted=False)
+        self._check(dense, targets.after, self.moments)
+        return targets
 
     def _pass(self, dense: Block, targets: residual_matched.DenseTargets) -> None:
-        """The dense streams in front of the next block."""
+        """Takes the dense streams through the block."""
         arguments = self.divergence.on(dense.index, self.device)
         self.moments = replace(self.moments, stream=targets.after)
         self.divergence = replace(self.divergence, stream=list(_run(dense, self.divergence.stream, arguments)))
+        self._check(dense, self.divergence.stream, self.divergence)
+
+    @staticmethod
+    def _check(dense: Block, stream: Stream, front: Front) -> None:
+        with naming(f"block {dense.index}"):
+            check_dense(stream, front.windows)
 
     def _cut(
         self, dense: Block, targets: residual_matched.DenseTargets, entering: Stream, cuts: list[tuple[int, str, float]]
@@ -185,8 +198,8 @@ def _curves(cuts: list[tuple[int, str, float]], divergences: list[float]) -> Cur
     for (index, part, sparsity), divergence in zip(cuts, divergences, strict=True):
         if not math.isfinite(divergence):
             raise NumericalError(
-                f"block {index}, {part}: with {sparsity:.0%} of it removed the output distribution is not finite. Load "
-                "the model in bfloat16 or float32, or check its weights."
+                f"block {index}, {part}: with {sparsity:.0%} of it removed the model's output is not finite, although "
+                "the dense model's is. Load the model in bfloat16 or float32."
             )
         curves.setdefault((index, part), []).append((sparsity, divergence))
     return curves
@@ -232,6 +245,15 @@ def _advance(stream: Stream, block: Block, arguments: dict[str, Any]) -> None:
     """Takes the stream through the block; in place, so that it is never there twice."""
     for index, output in enumerate(_run(block, stream, arguments)):
         stream[index] = output
+
+
+def _check_logits(tail: nn.Sequential, reference: Stream, windows: Tensor) -> None:
+    """Refuses logits of the dense model that are not finite, in all processes if one of them finds any."""
+    logits = (tail(window[None].to(cast(nn.Linear, tail[-1]).weight.device)) for batch in reference for window in batch)
+    found = (not_finite([each], number[None]) for each, number in zip(logits, windows, strict=True))
+    for window in processes.each(next(filter(None, found), None)):
+        if window is not None:
+            raise NumericalError(f"the dense model's logits are not finite on {window}. {DENSE_ADVICE}")
 
 
 def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, variants: int) -> list[float]:

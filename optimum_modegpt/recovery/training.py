@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -35,6 +34,7 @@ from optimum_modegpt.evaluation.perplexity import (
     targets,
 )
 from optimum_modegpt.evaluation.randomness import kept_random_state
+from optimum_modegpt.progress import bar
 from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.report import count_parameters
 
@@ -206,7 +206,7 @@ class _BestStep(TrainerCallback):
         self.parameters = sum(parameter.numel() for parameter in self.adapter)
         self.perplexity, self.step = before, 0
         self.best = self._weights()
-        self.bar = tqdm(total=steps, desc="recover", unit="step", disable=not progress)
+        self.bar = bar(total=steps, desc="recover", unit="step", shown=progress)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Scores at every tenth of the steps, and at the last."""

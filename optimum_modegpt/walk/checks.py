@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Plan, Sizes, head_step, largest_sparsity, mlp_step, part_size
 from optimum_modegpt.architectures import Architecture, Block
-from optimum_modegpt.calibration.streams import Stream
+from optimum_modegpt.calibration.streams import DENSE_ADVICE, Stream, check_dense, not_finite
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel
+from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel, naming
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
 from optimum_modegpt.walk.state import Walk
 
@@ -118,11 +119,8 @@ def check_reading(walk: Walk) -> None:
         arguments = walk.front.on(block.index, walk.device)
         own = block.on(walk.device).forward(window, arguments)
         ours = block.student(walk.device).composed_forward(window, arguments)
-        if not own.isfinite().all():
-            raise NumericalError(
-                f"block {block.index}: its output is not finite on the calibration text. Load the model in bfloat16 or "
-                "float32, or check its weights."
-            )
+        with naming(f"block {block.index}"):
+            check_dense([own], walk.front.windows)
         difference = float((own.float() - ours.float()).norm() / own.float().norm().clamp_min(1e-30))
         if difference > max(READING_TOLERANCE, 10 * torch.finfo(own.dtype).eps):
             raise UnsupportedModel(
@@ -131,12 +129,19 @@ def check_reading(walk: Walk) -> None:
                 "supported."
             )
         window = own
+    tail = walk.architecture.own_tail
+    logits = tail(window[:, -1:].to(cast(Tensor, tail[-1].weight).device))
+    if (name := not_finite([logits], walk.front.windows)) is not None:
+        raise NumericalError(f"the dense model's logits are not finite on {name}. {DENSE_ADVICE}")
 
 
-def check_result(error: dict[str, float], compressed: Stream) -> None:
-    """A block whose fit or output is not finite is never installed."""
+def check_result(error: dict[str, float], compressed: Stream, windows: Tensor) -> None:
+    """Refuses a block whose fit or output is not finite; `windows` are the numbers of the stream's windows."""
     for part, value in error.items():
         if not math.isfinite(value):
             raise NumericalError(f"{part}: its fit is not finite; calibrate on more, and more varied, text.")
-    if not all(batch.isfinite().all() for batch in compressed):
-        raise NumericalError("the compressed block's output is not finite; calibrate on more, and more varied, text.")
+    if (window := not_finite(compressed, windows)) is not None:
+        raise NumericalError(
+            f"the compressed block's output is not finite on {window}, although the dense model's is; calibrate on "
+            "more, and more varied, text."
+        )

@@ -17,9 +17,10 @@ from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Sizes
 from optimum_modegpt.architectures import Architecture
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.calibration.streams import Front, Place, enter, in_batches
+from optimum_modegpt.calibration.streams import Front, Place, check_dense, enter, in_batches
 from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import naming
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange, finished_size
 from optimum_modegpt.methods.work import Extent, Shapes, shapes_of
@@ -85,9 +86,16 @@ class Walk:
         self.streams, self.keep_derivatives = arrangement.streams, arrangement.keep_derivatives
         self.place = {"device": Place(self.device), "host": Place(host), "files": files}[self.streams]
 
-    def enter(self, tokens: Tensor) -> Front:
-        """What enters the first block for these windows."""
-        return enter(self.architecture, tokens, self.batch_size, self.place)
+    def enter(self, tokens: Tensor, *, first: int = 0) -> Front:
+        """Returns the input of the first block for these calibration windows; `first` is the number of the first.
+
+        Raises:
+            NumericalError: it is not finite.
+        """
+        front = enter(self.architecture, tokens, self.batch_size, self.place, first=first)
+        with naming("embedding"):
+            check_dense(front.stream, front.windows)
+        return front
 
     def halve_batches(self) -> None:
         """Half as many windows go at once from here on, also where the run is taken up again; less is kept."""

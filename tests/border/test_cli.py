@@ -444,7 +444,7 @@ def test_the_next_step_names_another_text_than_the_calibrations(text: Path) -> N
     words = ["compress", "m", "--output", "o", "--dataset", str(text), "--sequence-length", "32"]
     next_step = compress_command._next_step(cli.build_parser("program").parse_args(words))
     assert next_step == (
-        "next, on text that it was not calibrated on: program evaluate o --reference m --dataset OTHER_TEXT.txt "
+        "next, on text that it was not calibrated on: program evaluate o --reference m --dataset '<your-text.txt>' "
         "--sequence-length 32"
     )
 

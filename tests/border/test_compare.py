@@ -564,6 +564,52 @@ def test_a_live_request_is_measured_as_in_compare(
     assert summary.kl_max == max(record["kl_max"] for record in records)
 
 
+@pytest.mark.parametrize(
+    ("pad", "masked", "given"),
+    [
+        (0, True, {"attention_mask": torch.tensor([[0] * 4 + [1] * 5, [1] * 9])}),
+        (0, True, {}),
+        (0, True, {"attention_mask": None}),
+        (5, True, {"pad_token_id": 5}),
+        (5, True, {"generation_config": GenerationConfig(pad_token_id=5)}),
+        (2, False, {"pad_token_id": 2}),  # the end token: transformers infers nothing
+        (2, False, {"pad_token_id": None}),
+        (0, False, {"attention_mask": torch.ones(2, 9, dtype=torch.int64)}),
+    ],
+)
+def test_a_prompt_is_read_with_the_mask_that_generate_uses(
+    pad: int, masked: bool, given: dict[str, Any], models: tuple[PreTrainedModel, PreTrainedModel]
+) -> None:
+    (model, reference), given = models, dict(given)
+    ids = tokens(2, 9).clamp(min=6)
+    ids[0, :4] = pad
+    records: list[dict[str, Any]] = []
+    with CanaryMonitor(model, reference, fraction=1, sink=records.append) as monitor, monitor.watching():
+        flags: dict[str, Any] = {"input_ids": ids, "max_new_tokens": 3, "do_sample": False}
+        answers = model.generate(**flags, **given)
+        model.generate(None, given.pop("generation_config", None), **flags, **given)
+    assert monitor.summary().last_error is None
+    assert [record["prompt_tokens"] for record in records] == [5 if masked else 9, 9] * 2
+    for record, row in zip(records, answers[[0, 1, 0, 1]], strict=True):
+        read = row[9 - record["prompt_tokens"] : 9 + record["answer_tokens"]]
+        assert record["kl"] == pytest.approx(fidelity(model, reference, read[None]).kl, rel=1e-4)
+
+
+def test_calls_without_prompts_of_ids_are_errors_and_forward_is_not_observed(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    model, ids = models[0], tokens(1, 6)
+    embedded = model.get_input_embeddings()(tokens(1, 6, seed=1))
+    with CanaryMonitor(*models, fraction=1) as monitor, monitor.watching():
+        model(ids)
+        assert monitor.summary().requests == 0
+        model.generate(ids, inputs_embeds=embedded, max_new_tokens=2)
+        monitor.observe(ids, torch.cat((ids, ids), dim=1), attention_mask=torch.zeros_like(ids))
+    summary = monitor.summary()
+    assert (summary.compared, summary.errors) == (0, 2)
+    assert "the attention mask hides every token" in str(summary.last_error)
+
+
 def test_the_share_is_drawn_by_the_monitors_own_seed(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     def chosen(seed: int) -> list[int]:
         records: list[dict[str, Any]] = []

@@ -268,6 +268,17 @@ def test_the_caller_is_left_as_he_was(folder: Path, capsys: pytest.CaptureFixtur
     assert "%|" not in printed.err
 
 
+def test_git_is_not_asked_for_a_commit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/bin/sh\necho fatal: not a git repository >&2\nexit 128\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    harness(tiny_compressed("llama-gqa-tied"), tokenizer(), load_tasks(["pick"], include_path=folder), limit=1)
+    assert "fatal" not in capfd.readouterr().err
+
+
 def test_bars_are_shown_where_they_are_wanted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     harness(tiny_compressed("opt"), tokenizer(), load_tasks(["pick"], include_path=folder), progress=True)
     assert "Running loglikelihood requests" in capsys.readouterr().err

@@ -17,7 +17,7 @@ LAYERS = (
     ("errors",),
     ("recipe",),
     ("decompositions", "allocation", "config", "report"),
-    ("stages", "architectures", "processes", "kv_cache"),
+    ("stages", "architectures", "processes", "kv_cache", "progress"),
     ("calibration",),
     ("methods", "checkpoint"),
     ("walk",),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from optimum_modegpt import OutputError
 from optimum_modegpt.integration import output
-from optimum_modegpt.integration.output import check_output, replacing
+from optimum_modegpt.integration.output import check_output, replacing, workshop_of
 
 
 def result(folder: Path, mark: str = "", model_type: str = "modegpt_llama") -> Path:
@@ -27,6 +29,14 @@ def mark_of(folder: Path) -> str:
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
+
+
+@contextmanager
+def in_workshop(folder: Path) -> Iterator[Path]:
+    """A new result folder, made as the commands make it."""
+    workshop = workshop_of(folder)
+    with workshop.alone(), replacing(folder, overwrite=False, workshop=workshop.folder) as partial:
+        yield partial
 
 
 def test_a_result_of_ours_may_be_overwritten(tmp_path: Path) -> None:
@@ -74,31 +84,32 @@ def test_anything_else_is_never_deleted(foreign: str, message: str, tmp_path: Pa
 
 
 def test_what_came_in_meanwhile_is_not_deleted_and_the_work_is_kept(tmp_path: Path) -> None:
-    folder = result(tmp_path / "out", "old")
+    folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"
     words = r"(?s)what no compressed model has: thesis.docx.*kept in .*out\.finished-"
-    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True) as partial:  # noqa: PT012
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, workshop=workshop) as partial:  # noqa: PT012
         result(partial, "new")
         (folder / "thesis.docx").touch()
     assert mark_of(folder) == "old"
     assert (folder / "thesis.docx").exists()
-    (kept,) = names(tmp_path) - {"out"}
+    (kept,) = names(tmp_path) - {"out", "workshop"}
     assert mark_of(tmp_path / kept) == "new"
 
 
 def test_the_second_of_two_runs_does_not_replace_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "out"
     words = r"(?s)was taken while this run was at work.*kept in .*out\.finished-"
-    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=False) as second:  # noqa: PT012
+    one, two = folder.with_name("one"), folder.with_name("two")
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=False, workshop=two) as second:  # noqa: PT012
         result(second, "second")
-        with replacing(folder, overwrite=False) as first:
+        with replacing(folder, overwrite=False, workshop=one) as first:
             result(first, "first")
     assert mark_of(folder) == "first"
-    (kept,) = names(folder.parent) - {"out"}
+    (kept,) = names(folder.parent) - {"out", "one", "two"}
     assert mark_of(folder.parent / kept) == "second"
 
 
 def test_a_lost_race_with_overwrite_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, rename = result(tmp_path / "out", "old"), Path.rename
+    folder, workshop, rename = result(tmp_path / "out", "old"), tmp_path / "workshop", Path.rename
     lost = []
 
     def taken(self: Path, target: Path) -> Path:
@@ -108,11 +119,11 @@ def test_a_lost_race_with_overwrite_is_tried_again(tmp_path: Path, monkeypatch: 
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", taken)
-    with replacing(folder, overwrite=True) as partial:
+    with replacing(folder, overwrite=True, workshop=workshop) as partial:
         result(partial, "new")
     assert lost
     assert mark_of(folder) == "new"
-    assert names(tmp_path) == {"out"}
+    assert names(workshop) == set()
 
 
 def test_the_folder_of_the_run_is_no_place_for_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,12 +135,12 @@ def test_the_folder_of_the_run_is_no_place_for_a_result(tmp_path: Path, monkeypa
 def test_an_interrupt_while_folders_change_places_loses_neither(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = result(tmp_path / "out", "old")
+    folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"
 
     def interrupted(*args: Path) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), replacing(folder, overwrite=True) as partial:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), replacing(folder, overwrite=True, workshop=workshop) as partial:  # noqa: PT012
         result(partial, "new")
         monkeypatch.setattr(output, "_check_ours", interrupted)
     assert mark_of(folder) == "old"
@@ -152,9 +163,9 @@ def test_what_cannot_be_deleted_of_the_old_result_is_a_warning(
 
 def test_a_failed_run_removes_the_folders_made_for_it(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b" / "out"
-    with pytest.raises(RuntimeError), replacing(folder, overwrite=False):
+    with pytest.raises(RuntimeError), in_workshop(folder):
         raise RuntimeError
     assert names(tmp_path) == set()
-    with replacing(folder, overwrite=False) as partial:
+    with in_workshop(folder) as partial:
         result(partial)
     assert names(folder.parent) == {"out"}

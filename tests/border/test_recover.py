@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -30,6 +31,7 @@ from optimum_modegpt import (
     perplexity,
 )
 from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows
+from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.evaluation.fidelity import divergence
 from optimum_modegpt.evaluation.perplexity import logits_of, nats_of, targets
 from optimum_modegpt.integration import cli
@@ -361,7 +363,8 @@ def test_the_command_saves_an_ordinary_compressed_model(
     printed = capsys.readouterr().out
     assert "held-out windows" in printed
     assert f"saved in {output}" in printed
-    assert printed.endswith(f"evaluate {output} --reference {teacher} --dataset OTHER_TEXT.txt\n")
+    ending = f"evaluate {output} --reference {teacher} --dataset '<your-text.txt>' --sequence-length 32\n"
+    assert printed.endswith(ending)
     assert {path.name for path in output.iterdir()} == {path.name for path in small.iterdir()}
     assert Report.load(output / "report.json").blocks == Report.load(small / "report.json").blocks
     assert "fine-tuned" in (output / "README.md").read_text(encoding="utf-8")
@@ -373,6 +376,44 @@ def test_the_command_saves_an_ordinary_compressed_model(
     assert not torch.equal(logits(model), logits(before))
     subprocess.run([sys.executable, "-c", LOAD, str(output), str(tmp_path / "logits")], check=True, timeout=300)
     assert torch.equal(load_file(tmp_path / "logits")["logits"], logits(model))
+
+
+def stopped(words: list[str], by: signal.Signals) -> tuple[int, str]:
+    """Runs the command in a process that gets a signal when its result is saved; its exit code and messages."""
+    script = (
+        "import os, signal, time\n"
+        "from optimum_modegpt.integration import cli, output\n"
+        f"def stop(*args, **kwargs): os.kill(os.getpid(), signal.{by.name}); time.sleep(600)\n"
+        "output._place = stop\n"
+        f"raise SystemExit(cli.main({words!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False, timeout=300)
+    return done.returncode, done.stderr
+
+
+def test_a_run_that_was_killed_is_tidied_by_the_next(
+    small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, workshop = tmp_path / "out", tmp_path / ".out.checkpoint"
+    words = ["recover", str(small), "--dataset", str(text), "--output", str(output), *QUICK]
+    assert stopped(words, signal.SIGKILL)[0] == -signal.SIGKILL
+    assert (workshop / "result" / "model.safetensors").is_file()
+    assert not output.exists()
+    with Checkpoint(workshop).alone():
+        assert cli.main(words) == cli.FAILED
+        assert "another run is at work" in capsys.readouterr().err
+        assert (workshop / "result" / "model.safetensors").is_file(), "nothing of a run that is at work is deleted"
+    assert cli.main(words) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_stopped_leaves_nothing(by: signal.Signals, small: Path, text: Path, tmp_path: Path) -> None:
+    words = ["recover", str(small), "--dataset", str(text), "--output", str(tmp_path / "new" / "out"), *QUICK]
+    code, errors = stopped(words, by)
+    assert code == cli.INTERRUPTED
+    assert "interrupted" in errors.lower()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_gained_is_an_error_and_nothing_is_saved(

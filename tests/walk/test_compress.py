@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import VARIANTS, classes, dense, tokens
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from optimum_modegpt.architectures import Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
@@ -29,7 +29,7 @@ from optimum_modegpt.errors import (
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 from optimum_modegpt.report import PARTS, Report
-from optimum_modegpt.walk.checks import part_sizes
+from optimum_modegpt.walk.checks import check_result, part_sizes
 
 WINDOWS, LENGTH = 10, 16
 RECIPES = [("default", None), ("default", "influence"), ("paper", None), ("paper", "sensitivity"), ("paper", "uniform")]
@@ -273,6 +273,61 @@ def test_a_failure_names_the_block_and_leaves_the_model_untouched(allocation: An
         assert torch.equal(value.nan_to_num(), before[key].nan_to_num()), key
 
 
+RARE = 7
+"""A token that only one calibration window has."""
+
+
+def overflowing(place: str) -> LlamaForCausalLM:
+    """A model whose values after `place` are not finite in texts with the token `RARE`, and finite in all others."""
+    model = dense("llama-mqa-biases")
+    assert isinstance(model, LlamaForCausalLM)
+    embedding, mlp, norm = model.model.embed_tokens.weight, model.model.layers[1].mlp, model.model.norm
+    with torch.no_grad():
+        embedding[:, 0], embedding[RARE], embedding[RARE, 0] = 0, 0, 200  # the only token with a large first channel
+        if place == "embedding":
+            embedding[RARE] = torch.nan
+        elif place == "block 1":
+            mlp.gate_proj.weight[0], mlp.gate_proj.bias[0] = 0, -5e30
+            mlp.gate_proj.weight[0, 0] = 1e30 / model.model.layers[1].post_attention_layernorm.weight[0]
+            mlp.up_proj.weight[0] = mlp.gate_proj.weight[0]
+        else:
+            model.lm_head.weight[0], model.lm_head.weight[0, 0] = 0, 1e38 / norm.weight[0]
+    return model
+
+
+@pytest.mark.parametrize("window", [3, 6])  # the sensitivities use the first five for moments, the others later
+@pytest.mark.parametrize(
+    "fields", [{}, {"allocation": "uniform"}, {"allocation": "influence"}, {"method": "paper", "allocation": "uniform"}]
+)
+@pytest.mark.parametrize("place", ["embedding", "block 1"])
+def test_a_dense_model_that_overflows_on_a_late_window_is_named(place: str, fields: Any, window: int) -> None:
+    ids = tokens(8, LENGTH).clamp(min=RARE + 1)
+    ids[window, 10] = RARE
+    words = f"^{place}: the dense model's output is not finite on calibration window {window} "
+    with pytest.raises(NumericalError, match=words):
+        compress(
+            overflowing(place),
+            ModeGPTConfig(sparsity=0.3, **fields),
+            TokenWindows(ids, windows().record),
+            progress=False,
+        )
+
+
+def test_dense_logits_that_overflow_on_a_late_window_are_named() -> None:
+    ids = tokens(8, LENGTH).clamp(min=RARE + 1)
+    ids[6, 10] = RARE
+    with pytest.raises(NumericalError, match=r"^the dense model's logits are not finite on calibration window 6 "):
+        compress(overflowing("head"), ModeGPTConfig(sparsity=0.3), TokenWindows(ids, windows().record), progress=False)
+
+
+def test_a_compressed_block_that_is_not_finite_is_not_blamed_on_the_dense_model() -> None:
+    stream = [torch.zeros(2, 3, 4), torch.zeros(2, 3, 4)]
+    check_result({"mlp": 0.1}, stream, torch.arange(4, 8))
+    stream[1][0, 2, 1] = torch.inf
+    with pytest.raises(NumericalError, match="the compressed block's output is not finite on calibration window 6 "):
+        check_result({"mlp": 0.1}, stream, torch.arange(4, 8))
+
+
 @pytest.mark.parametrize("method", ["default", "paper"])
 def test_moments_that_overflow_are_an_error_that_names_block_and_part(method: Any) -> None:
     model = dense("llama-gqa-tied")
@@ -287,8 +342,9 @@ def test_a_head_that_is_not_finite_is_no_reason_to_remove_anything() -> None:
     model = dense("llama-mha")
     with torch.no_grad():
         model.lm_head.weight[3, 0] = torch.nan
-    with pytest.raises(NumericalError, match="output distribution is not finite"):
-        run(model, sparsity=0.3)
+    for fields in ({}, {"allocation": "uniform"}, {"method": "paper"}):
+        with pytest.raises(NumericalError, match="the dense model's logits are not finite on calibration window 0"):
+            run(model, sparsity=0.3, **fields)
 
 
 def test_a_failure_at_the_very_end_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from optimum_modegpt.integration.arguments.common import add_device, count, path, verb
+from optimum_modegpt.integration.arguments.common import add_device, add_reference_revision, count, path, verb
 
 NEW_TOKENS, REPEATS = 32, 5
 BATCH_SIZES, PROMPT_LENGTHS = (1, 8), (128, 1024)
@@ -15,6 +15,7 @@ def add(verbs: Any) -> None:
     """Declare the arguments."""
     parser = verb(verbs, "benchmark", "How fast MODEL reads a prompt and writes, and what memory it takes.")
     parser.add_argument("--reference", metavar="DENSE", help="model to take turns with; ratios are to it")
+    add_reference_revision(parser)
     parser.add_argument("--batch-sizes", type=counts, default=BATCH_SIZES, metavar="N,…", help="default 1,8")
     parser.add_argument(
         "--prompt-lengths",

@@ -26,6 +26,12 @@ def add_access(parser: argparse.ArgumentParser, model: str) -> None:
     add_debug(parser)
 
 
+def add_reference_revision(parser: argparse.ArgumentParser, flag: str = "--reference-revision") -> None:
+    """Add the flag that says which revision of the dense model is read."""
+    text = "branch, tag or commit of DENSE"
+    parser.add_argument(flag, dest="reference_revision", metavar="R", help=text)
+
+
 def add_debug(parser: argparse.ArgumentParser) -> None:
     """Add the flag that shows tracebacks."""
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

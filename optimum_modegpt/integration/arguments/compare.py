@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimum_modegpt.integration.arguments.common import add_access, add_device, count, path
+from optimum_modegpt.integration.arguments.common import add_access, add_device, add_reference_revision, count, path
 
 BROKEN = 1
 """Exit code where a threshold does not hold."""
@@ -17,6 +17,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("reference", metavar="DENSE", help="name on the Hub, folder, or demo for the embedded model")
     parser.add_argument("model", metavar="COMPRESSED", help="name on the Hub, or folder")
     add_access(parser, "COMPRESSED")
+    add_reference_revision(parser)
     parser.add_argument(
         "--prompts",
         type=path,

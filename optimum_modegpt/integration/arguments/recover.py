@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimum_modegpt.integration.arguments.common import add_device, count, path, verb
+from optimum_modegpt.integration.arguments.common import add_device, add_reference_revision, count, path, verb
 from optimum_modegpt.recovery.config import RecoveryConfig
 
 MOST_WINDOWS = 4096
@@ -16,6 +16,7 @@ def add(verbs: Any) -> None:
     parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
     parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
     parser.add_argument("--teacher", dest="reference", metavar="DENSE", help="learn its predictions, not the text's")
+    add_reference_revision(parser, "--teacher-revision")
     parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
     parser.add_argument("--dataset-split", metavar="NAME", help="split to read; by default train")
     parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")

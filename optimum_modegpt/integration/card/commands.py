@@ -28,7 +28,7 @@ RECOVERY = {
     "seed": "seed",
 }
 """Flags of `recover` by the keys of its record."""
-MODEL_FLAGS = ("reference", "tokenizer", "batch_size", "dtype")
+MODEL_FLAGS = ("reference", "reference_revision", "tokenizer", "batch_size", "dtype")
 TEXT_FLAGS = ("dataset_split", "text_column")
 KINDS = {"dataset": "file", "tokenizer": "folder", "reference": "folder", "include_path": "folder"}
 

@@ -105,7 +105,7 @@ REPORT = {
 }
 SETTINGS = {
     **dict.fromkeys(("reference", "tokenizer", "dtype", "dataset", "dataset_split", "text_column"), text),
-    "include_path": text,
+    **dict.fromkeys(("include_path", "reference_revision"), text),
     "batch_size": natural,
     "paths": [text],
 }

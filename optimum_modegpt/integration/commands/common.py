@@ -14,7 +14,8 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers.utils import logging
 
-from optimum_modegpt.errors import CalibrationDataError, OutputError
+from optimum_modegpt import progress
+from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, OutputError
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
 from optimum_modegpt.integration.reading import load_model
 from optimum_modegpt.integration.source import Source, tokenizer_named
@@ -23,9 +24,6 @@ from optimum_modegpt.stages import compute_device
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-OTHER_TEXT = "OTHER_TEXT.txt"
-"""Stands in an advised command for a text of the user's own that was not used yet."""
-
 
 def source_of(options: Namespace) -> Source:
     """The model that the options name."""
@@ -33,10 +31,23 @@ def source_of(options: Namespace) -> Source:
 
 
 def reference_of(options: Namespace) -> Source | None:
-    """The model to compare with; None where none is named."""
+    """Returns the dense model to compare with or to learn from; None if none is named.
+
+    Raises:
+        InvalidConfig: only its revision is given.
+    """
+    if options.reference is None and options.reference_revision is not None:
+        raise InvalidConfig(
+            f"found a revision of the dense model, {options.reference_revision!r}, but no dense model. Name it with "
+            "--reference, for recover with --teacher."
+        )
     if options.reference is None:
         return None
-    arguments = {"token": options.token, "trust_remote_code": options.trust_remote_code or None}
+    arguments = {
+        "revision": options.reference_revision,
+        "token": options.token,
+        "trust_remote_code": options.trust_remote_code or None,
+    }
     return Source.of_arguments(options.reference, arguments)
 
 
@@ -71,20 +82,24 @@ def shared_tokenizer(name: str | None, source: Source, reference: Source | None)
 
 
 def shows_progress() -> bool:
-    """Return whether to show progress bars: only in a terminal."""
-    return sys.stderr.isatty()
+    """Return whether the running command shows its progress, as bars or as lines."""
+    return progress.style() != "nothing"
 
 
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Hide transformers' progress bars; those of downloads stay if the error stream is a terminal."""
-    watched = shows_progress() and not are_progress_bars_disabled()
+    """Hide transformers' progress bars; show ours and those of downloads on a terminal, and plain lines in a log.
+
+    `HF_HUB_DISABLE_PROGRESS_BARS` switches all of them off.
+    """
+    style = "nothing" if are_progress_bars_disabled() else "bars" if sys.stderr.isatty() else "lines"
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    if watched:
+    if style == "bars":
         enable_progress_bars()
     try:
-        yield
+        with progress.shown_as(style):
+            yield
     finally:
         if was_on:
             logging.enable_progress_bar()

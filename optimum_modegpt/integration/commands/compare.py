@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def _check_order(options: Namespace, first_is_compressed: bool, second_is_compre
     if first_is_compressed and not second_is_compressed:
         raise EvaluationError(
             f"{options.reference} is a compressed model and {options.model} a dense one; the dense one comes first: "
-            f"compare {options.model} {options.reference}"
+            f"{shlex.join(['compare', options.model, options.reference])}"
         )
 
 

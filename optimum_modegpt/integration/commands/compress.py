@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shlex
 import shutil
 from argparse import Namespace
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.room import check_room
 from optimum_modegpt.integration.card import REPORT
+from optimum_modegpt.integration.commands.advice import NEW_FOLDER, YOUR_TEXT, advised
 from optimum_modegpt.integration.commands.common import (
-    OTHER_TEXT,
     check_file,
     shows_progress,
     source_of,
@@ -30,7 +29,7 @@ from optimum_modegpt.integration.commands.common import (
 from optimum_modegpt.integration.commands.configuration import configuration
 from optimum_modegpt.integration.commands.estimate import estimate_of
 from optimum_modegpt.integration.hub import Upload
-from optimum_modegpt.integration.output import check_output, replacing, saving, taken_back
+from optimum_modegpt.integration.output import check_output, replacing, saving, taken_back, workshop_of
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.integration.reading import load_config, load_model, pick_device
 from optimum_modegpt.integration.source import Source, default_dataset
@@ -100,11 +99,17 @@ def _compress(
 ) -> Report:
     if quantizer.config.sparsity > STEEP:
         logger.warning(
-            "sparsity %g: beyond %g quality falls fast. Plan a fine-tuning afterwards: %s recover %s",
+            "sparsity %g: beyond %g quality falls fast. Plan a fine-tuning afterwards: %s",
             quantizer.config.sparsity,
             STEEP,
-            options.program,
-            output,
+            advised(
+                options,
+                *("recover", str(output)),
+                teacher=options.model,
+                teacher_revision=options.revision,
+                dataset=YOUR_TEXT if _is_file(quantizer.config.dataset) else None,
+                output=NEW_FOLDER,
+            ),
         )
     if not options.ignore_estimate:
         found = estimate_of(source, quantizer.config, options.dtype, device)
@@ -164,7 +169,7 @@ def _digest(file: Path) -> str:
 @contextmanager
 def _unfinished_work(output: Path) -> Iterator[Checkpoint]:
     """Where it is kept until the result is at `output`; an interrupt inside says so, where anything is."""
-    checkpoint = Checkpoint(output.with_name(f".{output.name}.checkpoint"))
+    checkpoint = workshop_of(output)
     try:
         yield checkpoint
     except KeyboardInterrupt:
@@ -191,17 +196,23 @@ def _upload(options: Namespace) -> Upload | None:
 
 
 def _next_step(options: Namespace) -> str:
-    """The command that evaluates the result, ready for a shell but for the name of a text of the user's own."""
-    words = ["evaluate", str(options.output), "--reference", options.model]
-    config, place = configuration(options), ""
-    if options.trust_remote_code:
-        words.append("--trust-remote-code")
-    if isinstance(config.dataset, str) and Path(config.dataset).exists():
-        words += ["--dataset", OTHER_TEXT]
-        place = ", on text that it was not calibrated on"
-        if config.sequence_length is not None:
-            words += ["--sequence-length", str(config.sequence_length)]
-    return f"next{place}: {options.program} {shlex.join(words)}"
+    """Returns the command that evaluates the result; a placeholder stands for a file with other text."""
+    config = configuration(options)
+    is_file = _is_file(config.dataset)
+    command = advised(
+        options,
+        *("evaluate", str(options.output)),
+        reference=options.model,
+        reference_revision=options.revision,
+        tokenizer=config.tokenizer,
+        dataset=YOUR_TEXT if is_file else None,
+        sequence_length=config.sequence_length,
+    )
+    return f"next{', on text that it was not calibrated on' if is_file else ''}: {command}"
+
+
+def _is_file(dataset: Any) -> bool:
+    return isinstance(dataset, str) and Path(dataset).exists()
 
 
 def _used_paths(source: Source, config: ModeGPTConfig, options: Namespace) -> list[Path]:

@@ -113,6 +113,8 @@ def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
         settings["dtype"] = options.dtype
     if reference is not None:
         settings["reference"] = reference.base_model
+        if options.reference_revision is not None:
+            settings["reference_revision"] = options.reference_revision
         paths += ["reference"] * (not reference.is_demo and Path(reference.path).is_dir())
     return settings | ({"paths": paths} if paths else {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from optimum_modegpt.evaluation.inspection import inspection
 from optimum_modegpt.integration.card.contents import EVALUATION, read
+from optimum_modegpt.integration.commands.advice import NEW_FOLDER, advised
 from optimum_modegpt.integration.commands.common import check_file, source_of, write_json
 from optimum_modegpt.integration.headers import read_headers
 from optimum_modegpt.integration.reading import load_config, load_model
@@ -36,7 +36,8 @@ def run(options: Namespace) -> None:
     if check is not None:
         print(check)
     if not found.blocks:
-        advice = f"To compress it: {options.program} compress {shlex.quote(options.model)} --output DIR"
+        command = advised(options, "compress", options.model, revision=options.revision, output=NEW_FOLDER)
+        advice = f"To compress it: {command}"
         unknown = f"Models of its type cannot be compressed; known: {', '.join(DENSE_TYPES)}."
         print(f"This is a dense model. {advice if found.model_type in DENSE_TYPES else unknown}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from transformers.utils.hub import cached_file
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.integration.card import REPORT
+from optimum_modegpt.integration.commands.advice import YOUR_TEXT, advised
 from optimum_modegpt.integration.commands.common import (
-    OTHER_TEXT,
     models_on,
     reference_of,
     shared_tokenizer,
@@ -21,7 +20,7 @@ from optimum_modegpt.integration.commands.common import (
     source_of,
 )
 from optimum_modegpt.integration.hub import KEPT_REPORT
-from optimum_modegpt.integration.output import check_output, replacing, saving
+from optimum_modegpt.integration.output import check_output, replacing, saving, taken_back, workshop_of
 from optimum_modegpt.integration.reading import load_config, pick_device
 from optimum_modegpt.integration.source import DEMO, Source, calibrate
 from optimum_modegpt.recovery.config import RecoveryConfig
@@ -37,22 +36,26 @@ def run(options: Namespace) -> None:
     """
     source, teacher = source_of(options), reference_of(options)
     config = RecoveryConfig(**{name: getattr(options, name) for name in RecoveryConfig.__dataclass_fields__})
-    check_output(options.output, overwrite=options.overwrite, used=_used_paths(source, teacher, options))
-    recovery = _recover_to(options.output, source, teacher, config, options)
+    output = options.output.resolve()  # the folder next to it is on the same disk
+    workshop = workshop_of(output)
+    with workshop.alone():
+        taken_back(workshop.folder, output)
+        check_output(output, overwrite=options.overwrite, used=_used_paths(source, teacher, options))
+        recovery = _recover_to(output, workshop.folder, source, teacher, config, options)
     print(recovery.summary())
     print(f"saved in {options.output}")
     print(_next_step(options))
 
 
 def _recover_to(
-    output: Path, source: Source, teacher: Source | None, config: RecoveryConfig, options: Namespace
+    output: Path, workshop: Path, source: Source, teacher: Source | None, config: RecoveryConfig, options: Namespace
 ) -> Recovery:
     device, model_config = pick_device(options.device), load_config(source)
     check_compressed(model_config)
     if teacher is not None:
         load_config(teacher)  # a name that leads nowhere is refused before anything is read
     tokenizer, report = shared_tokenizer(None, source, teacher), _report(source)
-    with replacing(output, overwrite=options.overwrite) as folder:
+    with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
         windows = calibrate(_text(options, model_config), tokenizer, model_config, source, fewer=True)
         model, dense = models_on(device, options.dtype, source, teacher)
         recovery = recover(
@@ -103,12 +106,15 @@ def _used_paths(source: Source, teacher: Source | None, options: Namespace) -> l
 
 
 def _next_step(options: Namespace) -> str:
-    """The command that evaluates the result, ready for a shell but for the name of a text of the user's own."""
-    words = ["evaluate", str(options.output)]
-    if options.reference is not None:
-        words += ["--reference", options.reference]
-    if options.dataset is not None:
-        words += ["--dataset", OTHER_TEXT if Path(options.dataset).exists() else options.dataset]
-    if options.trust_remote_code:
-        words.append("--trust-remote-code")
-    return f"next, on text that was not trained on: {options.program} {shlex.join(words)}"
+    """Returns the command that evaluates the result; a placeholder stands for a file with other text."""
+    is_file = options.dataset is not None and Path(options.dataset).exists()
+    command = advised(
+        options,
+        *("evaluate", str(options.output)),
+        reference=options.reference,
+        reference_revision=options.reference_revision,
+        dataset=YOUR_TEXT if is_file else options.dataset,
+        text_column=None if is_file else options.text_column,
+        sequence_length=options.sequence_length,
+    )
+    return f"next, on text that was not trained on: {command}"
