@@ -31,7 +31,15 @@ from optimum_modegpt.calibration.hub_datasets import (
     describe,
     open_builder,
 )
-from optimum_modegpt.calibration.token_ids import IDS, MASK, as_ids, from_encoding, from_encodings, kind_of
+from optimum_modegpt.calibration.token_ids import (
+    IDS,
+    IN_MEMORY_IDS,
+    MASK,
+    as_ids,
+    from_encoding,
+    from_encodings,
+    kind_of,
+)
 from optimum_modegpt.calibration.tokenization import pieces
 from optimum_modegpt.config import IN_MEMORY
 from optimum_modegpt.errors import CalibrationDataError
@@ -104,7 +112,7 @@ def open_source(dataset: Any, request: Request) -> Source:
     if isinstance(dataset, Tensor | np.ndarray):
         return _from_ids(as_ids(dataset), request)
     if isinstance(dataset, Mapping) and IDS in dataset:
-        return _from_ids(from_encoding(dataset, f"{IN_MEMORY}token ids"), request)
+        return _from_ids(from_encoding(dataset), request)
     if isinstance(dataset, Sequence) and not isinstance(dataset, bytes):
         return _open_sequence(dataset, request)
     import datasets
@@ -139,7 +147,7 @@ def _open_sequence(items: Sequence[Any], request: Request) -> Source:
     if kind in ("number", "numbers"):
         return _from_ids(as_ids(items), request)
     if kind == "encoding":
-        return _from_ids(from_encodings(items, f"{IN_MEMORY}token ids"), request)
+        return _from_ids(from_encodings(items), request)
     _refuse_choices(request, "a list")
     if kind == "message":  # a single conversation
         items, kind = [items], "conversation"
@@ -156,7 +164,7 @@ def _open_sequence(items: Sequence[Any], request: Request) -> Source:
 
 def _from_ids(ids: Tensor, request: Request) -> Source:
     _refuse_choices(request, "token ids")
-    return Source(f"{IN_MEMORY}token ids {tuple(ids.shape)}", ids=ids)
+    return Source(f"{IN_MEMORY_IDS} {tuple(ids.shape)}", ids=ids)
 
 
 def _refuse_choices(request: Request, what: str) -> None:

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optimum_modegpt.config import IN_MEMORY
 from optimum_modegpt.errors import CalibrationDataError
 
 IDS, MASK = "input_ids", "attention_mask"
 """The keys of a tokenizer's output that are read; all others are ignored."""
+
+IN_MEMORY_IDS = f"{IN_MEMORY}token ids"
 
 
 def kind_of(item: Any) -> str:
@@ -35,62 +38,66 @@ def kind_of(item: Any) -> str:
     return "numbers" if inner == {"number"} else type(item).__name__
 
 
-def as_ids(data: Any) -> Tensor:
+def as_ids(data: Any, name: str = IN_MEMORY_IDS) -> Tensor:
     """Convert tensors, arrays or lists to int64 on the CPU, of shape (windows, length), or (tokens,) for one text.
 
     Raises:
         CalibrationDataError: the numbers are no integers, or the shape is another one.
     """
-    ids = _as_tensor(data)
+    ids = _as_tensor(data, name)
     shape = tuple(ids.shape)
     if ids.ndim not in (1, 2) or 0 in shape:
-        raise CalibrationDataError(f"token ids must have shape (windows, length) or (tokens,), found {shape}.")
+        raise CalibrationDataError(f"{name}: token ids must have shape (windows, length) or (tokens,), found {shape}.")
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-        raise CalibrationDataError(f"token ids must be integers, found {ids.dtype} of shape {shape}.")
+        raise CalibrationDataError(f"{name}: token ids must be integers, found {ids.dtype} of shape {shape}.")
     return ids.detach().to("cpu", torch.int64)
 
 
-def from_encodings(encodings: Iterable[Mapping[str, Any]], name: str) -> Tensor:
-    """Stack the rows of several encodings, without their padding, to windows (windows, length).
+def from_encodings(encodings: Iterable[Mapping[str, Any]], name: str = IN_MEMORY_IDS) -> Tensor:
+    """Stack the rows of several encodings to windows (windows, length), without padding and empty rows.
 
     Raises:
         CalibrationDataError: the rows differ in length, or a mask does more than mark padding.
     """
-    rows = [row for encoding in encodings for row in _rows(encoding, name)]
+    rows = [row for encoding in encodings if not _is_empty(encoding[IDS]) for row in _rows(encoding, name)]
     if not rows:
-        raise CalibrationDataError(f"{name}: there are no rows in it.")
+        raise CalibrationDataError(f"{name}: all rows are empty.")
     return _stacked(rows, name)
 
 
-def from_encoding(encoding: Mapping[str, Any], name: str) -> Tensor:
+def from_encoding(encoding: Mapping[str, Any], name: str = IN_MEMORY_IDS) -> Tensor:
     """Read one encoding: of a single text (tokens,), of a batch (windows, length).
 
     Raises:
         CalibrationDataError: as `from_encodings`.
     """
-    ids = as_ids(encoding[IDS])
+    ids = as_ids(encoding[IDS], name)
     rows = _rows({**encoding, IDS: ids}, name)
     return rows[0] if ids.ndim == 1 else _stacked(rows, name)
 
 
-def _as_tensor(data: Any) -> Tensor:
+def _is_empty(ids: Any) -> bool:
+    return isinstance(ids, Sequence | Tensor | np.ndarray) and len(ids) == 0
+
+
+def _as_tensor(data: Any, name: str) -> Tensor:
     if isinstance(data, Tensor):
         return data
     if isinstance(data, np.ndarray):
         if data.dtype.kind not in "iu":
-            raise CalibrationDataError(f"token ids must be integers, found {data.dtype} of shape {data.shape}.")
+            raise CalibrationDataError(f"{name}: token ids must be integers, found {data.dtype} of shape {data.shape}.")
         return torch.from_numpy(data.astype(np.int64))
     if not isinstance(data, Sequence) or isinstance(data, str | bytes):
-        raise CalibrationDataError(f"token ids must be integers, found {type(data).__name__}.")
+        raise CalibrationDataError(f"{name}: token ids must be integers, found {type(data).__name__}.")
     if not any(isinstance(item, Sequence | Tensor | np.ndarray) for item in data):
-        return _numbers(data)
-    return _stacked([_as_tensor(row) for row in data], "token ids")
+        return _numbers(data, name)
+    return _stacked([_as_tensor(row, name) for row in data], name)
 
 
-def _numbers(data: Sequence[Any]) -> Tensor:
+def _numbers(data: Sequence[Any], name: str) -> Tensor:
     if not all(isinstance(number, numbers.Number) for number in data):
         strange = next(type(item).__name__ for item in data if not isinstance(item, numbers.Number))
-        raise CalibrationDataError(f"token ids must be integers, found {strange}.")
+        raise CalibrationDataError(f"{name}: token ids must be integers, found {strange}.")
     return torch.tensor(list(data))
 
 
@@ -108,11 +115,11 @@ def _stacked(rows: Sequence[Tensor], name: str) -> Tensor:
 
 def _rows(encoding: Mapping[str, Any], name: str) -> list[Tensor]:
     """The rows of an encoding, each (tokens,), without the padding that its attention mask marks."""
-    ids = as_ids(encoding[IDS])
+    ids = as_ids(encoding[IDS], name)
     rows = list(ids.view(-1, ids.shape[-1]))
     if encoding.get(MASK) is None:
         return rows
-    mask = _as_tensor(encoding[MASK])
+    mask = _as_tensor(encoding[MASK], name)
     if mask.shape != ids.shape:
         raise CalibrationDataError(
             f"{name}: {MASK} has shape {tuple(mask.shape)}, {IDS} {tuple(ids.shape)}; they must be the same."
