@@ -84,7 +84,9 @@ def advise(dataset: HubDataset, hub: Mapping[str, Any]) -> str:
     caches = {"HF_DATASETS_CACHE": _cache_folder(hub), "HF_HUB_CACHE": Path(constants.HF_HUB_CACHE)}
     if blocked := {name: folder for name, folder in caches.items() if not _can_be_written(folder)}:
         folders = " and ".join(f"{folder} ({name})" for name, folder in blocked.items())
-        sentences.append(f"Caches must be writable, {folders} cannot be written: set {' and '.join(blocked)}.")
+        sentences.append(
+            f"{folders} cannot be written: set {' and '.join(blocked)} to a writable folder, or to a writable copy."
+        )
     else:
         sentences.append("For another cache set HF_DATASETS_CACHE, or HF_HOME for all of them.")
     if config.HF_HUB_OFFLINE:
