@@ -50,10 +50,11 @@ class Recipe:
         allocation: how the removal is spread: `"sensitivity"` (measured, per block and part), `"influence"` (the
             paper's block influence) or `"uniform"`; `None` takes the method's own: sensitivity, or influence for paper.
         dataset: calibration text: `"wikitext2"`, `"c4"`, `"alpaca"`, a dataset id of the Hub, a local .txt, .jsonl,
-            .json or .parquet file, a list of strings or of chat messages, a `datasets.Dataset`, or token ids of
-            shape (windows, length).
-        dataset_split: split to read, where the dataset has several; `None` takes "train" (or its only one).
-        text_column: column that holds the text; `None` finds it where there is only one choice.
+            .json or .parquet file, a folder, a list of strings or of chat messages, a `datasets.Dataset`, or token ids
+            of shape (windows, length), also as the output of a tokenizer.
+        dataset_split: split to read, or a slice of one such as "train[:10%]"; `None` takes "train" (or the only one).
+        text_column: column that holds the text or `input_ids`; `None` takes a column with a usual name, such as "text",
+            then `input_ids`, then the only column of strings.
         num_samples: number of calibration windows.
         sequence_length: tokens per window; `None` takes min(2048, the model's context).
         batch_size: windows per forward pass; `None` chooses by the memory that is free.

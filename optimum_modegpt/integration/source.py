@@ -244,6 +244,8 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
 def _needs_tokenizer(dataset: Any) -> bool:
     while isinstance(dataset, list | tuple) and dataset:
         dataset = dataset[0]
+    if isinstance(dataset, Mapping):
+        return "input_ids" not in dataset
     return not (isinstance(dataset, int) or hasattr(dataset, "dtype"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -11,11 +12,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.data import TokenWindows, describe_degenerate
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.perplexity import check_windows, perplexity
 from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.walk.state import Base
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE, FEWEST_HELD_OUT = 0.05, 2
 """Windows that are not trained on but choose the best step."""
@@ -87,6 +90,8 @@ def recover(
     config = config or RecoveryConfig()
     _check_model(model)
     training, held_out = _split(windows)
+    if degenerate := describe_degenerate(windows):
+        logger.warning(degenerate)
     for each in filter(None, (model, teacher)):
         check_windows(each, windows.tokens)
     _check_teacher(model, teacher)

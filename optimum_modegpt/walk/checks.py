@@ -11,6 +11,7 @@ from torch import Tensor
 from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Plan, Sizes, head_step, largest_sparsity, mlp_step, part_size
 from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.calibration.data import describe_degenerate
 from optimum_modegpt.calibration.streams import DENSE_ADVICE, Stream, check_dense, not_finite
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel, naming
@@ -44,7 +45,7 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
 
 
 def check_request(walk: Walk) -> None:
-    """What can be refused before any computing is refused here."""
+    """Refuse or warn of whatever can be checked before anything is computed."""
     tokens, config, model = walk.calibration.tokens, walk.config, walk.architecture.model
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and tokens.shape[1] > context:
@@ -63,6 +64,8 @@ def check_request(walk: Walk) -> None:
             f"only {distinct} of the {len(tokens)} calibration windows differ: the text repeats itself, and the model "
             "will be good at nothing else. Calibrate on varied text like that which the model will see."
         )
+    if degenerate := describe_degenerate(walk.calibration):
+        walk.warn(degenerate)
     widest = max(block["mlp"].dense for block in walk.sizes)
     if tokens.numel() < widest:
         walk.warn(

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,18 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset_builder
 from tiny import dense
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
 
-from optimum_modegpt import perplexity
-from optimum_modegpt.calibration.data import calibration_windows, evaluation_windows, resolve_sequence_length
+from optimum_modegpt import demo, perplexity
+from optimum_modegpt.calibration import tokenization
+from optimum_modegpt.calibration.data import (
+    TokenWindows,
+    calibration_windows,
+    describe_degenerate,
+    evaluation_windows,
+    resolve_sequence_length,
+)
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
 
@@ -305,8 +313,8 @@ def test_table_is_joined_by_blank_lines(tmp_path, tokenizer, kind):
 
 
 def test_changed_file_is_read_again(tmp_path, tokenizer):
-    first = calibrate(str(write_table(tmp_path, "jsonl", [{"text": "a" * 500}])), tokenizer)
-    second = calibrate(str(write_table(tmp_path, "jsonl", [{"text": "b" * 500}])), tokenizer)
+    first = calibrate(str(write_table(tmp_path, "jsonl", [{"text": "ab" * 250}])), tokenizer)
+    second = calibrate(str(write_table(tmp_path, "jsonl", [{"text": "bc" * 250}])), tokenizer)
     assert not torch.equal(first.tokens, second.tokens)
 
 
@@ -317,14 +325,59 @@ def test_broken_table(tmp_path, tokenizer, name, content):
     assert error.__cause__ is not None
 
 
-@pytest.mark.parametrize("field", ["dataset_split", "text_column"])
-def test_choice_that_a_text_file_does_not_offer(text_file, tokenizer, field):
-    refused(str(text_file), tokenizer, "'other'", "a .txt file has no", **{field: "other"})
+def test_column_of_a_text_file(text_file, tokenizer):
+    refused(str(text_file), tokenizer, "'other'", "a .txt file has no columns", text_column="other")
 
 
-def test_split_of_a_table_file(tmp_path, tokenizer):
-    path = write_table(tmp_path, "jsonl", [{"text": TEXT}])
-    refused(str(path), tokenizer, "'test'", "a file has no splits", dataset_split="test")
+def write_all(folder: Path, rows: list[str]) -> dict[str, Path]:
+    """The same rows as files, and as folders of both kinds."""
+    table = [{"text": row} for row in rows]
+    (folder / "files").mkdir()
+    write_table(folder / "files", "jsonl", table)
+    Dataset.from_list(table).save_to_disk(folder / "rows")
+    DatasetDict(train=Dataset.from_list(table)).save_to_disk(folder / "saved")
+    (folder / "lines.txt").write_text("".join(row + "\n" for row in rows))
+    places = {
+        "files": folder / "files",
+        "rows": folder / "rows",
+        "saved": folder / "saved",
+        "txt": folder / "lines.txt",
+    }
+    return places | {kind: write_table(folder, kind, table) for kind in ("jsonl", "json", "parquet")}
+
+
+@pytest.mark.parametrize(
+    ("split", "first", "end"), [("train", 0, 40), ("train[:10]", 0, 10), ("train[10%:]", 4, 40), ("train[-3:]", 37, 40)]
+)
+def test_slices_of_files_and_folders(tmp_path, tokenizer, split, first, end):
+    for kind, path in write_all(tmp_path, DOCUMENTS).items():
+        rows = DOCUMENTS[first:end]
+        expected = "".join(row + "\n" for row in rows) if kind == "txt" else "\n\n".join(rows)
+        got = calibrate(str(path), tokenizer, samples=2, dataset_split=split)
+        assert torch.equal(got.tokens, draw(cut(expected, tokenizer, 16), 2, 0)), kind
+        assert got.record["split"] == split
+        got = evaluation_windows(str(path), tokenizer, sequence_length=16, split=split)
+        assert torch.equal(got.tokens, cut(expected, tokenizer, 16)), kind
+
+
+def test_slices_of_what_is_in_memory(tokenizer):
+    rows = Dataset.from_dict({"text": DOCUMENTS})
+    expected = draw(cut("\n\n".join(DOCUMENTS[5:15]), tokenizer, 16), 2, 0)
+    for data in (rows, DatasetDict(train=rows), DatasetDict(train=rows, test=rows)):
+        assert torch.equal(calibrate(data, tokenizer, samples=2, dataset_split="train[5:15]").tokens, expected)
+    both = calibrate(DatasetDict(train=rows, test=rows), tokenizer, samples=2, dataset_split="train[5:10]+test[10:15]")
+    assert torch.equal(both.tokens, expected)
+
+
+@pytest.mark.parametrize("split", ["test", "train[", "train[:x]", "test[:10]", ""])
+def test_split_that_files_and_folders_do_not_have(tmp_path, tokenizer, split):
+    for path in write_all(tmp_path, DOCUMENTS).values():
+        refused(str(path), tokenizer, repr(split), "splits: train", "train[:10%]", dataset_split=split)
+
+
+def test_streamed_dataset_has_no_slices(tokenizer):
+    streamed = Dataset.from_dict({"text": DOCUMENTS}).to_iterable_dataset()
+    refused(streamed, tokenizer, "'train[:10]'", "streamed", dataset_split="train[:10]")
 
 
 # Lists, conversations, datasets
@@ -350,7 +403,7 @@ def test_column_of_a_dataset_is_a_list(tokenizer):
         (["text", None], ["NoneType and text"]),
         ([b"bytes"], ["list of bytes"]),
         ([["nested"]], ["list of list"]),
-        (["", ""], ["too few"]),
+        (["", ""], ["no text"]),
         ([{"text": "row"}], ["'role' and 'content'", "text"]),
     ],
 )
@@ -445,7 +498,7 @@ def test_dataset_without_rows(tokenizer):
 
 
 def splits(**texts):
-    return DatasetDict({split: Dataset.from_dict({"text": [text * 100]}) for split, text in texts.items()})
+    return DatasetDict({split: Dataset.from_dict({"text": [(text + "-") * 50]}) for split, text in texts.items()})
 
 
 @pytest.mark.parametrize(
@@ -462,10 +515,10 @@ def test_choice_of_the_split(tokenizer, available, asked, calibrated, evaluated)
     data = splits(**available)
     got = calibrate(data, tokenizer, samples=2, dataset_split=asked)
     assert got.record["split"] == calibrated
-    assert tokenizer.decode(got.tokens[0]) == available[calibrated] * 16
+    assert tokenizer.decode(got.tokens[0]) == f"{available[calibrated]}-" * 8
     got = evaluation_windows(data, tokenizer, sequence_length=16, split=asked)
     assert got.record["split"] == evaluated
-    assert tokenizer.decode(got.tokens[0]) == available[evaluated] * 16
+    assert tokenizer.decode(got.tokens[0]) == f"{available[evaluated]}-" * 8
 
 
 def test_split_that_is_not_there(tokenizer):
@@ -481,18 +534,44 @@ def test_folders(tmp_path, tokenizer):
     for split, data in splits(train="a", test="b").items():
         data.to_parquet(tmp_path / "files" / f"{split}.parquet")
     for folder in ("saved", "files"):
-        hub = {"cache_dir": tmp_path / "cache"}
-        got = calibrate(str(tmp_path / folder), tokenizer, samples=2, hub=hub)
+        got = calibrate(str(tmp_path / folder), tokenizer, samples=2)
         assert (got.record["name"], got.record["split"]) == (folder, "train")
-        assert tokenizer.decode(got.tokens[0]) == "a" * 16
-        got = evaluation_windows(str(tmp_path / folder), tokenizer, sequence_length=16, hub=hub)
+        assert tokenizer.decode(got.tokens[0]) == "a-" * 8
+        got = evaluation_windows(str(tmp_path / folder), tokenizer, sequence_length=16)
         assert got.record["split"] == "test"
-        assert tokenizer.decode(got.tokens[0]) == "b" * 16
+        assert tokenizer.decode(got.tokens[0]) == "b-" * 8
 
 
 def test_folder_without_data(tmp_path, tokenizer):
-    error = refused(str(tmp_path), tokenizer, tmp_path.name, ".parquet", hub={"cache_dir": tmp_path / "cache"})
+    error = refused(str(tmp_path), tokenizer, tmp_path.name, ".parquet")
     assert error.__cause__ is not None
+
+
+LOCAL = """
+import sys
+from optimum_modegpt.calibration.data import evaluation_windows
+class Letters:
+    def __call__(self, text, **_): return {"input_ids": [ord(letter) for letter in text]}
+    def __len__(self): return 0x110000
+for place in sys.argv[1:]:
+    print(evaluation_windows(place, Letters(), sequence_length=16).record["available_windows"])
+"""
+
+
+def test_local_text_needs_no_cache(tmp_path):
+    places = write_all(tmp_path, DOCUMENTS)
+    cache = tmp_path / "cache"
+    cache.write_text("a file in the way of the folder")
+    run = subprocess.run(
+        [sys.executable, "-c", LOCAL, *map(str, places.values())],
+        env={**os.environ, "HF_HOME": str(cache), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.split()) == len(places)
+    assert not list(tmp_path.glob("tmp*"))
 
 
 # What is streamed or large
@@ -563,15 +642,138 @@ class Counting:
 
 
 def test_large_dataset_is_tokenised_in_part():
-    large = Dataset.from_dict({"text": [chr(97 + number % 26) * 10**6 for number in range(70)]})
+    large = Dataset.from_dict({"text": [(chr(97 + number) + "- ,") * 250_000 for number in range(20)]})
     runs = [calibrate(large, counting := Counting(), seed=seed).tokens for seed in (0, 0, 1)]
-    assert counting.letters // 10**6 == 2  # one document, once to count and once to cut
+    assert counting.letters < 2**18  # the beginning of one document, once to count and once to cut
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
     got = evaluation_windows(large, counting, sequence_length=16, max_windows=4)
-    assert got.tokens.unique().tolist() == [ord("a")]
+    assert got.tokens.unique().tolist() == sorted(map(ord, "a- ,"))
     small = large.select([0, 2])  # the table behind it stays large
     assert calibrate(small, counting).record["available_windows"] == (2 * 10**6 + 2) // 16
+    listed = calibrate(large["text"], counting, seed=0)
+    assert torch.equal(listed.tokens, runs[0])
+
+
+LARGE = 17 * 10**6
+"""Characters of a text that is read in part."""
+
+
+def test_large_text_file_is_read_in_part(tmp_path):
+    numbers = " ".join(map(str, range(5 * 10**6 // 2)))[:LARGE]
+    (tmp_path / "large.txt").write_text(numbers)
+    (tmp_path / "small.txt").write_text(numbers[:10_000])
+    large, small = str(tmp_path / "large.txt"), str(tmp_path / "small.txt")
+    runs = [calibrate(large, counting := Counting(), seed=seed, samples=20, length=1024) for seed in (0, 0, 1)]
+    assert counting.letters < 10**5
+    assert torch.equal(runs[0].tokens, runs[1].tokens)
+    assert not torch.equal(runs[0].tokens, runs[2].tokens)
+    found = [int(number) for number in re.findall(r" (\d+) ", "".join(map(chr, runs[0].tokens[0].tolist())))]
+    assert min(found) > 10**4  # the text is drawn from all of the file, not from its beginning
+    whole = evaluation_windows(small, Counting(), sequence_length=16, max_windows=20).tokens
+    assert torch.equal(evaluation_windows(large, counting, sequence_length=16, max_windows=20).tokens, whole)
+    assert counting.letters < 3 * 10**5
+
+
+@pytest.mark.parametrize("letters", ["x", "x ", "x\n", "x   "])
+def test_line_of_any_kind_is_cut_into_pieces(letters):
+    text = letters * 10_000
+    found = list(tokenization.pieces(text, 64))
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 128
+
+
+def prepending_tokenizer() -> PreTrainedTokenizerFast:
+    """As SentencePiece: a text begins with ▁ as if a space came before it, and words are merged with theirs."""
+    words = ["▁the", "▁a", "▁cat", "▁sat"]
+    letters = sorted({*"".join(words), *"\n,.", "▁"})
+    merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
+    tokens = dict.fromkeys([*letters, *("".join(pair) for pair in merges)])
+    backend = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=merges))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("kind", ["demo", "prepending"])
+@pytest.mark.parametrize("line_end", ["\n", " ", "\n\n", ",\n  "])
+def test_pieces_have_the_tokens_of_the_whole(monkeypatch, kind, line_end):
+    if kind == "demo":
+        tokenizer, text = (
+            AutoTokenizer.from_pretrained(demo.MODEL_DIR),
+            demo.EVALUATION_TEXT.read_text(encoding="utf-8"),
+        )
+    else:
+        tokenizer, text = prepending_tokenizer(), "the cat sat, a cat\n" * 2000
+    text = text[:30_000].replace("\n", line_end)
+    whole = tokenization.encode(tokenizer, text)
+    monkeypatch.setattr(tokenization, "WHOLE_TEXT", 100)
+    monkeypatch.setattr(tokenization, "PIECE", 97)
+    assert torch.equal(tokenization.encode(tokenizer, text), whole)
+
+
+# Text that is none
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "jsonl", "parquet"])
+def test_blank_rows_add_nothing_to_calibration(tmp_path, tokenizer, kind):
+    rows = ["", *(row for document in DOCUMENTS for row in (document, " \n\t", ""))]
+    table = [{"text": row} for row in rows]
+    data = {"list": rows, "dataset": Dataset.from_list(table)}.get(kind) or str(write_table(tmp_path, kind, table))
+    assert torch.equal(calibrate(data, tokenizer).tokens, calibrate(DOCUMENTS, tokenizer).tokens)
+    got = evaluation_windows(data, tokenizer, sequence_length=16)  # as published perplexities count them
+    assert torch.equal(got.tokens, cut("\n\n".join(rows), tokenizer, 16))
+
+
+def test_text_without_a_word_is_refused(tmp_path, tokenizer):
+    (tmp_path / "lines.txt").write_text("\n \n" * 3000)
+    for data in ([""] * 3000, Dataset.from_dict({"text": ["", " "] * 1500}), str(tmp_path / "lines.txt")):
+        refused(data, tokenizer, "there is no text in it")
+        with pytest.raises(CalibrationDataError, match="there is no text in it"):
+            evaluation_windows(data, tokenizer, sequence_length=16)
+
+
+def windows_of(count: int, length: int, distinct: int) -> torch.Tensor:
+    return (torch.arange(length) % distinct).expand(count, -1).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("length", "distinct", "fewest"),
+    [
+        (2, 1, 0),
+        (8, 1, 0),
+        (15, 1, 0),
+        (16, 1, 2),
+        (16, 2, 0),
+        (24, 2, 3),
+        (24, 3, 0),
+        (32, 3, 4),
+        (512, 3, 4),
+        (512, 4, 0),
+    ],
+)
+def test_windows_of_few_tokens_are_no_text(length, distinct, fewest, caplog):
+    good = torch.arange(20 * length).view(20, length) % 1000
+    poor = windows_of(20, length, distinct)
+    some, most = torch.cat([good, poor[:3]]), torch.cat([good[:10], poor[:11]])
+    if not fewest:
+        assert describe_degenerate(calibrate(poor, None, context=length)) is None
+        assert evaluation_windows(poor, None, sequence_length=length).record["windows"] == 20
+        return
+    few = f"windows hold fewer than {fewest} distinct tokens"
+    assert f"3 of the 23 {few}" in str(describe_degenerate(calibrate(some, None, samples=23, context=length)))
+    refused(most, None, f"11 of the 21 {few}", samples=21, context=length)
+    assert not caplog.records
+    evaluation_windows(some, None, sequence_length=length)
+    assert f"3 of the 23 {few}" in caplog.text
+    with pytest.raises(CalibrationDataError, match=f"11 of the 21 {few}"):
+        evaluation_windows(most, None, sequence_length=length)
+
+
+def test_opening_token_is_not_counted():
+    ids = windows_of(8, 16, 1)
+    ids[:, 0] = 5
+    assert describe_degenerate(TokenWindows(ids, {"first_token": None})) is None
+    assert describe_degenerate(TokenWindows(ids, {"first_token": "<s>"})) is not None
 
 
 # Token ids
@@ -645,7 +847,7 @@ def test_length_of_ready_windows():
         ([[0.5] * 16] * 6, ["torch.float32"]),
         (torch.zeros(2, 3, 16, dtype=torch.int64), ["(2, 3, 16)"]),
         (torch.zeros(0, 16, dtype=torch.int64), ["(0, 16)"]),
-        ([[1, 2, 3], [1, 2]], ["equal length", "(2,), (3,)"]),
+        ([[1, 2, 3], [1, 2]], ["equal length", "from 2 to 3"]),
         (torch.full((6, 16), -1), ["from -1"]),
     ],
 )
@@ -662,6 +864,106 @@ def test_token_ids_beyond_the_vocabulary(tokenizer):
 
 def test_token_ids_have_no_split():
     refused(torch.arange(96).view(6, 16), None, "no splits", dataset_split="train")
+
+
+IDS = torch.arange(128).view(8, 16)
+
+
+def encodings(ids: torch.Tensor, **more) -> list[dict]:
+    rows = ids.tolist()
+    return [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row, **more} for row in rows]
+
+
+ENCODED = {
+    "dicts": lambda: encodings(IDS),
+    "dicts of tensors": lambda: [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in IDS],
+    "encodings": lambda: [BatchEncoding(row) for row in encodings(IDS)],
+    "batch": lambda: BatchEncoding({"input_ids": IDS.tolist(), "attention_mask": [[1] * 16] * 8}),
+    "batch of tensors": lambda: BatchEncoding({"input_ids": IDS}),
+    "dict": lambda: {"input_ids": IDS.numpy()},
+    "dataset": lambda: Dataset.from_list(encodings(IDS)),
+    "dataset of tensors": lambda: Dataset.from_list(encodings(IDS)).with_format("torch"),
+    "stream": lambda: Dataset.from_list(encodings(IDS)).to_iterable_dataset(),
+    "other column": lambda: Dataset.from_dict({"input_ids": IDS.tolist(), "id": ["x"] * 8}),
+}
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_output_of_a_tokenizer(kind, bos_tokenizer):
+    got = evaluation_windows(ENCODED[kind](), bos_tokenizer, sequence_length=32, max_windows=8)
+    assert torch.equal(got.tokens, IDS)
+    assert got.record["first_token"] is None
+    got = calibrate(ENCODED[kind](), bos_tokenizer)
+    assert sorted(got.tokens.tolist()) == IDS.tolist()
+    assert calibrate(ENCODED[kind](), None, samples=3).record["windows"] == 3
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_tokenised_table(tmp_path, tokenizer, kind):
+    path = write_table(tmp_path, kind, encodings(IDS))
+    got = calibrate(str(path), tokenizer)
+    assert torch.equal(got.tokens, IDS)
+    assert (got.record["name"], got.record["text_column"]) == (path.name, "input_ids")
+
+
+def test_encoding_of_one_text_is_cut():
+    got = evaluation_windows({"input_ids": list(range(70))}, None, sequence_length=16)
+    assert torch.equal(got.tokens, torch.arange(64).view(4, 16))
+
+
+def test_text_goes_before_token_ids(tokenizer):
+    both = Dataset.from_dict({"input_ids": IDS.tolist(), "text": DOCUMENTS[:8]})
+    assert torch.equal(calibrate(both, tokenizer).tokens, calibrate(DOCUMENTS[:8], tokenizer).tokens)
+    assert torch.equal(calibrate(both, tokenizer, text_column="input_ids").tokens, IDS)
+    renamed = both.rename_column("input_ids", "tokens")
+    assert torch.equal(calibrate(renamed, tokenizer, text_column="tokens").tokens, IDS)
+
+
+def test_large_tokenised_dataset_is_read_in_part():
+    ids = torch.arange(2**17 * 34).view(-1, 1024) % 1000
+    large = Dataset.from_dict({"input_ids": ids.numpy()})
+    assert large.data.nbytes > 2**24
+    got = calibrate(large, None, length=1024, samples=5, seed=3)
+    assert torch.equal(got.tokens, draw(ids, 5, 3))
+    assert got.record["available_windows"] == 5
+    assert torch.equal(evaluation_windows(large, None, sequence_length=1024, max_windows=4).tokens, ids[:4])
+
+
+def padded(mask: list[int]) -> dict:
+    return {"input_ids": list(range(len(mask))), "attention_mask": mask}
+
+
+def test_padding_is_taken_off():
+    right, left = padded([1] * 16 + [0] * 4), padded([0] * 3 + [1] * 16)
+    expected = [list(range(16)), list(range(3, 19))]
+    assert evaluation_windows([right, left], None, sequence_length=16).tokens.tolist() == expected
+    batch = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.tensor([[1] * 16 + [0] * 4] * 2)}
+    assert evaluation_windows(batch, None, sequence_length=16).tokens.tolist() == [expected[0], list(range(20, 36))]
+    rows = Dataset.from_list([right, right])
+    assert evaluation_windows(rows, None, sequence_length=16).tokens.tolist() == [expected[0]] * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts"),
+    [
+        ([padded([1] * 16 + [0] * 4), padded([1] * 20)], ["equal length", "without padding", "from 16 to 20"]),
+        ([padded([1] * 16), padded([1] * 12)], ["equal length", "from 12 to 16", "one list of ids"]),
+        ([padded([]), padded([1] * 16), padded([1] * 12)], ["equal length", "from 12 to 16"]),
+        ([padded([]), padded([])], ["all rows are empty"]),
+        ([padded([1] * 8 + [0] + [1] * 8)], ["attention_mask hides tokens inside a row"]),
+        ([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}], ["attention_mask has shape (2,)", "(3,)"]),
+        ([{"input_ids": [1.5] * 16}], ["must be integers"]),
+    ],
+)
+def test_tokenised_rows_that_cannot_be_used(tmp_path, tokenizer, rows, parts):
+    refused(rows, tokenizer, *parts)
+    refused(Dataset.from_list(rows), tokenizer, "input_ids", *parts)
+    refused(str(write_table(tmp_path, "jsonl", rows)), tokenizer, "odd [name].jsonl", *parts)
+
+
+@pytest.mark.parametrize("value", ["text", None, ["a", "b"]])
+def test_input_ids_that_are_none(tokenizer, value):
+    refused([{"input_ids": value}], tokenizer, "must be integers, found")
 
 
 # Evaluation
@@ -741,9 +1043,9 @@ def hub(tmp_path):
 
 def test_hub_dataset_from_the_cache(hub, tokenizer):
     rows = ["", " = Title = \n", *DOCUMENTS]
-    plant(hub["cache_dir"], "Salesforce/wikitext", "wikitext-2-raw-v1", train=rows, test=["b" * 100])
+    plant(hub["cache_dir"], "Salesforce/wikitext", "wikitext-2-raw-v1", train=rows, test=["", "b-" * 50])
     got = calibrate("wikitext2", tokenizer, hub=hub)
-    assert torch.equal(got.tokens, draw(cut("\n\n".join(rows), tokenizer, 16), 8, 0))
+    assert torch.equal(got.tokens, draw(cut("\n\n".join(rows[1:]), tokenizer, 16), 8, 0))
     assert {key: got.record[key] for key in ("name", "split", "revision", "text_column", "file_sha256")} == {
         "name": "wikitext2",
         "split": "train",
@@ -752,7 +1054,7 @@ def test_hub_dataset_from_the_cache(hub, tokenizer):
         "file_sha256": None,
     }
     got = evaluation_windows("wikitext2", tokenizer, sequence_length=16, hub=hub)
-    assert (got.record["split"], tokenizer.decode(got.tokens[0])) == ("test", "b" * 16)
+    assert (got.record["split"], tokenizer.decode(got.tokens[0])) == ("test", "\n\n" + "b-" * 7)
     got = calibrate("Salesforce/wikitext", tokenizer, samples=2, hub=hub, dataset_split="test")
     assert (got.record["name"], got.record["split"]) == ("Salesforce/wikitext", "test")
     assert calibrate("wikitext2", tokenizer, samples=2, hub=hub, dataset_split="train[:50%]").record["windows"] == 2
@@ -765,13 +1067,13 @@ def test_split_that_a_hub_dataset_does_not_have(hub, tokenizer):
 
 
 def test_c4_is_streamed(hub, tokenizer):
-    plant(hub["cache_dir"], "allenai/c4", "en", train=DOCUMENTS * 50, validation=["b" * 100])
+    plant(hub["cache_dir"], "allenai/c4", "en", train=DOCUMENTS * 50, validation=["b-" * 50])
     counting = Counting()
     got = calibrate("c4", counting, hub=hub)
     assert (got.record["name"], got.record["split"], got.record["revision"]) == ("c4", "train", COMMIT)
     assert counting.letters < 1000
     got = evaluation_windows("c4", tokenizer, sequence_length=16, max_windows=3, hub=hub)
-    assert (got.record["split"], tokenizer.decode(got.tokens[0])) == ("validation", "b" * 16)
+    assert (got.record["split"], tokenizer.decode(got.tokens[0])) == ("validation", "b-" * 8)
     got = calibrate("c4", tokenizer, samples=2, hub=hub, dataset_split="validation")
     assert got.record["split"] == "validation"
 
@@ -784,6 +1086,34 @@ def test_alpaca_takes_its_text_column(hub, tokenizer):
 def test_hub_dataset_that_is_not_in_the_cache(hub, tokenizer):
     error = refused("wikitext2", tokenizer, "Salesforce/wikitext", "local cache", "list of strings", hub=hub)
     assert error.__cause__ is not None
+    assert f"The cache {hub['cache_dir']} has nothing of Salesforce/wikitext" in str(error)
+    assert "HF_DATASETS_CACHE" in str(error)
+    assert "HF_HOME" in str(error)
+
+
+@pytest.mark.parametrize("local_files_only", [True, False])  # the suite is offline, so both read the cache alone
+def test_revision_that_is_not_in_the_cache(hub, tokenizer, local_files_only):
+    hub = {**hub, "local_files_only": local_files_only}
+    plant(hub["cache_dir"], "Salesforce/wikitext", "wikitext-2-raw-v1", train=DOCUMENTS)
+    got = calibrate("wikitext2", tokenizer, hub={**hub, "revision": COMMIT})
+    assert got.record["revision"] == COMMIT
+    parts = ("revision v9", f"subset wikitext-2-raw-v1 at revision {COMMIT}", str(hub["cache_dir"]))
+    refused("wikitext2", tokenizer, *parts, "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", hub={**hub, "revision": "v9"})
+
+
+def test_older_revision_in_the_cache(hub, tokenizer):
+    plant(hub["cache_dir"], "Salesforce/wikitext", "wikitext-2-raw-v1", train=DOCUMENTS)
+    builds = hub["cache_dir"] / "Salesforce___wikitext" / "wikitext-2-raw-v1" / "0.0.0"
+    shutil.copytree(builds / COMMIT, builds / COMMIT[::-1])
+    os.utime(builds / COMMIT, (1, 1))
+    assert calibrate("wikitext2", tokenizer, hub=hub).record["revision"] == COMMIT[::-1]
+    assert calibrate("wikitext2", tokenizer, hub={**hub, "revision": COMMIT}).record["revision"] == COMMIT
+
+
+def test_cache_that_cannot_be_written(tmp_path, tokenizer):
+    (tmp_path / "file").touch()
+    hub = {"cache_dir": tmp_path / "file" / "cache"}
+    refused("wikitext2", tokenizer, f"{hub['cache_dir']} (HF_DATASETS_CACHE)", "cannot be written", hub=hub)
 
 
 OFFLINE = """

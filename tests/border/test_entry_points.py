@@ -330,6 +330,9 @@ def test_ready_tokens_need_no_tokenizer(tmp_path: Path, config: ModeGPTConfig) -
     windows = tokens(batch=8, length=32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=fields(config, dataset=windows))
     assert model.config.modegpt["recipe"]["dataset"].startswith("in memory: Tensor")
+    encoded = fields(config, dataset=[{"input_ids": row} for row in windows.tolist()])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=encoded)
+    assert again.config.modegpt["calibration"]["sha256"] == model.config.modegpt["calibration"]["sha256"]
     with pytest.raises(CalibrationDataError, match="no tokenizer could be loaded"):
         AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=config)
 

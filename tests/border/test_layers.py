@@ -33,13 +33,19 @@ BESIDE = "modeling"
 MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "export", "integration")
 """The compressed classes stand beside the layers; these may use them."""
 
+READING = ("data", "sources", "hub_datasets", "tokenization", "token_ids")
+"""The modules of `calibration` that read text; they know nothing of models."""
+
 ONLY = {
     "errors": (),
     "recipe": (f"{PACKAGE}.errors",),
     "allocation": (),
     "decompositions": ("torch", f"{PACKAGE}.errors", f"{PACKAGE}.decompositions"),
     "modeling": ("torch", "transformers"),
-    "calibration.data": (f"{PACKAGE}.config", f"{PACKAGE}.errors"),
+    **dict.fromkeys(
+        (f"calibration.{name}" for name in READING),
+        (f"{PACKAGE}.config", f"{PACKAGE}.errors", *(f"{PACKAGE}.calibration.{name}" for name in READING)),
+    ),
 }
 """All that these may import of ours and of others, beside the standard library; ours is not limited where none is named
 and the layers allow it. `modeling` is remote code as well: it finds its own files by relative imports alone."""

@@ -97,6 +97,13 @@ def test_the_projections_learn_and_nothing_else_changes(name: str) -> None:
     assert not any("lora" in type(module).__module__ for module in model.modules())
 
 
+def test_windows_of_one_token_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    windows = windows_of()
+    windows.tokens[3] = 7
+    recover(compressed("opt"), windows, config=SHORT)
+    assert "1 of the 26 windows hold fewer than 2 distinct tokens" in caplog.text
+
+
 @pytest.mark.parametrize("distilled", [False, True])
 def test_the_record_tells_what_was_done(distilled: bool) -> None:
     model, windows = compressed("opt"), windows_of()

@@ -473,6 +473,13 @@ def test_text_that_repeats_itself_is_a_warning_and_harms_no_weight() -> None:
     assert max(float(p.detach().abs().max()) for p in model.parameters()) < 10 * largest
 
 
+def test_windows_of_one_token_are_a_warning() -> None:
+    text = windows()
+    text.tokens[2:5] = 7
+    report = compress(dense("llama-gqa-tied"), ModeGPTConfig(round_to=1, allocation="uniform"), text, progress=False)
+    assert any("3 of the 10 windows hold fewer than 2 distinct tokens" in warning for warning in report.warnings)
+
+
 def test_few_tokens_are_a_warning_that_says_how_many_are_needed() -> None:
     report = compress(
         dense("llama-gqa-tied"), ModeGPTConfig(allocation="uniform", round_to=1), windows(2, 8), progress=False

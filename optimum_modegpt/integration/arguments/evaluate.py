@@ -26,8 +26,12 @@ def add(verbs: Any) -> None:
         "perplexity", "What is done without --tasks; beside them where --dataset is given."
     )
     text.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
-    text.add_argument("--dataset-split", metavar="NAME", help="split to read; by default test, validation or train")
-    text.add_argument("--text-column", metavar="NAME", help="column that holds the text")
+    text.add_argument(
+        "--dataset-split",
+        metavar="NAME",
+        help="split to read, or a slice such as train[:10%%]; by default test, validation or train",
+    )
+    text.add_argument("--text-column", metavar="NAME", help="column that holds the text or token ids")
     text.add_argument("--sequence-length", type=int, metavar="N", help="tokens per window; default min(2048, context)")
     text.add_argument("--max-windows", type=count, metavar="N", help="score the first N windows only")
     tasks = parser.add_argument_group("tasks", "Of lm-eval: pip install 'optimum-modegpt[eval]'.")

@@ -18,8 +18,10 @@ def add(verbs: Any) -> None:
     parser.add_argument("--teacher", dest="reference", metavar="DENSE", help="learn its predictions, not the text's")
     add_reference_revision(parser, "--teacher-revision")
     parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
-    parser.add_argument("--dataset-split", metavar="NAME", help="split to read; by default train")
-    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text")
+    parser.add_argument(
+        "--dataset-split", metavar="NAME", help="split to read, or a slice such as train[:10%%]; by default train"
+    )
+    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text or token ids")
     parser.add_argument(
         "--sequence-length", type=int, metavar="N", help="tokens per window; default min(2048, context)"
     )
