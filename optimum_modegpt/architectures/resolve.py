@@ -36,11 +36,23 @@ class Architecture:
         """The norm after the last block, or None where this model has none."""
         return self._optional(self.family.final_norm)
 
-    def tail(self, device: torch.device) -> nn.Sequential:
-        """A copy on `device` of what follows the last block: final norm, projection where there is one, head."""
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the head and the input embeddings share one tensor, whatever the configuration says."""
+        modules = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        head, embeddings = (cast(nn.Linear, module).weight for module in modules)
+        return head.data_ptr() == embeddings.data_ptr()
+
+    @property
+    def tail_modules(self) -> tuple[nn.Module, ...]:
+        """The model's modules after the last block: final norm and projection, if it has them, and head."""
         projection = self._optional(self.family.projection) if self.family.projection else None
         modules = (self.final_norm, projection, self.model.get_output_embeddings())
-        return nn.Sequential(*(copy.deepcopy(module).to(device) for module in modules if module is not None))
+        return tuple(module for module in modules if module is not None)
+
+    def tail(self, device: torch.device) -> nn.Sequential:
+        """Copy the modules after the last block to `device`."""
+        return nn.Sequential(*(copy.deepcopy(module).to(device) for module in self.tail_modules))
 
     def head(self, device: torch.device) -> torch.Tensor:
         """The map (vocabulary, d_model) from the final norm's output to the logits, at least float32, on `device`."""

@@ -6,11 +6,12 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Plan, Sizes, head_step, largest_sparsity, mlp_step, part_size
 from optimum_modegpt.architectures import Architecture, Block
-from optimum_modegpt.calibration.streams import Stream
+from optimum_modegpt.calibration.streams import Stream, skipping_blocks
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
@@ -21,7 +22,10 @@ SPARSITY_TOLERANCE = 0.005
 DISTINCT_SHARE = 0.9
 """A smaller share of distinct calibration windows is a warning."""
 READING_TOLERANCE = 1e-3
-"""Largest relative difference between a block's own forward pass and our reading of it."""
+"""Largest relative difference between the own forward pass of a block, or of the head, and our reading of it."""
+HEAD_TOKENS = 16
+"""Tokens whose logits are compared: the head acts on each alike, and those of a whole window can take gigabytes."""
+OTHER_NUMBERS = "Load the model in bfloat16 or float32, or check its weights."
 
 
 def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
@@ -109,9 +113,10 @@ def check_tensors(architecture: Architecture) -> None:
 
 
 def check_reading(walk: Walk) -> None:
-    """Compares every block's own forward pass with that of its compressed class at full width, on one window.
+    """Compares every block's own forward pass with that of its compressed class at full width, and then the logits.
 
-    A block that computes something else than its family's would come out of the walk as something it never was.
+    One window is enough. A model that computes anything else than its family's classes would be compressed to a wrong
+    model without an error.
     """
     window = walk.front.stream[0][:1].to(walk.device)
     for block in walk.architecture.blocks:
@@ -120,17 +125,36 @@ def check_reading(walk: Walk) -> None:
         ours = block.student(walk.device).composed_forward(window, arguments)
         if not own.isfinite().all():
             raise NumericalError(
-                f"block {block.index}: its output is not finite on the calibration text. Load the model in bfloat16 or "
-                "float32, or check its weights."
+                f"block {block.index}: its output is not finite on the calibration text. {OTHER_NUMBERS}"
             )
-        difference = float((own.float() - ours.float()).norm() / own.float().norm().clamp_min(1e-30))
-        if difference > max(READING_TOLERANCE, 10 * torch.finfo(own.dtype).eps):
+        if (difference := _difference(own, ours)) is not None:
             raise UnsupportedModel(
                 f"{type(walk.architecture.model).__name__}, block {block.index} computes something else than its "
                 f"family's norm, attention, norm, MLP (relative difference {difference:.1e}); this variant is not "
                 "supported."
             )
         window = own
+    _check_head(walk.architecture, walk.calibration.tokens[:1, :HEAD_TOKENS])
+
+
+def _check_head(architecture: Architecture, tokens: Tensor) -> None:
+    """Compares the model's own logits with those of the modules after its last block, with all blocks left out."""
+    stream, own = skipping_blocks(architecture, tokens)
+    if not own.isfinite().all():
+        raise NumericalError(f"the logits of the dense model are not finite. {OTHER_NUMBERS}")
+    ours = nn.Sequential(*architecture.tail_modules)(stream)
+    if (difference := _difference(own, ours)) is not None:
+        raise UnsupportedModel(
+            f"{type(architecture.model).__name__} computes its logits in another way than its family, by the final "
+            f"norm and the head (relative difference {difference:.1e}); this model variant is not supported."
+        )
+
+
+def _difference(own: Tensor, ours: Tensor) -> float | None:
+    """The relative difference of two outputs that should be equal; None if it is within rounding."""
+    difference = float((own.float() - ours.float()).norm() / own.float().norm().clamp_min(1e-30))
+    tolerance = max(READING_TOLERANCE, 10 * torch.finfo(own.dtype).eps)
+    return None if difference <= tolerance else difference  # not a number is a difference
 
 
 def check_result(error: dict[str, float], compressed: Stream) -> None:
