@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, resolve_sequence_length
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
+from optimum_modegpt.evaluation.fidelity import tokenizer_differences
 
 logger = logging.getLogger(__name__)
 
@@ -206,17 +209,71 @@ def being_loaded() -> Source | None:
     return _LOADING.get()
 
 
-def find_tokenizer(config: ModeGPTConfig, given: Any, source: Source) -> Any:
-    """The tokenizer to calibrate with: the one given, else the configuration's, else the model's own.
+def find_tokenizer(config: ModeGPTConfig, given: Any, source: Source) -> tuple[Any, dict[str, Any]]:
+    """Find the tokenizer to calibrate with: `given`, else the configuration's, else the model's own.
 
-    None where the dataset is token ids and nobody gave one.
+    Returns the tokenizer and its entries in the calibration record; None and no entries if the dataset is token ids and
+    no tokenizer was chosen.
+
+    Raises:
+        CalibrationDataError: there is none, or the chosen one is not the model's own and the configuration does not
+            allow that.
     """
     chosen = given if given is not None else config.tokenizer
-    if isinstance(chosen, str):
-        return tokenizer_named(chosen, source)
-    if chosen is not None:
-        return chosen
-    return source.tokenizer() if _needs_tokenizer(config.dataset) else None
+    if chosen is None:
+        tokenizer = source.tokenizer() if _needs_tokenizer(config.dataset) else None
+        return tokenizer, {} if tokenizer is None else tokenizer_record(tokenizer, source.base_model)
+    tokenizer = tokenizer_named(chosen, source) if isinstance(chosen, str) else chosen
+    differences = check_tokenizer(tokenizer, source, allow_foreign=config.allow_foreign_tokenizer)
+    if differences == []:
+        return tokenizer, tokenizer_record(tokenizer, source.base_model)
+    name = Source(tokenizer.name_or_path or None).base_model
+    foreign = {} if differences is None else {"foreign_tokenizer": "; ".join(differences)}
+    return tokenizer, tokenizer_record(tokenizer, name) | foreign
+
+
+def check_tokenizer(tokenizer: Any, source: Source, *, allow_foreign: bool) -> list[str] | None:
+    """Compare a tokenizer with the model's own; with `allow_foreign` a difference is a warning.
+
+    Returns how they differ; None if the model has no readable tokenizer of its own.
+
+    Raises:
+        CalibrationDataError: they differ, and that is not allowed.
+    """
+    try:
+        own = source.tokenizer()
+    except CalibrationDataError:
+        if source.name is not None:
+            logger.warning(
+                "%r has no readable tokenizer of its own, so the chosen one was not compared with it.", source.name
+            )
+        return None
+    differences = tokenizer_differences(own, tokenizer)
+    if differences and not allow_foreign:
+        raise CalibrationDataError(
+            f"the chosen tokenizer is not that of {source.name!r}. It differs in: {'; '.join(differences)}. Leave out "
+            "tokenizer (--tokenizer) to use the model's own, or set allow_foreign_tokenizer=True "
+            "(--allow-foreign-tokenizer) to use another on purpose."
+        )
+    if differences:
+        logger.warning("the tokenizer is not that of %r. It differs in: %s.", source.name, "; ".join(differences))
+    return differences
+
+
+def tokenizer_record(tokenizer: Any, name: str | None) -> dict[str, Any]:
+    """Describe a tokenizer for the calibration record: its name, and digests of its vocabulary and chat template."""
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "tokenizer": name,
+        "vocabulary_sha256": _sha256(sorted(tokenizer.get_vocab().items())),
+        "chat_template_sha256": None if template is None else _sha256(template),
+    }
+
+
+def _sha256(value: Any) -> str:
+    """The digest of a text, or of any other value as JSON."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokenizer_named(name: str, source: Source) -> Any:

@@ -1,8 +1,10 @@
-"""Models are read as they are: incomplete checkpoints are refused, and a head of its own is kept."""
+"""Models are read as they are: whole checkpoints, their own head, their own tokenizer, the revision asked for."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +16,19 @@ import torch
 from checkpoints import RECIPE, save_dense, save_text
 from hub import Blob, Hub, serving
 from safetensors.torch import load_file, save_file
+from tiny import tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+)
 
+from optimum_modegpt import CalibrationDataError, ModeGPTConfig, ModeGPTModelForCausalLM, ModeGPTQuantizer
 from optimum_modegpt.integration import cli
 from optimum_modegpt.report import count_parameters
 
@@ -167,6 +179,150 @@ def test_a_head_in_the_file_is_kept_and_counted_everywhere(
     assert report == record
     assert report["total_before"] == report["total_after"] == parameters
     assert f"{parameters:,}" in (output / "README.md").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------- tokenizers
+
+
+def turned() -> PreTrainedTokenizerFast:
+    """The tokens of the tiny tokenizer, with the bytes' ids turned by one place."""
+    stored = json.loads(tokenizer().backend_tokenizer.to_str())
+    ids = stored["model"]["vocab"]
+    stored["model"]["vocab"] = {token: index if index < 3 else 3 + (index - 2) % 256 for token, index in ids.items()}
+    backend = Tokenizer.from_str(json.dumps(stored))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def with_changes(**changes: Any) -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with other attributes."""
+    changed = tokenizer()
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+FOREIGN: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str]] = {
+    "tokens": (turned, "256 tokens of the vocabulary"),
+    "special token": (lambda: with_changes(eos_token="<s>"), "eos_token '<s>' (id 1) instead of '</s>' (id 2)"),
+    "one more": (lambda: with_changes(unk_token="a"), "unk_token 'a' (id 67) instead of none"),
+    "template": (lambda: with_changes(chat_template="{{ messages }}"), "the chat template"),
+}
+SHARED = ["--dataset", "TEXT", "--sequence-length", 32, "--max-windows", 2]
+USES: dict[str, list[Any]] = {
+    "compress": ["compress", "DENSE", "--output", "OUT", "--dataset", "TEXT", *FLAGS],
+    "evaluate": ["evaluate", "DENSE", *SHARED],
+    "reference": ["evaluate", "SMALL", "--reference", "DENSE", *SHARED],
+    "compare": ["compare", "DENSE", "SMALL", "--prompts", "PROMPTS", "--max-new-tokens", 2],
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_the_tokenizer_of_another_model_is_refused_or_allowed_on_purpose(
+    kind: str,
+    use: str,
+    compressed: Path,
+    text: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    make, difference = FOREIGN[kind]
+    make().save_pretrained(tmp_path / "foreign")
+    (tmp_path / "prompts.txt").write_text("the cat\n")
+    named = {"DENSE": compressed.with_name("dense"), "SMALL": compressed, "OUT": tmp_path / "out", "TEXT": text}
+    named["PROMPTS"] = tmp_path / "prompts.txt"
+    words = [named.get(word, word) for word in (*USES[use], "--tokenizer", tmp_path / "foreign")]
+    message = refusal(capsys, *words)
+    assert f"It differs in: {difference}. Leave out" in message
+    assert "--allow-foreign-tokenizer" in message
+    assert not (tmp_path / "out").exists()
+    caplog.clear()
+    command(*words, "--allow-foreign-tokenizer")
+    assert f"It differs in: {difference}." in caplog.text
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_the_api_holds_to_the_same(kind: str, compressed: Path, text: Path, tmp_path: Path) -> None:
+    dense = compressed.with_name("dense")
+    foreign, difference = FOREIGN[kind][0](), FOREIGN[kind][1]
+    foreign.save_pretrained(tmp_path)
+    recipe = {**RECIPE, "dataset": str(text)}
+    for given in (foreign, str(tmp_path)):
+        config = ModeGPTConfig(**recipe, tokenizer=given)
+        for call in (
+            lambda given=given: ModeGPTQuantizer(recipe).compress_model(load(dense), given),
+            lambda config=config: ModeGPTQuantizer(config).compress_model(load(dense)),
+            lambda config=config: AutoModelForCausalLM.from_pretrained(dense, compression_config=config),
+            lambda config=config: AutoModelForCausalLM.from_pretrained(dense, quantization_config=config),
+            lambda config=config: ModeGPTModelForCausalLM.from_pretrained(dense, compression_config=config),
+        ):
+            with pytest.raises(CalibrationDataError, match=re.escape(f"differs in: {difference}")):
+                call()
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def calibration(folder: Path) -> dict[str, Any]:
+    """The calibration record, which configuration and report share."""
+    record = json.loads((folder / "config.json").read_text())["modegpt"]["calibration"]
+    assert json.loads((folder / "report.json").read_text())["calibration"] == record
+    return record
+
+
+def test_the_record_says_which_tokenizer_it_was(
+    compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vocabulary = json.dumps(sorted(tokenizer().get_vocab().items()))
+    own = {"tokenizer": "dense", "vocabulary_sha256": hashlib.sha256(vocabulary.encode()).hexdigest()}
+    assert calibration(compressed).items() >= {**own, "chat_template_sha256": None}.items()
+    assert "foreign_tokenizer" not in calibration(compressed)
+    command("inspect", compressed)
+    assert f"tokenizer dense, sha256 of its vocabulary {own['vocabulary_sha256']}\n" in capsys.readouterr().out
+
+    foreign, output = tmp_path / "foreign", tmp_path / "out"
+    with_changes(chat_template="{{ messages }}").save_pretrained(foreign)
+    words = ["compress", compressed.with_name("dense"), "--output", output, "--dataset", text, *FLAGS]
+    command(*words, "--tokenizer", foreign, "--allow-foreign-tokenizer")
+    template = hashlib.sha256(b"{{ messages }}").hexdigest()
+    expected = own | {
+        "tokenizer": "foreign",
+        "chat_template_sha256": template,
+        "foreign_tokenizer": "the chat template",
+    }
+    assert calibration(output).items() >= expected.items()
+    capsys.readouterr()
+    command("inspect", output)
+    printed = capsys.readouterr().out
+    assert (
+        f"tokenizer foreign, sha256 of its vocabulary {own['vocabulary_sha256']}, of its chat template {template}"
+        in printed
+    )
+    assert "not the dense model's own: it differs in the chat template\n" in printed
+    assert "--tokenizer foreign --allow-foreign-tokenizer" in " ".join((output / "README.md").read_text().split())
+
+
+def test_a_padding_token_that_was_added_is_no_difference(tmp_path: Path, text: Path) -> None:
+    dense, bare = save_dense(tmp_path / "dense"), tokenizer()
+    bare.pad_token = None
+    bare.save_pretrained(dense)
+    for pad in ("</s>", "<added>"):
+        given = AutoTokenizer.from_pretrained(dense)
+        given.add_special_tokens({"pad_token": pad})
+        ModeGPTQuantizer(dataset=str(text), **RECIPE).compress_model(load(dense), given, progress=False)
+
+
+def test_a_model_without_a_tokenizer_takes_any_and_says_so(
+    compressed: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(compressed.with_name("dense")).save_pretrained(tmp_path / "bare")
+    turned().save_pretrained(tmp_path / "other")
+    words = ["compress", tmp_path / "bare", "--output", tmp_path / "out", "--dataset", text, *FLAGS]
+    command(*words, "--tokenizer", tmp_path / "other")
+    assert "bare' has no readable tokenizer of its own, so the chosen one was not compared with it." in caplog.text
+    assert calibration(tmp_path / "out")["tokenizer"] == "other"
 
 
 # ---------------------------------------------------------------------------------------------------------- Hub

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.errors import CalibrationDataError, OutputError
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
 from optimum_modegpt.integration.reading import load_model
-from optimum_modegpt.integration.source import Source, tokenizer_named
+from optimum_modegpt.integration.source import Source, check_tokenizer, tokenizer_named
 from optimum_modegpt.stages import compute_device
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -55,6 +55,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator if there is one")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights; auto is that of the checkpoint"
+    )
+
+
+def add_tokenizer(parser: argparse.ArgumentParser, default: str) -> None:
+    """The flags that choose a tokenizer; `default` says which one is taken without them."""
+    parser.add_argument("--tokenizer", metavar="NAME", help=f"name or folder; by default {default}")
+    parser.add_argument(
+        "--allow-foreign-tokenizer",
+        action="store_true",
+        help="accept a --tokenizer that differs from the model's own, with a warning",
     )
 
 
@@ -97,15 +107,18 @@ def models_on(
     return model, None if reference is None else load_model(reference, dtype).to(device)
 
 
-def shared_tokenizer(name: str | None, source: Source, reference: Source | None) -> Any:
-    """The one of this name, else the model's own, else the reference's; where both have one, they must agree.
+def shared_tokenizer(name: str | None, source: Source, reference: Source | None, *, allow_foreign: bool = False) -> Any:
+    """The tokenizer of this name, else the model's own, else the reference's; all of them must agree.
 
     Raises:
-        CalibrationDataError: when there is none.
-        EvaluationError: when two disagree.
+        CalibrationDataError: there is none, or the named one is not the models' own, without `allow_foreign`.
+        EvaluationError: those of model and reference disagree.
     """
     if name is not None:
-        return tokenizer_named(name, source)
+        tokenizer = tokenizer_named(name, source)
+        for model in filter(None, (source, reference)):
+            check_tokenizer(tokenizer, model, allow_foreign=allow_foreign)
+        return tokenizer
     try:
         own = source.tokenizer()
     except CalibrationDataError:

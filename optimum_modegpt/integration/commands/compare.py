@@ -20,6 +20,7 @@ from optimum_modegpt.errors import EvaluationError, OutputError
 from optimum_modegpt.integration.commands.common import (
     add_access,
     add_device,
+    add_tokenizer,
     check_file,
     count,
     models_on,
@@ -55,7 +56,7 @@ def add(verbs: Any) -> None:
         "list of these or of strings. Left out, the demo takes its own text",
     )
     parser.add_argument("--max-new-tokens", type=count, default=48, metavar="N", help="of a continuation; default 48")
-    parser.add_argument("--tokenizer", metavar="NAME", help="name or folder; by default that of the models")
+    add_tokenizer(parser, "that of the models")
     add_device(parser)
     limits = parser.add_argument_group(
         "thresholds", f"Exit code {BROKEN} where one is broken, 0 where all hold or none is set, 2 for an error."
@@ -83,7 +84,7 @@ def run(options: Namespace) -> int:
     # Before their tokenizers: transformers reads these by the configuration, and trips over a broken one.
     configs = [load_config(each) for each in (reference, source)]
     _check_order(options, *(getattr(config, "modegpt", None) is not None for config in configs))
-    tokenizer = shared_tokenizer(options.tokenizer, source, reference)
+    tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
     check_vocabulary(tokenizer, configs[-1].get_text_config().vocab_size)
     model, dense = models_on(device, options.dtype, source, reference)
     assert dense is not None

@@ -22,6 +22,7 @@ from optimum_modegpt.integration.card import CARD, EVALUATION, add_evaluation, c
 from optimum_modegpt.integration.card.write import may_be_replaced
 from optimum_modegpt.integration.commands.common import (
     add_device,
+    add_tokenizer,
     check_file,
     count,
     models_on,
@@ -48,7 +49,7 @@ def add(verbs: Any) -> None:
         verbs, "evaluate", run, "Perplexity of MODEL or its scores on tasks, and how far they are from DENSE's."
     )
     parser.add_argument("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
-    parser.add_argument("--tokenizer", metavar="NAME", help="name or folder; by default MODEL's own, else DENSE's")
+    add_tokenizer(parser, "MODEL's own, else DENSE's")
     parser.add_argument(
         "--batch-size", type=count, metavar="N", help="windows or requests per forward pass; chosen by size, 1 in tasks"
     )
@@ -97,7 +98,7 @@ def run(options: Namespace) -> None:
         load_config(reference)  # a name that leads nowhere is refused before anything is read
     if options.update_card:
         _check_card(options, model_config)
-    tokenizer = shared_tokenizer(options.tokenizer, source, reference)
+    tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
     check_vocabulary(tokenizer, model_config.get_text_config().vocab_size)
     tasks = None
     if options.tasks is not None:
@@ -159,6 +160,8 @@ def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
     for name in ("dataset_split", "text_column", "batch_size"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value
+    if options.allow_foreign_tokenizer:
+        settings["allow_foreign_tokenizer"] = True
     if options.dtype != "auto":
         settings["dtype"] = options.dtype
     if reference is not None:
