@@ -66,7 +66,7 @@ def load_config(source: Source) -> Any:
             if Path(source.path).is_dir()
             else "is no folder here and could not be read from the Hub"
         )
-        raise OSError(f"{source.name!r} {found}: {error}") from error
+        raise OSError(f"{source.name!r} {found}: {error}{source.cache_report()}") from error
     if getattr(config, "modegpt", None) is not None and not config.model_type.startswith("modegpt_"):
         raise UnsupportedModel(
             f"{source.name!r}: config.json was edited. It has the record of a compressed model, but model_type "
@@ -92,7 +92,8 @@ def load_model(source: Source, dtype: str) -> Any:
                 source.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source.arguments()
             )
         except OSError as error:
-            raise OSError(f"the weights of {source.name!r} could not be read: {error}{NO_WEIGHTS}") from error
+            advice = source.cache_report() or NO_WEIGHTS
+            raise OSError(f"the weights of {source.name!r} could not be read: {error}{advice}") from error
     model, info = loaded
     check_loaded(source, model, info["missing_keys"], info["mismatched_keys"])
     if unexpected := sorted(info["unexpected_keys"]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from huggingface_hub import hf_hub_download, hf_hub_url, metadata_load, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, hf_hub_url, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
@@ -131,6 +133,23 @@ class Source:
         known = extract_commit_hash(cached if isinstance(cached, str) else None, None)
         return known or revision
 
+    def cache_report(self) -> str:
+        """Say which revisions of a model of the Hub are cached, and how to read from another place; "" for a folder."""
+        if self._is_folder:
+            return ""
+        cache = Path(self.hub.get("cache_dir") or constants.HF_HUB_CACHE)
+        if constants.is_offline_mode():
+            advice = "HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or set HF_HOME to another cache."
+        elif not _can_be_written(cache):
+            advice = "The cache cannot be written to: set HF_HOME to a folder that can."
+        else:
+            advice = "To read from the cache without the Hub, set HF_HUB_OFFLINE=1; HF_HOME is the folder of the cache."
+        cached = _cached_revisions(cache / repo_folder_name(repo_id=self.path, repo_type="model"))
+        return (
+            f"\nRevision asked for: {self.hub.get('revision') or constants.DEFAULT_REVISION}. In the cache {cache}: "
+            f"{', '.join(cached) or 'no revision of this model'}.\n{advice}"
+        )
+
     def card(self) -> dict[str, Any]:
         """Licence and language, as far as the card of the model states them.
 
@@ -183,6 +202,21 @@ class Source:
                 f"no tokenizer could be loaded from {self.name!r}: {error} "
                 "Name one: tokenizer, on the command line --tokenizer."
             ) from error
+
+
+def _cached_revisions(folder: Path) -> list[str]:
+    """List the revisions in the cache folder of a repository: branches and tags with their commits, other commits."""
+    refs = folder / "refs"
+    named = {path.relative_to(refs).as_posix(): path.read_text() for path in refs.rglob("*") if path.is_file()}
+    snapshots = {path.name for path in folder.glob("snapshots/*")}
+    names = [f"{name} ({commit[:7]})" for name, commit in sorted(named.items()) if commit in snapshots]
+    return [*names, *sorted(snapshots - set(named.values()))]
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether a folder can be written to, or made if it does not exist."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def _is_text(value: Any) -> bool:

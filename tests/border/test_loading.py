@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
 from hub import Blob, Hub, serving
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import tokenizer
 from tokenizers import Tokenizer
@@ -30,6 +33,7 @@ from transformers import (
 
 from optimum_modegpt import CalibrationDataError, ModeGPTConfig, ModeGPTModelForCausalLM, ModeGPTQuantizer
 from optimum_modegpt.integration import cli
+from optimum_modegpt.integration.source import Source
 from optimum_modegpt.report import count_parameters
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -230,7 +234,12 @@ def test_the_tokenizer_of_another_model_is_refused_or_allowed_on_purpose(
     make, difference = FOREIGN[kind]
     make().save_pretrained(tmp_path / "foreign")
     (tmp_path / "prompts.txt").write_text("the cat\n")
-    named = {"DENSE": compressed.with_name("dense"), "SMALL": compressed, "OUT": tmp_path / "out", "TEXT": text}
+    named: dict[Any, Path] = {
+        "DENSE": compressed.with_name("dense"),
+        "SMALL": compressed,
+        "OUT": tmp_path / "out",
+        "TEXT": text,
+    }
     named["PROMPTS"] = tmp_path / "prompts.txt"
     words = [named.get(word, word) for word in (*USES[use], "--tokenizer", tmp_path / "foreign")]
     message = refusal(capsys, *words)
@@ -373,3 +382,53 @@ def test_an_unknown_family_is_refused_before_its_weights_are_downloaded(hub: Hub
     assert done.stdout.count("model_type 'gpt2' is not supported; known: llama, mistral, opt, qwen2") == 4
     assert hub.asked(r"user/gpt2/resolve/.*/config\.json")
     assert not hub.asked(r"\.safetensors|\.bin")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OFFLINE = """
+from optimum_modegpt.integration import cli
+for verb in ("evaluate", "inspect", "estimate", "benchmark"):
+    assert cli.main([verb, "user/dense", "--revision", "v2"]) == 2
+"""
+
+
+def cached(home: Path, dense: Path) -> Path:
+    """A cache of the Hub that has one revision of user/dense."""
+    snapshot = home / "hub" / "models--user--dense" / "snapshots" / COMMIT
+    shutil.copytree(dense, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
+    return home / "hub"
+
+
+def test_a_revision_that_is_not_cached_is_named_with_those_that_are(compressed: Path, tmp_path: Path) -> None:
+    cache = cached(tmp_path, compressed.with_name("dense"))
+    done = client(OFFLINE, **os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+    expected = (
+        f"\nRevision asked for: v2. In the cache {cache}: main (0123456).\n"
+        "HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or set HF_HOME to another cache.\n"
+    )
+    assert done.stderr.count(expected) == 4
+
+
+def test_a_cache_that_cannot_be_used_is_named(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cached(tmp_path, compressed.with_name("dense"))
+    other = cache / "models--user--dense" / "snapshots" / ("f" * 40)
+    other.mkdir()
+    assert f"main (0123456), {other.name}.\nHF_HUB_OFFLINE" in Source("user/dense", {"cache_dir": cache}).cache_report()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert (
+        Source("user/dense", {"cache_dir": cache})
+        .cache_report()
+        .endswith("set HF_HUB_OFFLINE=1; HF_HOME is the folder of the cache.")
+    )
+    (tmp_path / "file").touch()
+    report = Source("user/dense", {"cache_dir": tmp_path / "file" / "hub"}).cache_report()
+    assert report.endswith(
+        f"Revision asked for: main. In the cache {tmp_path}/file/hub: no revision of this model.\n"
+        "The cache cannot be written to: set HF_HOME to a folder that can."
+    )
+    assert Source(str(tmp_path)).cache_report() == ""
