@@ -293,6 +293,7 @@ def assemble(
     widths = [Widths(ranks["qk"], ranks["vo"], ranks["mlp"]) for ranks in plan]
     model, family = architecture.model, architecture.family
     config = family.config.from_dense(model.config, widths, record)
+    config.tie_word_embeddings = architecture.head_is_tied  # the model's own configuration may say otherwise
     base = f"{model.base_model_prefix}." if model.base_model is not model else ""
     replacements = {f"{base}{family.layout.blocks}.{index}": block for index, block in enumerate(blocks)}
     if final_norm is not None:

@@ -68,6 +68,8 @@ class Recipe:
         input_ridge: ridge of the refit of gate and up, as a fraction of the mean diagonals.
         refit_iterations: conjugate-gradient iterations of the refit of gate and up; 0 switches it off.
         tokenizer: tokenizer name or object; `None` takes the model's own.
+        allow_foreign_tokenizer: whether `tokenizer` may differ from the model's own in vocabulary, special tokens or
+            chat template; a difference is then a warning, and part of the calibration record.
 
     Raises:
         InvalidConfig: with the field, what was found and what is accepted.
@@ -92,6 +94,7 @@ class Recipe:
     input_ridge: float = 0.1
     refit_iterations: int = 4
     tokenizer: Any = None
+    allow_foreign_tokenizer: bool = False
 
     quant_method: ClassVar[str] = "modegpt"
 
@@ -108,6 +111,10 @@ class Recipe:
         if self.round_to != "auto":
             self.round_to = _integer("round_to", self.round_to, minimum=1, also="'auto'")
         self._check_optional()
+        if not isinstance(self.allow_foreign_tokenizer, bool):
+            raise InvalidConfig(
+                f"allow_foreign_tokenizer must be True or False, found {self.allow_foreign_tokenizer!r}."
+            )
         for name in ("dataset", "tokenizer"):
             self._check_live(name)
 

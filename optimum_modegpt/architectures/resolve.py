@@ -37,13 +37,20 @@ class Architecture:
         """The norm after the last block, or None where this model has none."""
         return self._optional(self.family.final_norm)
 
+    @property
+    def head_is_tied(self) -> bool:
+        """Whether the head and the input embeddings share one tensor, whatever the configuration says."""
+        modules = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        head, embeddings = (cast(nn.Linear, module).weight for module in modules)
+        return head.data_ptr() == embeddings.data_ptr()
+
     def tail(self, device: torch.device) -> nn.Sequential:
-        """Copies the modules after the last block to `device`."""
+        """Copy the modules after the last block to `device`."""
         return nn.Sequential(*(copy.deepcopy(module).to(device) for module in self.own_tail))
 
     @property
     def own_tail(self) -> nn.Sequential:
-        """The model's own modules after the last block: final norm, projection if it has one, head."""
+        """Return the model's own modules after the last block: final norm and projection, if it has them, and head."""
         projection = self._optional(self.family.projection) if self.family.projection else None
         modules = (self.final_norm, projection, self.model.get_output_embeddings())
         return nn.Sequential(*(module for module in modules if module is not None))

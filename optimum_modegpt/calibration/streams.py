@@ -180,6 +180,19 @@ def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Pl
     return Front(stream, arguments, share(torch.arange(first, first + len(tokens))))
 
 
+def skipping_blocks(architecture: Architecture, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the model's own forward pass on `tokens` (windows, length) with every block left out.
+
+    Returns the embedded tokens, which would enter the first block, and the logits that the model makes of them.
+    """
+    with _recorders(architecture) as recorders:
+        device: Any = architecture.model.get_input_embeddings().weight.device
+        logits = architecture.model(input_ids=tokens.to(device), use_cache=False).logits
+        stream = recorders[0].stream
+        assert stream is not None
+        return stream, logits
+
+
 @contextmanager
 def _recorders(architecture: Architecture) -> Iterator[Sequence[_Recorder]]:
     blocks = architecture.block_list

@@ -96,13 +96,51 @@ def check_tokenizers(ours: Any, theirs: Any) -> None:
     Raises:
         EvaluationError: when their vocabularies differ.
     """
-    first, second = ours.get_vocab(), theirs.get_vocab()
-    if first != second:
-        different = len(set(first.items()) ^ set(second.items()))
+    if different := _different_tokens(ours.get_vocab(), theirs.get_vocab()):
         raise EvaluationError(
-            f"the tokenizers of model and reference differ in {different} entries of their vocabularies, so the models "
+            f"the tokenizers of model and reference differ in {different} tokens of their vocabularies, so the models "
             "cannot be given the same tokens. Compare a model with the one it was compressed from."
         )
+
+
+def tokenizer_differences(own: Any, other: Any) -> list[str]:
+    """List in words how `other` differs from a model's own tokenizer: vocabulary, special tokens, chat template.
+
+    A padding token is compared only if the model's own tokenizer has one: users often add it later, and no text
+    contains it.
+    """
+    vocabularies = [dict(each.get_vocab()) for each in (own, other)]
+    expected, special = _special_tokens(own), _special_tokens(other)
+    if (
+        "pad_token" not in expected
+        and (padding := special.pop("pad_token", None))
+        and padding[0] not in vocabularies[0]
+    ):
+        del vocabularies[1][padding[0]]
+    found = []
+    if different := _different_tokens(*vocabularies):
+        found.append(f"{different} tokens of the vocabulary")
+    for name in sorted(expected.keys() | special.keys()):
+        if special.get(name) != expected.get(name):
+            found.append(f"{name} {_shown(special.get(name))} instead of {_shown(expected.get(name))}")
+    if getattr(own, "chat_template", None) != getattr(other, "chat_template", None):
+        found.append("the chat template")
+    return found
+
+
+def _different_tokens(ours: dict[str, int], theirs: dict[str, int]) -> int:
+    """Count the tokens that two vocabularies do not both have with the same id."""
+    return len({token for token, _ in ours.items() ^ theirs.items()})
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, tuple[str, int]]:
+    """The special tokens of a tokenizer with their ids, by name such as `eos_token`."""
+    named = tokenizer.special_tokens_map.items()
+    return {name: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in named}
+
+
+def _shown(token: tuple[str, int] | None) -> str:
+    return "none" if token is None else f"{token[0]!r} (id {token[1]})"
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:

@@ -85,20 +85,38 @@ class ModeGPTHfQuantizer(HfQuantizer):
                 "lost. Load it on one device or leave device_map out, save the result, and spread that."
             )
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Refuse a model that cannot be compressed: transformers calls this before it downloads any weights.
+
+        Raises:
+            UnsupportedModel, AlreadyCompressed: by the `model_type` of the configuration.
+        """
+        from optimum_modegpt.architectures import check_model_type
+
+        check_model_type(config.model_type)
+        return config
+
+    update_tp_plan = update_attn_implementation
+    """transformers 5.16 calls this one at the same place."""
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         # transformers builds the model on the meta device, and that would hold for token ids too.
         with torch.device("cpu"):
             self.windows = self.quantizer.prepare(model.config, None, self._source(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from optimum_modegpt.integration.reading import check_loaded
+
         if self.windows is None:
             raise RuntimeError("the weights were loaded without the step that reads the calibration text.")
         self._check_placement(model)
+        source = self._source(model)
+        check_loaded(source, model)
         self._remove_traces(model)
         self.quantizer.compress_with(
             model,
             self.windows,
-            source=self._source(model),
+            source=source,
             checkpoint=_CHECKPOINT.get(),
             progress=logging.is_progress_bar_enabled(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class ModeGPTQuantizer:
 
         Args:
             model: a dense causal language model, in memory.
-            tokenizer: object or name; None takes the configuration's, else that of the model's name.
+            tokenizer: object or name; None takes the configuration's, else that of the model's name. One that differs
+                from the model's own is refused, unless the configuration has `allow_foreign_tokenizer`.
             device: where to compute, one block at a time; None takes the accelerator where there is one.
             checkpoint: where finished blocks are written, and taken over from a run that was interrupted. The result
                 keeps its weights there: `checkpoint.remove()` when it is saved.
@@ -74,8 +76,9 @@ class ModeGPTQuantizer:
     def prepare(self, model_config: Any, tokenizer: Any, source: Source) -> TokenWindows:
         """Everything that can fail before the weights are there: is the model known, is there enough text?"""
         check_model_type(model_config.model_type)
-        self.tokenizer = find_tokenizer(self.config, tokenizer, source)
-        return calibrate(self.config, self.tokenizer, model_config, source)
+        self.tokenizer, record = find_tokenizer(self.config, tokenizer, source)
+        windows = calibrate(self.config, self.tokenizer, model_config, source)
+        return replace(windows, record={**windows.record, **record})
 
     def compress_with(
         self,

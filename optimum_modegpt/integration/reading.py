@@ -1,8 +1,9 @@
-"""Reads models for the commands: every way in which a checkpoint can be broken ends in one message."""
+"""Load models strictly: a checkpoint that is broken or incomplete is refused with one message."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
 from optimum_modegpt.integration.source import Source
+from optimum_modegpt.modeling.modegpt_common import refuse
 from optimum_modegpt.modeling.modegpt_files import check_sizes, weight_files
 
+logger = logging.getLogger(__name__)
+
+MOST_NAMES = 5
+"""Of tensors that are ignored, in a warning of one line."""
 NO_WEIGHTS = (
     "\nA model is config.json with model.safetensors, or with shards and their index. Save or download it again."
 )
@@ -60,7 +66,7 @@ def load_config(source: Source) -> Any:
             if Path(source.path).is_dir()
             else "is no folder here and could not be read from the Hub"
         )
-        raise OSError(f"{source.name!r} {found}: {error}") from error
+        raise OSError(f"{source.name!r} {found}: {error}{source.cache_report()}") from error
     if getattr(config, "modegpt", None) is not None and not config.model_type.startswith("modegpt_"):
         raise UnsupportedModel(
             f"{source.name!r}: config.json was edited. It has the record of a compressed model, but model_type "
@@ -70,20 +76,65 @@ def load_config(source: Source) -> Any:
 
 
 def load_model(source: Source, dtype: str) -> Any:
-    """A causal language model, in the memory of the host.
+    """Load a causal language model into host memory, with every tensor read from its checkpoint.
 
     Raises:
         OSError: its weights cannot be found or reached.
-        UnsupportedModel: it is none, or its files do not fit together.
+        UnsupportedModel: it is no causal language model, or its checkpoint lacks tensors or has others of its shapes.
     """
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     source.check_path()
     with readable(source):
         weight_files(Path(source.path))  # an index that leads out of its folder is refused
         try:
-            return AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, **source.arguments())
+            # Tensors of the wrong shape are let through, so that `check_loaded` can name all of them.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source.arguments()
+            )
         except OSError as error:
-            raise OSError(f"the weights of {source.name!r} could not be read: {error}{NO_WEIGHTS}") from error
+            advice = source.cache_report() or NO_WEIGHTS
+            raise OSError(f"the weights of {source.name!r} could not be read: {error}{advice}") from error
+    model, info = loaded
+    check_loaded(source, model, info["missing_keys"], info["mismatched_keys"])
+    if unexpected := sorted(info["unexpected_keys"]):
+        more = f" and {len(unexpected) - MOST_NAMES} more" if len(unexpected) > MOST_NAMES else ""
+        logger.warning(
+            "%r has tensors that %s does not use; they are ignored: %s%s.",
+            source.name,
+            type(model).__name__,
+            ", ".join(unexpected[:MOST_NAMES]),
+            more,
+        )
+    return model
+
+
+def check_loaded(
+    source: Source,
+    model: Any,
+    missing: Iterable[str] = (),
+    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]] = (),
+) -> None:
+    """Refuse a loaded model if transformers initialised tensors at random that its checkpoint lacks.
+
+    transformers marks every parameter that it has read. The marks also tell of the model below an adapter, and inside
+    `from_pretrained`, where the lists of its loading report are not available.
+
+    Args:
+        source: where the model comes from, for the message.
+        model: as `from_pretrained` returns it.
+        missing: `missing_keys` of the loading report.
+        mismatched: `mismatched_keys` of the loading report: name, shape in the checkpoint, shape in the model.
+
+    Raises:
+        UnsupportedModel: with the names of the tensors.
+    """
+    shapes = {name: (tuple(found), tuple(expected)) for name, found, expected in mismatched}
+    unread = (name for name, each in model.named_parameters() if not getattr(each, "_is_hf_initialized", False))
+    problems = [f"missing: {name}" for name in sorted({*missing, *unread} - shapes.keys())]
+    for name, (found, expected) in sorted(shapes.items()):
+        problems.append(f"wrong shape: {name} is {found}, the configuration says {expected}")
+    with readable(source):
+        refuse(model, problems)
 
 
 def pick_device(name: str) -> torch.device | None:

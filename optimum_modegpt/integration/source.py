@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,8 +14,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-from huggingface_hub import hf_hub_download, hf_hub_url, metadata_load, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, hf_hub_url, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 from transformers.utils import CONFIG_NAME
@@ -23,6 +27,7 @@ from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, resolve_sequence_length
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
+from optimum_modegpt.evaluation.fidelity import tokenizer_differences
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +133,23 @@ class Source:
         known = extract_commit_hash(cached if isinstance(cached, str) else None, None)
         return known or revision
 
+    def cache_report(self) -> str:
+        """Say which revisions of a model of the Hub are cached, and how to read from another place; "" for a folder."""
+        if self._is_folder:
+            return ""
+        cache = Path(self.hub.get("cache_dir") or constants.HF_HUB_CACHE)
+        if constants.is_offline_mode():
+            advice = "HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or set HF_HOME to another cache."
+        elif not _can_be_written(cache):
+            advice = "The cache cannot be written to: set HF_HOME to a folder that can."
+        else:
+            advice = "To read from the cache without the Hub, set HF_HUB_OFFLINE=1; HF_HOME is the folder of the cache."
+        cached = _cached_revisions(cache / repo_folder_name(repo_id=self.path, repo_type="model"))
+        return (
+            f"\nRevision asked for: {self.hub.get('revision') or constants.DEFAULT_REVISION}. In the cache {cache}: "
+            f"{', '.join(cached) or 'no revision of this model'}.\n{advice}"
+        )
+
     def card(self) -> dict[str, Any]:
         """Licence and language, as far as the card of the model states them.
 
@@ -182,6 +204,21 @@ class Source:
             ) from error
 
 
+def _cached_revisions(folder: Path) -> list[str]:
+    """List the revisions in the cache folder of a repository: branches and tags with their commits, other commits."""
+    refs = folder / "refs"
+    named = {path.relative_to(refs).as_posix(): path.read_text() for path in refs.rglob("*") if path.is_file()}
+    snapshots = {path.name for path in folder.glob("snapshots/*")}
+    names = [f"{name} ({commit[:7]})" for name, commit in sorted(named.items()) if commit in snapshots]
+    return [*names, *sorted(snapshots - set(named.values()))]
+
+
+def _can_be_written(folder: Path) -> bool:
+    """Whether a folder can be written to, or made if it does not exist."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK)
+
+
 def _is_text(value: Any) -> bool:
     """Whether a field of a card is a string or several; YAML has other ideas of `no`, for one."""
     values = value if isinstance(value, list) else [value]
@@ -206,17 +243,71 @@ def being_loaded() -> Source | None:
     return _LOADING.get()
 
 
-def find_tokenizer(config: ModeGPTConfig, given: Any, source: Source) -> Any:
-    """The tokenizer to calibrate with: the one given, else the configuration's, else the model's own.
+def find_tokenizer(config: ModeGPTConfig, given: Any, source: Source) -> tuple[Any, dict[str, Any]]:
+    """Find the tokenizer to calibrate with: `given`, else the configuration's, else the model's own.
 
-    None where the dataset is token ids and nobody gave one.
+    Returns the tokenizer and its entries in the calibration record; None and no entries if the dataset is token ids and
+    no tokenizer was chosen.
+
+    Raises:
+        CalibrationDataError: there is none, or the chosen one is not the model's own and the configuration does not
+            allow that.
     """
     chosen = given if given is not None else config.tokenizer
-    if isinstance(chosen, str):
-        return tokenizer_named(chosen, source)
-    if chosen is not None:
-        return chosen
-    return source.tokenizer() if _needs_tokenizer(config.dataset) else None
+    if chosen is None:
+        tokenizer = source.tokenizer() if _needs_tokenizer(config.dataset) else None
+        return tokenizer, {} if tokenizer is None else tokenizer_record(tokenizer, source.base_model)
+    tokenizer = tokenizer_named(chosen, source) if isinstance(chosen, str) else chosen
+    differences = check_tokenizer(tokenizer, source, allow_foreign=config.allow_foreign_tokenizer)
+    if differences == []:
+        return tokenizer, tokenizer_record(tokenizer, source.base_model)
+    name = Source(tokenizer.name_or_path or None).base_model
+    foreign = {} if differences is None else {"foreign_tokenizer": "; ".join(differences)}
+    return tokenizer, tokenizer_record(tokenizer, name) | foreign
+
+
+def check_tokenizer(tokenizer: Any, source: Source, *, allow_foreign: bool) -> list[str] | None:
+    """Compare a tokenizer with the model's own; with `allow_foreign` a difference is a warning.
+
+    Returns how they differ; None if the model has no readable tokenizer of its own.
+
+    Raises:
+        CalibrationDataError: they differ, and that is not allowed.
+    """
+    try:
+        own = source.tokenizer()
+    except CalibrationDataError:
+        if source.name is not None:
+            logger.warning(
+                "%r has no readable tokenizer of its own, so the chosen one was not compared with it.", source.name
+            )
+        return None
+    differences = tokenizer_differences(own, tokenizer)
+    if differences and not allow_foreign:
+        raise CalibrationDataError(
+            f"the chosen tokenizer is not that of {source.name!r}. It differs in: {'; '.join(differences)}. Leave out "
+            "tokenizer (--tokenizer) to use the model's own, or set allow_foreign_tokenizer=True "
+            "(--allow-foreign-tokenizer) to use another on purpose."
+        )
+    if differences:
+        logger.warning("the tokenizer is not that of %r. It differs in: %s.", source.name, "; ".join(differences))
+    return differences
+
+
+def tokenizer_record(tokenizer: Any, name: str | None) -> dict[str, Any]:
+    """Describe a tokenizer for the calibration record: its name, and digests of its vocabulary and chat template."""
+    template = getattr(tokenizer, "chat_template", None)
+    return {
+        "tokenizer": name,
+        "vocabulary_sha256": _sha256(sorted(tokenizer.get_vocab().items())),
+        "chat_template_sha256": None if template is None else _sha256(template),
+    }
+
+
+def _sha256(value: Any) -> str:
+    """The digest of a text, or of any other value as JSON."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokenizer_named(name: str, source: Source) -> Any:

@@ -112,7 +112,20 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
     known = fitted(record, RECORD) or {}
     if opened := _opened(known.get("calibration") or {}):
         rows.append(f"calibrated with {opened}")
+    rows += _tokenizer_rows(known.get("calibration") or {})
     return "\n".join([*rows, *_recovery_rows(known), *_evaluation_rows(evaluation)])
+
+
+def _tokenizer_rows(calibration: dict[str, Any]) -> list[str]:
+    """The tokenizer of the calibration, with the digests of its vocabulary and chat template."""
+    digests = {"vocabulary": "vocabulary_sha256", "chat template": "chat_template_sha256"}
+    found = [f"{name} {calibration[key]}" for name, key in digests.items() if key in calibration]
+    if not found:
+        return []
+    rows = [f"tokenizer {calibration.get('tokenizer', 'in memory')}, sha256 of its {', of its '.join(found)}"]
+    if "foreign_tokenizer" in calibration:
+        rows.append(f"  not the dense model's own: it differs in {calibration['foreign_tokenizer']}")
+    return rows
 
 
 def _opened(text: dict[str, Any]) -> str:

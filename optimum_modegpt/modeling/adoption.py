@@ -20,12 +20,18 @@ def built(
 
     The new object is built from its configuration on the meta device and filled strictly, exactly as a reload is.
     Tensors are shared, not copied.
+
+    Raises:
+        RuntimeError: the new class ties tensors that are separate in `model`, and would lose one of them.
     """
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):
         new = model_class(config)
-    new.load_state_dict(dict(_tensors(model, replacements)), strict=True, assign=True)
+    tensors = dict(_tensors(model, replacements))
+    new.load_state_dict(tensors, strict=True, assign=True)
     new.tie_weights()
+    if lost := [name for name, each in new.state_dict().items() if each.data_ptr() != tensors[name].data_ptr()]:
+        raise RuntimeError(f"{model_class.__name__} replaced {', '.join(lost)} when it tied its weights.")
     for path, target in new.named_modules():
         _carry_over(model.get_submodule(path), target)
     new.generation_config = model.generation_config

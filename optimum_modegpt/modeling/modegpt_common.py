@@ -456,7 +456,7 @@ class ModeGPTModelMixin(Dense):
         with readable_weights(pretrained_model_name_or_path, kwargs):
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         own_info = model.__dict__.pop("_own_loading_info", info)
-        _refuse(model, [*_loading_problems(model, own_info, new_head), *_rotary_problems(model)])
+        refuse(model, [*_loading_problems(model, own_info, new_head), *_rotary_problems(model)])
         return (model, info) if wants_info else model
 
     def _save(
@@ -511,11 +511,16 @@ class ModeGPTModelMixin(Dense):
         partners = tied | {source: target for target, source in tied.items()}
         found.missing_keys = {key for key in found.missing_keys if partners.get(key, key) in found.missing_keys}
         self._own_loading_info = found.to_dict()
-        _refuse(self, list(_loading_problems(self, self._own_loading_info, new_head=True)))
+        refuse(self, list(_loading_problems(self, self._own_loading_info, new_head=True)))
         super().mark_tied_weights_as_initialized(loading_info)
 
 
-def _refuse(model: ModeGPTModelMixin, problems: list[str]) -> None:
+def refuse(model: Any, problems: list[str]) -> None:
+    """Raise an error if there are problems with the checkpoint of `model`; it lists the first 20.
+
+    Raises:
+        ValueError: with the problems, and with what to do.
+    """
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(

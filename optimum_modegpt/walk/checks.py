@@ -12,7 +12,7 @@ from optimum_modegpt import processes
 from optimum_modegpt.allocation.plan import Plan, Sizes, head_step, largest_sparsity, mlp_step, part_size
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.data import describe_degenerate
-from optimum_modegpt.calibration.streams import DENSE_ADVICE, Stream, check_dense, not_finite
+from optimum_modegpt.calibration.streams import DENSE_ADVICE, Stream, check_dense, not_finite, skipping_blocks
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel, naming
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
@@ -23,7 +23,9 @@ SPARSITY_TOLERANCE = 0.005
 DISTINCT_SHARE = 0.9
 """A smaller share of distinct calibration windows is a warning."""
 READING_TOLERANCE = 1e-3
-"""Largest relative difference between a block's own forward pass and our reading of it."""
+"""Largest relative difference between the own forward pass of a block, or of the head, and our reading of it."""
+HEAD_TOKENS = 16
+"""Tokens whose logits are compared: the head acts on each alike, and those of a whole window can take gigabytes."""
 
 
 def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
@@ -113,9 +115,10 @@ def check_tensors(architecture: Architecture) -> None:
 
 
 def check_reading(walk: Walk) -> None:
-    """Compares every block's own forward pass with that of its compressed class at full width, on one window.
+    """Compares every block's own forward pass with that of its compressed class at full width, and then the logits.
 
-    A block that computes something else than its family's would come out of the walk as something it never was.
+    One window is enough. A model that computes anything else than its family's classes would be compressed to a wrong
+    model without an error.
     """
     window = walk.front.stream[0][:1].to(walk.device)
     for block in walk.architecture.blocks:
@@ -124,8 +127,7 @@ def check_reading(walk: Walk) -> None:
         ours = block.student(walk.device).composed_forward(window, arguments)
         with naming(f"block {block.index}"):
             check_dense([own], walk.front.windows)
-        difference = float((own.float() - ours.float()).norm() / own.float().norm().clamp_min(1e-30))
-        if difference > max(READING_TOLERANCE, 10 * torch.finfo(own.dtype).eps):
+        if (difference := _difference(own, ours)) is not None:
             raise UnsupportedModel(
                 f"{type(walk.architecture.model).__name__}, block {block.index} computes something else than its "
                 f"family's norm, attention, norm, MLP (relative difference {difference:.1e}); this variant is not "
@@ -136,6 +138,24 @@ def check_reading(walk: Walk) -> None:
     logits = tail(window[:, -1:].to(cast(Tensor, tail[-1].weight).device))
     if (name := not_finite([logits], walk.front.windows)) is not None:
         raise NumericalError(f"the dense model's logits are not finite on {name}. {DENSE_ADVICE}")
+    _check_head(walk.architecture, walk.calibration.tokens[:1, :HEAD_TOKENS])
+
+
+def _check_head(architecture: Architecture, tokens: Tensor) -> None:
+    """Compare the model's own logits with those of the modules after its last block, with all blocks left out."""
+    stream, own = skipping_blocks(architecture, tokens)
+    if (difference := _difference(own, architecture.own_tail(stream))) is not None:
+        raise UnsupportedModel(
+            f"{type(architecture.model).__name__} computes its logits in another way than its family, by the final "
+            f"norm and the head (relative difference {difference:.1e}); this model variant is not supported."
+        )
+
+
+def _difference(own: Tensor, ours: Tensor) -> float | None:
+    """Return the relative difference of two outputs that should be equal, or None if it is within rounding."""
+    difference = float((own.float() - ours.float()).norm() / own.float().norm().clamp_min(1e-30))
+    tolerance = max(READING_TOLERANCE, 10 * torch.finfo(own.dtype).eps)
+    return None if difference <= tolerance else difference  # not a number is a difference
 
 
 def check_result(error: dict[str, float], compressed: Stream, windows: Tensor) -> None:

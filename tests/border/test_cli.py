@@ -128,9 +128,10 @@ VALUES = {"method": "paper", "allocation": "uniform", "round_to": "16", "dataset
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModeGPTConfig)])
 def test_every_field_is_a_flag_with_its_help(field: str, capsys: pytest.CaptureFixture[str]) -> None:
-    kind = {"float": "0.5", "int": "3"}.get(str(ModeGPTConfig.__dataclass_fields__[field].type).split(" ")[0], "word")
-    flag, value = f"--{field.replace('_', '-')}", VALUES.get(field, kind)
-    options = cli.build_parser().parse_args(["compress", "m", "--output", "o", flag, value])
+    kind = str(ModeGPTConfig.__dataclass_fields__[field].type).split(" ")[0]
+    value = VALUES.get(field, {"float": "0.5", "int": "3", "bool": "True"}.get(kind, "word"))
+    flag, words = f"--{field.replace('_', '-')}", [] if kind == "bool" else [value]
+    options = cli.build_parser().parse_args(["compress", "m", "--output", "o", flag, *words])
     expected = ModeGPTConfig.from_dict({field: type(getattr(options, field))(value)})
     assert configuration(options) == expected
     assert str(getattr(expected, field)) == value
@@ -381,7 +382,8 @@ def test_a_tokenizer_of_another_size_is_a_warning(
     larger.save_pretrained(tmp_path / "larger")
     wide = save_dense(tmp_path / "wide", vocab_size=600)
     arguments = ["--dataset", str(text), "--max-windows", "1"]
-    assert cli.main(["evaluate", str(checkpoint), *arguments, "--tokenizer", str(tmp_path / "larger")]) == 0
+    foreign = ["--tokenizer", str(tmp_path / "larger"), "--allow-foreign-tokenizer"]
+    assert cli.main(["evaluate", str(checkpoint), *arguments, *foreign]) == 0
     assert f"the tokenizer has {len(larger)} tokens, the model knows 260" in caplog.text
     assert cli.main(["evaluate", str(wide), *arguments]) == 0
     assert f"the tokenizer has {len(tokenizer())} tokens, the model knows 600" in caplog.text
@@ -561,7 +563,7 @@ def test_evaluate_refuses_what_cannot_be_compared(
     other.add_tokens(["<new>"])
     other.save_pretrained(tmp_path / "other")
     message = refusal(capsys, "evaluate", checkpoint, "--reference", tmp_path / "other", "--dataset", text)
-    assert "differ in 1 entries of their vocabularies" in message
+    assert "differ in 1 tokens of their vocabularies" in message
     small = save_dense(tmp_path / "short", max_position_embeddings=16)
     message = refusal(capsys, "evaluate", checkpoint, "--reference", small, "--dataset", text, "--max-windows", 1)
     assert "longer than the model's context of 16" in message

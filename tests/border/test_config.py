@@ -37,6 +37,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "input_ridge": 0.1,
         "refit_iterations": 4,
         "tokenizer": None,
+        "allow_foreign_tokenizer": False,
     }
 
 

@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
-from tiny import dense, tokenizer, tokens
+from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, dense, tokenizer, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -158,6 +161,34 @@ def test_an_unknown_family_is_refused_before_its_weights_are_read(tmp_path: Path
     weights.write_bytes(b"not weights")
     with pytest.raises(UnsupportedModel, match=r"'gpt2' is not supported; known: llama, mistral, opt, qwen2"):
         AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=config)
+
+
+def loaders(name: Path, config: ModeGPTConfig) -> list[Callable[[], Any]]:
+    """Every way to compress while loading, ready to be called."""
+    entries = [entry for title, entry in ENTRY_POINTS.items() if not title.startswith("quantizer")]
+    return [partial(entry, name, config) for entry in entries]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_that_transformers_made_up_are_not_compressed(name: str, tmp_path: Path, config: ModeGPTConfig) -> None:
+    folder = save_dense(tmp_path, name)
+    lost = "model.decoder.layers.2.fc1.weight" if name == "opt" else "model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in loaders(folder, config) if name == FAMILIES[0] else loaders(folder, config)[:1]:
+        # UnsupportedModel is a ValueError; `pipeline` raises one of its own that quotes it.
+        with pytest.raises(ValueError, match=rf"cannot be loaded: .*\n *missing: {lost}\n *The folder is incomplete"):
+            load()
+
+
+def test_weights_of_another_shape_are_not_compressed(tmp_path: Path, config: ModeGPTConfig) -> None:
+    folder = save_dense(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.zeros(3, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"missing: model\.embed_tokens\.weight"):
+        AutoModelForCausalLM.from_pretrained(folder, compression_config=config, ignore_mismatched_sizes=True)
 
 
 def test_missing_text_is_refused_before_weights_are_read(checkpoint: Path, tmp_path: Path) -> None:

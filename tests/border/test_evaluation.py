@@ -129,7 +129,7 @@ def test_different_vocabularies_are_refused(windows: Tensor) -> None:
     other = tokenizer()
     other.add_tokens(["<new>"])
     check_tokenizers(tokenizer(), tokenizer())
-    with pytest.raises(EvaluationError, match="differ in 1 entries"):
+    with pytest.raises(EvaluationError, match="differ in 1 tokens"):
         check_tokenizers(tokenizer(), other)
 
 

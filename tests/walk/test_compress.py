@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VARIANTS, classes, dense, tokens
+from safetensors import safe_open
+from tiny import FAMILIES, VARIANTS, classes, dense, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
-from optimum_modegpt.architectures import Block, resolve
+from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.streams import Place, enter
 from optimum_modegpt.compress import compress
@@ -28,7 +29,7 @@ from optimum_modegpt.errors import (
 )
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
-from optimum_modegpt.report import PARTS, Report
+from optimum_modegpt.report import PARTS, Report, count_parameters
 from optimum_modegpt.walk.checks import check_result, part_sizes
 
 WINDOWS, LENGTH = 10, 16
@@ -56,6 +57,55 @@ def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
     report = run(model, sparsity=0.0, method=method)
     assert report.achieved_sparsity == 0
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+def untied(name: str) -> Any:
+    """A model whose configuration says tied, and whose head is a copy of the embeddings, as if to be trained apart."""
+    model = dense(name, tie_word_embeddings=True)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def untied_with_another_head(name: str) -> Any:
+    model = untied(name)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    return model
+
+
+def tied(name: str) -> Any:
+    """A model whose configuration says untied, and whose head is the embeddings."""
+    model = dense(name, tie_word_embeddings=False)
+    model.lm_head.weight = model.get_input_embeddings().weight
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("make", [untied, untied_with_another_head, tied])
+def test_a_head_of_its_own_stays_one_and_a_tied_head_stays_tied(make: Any, name: str, tmp_path: Any) -> None:
+    model = make(name)
+    expected, parameters = logits(model), count_parameters(model)
+    report = run(model, sparsity=0.0)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    is_tied = make is tied
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == is_tied
+    assert model.config.tie_word_embeddings == is_tied
+    assert report.parameters.total_before == report.parameters.total_after == parameters
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) != is_tied  # noqa: SIM118 - not a mapping
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(reloaded), logits(model))
+    assert count_parameters(reloaded) == parameters
+
+
+def test_a_class_that_would_lose_a_head_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = untied_with_another_head("llama-gqa-tied")
+    expected = logits(model)
+    monkeypatch.setattr(Architecture, "head_is_tied", True)
+    with pytest.raises(RuntimeError, match=r"replaced lm_head\.weight when it tied its weights"):
+        run(model, sparsity=0.0)
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -338,13 +388,14 @@ def test_moments_that_overflow_are_an_error_that_names_block_and_part(method: An
         run(model, sparsity=0.3, allocation="uniform", method=method)
 
 
-def test_a_head_that_is_not_finite_is_no_reason_to_remove_anything() -> None:
+@pytest.mark.parametrize("allocation", ["uniform", "sensitivity"])
+def test_a_head_that_is_not_finite_is_refused(allocation: Any) -> None:
     model = dense("llama-mha")
     with torch.no_grad():
         model.lm_head.weight[3, 0] = torch.nan
-    for fields in ({}, {"allocation": "uniform"}, {"method": "paper"}):
+    for method in ("default", "paper"):
         with pytest.raises(NumericalError, match="the dense model's logits are not finite on calibration window 0"):
-            run(model, sparsity=0.3, **fields)
+            run(model, sparsity=0.3, allocation=allocation, method=method)
 
 
 def test_a_failure_at_the_very_end_leaves_the_model_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,6 +489,19 @@ def test_a_variant_that_computes_something_else_is_refused(path: str) -> None:
 
     module.__class__ = Changed
     with pytest.raises(UnsupportedModel, match="variant is not supported"):
+        run(model)
+
+
+def test_a_head_that_computes_something_else_is_refused() -> None:
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            output = super().forward(*args, **kwargs)
+            output.logits = 0.5 * output.logits
+            return output
+
+    model = dense("llama-gqa-tied")
+    model.__class__ = Scaled
+    with pytest.raises(UnsupportedModel, match="Scaled computes its logits in another way than its family"):
         run(model)
 
 

@@ -45,6 +45,16 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_tokenizer(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add the flags that choose a tokenizer; `default` says which one is used without them."""
+    parser.add_argument("--tokenizer", metavar="NAME", help=f"name or folder; by default {default}")
+    parser.add_argument(
+        "--allow-foreign-tokenizer",
+        action="store_true",
+        help="accept a --tokenizer that differs from the model's own, with a warning",
+    )
+
+
 def count(text: str) -> int:
     """Parse an integer of at least 1."""
     if not re.fullmatch(r"\d+", text) or int(text) < 1:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from optimum_modegpt.integration.arguments.common import add_access, add_device, add_reference_revision, count, path
+from optimum_modegpt.integration.arguments.common import (
+    add_access,
+    add_device,
+    add_reference_revision,
+    add_tokenizer,
+    count,
+    path,
+)
 
 BROKEN = 1
 """Exit code where a threshold does not hold."""
@@ -26,7 +33,7 @@ def add(verbs: Any) -> None:
         "list of these or of strings. Left out, the demo takes its own text",
     )
     parser.add_argument("--max-new-tokens", type=count, default=48, metavar="N", help="of a continuation; default 48")
-    parser.add_argument("--tokenizer", metavar="NAME", help="name or folder; by default that of the models")
+    add_tokenizer(parser, "that of the models")
     add_device(parser)
     limits = parser.add_argument_group(
         "thresholds", f"Exit code {BROKEN} where one is broken, 0 where all hold or none is set, 2 for an error."

@@ -17,6 +17,8 @@ COMMAND_LINE_TEXTS = {
     "dataset": "calibration text: wikitext2, c4, alpaca, a dataset id of the Hub, or a local .txt, .jsonl, .json or "
     ".parquet file, or a folder saved by datasets.",
     "tokenizer": "name or folder of a tokenizer; by default the model's own.",
+    "allow_foreign_tokenizer": "accept a --tokenizer that differs from the model's own in vocabulary, special tokens "
+    "or chat template, with a warning.",
 }
 """Descriptions of the fields that take more in Python than on the command line."""
 
@@ -50,7 +52,7 @@ def _plain(text: str) -> str:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None else f" Default: {value}."
+    return "" if value is None or value is False else f" Default: {value}."
 
 
 def _reading(hint: Any) -> dict[str, Any]:
@@ -63,6 +65,8 @@ def _reading(hint: Any) -> dict[str, Any]:
     if literals:
         return {"type": _integer_or_word, "metavar": "|".join(("N", *literals))}
     kind = kinds[0]
+    if kind is bool:
+        return {"action": "store_true"}
     return {"type": kind if kind in (int, float) else str, "metavar": {int: "N", float: "X"}.get(kind, "NAME")}
 
 

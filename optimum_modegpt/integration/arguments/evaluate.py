@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from optimum_modegpt.integration.arguments.common import add_device, add_reference_revision, count, path, verb
+from optimum_modegpt.integration.arguments.common import (
+    add_device,
+    add_reference_revision,
+    add_tokenizer,
+    count,
+    path,
+    verb,
+)
 
 
 def add(verbs: Any) -> None:
@@ -13,7 +20,7 @@ def add(verbs: Any) -> None:
     parser = verb(verbs, "evaluate", "Perplexity of MODEL or its scores on tasks, and how far they are from DENSE's.")
     parser.add_argument("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
     add_reference_revision(parser)
-    parser.add_argument("--tokenizer", metavar="NAME", help="name or folder; by default MODEL's own, else DENSE's")
+    add_tokenizer(parser, "MODEL's own, else DENSE's")
     parser.add_argument(
         "--batch-size", type=count, metavar="N", help="windows or requests per forward pass; chosen by size, 1 in tasks"
     )

@@ -28,7 +28,7 @@ RECOVERY = {
     "seed": "seed",
 }
 """Flags of `recover` by the keys of its record."""
-MODEL_FLAGS = ("reference", "reference_revision", "tokenizer", "batch_size", "dtype")
+MODEL_FLAGS = ("reference", "reference_revision", "tokenizer", "allow_foreign_tokenizer", "batch_size", "dtype")
 TEXT_FLAGS = ("dataset_split", "text_column")
 KINDS = {"dataset": "file", "tokenizer": "folder", "reference": "folder", "include_path": "folder"}
 
@@ -162,9 +162,12 @@ def evaluate_notes(found: Contents) -> list[str]:
 
 
 def flags(values: dict[str, Any]) -> list[str]:
-    """Words of a command line; a value of None is not said."""
-    given = {name: value for name, value in values.items() if value is not None}
-    return [word for name, value in given.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    """Words of a command line; None and False are left out, and True is a flag without a value."""
+    words = []
+    for name, value in values.items():
+        if value is not None and value is not False:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return words
 
 
 def shell(words: list[str]) -> str:

@@ -72,6 +72,7 @@ def scalar(value: Any) -> Any:
 
 TEXT = {
     **dict.fromkeys(("name", "split", "revision", "text_column", "file_sha256", "first_token", "sha256"), text),
+    **dict.fromkeys(("tokenizer", "vocabulary_sha256", "chat_template_sha256", "foreign_tokenizer"), text),
     **dict.fromkeys(("windows", "sequence_length", "tokens", "available_windows"), natural),
 }
 """The record of token windows."""
@@ -106,6 +107,7 @@ REPORT = {
 SETTINGS = {
     **dict.fromkeys(("reference", "tokenizer", "dtype", "dataset", "dataset_split", "text_column"), text),
     **dict.fromkeys(("include_path", "reference_revision"), text),
+    "allow_foreign_tokenizer": flag,
     "batch_size": natural,
     "paths": [text],
 }

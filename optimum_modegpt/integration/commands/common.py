@@ -18,7 +18,7 @@ from optimum_modegpt import progress
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, OutputError
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
 from optimum_modegpt.integration.reading import load_model
-from optimum_modegpt.integration.source import Source, tokenizer_named
+from optimum_modegpt.integration.source import Source, check_tokenizer, tokenizer_named
 from optimum_modegpt.stages import compute_device
 
 if TYPE_CHECKING:
@@ -60,15 +60,18 @@ def models_on(
     return model, None if reference is None else load_model(reference, dtype).to(device)
 
 
-def shared_tokenizer(name: str | None, source: Source, reference: Source | None) -> Any:
-    """The one of this name, else the model's own, else the reference's; where both have one, they must agree.
+def shared_tokenizer(name: str | None, source: Source, reference: Source | None, *, allow_foreign: bool = False) -> Any:
+    """The tokenizer of this name, else the model's own, else the reference's; all of them must agree.
 
     Raises:
-        CalibrationDataError: when there is none.
-        EvaluationError: when two disagree.
+        CalibrationDataError: there is none, or the named one is not the models' own, without `allow_foreign`.
+        EvaluationError: those of model and reference disagree.
     """
     if name is not None:
-        return tokenizer_named(name, source)
+        tokenizer = tokenizer_named(name, source)
+        for model in filter(None, (source, reference)):
+            check_tokenizer(tokenizer, model, allow_foreign=allow_foreign)
+        return tokenizer
     try:
         own = source.tokenizer()
     except CalibrationDataError:

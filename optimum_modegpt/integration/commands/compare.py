@@ -48,7 +48,7 @@ def run(options: Namespace) -> int:
     # Before their tokenizers: transformers reads these by the configuration, and trips over a broken one.
     configs = [load_config(each) for each in (reference, source)]
     _check_order(options, *(getattr(config, "modegpt", None) is not None for config in configs))
-    tokenizer = shared_tokenizer(options.tokenizer, source, reference)
+    tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
     check_vocabulary(tokenizer, configs[-1].get_text_config().vocab_size)
     model, dense = models_on(device, options.dtype, source, reference)
     assert dense is not None

@@ -47,7 +47,7 @@ def run(options: Namespace) -> None:
         load_config(reference)  # a name that leads nowhere is refused before anything is read
     if options.update_card:
         _check_card(options, model_config)
-    tokenizer = shared_tokenizer(options.tokenizer, source, reference)
+    tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
     check_vocabulary(tokenizer, model_config.get_text_config().vocab_size)
     tasks = None
     if options.tasks is not None:
@@ -109,6 +109,8 @@ def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
     for name in ("dataset_split", "text_column", "batch_size"):
         if (value := getattr(options, name)) is not None:
             settings[name] = value
+    if options.allow_foreign_tokenizer:
+        settings["allow_foreign_tokenizer"] = True
     if options.dtype != "auto":
         settings["dtype"] = options.dtype
     if reference is not None:
