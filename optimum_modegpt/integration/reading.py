@@ -15,8 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
 from optimum_modegpt.integration.source import Source
-from optimum_modegpt.modeling.modegpt_common import refuse
-from optimum_modegpt.modeling.modegpt_files import check_sizes, weight_files
+from optimum_modegpt.modeling.modegpt_files import check_sizes, refuse, weight_files
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .modegpt_contract import check_attention, check_loading, refuse_unread_cache
-from .modegpt_files import check_sizes, one_set_of_weights, readable_weights
+from .modegpt_files import check_sizes, one_set_of_weights, readable_weights, refuse
 
 # What stands below a mixin: at run time a family's dense class.
 if TYPE_CHECKING:
@@ -513,22 +513,6 @@ class ModeGPTModelMixin(Dense):
         self._own_loading_info = found.to_dict()
         refuse(self, list(_loading_problems(self, self._own_loading_info, new_head=True)))
         super().mark_tied_weights_as_initialized(loading_info)
-
-
-def refuse(model: Any, problems: list[str]) -> None:
-    """Raise an error if there are problems with the checkpoint of `model`; it lists the first 20.
-
-    Raises:
-        ValueError: with the problems, and with what to do.
-    """
-    if problems:
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise ValueError(
-            f"{type(model).__name__}: the checkpoint does not fit its configuration; part of the model would be "
-            "noise:\n  "
-            + "\n  ".join(problems[:20])
-            + f"{more}\nThe folder is incomplete or was edited; save or download it again."
-        )
 
 
 def _loading_problems(model: ModeGPTModelMixin, info: dict[str, Any], new_head: bool) -> Iterator[str]:

@@ -90,6 +90,22 @@ def _shards(index: Path) -> list[str]:
     return names
 
 
+def refuse(model: Any, problems: list[str]) -> None:
+    """Raise an error if there are problems with the checkpoint of `model`; it lists the first 20.
+
+    Raises:
+        ValueError: with the problems, and with what to do.
+    """
+    if problems:
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(
+            f"{type(model).__name__}: the checkpoint does not fit its configuration; part of the model would be "
+            "noise:\n  "
+            + "\n  ".join(problems[:20])
+            + f"{more}\nThe folder is incomplete or was edited; save or download it again."
+        )
+
+
 @contextmanager
 def readable_weights(name: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Around a `from_pretrained` of this name and these arguments: weights that cannot be read are refused by name.
