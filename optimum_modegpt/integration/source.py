@@ -207,7 +207,11 @@ class Source:
 def _cached_revisions(folder: Path) -> list[str]:
     """List the revisions in the cache folder of a repository: branches and tags with their commits, other commits."""
     refs = folder / "refs"
-    named = {path.relative_to(refs).as_posix(): path.read_text() for path in refs.rglob("*") if path.is_file()}
+    named = {
+        path.relative_to(refs).as_posix(): path.read_text(encoding="utf-8")
+        for path in refs.rglob("*")
+        if path.is_file()
+    }
     snapshots = {path.name for path in folder.glob("snapshots/*")}
     names = [f"{name} ({commit[:7]})" for name, commit in sorted(named.items()) if commit in snapshots]
     return [*names, *sorted(snapshots - set(named.values()))]

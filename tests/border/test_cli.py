@@ -519,7 +519,8 @@ def test_a_dataset_that_cannot_be_reached_names_the_flag(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = refusal(capsys, "compress", checkpoint, "--output", tmp_path / "o")
-    assert message.startswith("error: Salesforce/wikitext (subset wikitext-2-raw-v1), read from the Hub, cannot be read: ")
+    start = "error: Salesforce/wikitext (subset wikitext-2-raw-v1), read from the Hub, cannot be read: "
+    assert message.startswith(start)
     assert "on the command line --dataset FILE: a local .txt" in message
 
 
