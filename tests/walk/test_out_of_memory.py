@@ -60,7 +60,13 @@ def test_the_batch_size_is_halved_and_the_result_is_that_of_the_half(of: str, mo
     Memory(monkeypatch, windows=2, of=of)
     report = run(model, 4)
     assert report.warnings == (f"decompose: {SEEN.format(4, 2)}",)
-    assert [stage.name for stage in report.stages] == ["embed", "allocate (uniform)", "decompose", "adopt", "self-check"]
+    assert [stage.name for stage in report.stages] == [
+        "embed",
+        "allocate (uniform)",
+        "decompose",
+        "adopt",
+        "self-check",
+    ]
     torch.testing.assert_close(states(model), states(expected), rtol=0, atol=0)
 
 

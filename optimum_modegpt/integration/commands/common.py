@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers.utils import logging
 
 from optimum_modegpt import progress
@@ -95,7 +95,8 @@ def quiet_bars() -> Iterator[None]:
 
     `HF_HUB_DISABLE_PROGRESS_BARS` switches all of them off.
     """
-    style = "nothing" if are_progress_bars_disabled() else "bars" if sys.stderr.isatty() else "lines"
+    switched_off = are_progress_bars_disabled()
+    style = "nothing" if switched_off else "bars" if sys.stderr.isatty() else "lines"
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     if style == "bars":
@@ -106,6 +107,8 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
+        if switched_off:  # transformers' switch turns on the bars of the Hub too
+            disable_progress_bars()
 
 
 def check_file(file: Path | None) -> None:
