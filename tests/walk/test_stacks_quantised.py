@@ -156,7 +156,8 @@ def test_a_quantised_model_is_not_compressed(method: str, tmp_path: Path) -> Non
 def test_adapter_on_a_quantised_model(method: str, name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     _, model = saved(method, name, tmp_path / "base")
-    adapted = peft.get_peft_model(peft.prepare_model_for_kbit_training(model), peft.LoraConfig(r=4))
+    prepared = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    adapted = peft.get_peft_model(prepared, peft.LoraConfig(r=4))
     losses = fine_tune(adapted)
     assert losses[-1] < losses[0] - 0.05
     adapted.save_pretrained(tmp_path / "adapter")
