@@ -101,16 +101,23 @@ def check_plan(plan: Plan, sizes: Sizes) -> None:
 
 
 def check_tensors(architecture: Architecture) -> None:
-    """Refuses a model with tensors that its compressed class would not have."""
-    family, config = architecture.family, architecture.model.config
+    """Refuse a model whose tensors have other names or shapes than those of its compressed class at full width."""
+    model, family = architecture.model, architecture.family
     widths = [block.dense_widths for block in architecture.blocks]
     model_class: Any = family.models["AutoModelForCausalLM"]
     with torch.device("meta"):
-        known = model_class(family.config.from_dense(config, widths, {"format_version": FORMAT_VERSION})).state_dict()
-    if unknown := sorted(architecture.model.state_dict().keys() - known.keys()):
+        built = model_class(family.config.from_dense(model.config, widths, {"format_version": FORMAT_VERSION}))
+    known, own = built.state_dict(), model.state_dict()
+    if unknown := sorted(own.keys() - known.keys()):
         raise UnsupportedModel(
-            f"{type(architecture.model).__name__} has tensors that its family does not: {', '.join(unknown[:5])}"
+            f"{type(model).__name__} has tensors that its family does not: {', '.join(unknown[:5])}"
             f"{' …' if len(unknown) > 5 else ''}. Compress the plain model."
+        )
+    if wrong := sorted(name for name in own if own[name].shape != known[name].shape):
+        found = [f"{name} is {tuple(own[name].shape)}, expected {tuple(known[name].shape)}" for name in wrong[:5]]
+        raise UnsupportedModel(
+            f"{type(model).__name__} has tensors of another shape than its configuration says: {'; '.join(found)}"
+            f"{' …' if len(wrong) > 5 else ''}. Load the model without ignore_mismatched_sizes, or fix config.json."
         )
 
 

@@ -187,7 +187,7 @@ def test_weights_of_another_shape_are_not_compressed(tmp_path: Path, config: Mod
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] = torch.zeros(3, 32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UnsupportedModel, match=r"missing: model\.embed_tokens\.weight"):
+    with pytest.raises(UnsupportedModel, match=r"model\.embed_tokens\.weight"):
         AutoModelForCausalLM.from_pretrained(folder, compression_config=config, ignore_mismatched_sizes=True)
 
 
