@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import re
 import signal
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 def _run(options: Namespace) -> int:
     """Import a command, which takes seconds, and run it."""
+    for library in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which logs the kernels it lacks
+        logging.getLogger(library).setLevel(logging.ERROR)
     command = import_module(f"optimum_modegpt.integration.commands.{options.command}")
     from optimum_modegpt.integration.commands.common import quiet_bars
 
