@@ -16,7 +16,7 @@ import transformers
 from transformers.cache_utils import Cache
 
 KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
-"""Releases of transformers that cached generation was tested on."""
+"""Releases of transformers that the whole test suite passed on."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the argument that holds the key-value cache. transformers 5.24 renamed the second to the first."""
