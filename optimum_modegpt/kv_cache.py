@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from optimum_modegpt.modeling.modegpt_contract import CACHE_NAMES
-
-OUTPUT_NAME = next(one.name for one in dataclasses.fields(CausalLMOutputWithPast) if one.name in CACHE_NAMES)
-"""Name of the cache in the outputs of the installed transformers."""
+from optimum_modegpt.modeling.modegpt_contract import CACHE_NAMES, cache_field
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Return the name under which a model's `forward` takes the cache; a wrapper that hides it takes `OUTPUT_NAME`."""
+    """Return the name under which a model's `forward` takes the cache; a wrapper that hides it takes that of outputs."""
     declared = inspect.signature(model.forward).parameters
-    return next((name for name in CACHE_NAMES if name in declared), OUTPUT_NAME)
+    return next((name for name in CACHE_NAMES if name in declared), cache_field())
 
 
 def cache_of(output: Any) -> Any:
     """Return the cache in the output of a forward pass or of `generate`, or None if it has none."""
-    return getattr(output, OUTPUT_NAME, None)
+    return getattr(output, cache_field(), None)
 
 
 def cache_bytes(cache: Any) -> float | None:

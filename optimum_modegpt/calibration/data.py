@@ -2,9 +2,9 @@
 
 Every text is tokenised as a whole without special tokens and cut into windows that do not overlap; the tail is dropped.
 Documents are joined by a blank line first, conversations, which the chat template closes itself, by nothing.
-Calibration skips blank rows and takes the windows in the order of `torch.randperm` under a seeded generator.
+Calibration skips blank rows and long runs of blank lines, and takes the windows in the order of `torch.randperm` under a seeded generator.
 Evaluation keeps blank rows, as perplexities of WikiText are published, and takes the windows in the order of the text.
-Streamed and large sources are read only as far as needed.
+Streamed and large sources, and texts of which the first windows are asked for, are read only as far as needed.
 
 If the tokenizer begins every text with a special token (BOS), that token replaces the first one of each window: the
 prompts of users begin with it too, and it influences every later position. The replaced token is never a target, so the
@@ -45,7 +45,7 @@ DEFAULT_SEQUENCE_LENGTH = 2048
 CALIBRATION_SPLITS = ("train",)
 EVALUATION_SPLITS = ("test", "validation", "train")
 FEWEST_DISTINCT = 4
-"""A window with fewer distinct tokens is degenerate. A window shorter than 32 tokens needs only one in eight."""
+"""A window with fewer distinct tokens is degenerate. A window shorter than 32 tokens needs one in eight, and two."""
 MOST_DEGENERATE = 0.5
 """A larger share of degenerate windows is an error, a smaller one a warning."""
 
@@ -214,7 +214,7 @@ def describe_degenerate(windows: TokenWindows) -> str | None:
 def _count_degenerate(windows: TokenWindows) -> tuple[int, int]:
     """Count the windows with too few distinct tokens; the second number is how many are enough."""
     tokens = windows.tokens if windows.record.get("first_token") is None else windows.tokens[:, 1:]
-    fewest = min(FEWEST_DISTINCT, windows.tokens.shape[1] // 8)
+    fewest = max(2, min(FEWEST_DISTINCT, windows.tokens.shape[1] // 8))
     distinct = (tokens.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + 1  # (windows,)
     return int((distinct < fewest).sum()), fewest
 
@@ -225,7 +225,8 @@ def _cut(source: Source, request: Request) -> Tensor:
     if ids is None:
         if request.tokenizer is None:
             raise CalibrationDataError(f"{source.name}: text needs a tokenizer; pass tokenizer=..., or token ids.")
-        enough = request.windows * request.length if source.in_part and request.windows else None
+        # One window more than asked for: the record must say if the source has more.
+        enough = (request.windows + 1) * request.length if source.in_part and request.windows else None
         text = joined(source.documents, source.name, request.tokenizer, blank_rows=request.blank_rows, tokens=enough)
         ids = encode(request.tokenizer, text)
     windows = ids[: len(ids) // request.length * request.length].view(-1, request.length)

@@ -54,6 +54,8 @@ OTHER_SUFFIXES = frozenset({".arrow", ".csv", ".gz", ".html", ".md", ".npy", ".p
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 LARGE_BYTES = 16 * 2**20
 """A larger source is read in part: wikitext-2 is smaller, alpaca and wikitext-103 are larger."""
+BLANK_LINES = re.compile(r"(?:[^\S\n]*\n){8,}")
+"""A longer run of blank lines than between paragraphs and chapters; calibration reads one blank line in its place."""
 PART = 2**14
 """Characters of the parts of a large text that are drawn at random."""
 SHUFFLE_BUFFER = 1000
@@ -74,7 +76,7 @@ class Request:
         seed: orders a source that is read in part; None reads it in its own order.
         windows: so many windows are enough; None reads everything.
         length: tokens of a window.
-        blank_rows: whether rows without text count as documents.
+        blank_rows: whether rows without text count as documents, and long runs of blank lines stay in a text.
     """
 
     tokenizer: Any
@@ -179,10 +181,12 @@ def _as_needed(rows: Sequence[Any], size: int, request: Request) -> tuple[Iterab
 
     `size` is their size in bytes or characters.
     """
-    if request.windows is None or size <= LARGE_BYTES:
+    if request.windows is None:
         return rows, False
     if request.seed is None:
         return rows, True
+    if size <= LARGE_BYTES:
+        return rows, False
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(request.seed))
     return (rows[index] for index in order.tolist()), True
 
@@ -220,6 +224,8 @@ def _open_text(path: Path, source: Source, request: Request) -> Source:
         lines = text.splitlines(keepends=True)
         slices = _slices(request.split, {WHOLE: len(lines)}, path.name)
         text = "".join(line for _, first, end in slices for line in lines[first:end])
+    if not request.blank_rows:
+        text = BLANK_LINES.sub("\n\n", text)
     # In its own order a text is read from its beginning; at random, in parts.
     parts = [text] if request.seed is None or len(text) <= LARGE_BYTES else list(pieces(text, PART))
     documents, in_part = _as_needed(parts, len(text), request)

@@ -57,12 +57,10 @@ def from_encodings(encodings: Iterable[Mapping[str, Any]], name: str = IN_MEMORY
     """Stack the rows of several encodings to windows (windows, length), without padding and empty rows.
 
     Raises:
-        CalibrationDataError: the rows differ in length, or a mask does more than mark padding.
+        CalibrationDataError: the rows differ in length, all are empty, or a mask does more than mark padding.
     """
     rows = [row for encoding in encodings if not _is_empty(encoding[IDS]) for row in _rows(encoding, name)]
-    if not rows:
-        raise CalibrationDataError(f"{name}: all rows are empty.")
-    return _stacked(rows, name)
+    return _stacked(_filled(rows, name), name)
 
 
 def from_encoding(encoding: Mapping[str, Any], name: str = IN_MEMORY_IDS) -> Tensor:
@@ -72,8 +70,16 @@ def from_encoding(encoding: Mapping[str, Any], name: str = IN_MEMORY_IDS) -> Ten
         CalibrationDataError: as `from_encodings`.
     """
     ids = as_ids(encoding[IDS], name)
-    rows = _rows({**encoding, IDS: ids}, name)
+    rows = _filled(_rows({**encoding, IDS: ids}, name), name)
     return rows[0] if ids.ndim == 1 else _stacked(rows, name)
+
+
+def _filled(rows: Sequence[Tensor], name: str) -> list[Tensor]:
+    """Return the rows that hold tokens; without padding some may be empty."""
+    filled = [row for row in rows if len(row) > 0]
+    if not filled:
+        raise CalibrationDataError(f"{name}: all rows are empty, or all of their tokens are padding.")
+    return filled
 
 
 def _is_empty(ids: Any) -> bool:

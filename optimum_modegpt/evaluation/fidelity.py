@@ -104,7 +104,7 @@ def check_tokenizers(ours: Any, theirs: Any) -> None:
 
 
 def tokenizer_differences(own: Any, other: Any) -> list[str]:
-    """List in words how `other` differs from a model's own tokenizer: vocabulary, special tokens, chat template.
+    """List in words how `other` differs from a model's own tokenizer: vocabulary, special tokens, chat template, ids.
 
     A padding token is compared only if the model's own tokenizer has one: users often add it later, and no text
     contains it.
@@ -125,6 +125,8 @@ def tokenizer_differences(own: Any, other: Any) -> list[str]:
             found.append(f"{name} {_shown(special.get(name))} instead of {_shown(expected.get(name))}")
     if getattr(own, "chat_template", None) != getattr(other, "chat_template", None):
         found.append("the chat template")
+    if not found and own(PROBE)["input_ids"] != other(PROBE)["input_ids"]:
+        found.append("the way in which it splits a text into tokens")
     return found
 
 

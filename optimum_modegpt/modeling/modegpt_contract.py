@@ -1,19 +1,22 @@
-"""The contract with transformers: the methods that compressed classes replace, and the parameters that they handle.
+"""The contract with transformers: the methods whose arguments compressed classes rely on, and those that they handle.
 
-A method that replaces another one never sees an argument that was renamed, and the model then computes nonsense without
-an error. So the replaced methods are compared with this list each time a compressed module is built.
+An attention that replaces another one never sees an argument that was renamed, and the model then computes nonsense
+without an error. So the dense class is compared with this list each time a compressed attention is built. What only a
+call can show is refused then: a key-value cache that arrives under another name.
 
 This file is also remote code: it is copied beside the weights and must import nothing but torch and transformers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import transformers
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
 """Releases of transformers that the whole test suite passed on."""
@@ -52,7 +55,7 @@ def check_attention(dense_class: type) -> str:
 
 
 def check_loading() -> None:
-    """Check that transformers still calls the methods with which a load is made strict.
+    """Check that transformers still has the methods with which a load is made strict, with the same parameters.
 
     Raises:
         ImportError: a method is gone or declares other parameters.
@@ -62,6 +65,22 @@ def check_loading() -> None:
         if function is None:
             raise ImportError(f"PreTrainedModel.{name} does not exist; it is needed for strict loading. {_advice()}")
         _refuse_unknown(f"PreTrainedModel.{name}", _declared(function), handled)
+
+
+def cache_field() -> str:
+    """Return the name of the key-value cache in the outputs of the installed transformers.
+
+    Raises:
+        ImportError: no field has a known name.
+    """
+    fields = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
+    names = [name for name in CACHE_NAMES if name in fields]
+    if len(names) != 1:
+        raise ImportError(
+            f"CausalLMOutputWithPast has the fields {', '.join(fields)}; expected one of "
+            f"{', '.join(map(repr, CACHE_NAMES))} for the key-value cache. {_advice()}"
+        )
+    return names[0]
 
 
 def refuse_unread_cache(attention: str, arguments: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from optimum_modegpt.calibration.data import describe_degenerate
 from optimum_modegpt.calibration.streams import DENSE_ADVICE, Stream, check_dense, not_finite, skipping_blocks
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel, naming
+from optimum_modegpt.modeling.adoption import built
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
 from optimum_modegpt.walk.state import Walk
 
@@ -122,10 +124,11 @@ def check_tensors(architecture: Architecture) -> None:
 
 
 def check_reading(walk: Walk) -> None:
-    """Compares every block's own forward pass with that of its compressed class at full width, and then the logits.
+    """Compare every block's own forward pass with that of its compressed class at full width, and then the logits.
 
     One window is enough. A model that computes anything else than its family's classes would be compressed to a wrong
-    model without an error.
+    model without an error. The blocks are compared one by one; the logits with those of the family's class in
+    transformers, which show a difference in embeddings, masks and positions too.
     """
     window = walk.front.stream[0][:1].to(walk.device)
     for block in walk.architecture.blocks:
@@ -145,7 +148,9 @@ def check_reading(walk: Walk) -> None:
     logits = tail(window[:, -1:].to(cast(Tensor, tail[-1].weight).device))
     if (name := not_finite([logits], walk.front.windows)) is not None:
         raise NumericalError(f"the dense model's logits are not finite on {name}. {DENSE_ADVICE}")
-    _check_head(walk.architecture, walk.calibration.tokens[:1, :HEAD_TOKENS])
+    tokens = walk.calibration.tokens[:1, :HEAD_TOKENS]
+    _check_head(walk.architecture, tokens)
+    _check_model(walk.architecture, tokens)
 
 
 def _check_head(architecture: Architecture, tokens: Tensor) -> None:
@@ -156,6 +161,43 @@ def _check_head(architecture: Architecture, tokens: Tensor) -> None:
             f"{type(architecture.model).__name__} computes its logits in another way than its family, by the final "
             f"norm and the head (relative difference {difference:.1e}); this model variant is not supported."
         )
+
+
+def _check_model(architecture: Architecture, tokens: Tensor) -> None:
+    """Compare the model with the class of transformers that its compressed class derives from, on the same tensors."""
+    model: Any = architecture.model
+    stock_class: Any = architecture.family.models["AutoModelForCausalLM"].__bases__[-1]
+    config = copy.deepcopy(model.config)
+    config.tie_word_embeddings = architecture.head_is_tied
+    stock: Any = built(model, stock_class, config, {})
+    ids = tokens.to(model.get_input_embeddings().weight.device)
+    own, expected = (each(input_ids=ids, use_cache=False).logits for each in (model, stock))
+    if (difference := _difference(own, expected)) is not None:
+        raise UnsupportedModel(
+            f"{type(model).__name__} computes other logits than {stock_class.__name__} with the same weights (relative "
+            f"difference {difference:.1e}): it changes embeddings, masks, positions or the order of its blocks, or has "
+            "hooks. A compressed model would not; remove the change or the hooks, or compress the plain model."
+        )
+    _check_derived_buffers(model, stock_class, config)
+
+
+def _check_derived_buffers(model: Any, stock_class: Any, config: Any) -> None:
+    """Compare buffers that no file contains, such as rotary frequencies, with those that a reload would compute."""
+    with torch.device("meta"):
+        fresh = stock_class(config)
+    for path, module in fresh.named_modules():
+        if not module._non_persistent_buffers_set:
+            continue
+        module.to_empty(device="cpu", recurse=False)
+        fresh._init_weights(module)
+        for name in sorted(module._non_persistent_buffers_set):
+            own, expected = getattr(model.get_submodule(path), name).cpu(), getattr(module, name)
+            rounding = torch.finfo(own.dtype).eps if own.is_floating_point() else 0.0
+            if own.shape != expected.shape or not torch.allclose(own.to(expected), expected, rtol=rounding, atol=0.0):
+                raise UnsupportedModel(
+                    f"{path}.{name} was changed in memory and is not saved with the weights, so a reloaded model would "
+                    "compute something else. Change the configuration instead, for example its rope_parameters."
+                )
 
 
 def _difference(own: Tensor, ours: Tensor) -> float | None:
