@@ -12,7 +12,7 @@ from optimum_modegpt.modeling.modegpt_contract import CACHE_NAMES, cache_field
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Return the name under which a model's `forward` takes the cache; a wrapper that hides it takes that of outputs."""
+    """Return the name of the cache in a model's `forward`; that of outputs if a wrapper hides the arguments."""
     declared = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in declared), cache_field())
 

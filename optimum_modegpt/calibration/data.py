@@ -2,7 +2,8 @@
 
 Every text is tokenised as a whole without special tokens and cut into windows that do not overlap; the tail is dropped.
 Documents are joined by a blank line first, conversations, which the chat template closes itself, by nothing.
-Calibration skips blank rows and long runs of blank lines, and takes the windows in the order of `torch.randperm` under a seeded generator.
+Calibration skips blank rows and long runs of blank lines. It takes the windows in the order of `torch.randperm` under a
+seeded generator.
 Evaluation keeps blank rows, as perplexities of WikiText are published, and takes the windows in the order of the text.
 Streamed and large sources, and texts of which the first windows are asked for, are read only as far as needed.
 
@@ -214,7 +215,7 @@ def describe_degenerate(windows: TokenWindows) -> str | None:
 def _count_degenerate(windows: TokenWindows) -> tuple[int, int]:
     """Count the windows with too few distinct tokens; the second number is how many are enough."""
     tokens = windows.tokens if windows.record.get("first_token") is None else windows.tokens[:, 1:]
-    fewest = max(2, min(FEWEST_DISTINCT, windows.tokens.shape[1] // 8))
+    fewest = min(tokens.shape[1], max(2, min(FEWEST_DISTINCT, windows.tokens.shape[1] // 8)))
     distinct = (tokens.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + 1  # (windows,)
     return int((distinct < fewest).sum()), fewest
 

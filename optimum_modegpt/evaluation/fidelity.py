@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+PROBE = "The Café's 2,048 tokens: naïve\tΩmega\n\n  def f(x): return x**2  # 東京 🙂"
+"""Text with letters of both cases, accents, digits, white space, symbols and other scripts, to compare tokenizers."""
+
+
 @dataclass(frozen=True)
 class Fidelity:
     """A model beside its reference, on the same tokens."""
@@ -99,7 +103,8 @@ def check_tokenizers(ours: Any, theirs: Any) -> None:
     if different := _different_tokens(ours.get_vocab(), theirs.get_vocab()):
         raise EvaluationError(
             f"the tokenizers of model and reference differ in {different} tokens of their vocabularies, so the models "
-            "cannot be given the same tokens. Compare a model with the one it was compressed from."
+            "cannot be given the same tokens. Compare a model with the one it was compressed from. If that was "
+            "done with a foreign tokenizer, name it: --tokenizer NAME --allow-foreign-tokenizer."
         )
 
 

@@ -84,7 +84,7 @@ def self_check(model: PreTrainedModel, tokens: Tensor) -> SelfCheck:
 
 
 def _in_steps(run: Callable[..., Any], inputs: Tensor, cache_name: str) -> list[Any]:
-    """Return the outputs of a prefill and of one cached step for each position of `inputs` (1, length, ...) after it."""
+    """Return the outputs of a prefill and of a cached step for each later position of `inputs` (1, length, ...)."""
     prefill = max(1, inputs.shape[1] - STEPS)
     outputs = [run(inputs[:, :prefill], use_cache=True)]
     for position in range(prefill, inputs.shape[1]):

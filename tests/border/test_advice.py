@@ -32,6 +32,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             *["evaluate o --reference m --reference-revision v1 --tokenizer words --sequence-length 32"],
         ),
         (
+            ["compress", "m", "--output", "o", "--tokenizer", "words", "--allow-foreign-tokenizer"],
+            *["evaluate o --reference m --reference-revision v1 --tokenizer words --allow-foreign-tokenizer"],
+        ),
+        (
             ["recover", "m", "--output", "o", "--teacher", "d", "--teacher-revision", "v2", "--dataset", "corpus"],
             *["evaluate o --reference d --reference-revision v2 --dataset corpus"],
         ),

@@ -739,9 +739,10 @@ def windows_of(count: int, length: int, distinct: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("length", "distinct", "fewest"),
     [
-        (2, 1, 0),
-        (8, 1, 0),
-        (15, 1, 0),
+        (2, 2, 0),
+        (2, 1, 2),
+        (8, 1, 2),
+        (15, 2, 0),
         (16, 1, 2),
         (16, 2, 0),
         (24, 2, 3),
@@ -767,6 +768,19 @@ def test_windows_of_few_tokens_are_no_text(length, distinct, fewest, caplog):
     assert f"3 of the 23 {few}" in caplog.text
     with pytest.raises(CalibrationDataError, match=f"11 of the 21 {few}"):
         evaluation_windows(most, None, sequence_length=length)
+
+
+def test_a_window_of_one_token_after_the_opening_one_is_not_degenerate():
+    ids = torch.tensor([[1, 5]] * 8)
+    assert describe_degenerate(TokenWindows(ids, {"first_token": "<s>"})) is None
+
+
+def test_long_runs_of_blank_lines_add_nothing_to_calibration(tmp_path, tokenizer):
+    lines = [f"The cat number {number} sat on the mat." for number in range(200)]
+    (tmp_path / "long.txt").write_text("\n \n\t\n" * 500 + ("\n \n\t\n" * 4).join(lines))
+    (tmp_path / "short.txt").write_text("\n\n" + "\n\n".join(lines))
+    long, short = (calibrate(str(tmp_path / name), tokenizer).tokens for name in ("long.txt", "short.txt"))
+    assert torch.equal(long, short)
 
 
 def test_opening_token_is_not_counted():
@@ -939,7 +953,7 @@ def test_padding_is_taken_off():
     assert evaluation_windows([right, left], None, sequence_length=16).tokens.tolist() == expected
     batch = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.tensor([[1] * 16 + [0] * 4] * 2)}
     assert evaluation_windows(batch, None, sequence_length=16).tokens.tolist() == [expected[0], list(range(20, 36))]
-    rows = Dataset.from_list([right, right])
+    rows = Dataset.from_list([right, padded([0] * 16), right])
     assert evaluation_windows(rows, None, sequence_length=16).tokens.tolist() == [expected[0]] * 2
 
 
@@ -950,6 +964,8 @@ def test_padding_is_taken_off():
         ([padded([1] * 16), padded([1] * 12)], ["equal length", "from 12 to 16", "one list of ids"]),
         ([padded([]), padded([1] * 16), padded([1] * 12)], ["equal length", "from 12 to 16"]),
         ([padded([]), padded([])], ["all rows are empty"]),
+        ([padded([0] * 16)] * 8, ["all rows are empty, or all of their tokens are padding"]),
+        ([padded([0] * 16), padded([1] * 16), padded([1] * 12)], ["equal length", "from 12 to 16"]),
         ([padded([1] * 8 + [0] + [1] * 8)], ["attention_mask hides tokens inside a row"]),
         ([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}], ["attention_mask has shape (2,)", "(3,)"]),
         ([{"input_ids": [1.5] * 16}], ["must be integers"]),
@@ -976,6 +992,13 @@ def test_evaluation_windows_are_in_order(text_file, tokenizer):
     got = evaluation_windows(str(text_file), tokenizer, sequence_length=16, max_windows=5)
     assert torch.equal(got.tokens, expected[:5])
     assert (got.record["windows"], got.record["available_windows"]) == (5, len(expected))
+
+
+def test_only_the_first_windows_of_a_long_text_are_tokenised(tmp_path):
+    (tmp_path / "one line.txt").write_text("the cat sat on the mat " * 10**5)
+    got = evaluation_windows(str(tmp_path / "one line.txt"), counting := Counting(), sequence_length=16, max_windows=4)
+    assert counting.letters < 2**18
+    assert got.record["windows"] == 4 < got.record["available_windows"]
 
 
 def test_opening_token_is_read_and_not_scored(text_file, bos_tokenizer):

@@ -205,10 +205,19 @@ def with_changes(**changes: Any) -> PreTrainedTokenizerFast:
     return changed
 
 
+def lowercased() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer with another normaliser, so that the same text has other tokens."""
+    stored = json.loads(tokenizer().backend_tokenizer.to_str())
+    stored["normalizer"] = {"type": "Lowercase"}
+    backend = Tokenizer.from_str(json.dumps(stored))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
 FOREIGN: dict[str, tuple[Callable[[], PreTrainedTokenizerFast], str]] = {
     "tokens": (turned, "256 tokens of the vocabulary"),
     "special token": (lambda: with_changes(eos_token="<s>"), "eos_token '<s>' (id 1) instead of '</s>' (id 2)"),
     "one more": (lambda: with_changes(unk_token="a"), "unk_token 'a' (id 67) instead of none"),
+    "normaliser": (lowercased, "the way in which it splits a text into tokens"),
     "template": (lambda: with_changes(chat_template="{{ messages }}"), "the chat template"),
 }
 SHARED = ["--dataset", "TEXT", "--sequence-length", 32, "--max-windows", 2]

@@ -505,6 +505,51 @@ def test_a_head_that_computes_something_else_is_refused() -> None:
         run(model)
 
 
+def test_a_model_that_embeds_in_another_way_is_refused() -> None:
+    class Scaled(type(dense("llama-gqa-tied").model)):
+        def forward(self, input_ids: Any = None, **arguments: Any) -> Any:
+            return super().forward(**{**arguments, "inputs_embeds": 3 * self.embed_tokens(input_ids)})
+
+    model = dense("llama-gqa-tied")
+    model.model.__class__ = Scaled
+    with pytest.raises(UnsupportedModel, match="computes other logits than LlamaForCausalLM with the same weights"):
+        run(model)
+
+
+def test_a_model_with_another_mask_is_refused() -> None:
+    class Windowed(type(dense("llama-gqa-tied").model)):
+        def forward(self, input_ids: Any = None, **arguments: Any) -> Any:
+            length = input_ids.shape[1]
+            seen = torch.ones(length, length, dtype=torch.bool).tril().triu(-3)
+            return super().forward(input_ids=input_ids, **{**arguments, "attention_mask": seen[None, None]})
+
+    model = dense("llama-gqa-tied")
+    model.model.__class__ = Windowed
+    with pytest.raises(UnsupportedModel, match="it changes embeddings, masks, positions"):
+        run(model)
+
+
+def test_a_model_with_a_hook_is_refused() -> None:
+    model = dense("opt")
+    model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: 3 * output)
+    with pytest.raises(UnsupportedModel, match="or has hooks"):
+        run(model)
+
+
+def test_rotary_frequencies_that_were_changed_in_memory_are_refused() -> None:
+    model = dense("qwen2")
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq / 4
+    with pytest.raises(UnsupportedModel, match=r"rotary_emb\.inv_freq was changed in memory and is not saved"):
+        run(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_that_were_rounded_to_the_dtype_of_the_model_pass(dtype: torch.dtype) -> None:
+    model = dense("qwen2").to(dtype)
+    assert model.model.rotary_emb.inv_freq.dtype == dtype
+    run(model)
+
+
 def test_windows_longer_than_the_context_are_refused() -> None:
     model = dense("llama-gqa-tied")
     with pytest.raises(CalibrationDataError, match="65 tokens, the model's context is 64"):

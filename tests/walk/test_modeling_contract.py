@@ -24,6 +24,7 @@ from optimum_modegpt.architectures import FAMILIES as KNOWN_FAMILIES
 from optimum_modegpt.modeling.modegpt_contract import (
     CACHE_NAMES,
     KNOWN_VERSIONS,
+    cache_field,
     check_attention,
     check_loading,
 )
@@ -134,6 +135,13 @@ def test_the_installed_transformers_fits_the_contract(family: str) -> None:
     dense_class = KNOWN_FAMILIES[family].attention_class.dense_class()
     expected = "cache" if "cache" in inspect.signature(dense_class.forward).parameters else "past_key_values"
     assert check_attention(dense_class) == expected
+
+
+def test_an_output_with_an_unknown_cache_field_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_field() in CACHE_NAMES
+    monkeypatch.setattr("optimum_modegpt.modeling.modegpt_contract.CACHE_NAMES", ("kv_store",))
+    with pytest.raises(ImportError, match=r"CausalLMOutputWithPast has the fields loss, .*'kv_store'.*Installed"):
+        cache_field()
 
 
 def test_a_changed_hook_of_loading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

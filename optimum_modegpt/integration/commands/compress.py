@@ -205,6 +205,7 @@ def _next_step(options: Namespace) -> str:
         reference=options.model,
         reference_revision=options.revision,
         tokenizer=config.tokenizer,
+        allow_foreign_tokenizer=config.allow_foreign_tokenizer,
         dataset=YOUR_TEXT if is_file else None,
         sequence_length=config.sequence_length,
     )
