@@ -45,13 +45,7 @@ def check_attention(dense_class: type) -> str:
     declared = _declared(dense_class.forward)  # pyright: ignore[reportAttributeAccessIssue]
     method = f"{dense_class.__name__}.forward"
     _refuse_unknown(method, declared, ATTENTION_PARAMETERS)
-    names = [name for name in CACHE_NAMES if name in declared]
-    if len(names) != 1:
-        raise ImportError(
-            f"{method} declares {' and '.join(map(repr, names)) or 'no argument'} for the key-value cache; expected "
-            f"one of {', '.join(map(repr, CACHE_NAMES))}. {_advice()}"
-        )
-    return names[0]
+    return _cache_name(f"{method} has the arguments", declared)
 
 
 def check_loading() -> None:
@@ -73,14 +67,8 @@ def cache_field() -> str:
     Raises:
         ImportError: no field has a known name.
     """
-    fields = [field.name for field in dataclasses.fields(CausalLMOutputWithPast)]
-    names = [name for name in CACHE_NAMES if name in fields]
-    if len(names) != 1:
-        raise ImportError(
-            f"CausalLMOutputWithPast has the fields {', '.join(fields)}; expected one of "
-            f"{', '.join(map(repr, CACHE_NAMES))} for the key-value cache. {_advice()}"
-        )
-    return names[0]
+    fields = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+    return _cache_name("CausalLMOutputWithPast has the fields", fields)
 
 
 def refuse_unread_cache(attention: str, arguments: Mapping[str, Any]) -> None:
@@ -94,6 +82,17 @@ def refuse_unread_cache(attention: str, arguments: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"{attention}.forward received a key-value cache as {name!r}, which it does not read. {_advice()}"
             )
+
+
+def _cache_name(found: str, names: Collection[str]) -> str:
+    """Return the one name in `names` that the key-value cache is known by; `found` begins the error."""
+    known = [name for name in CACHE_NAMES if name in names]
+    if len(known) != 1:
+        raise ImportError(
+            f"{found} {', '.join(sorted(names))}; expected one of {', '.join(map(repr, CACHE_NAMES))} for the key-value "
+            f"cache. {_advice()}"
+        )
+    return known[0]
 
 
 def _declared(function: Callable[..., Any]) -> set[str]:

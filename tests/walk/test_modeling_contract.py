@@ -140,7 +140,7 @@ def test_the_installed_transformers_fits_the_contract(family: str) -> None:
 def test_an_output_with_an_unknown_cache_field_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_field() in CACHE_NAMES
     monkeypatch.setattr("optimum_modegpt.modeling.modegpt_contract.CACHE_NAMES", ("kv_store",))
-    with pytest.raises(ImportError, match=r"CausalLMOutputWithPast has the fields loss, .*'kv_store'.*Installed"):
+    with pytest.raises(ImportError, match=r"CausalLMOutputWithPast has the fields attentions, .*'kv_store'.*Installed"):
         cache_field()
 
 
