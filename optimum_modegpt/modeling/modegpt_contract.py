@@ -89,8 +89,8 @@ def _cache_name(found: str, names: Collection[str]) -> str:
     known = [name for name in CACHE_NAMES if name in names]
     if len(known) != 1:
         raise ImportError(
-            f"{found} {', '.join(sorted(names))}; expected one of {', '.join(map(repr, CACHE_NAMES))} for the key-value "
-            f"cache. {_advice()}"
+            f"{found} {', '.join(sorted(names))}; expected one of {', '.join(map(repr, CACHE_NAMES))} for the "
+            f"key-value cache. {_advice()}"
         )
     return known[0]
 
