@@ -1,7 +1,7 @@
 """The description of a model family: where its projections, norms and head are, and how a block computes.
 
 The defaults are Llama's, so a family states only how it differs. Everything that depends on a family reads this.
-This file is also remote code: it is copied beside the weights. It imports neither torch nor transformers.
+This file is also remote code: it is copied next to the weights. It imports neither torch nor transformers.
 """
 
 from __future__ import annotations
