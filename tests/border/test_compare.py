@@ -319,7 +319,7 @@ def test_thresholds_are_inclusive_and_told(found: Comparison) -> None:
 
 @pytest.mark.parametrize("limits", [{"max_kl": -1}, {"min_agreement": 95}, {"max_kl": math.nan}])
 def test_limits_out_of_range_are_refused(limits: dict[str, float]) -> None:
-    with pytest.raises(InvalidConfig, match=f"{next(iter(limits))} must lie between"):
+    with pytest.raises(InvalidConfig, match=f"{next(iter(limits))} must be between"):
         Thresholds(**limits)
 
 
@@ -809,7 +809,7 @@ def test_rotary_tables_that_a_forward_pass_changes_are_refused(kind: str) -> Non
 
 def test_what_cannot_be_watched_is_refused(models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path) -> None:
     model, reference = models
-    with pytest.raises(InvalidConfig, match=r"fraction must lie in \[0, 1\], found 5"):
+    with pytest.raises(InvalidConfig, match=r"fraction must be in \[0, 1\], found 5"):
         CanaryMonitor(model, reference, fraction=5)
     with pytest.raises(InvalidConfig, match="window must be at least 1"):
         CanaryMonitor(model, reference, window=0)

@@ -633,5 +633,5 @@ def test_reports_of_a_newer_version(version: int, tmp_path: Path) -> None:
 )
 def test_what_is_no_report(content: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(EvaluationError, match=r"report\.json is no report of a compression"):
+    with pytest.raises(EvaluationError, match=r"report\.json is not a compression report"):
         Report.load(tmp_path / "report.json")
