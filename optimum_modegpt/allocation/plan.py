@@ -45,7 +45,7 @@ Plan = list[dict[str, int]]
 
 
 def part_size(dense: int, weights_per_unit: int, step: int, max_sparsity: float) -> PartSize:
-    """Return the size of a part. Its floor is the smallest multiple of `step` that keeps at least 1 − `max_sparsity`."""
+    """Return the size of a part. Its floor is the smallest multiple of `step` that keeps ≥ 1 − `max_sparsity`."""
     floor = max(1, math.ceil(dense * (1 - max_sparsity) / step - 1e-9)) * step
     return PartSize(dense, weights_per_unit, step, min(floor, dense))
 
@@ -59,7 +59,7 @@ def head_step(head_dim: int, round_to: int | str, *, pairs: bool) -> int:
 
 
 def mlp_step(width: int, round_to: int | str) -> int:
-    """Return the grid step of an MLP width: `round_to`, or the largest of 128, 64, 32, 16, 8 that is at most 4 % of it."""
+    """Return the grid step of an MLP width: `round_to`, or the largest of 128, 64, 32, 16, 8 up to 4 % of the width."""
     if round_to != "auto":
         return int(round_to)
     if width < TINY_MLP_WIDTH:
@@ -73,7 +73,7 @@ def total_weights(sizes: Sizes) -> int:
 
 
 def plan_sparsity(plan: Plan, sizes: Sizes) -> float:
-    """Compute the sparsity of a plan: 1 − Σ new / Σ dense over the weights of the compressed projections of all blocks."""
+    """Compute 1 − Σ new / Σ dense over the weights of the compressed projections of all blocks."""
     kept = sum(
         size.weights_per_unit * ranks[part]
         for ranks, block in zip(plan, sizes, strict=True)

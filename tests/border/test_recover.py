@@ -408,7 +408,7 @@ def test_a_run_that_was_killed_is_tidied_by_the_next(
     assert not output.exists()
     with Checkpoint(workshop).alone():
         assert cli.main(words) == cli.FAILED
-        assert "another run is at work" in capsys.readouterr().err
+        assert "another run is using" in capsys.readouterr().err
         assert (workshop / "result" / "model.safetensors").is_file(), "nothing of a run that is at work is deleted"
     assert cli.main(words) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
