@@ -236,7 +236,7 @@ class Checkpoint:
         return len(self.progress.errors)
 
     def keep_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
-        """Write a finished block and return it with the file's tensors on `home`, as memory maps if `home` is the CPU."""
+        """Write a finished block and return it with the file's tensors on `home`, as memory maps if that is the CPU."""
         if processes.is_first():
             self._write_tensors(self._block(index), module.state_dict())
         processes.wait_for_all()
