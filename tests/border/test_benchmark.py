@@ -53,7 +53,7 @@ def test_spread_is_median_and_range() -> None:
 
 def test_each_setting_once_cut_to_the_context(found: Benchmark) -> None:
     assert [row.setting for row in found.rows] == [Setting(batch, length) for batch in (1, 2) for length in (8, 60)]
-    assert found.notes == ("prompts of 100 tokens were cut to 60: the context is 64, and 4 are new",)
+    assert found.notes == ("prompts of 100 tokens were truncated to 60: the context is 64, with 4 new tokens",)
 
 
 def test_rates_belong_to_the_times(found: Benchmark) -> None:

@@ -683,12 +683,12 @@ def test_a_broken_threshold_shows_once_in_the_log_and_always_in_the_summary(
     limits, shown = Thresholds(max_kl=1e-9), list[str]()
     with CanaryMonitor(*models, fraction=1, window=3, thresholds=limits, sink=records.append) as monitor:
         assert monitor.summary().status == "warming up"
-        assert str(monitor.summary()).endswith("thresholds: not judged yet, too few requests were compared")
+        assert str(monitor.summary()).endswith("thresholds: not checked yet, too few requests were compared")
         for _ in range(5):
             monitor.observe(ids[:, :4], ids)
             monitor.flush()
             shown.append(str(monitor.summary()).rpartition("thresholds: ")[2])
-    assert shown[0] == "not judged yet, too few requests were compared"
+    assert shown[0] == "not checked yet, too few requests were compared"
     assert [record["status"] for record in records] == ["warming up"] * 2 + ["broken"] * 3
     assert caplog.text.count("a threshold is broken over the last requests: BROKEN: KL divergence") == 1
     assert monitor.summary().status == "broken"

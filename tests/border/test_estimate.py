@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
     has(monkeypatch, **free)
     with pytest.raises(NotEnoughRoom, match=said) as refusal:
         room.check_room(found_on(device), torch.device(device), tmp_path / "new" / "folder")
-    assert "--ignore-estimate goes on" in str(refusal.value)
+    assert "Pass --ignore-estimate to continue anyway" in str(refusal.value)
 
 
 @pytest.mark.parametrize("device", ["cpu", "xpu"])
