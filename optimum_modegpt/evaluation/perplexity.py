@@ -102,8 +102,8 @@ def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
     known = model.config.get_text_config().vocab_size
     if int(ids.min()) < 0 or int(ids.max()) >= known:
         raise EvaluationError(
-            f"the text has token ids up to {int(ids.max())}, but the model's vocabulary has {known} tokens; use its own "
-            "tokenizer."
+            f"the text has token ids up to {int(ids.max())}, but the model's vocabulary has {known} tokens; use the "
+            "tokenizer of the model."
         )
 
 

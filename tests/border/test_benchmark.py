@@ -167,7 +167,7 @@ def test_other_errors_are_not_taken_for_memory(models: tuple[PreTrainedModel, Pr
 def test_refusals(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     with pytest.raises(EvaluationError, match="is 0; expected at least 1"):
         benchmark(models[0], repeats=0)
-    with pytest.raises(EvaluationError, match="context of 64 tokens has no room for a prompt and 64 new"):
+    with pytest.raises(EvaluationError, match="context of 64 tokens is too short for a prompt and 64 new"):
         benchmark(models[0], new_tokens=64)
     with pytest.raises(EvaluationError, match="predicts 260 tokens, the reference 300"):
         benchmark(models[0], dense(NAME, vocab_size=300))

@@ -101,7 +101,7 @@ def test_windows_of_one_token_are_a_warning(caplog: pytest.LogCaptureFixture) ->
     windows = windows_of()
     windows.tokens[3] = 7
     recover(compressed("opt"), windows, config=SHORT)
-    assert "1 of the 26 windows hold fewer than 2 distinct tokens" in caplog.text
+    assert "1 of the 26 windows contain fewer than 2 distinct tokens" in caplog.text
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -262,7 +262,7 @@ def test_what_goes_wrong_leaves_the_model_as_it_was(
 
 
 def test_what_is_no_compressed_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match=r"a dense model \(llama\).*Compress it first"):
+    with pytest.raises(UnsupportedModel, match=r"a dense one \(llama\).*Compress it first"):
         recover(dense("llama-gqa-tied"), windows_of())
     classifier = compressed("llama-gqa-tied", auto="AutoModelForSequenceClassification")
     with pytest.raises(UnsupportedModel, match="found ModeGPTLlamaForSequenceClassification"):
@@ -277,7 +277,7 @@ def test_quantised_adapted_and_scattered_models_are_refused() -> None:
     adapter = LoraConfig(target_modules=["q_proj"])
     with pytest.raises(UnsupportedModel, match="found PeftModel"):
         recover(get_peft_model(compressed("opt"), adapter), windows_of())  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnsupportedModel, match="lie on meta"):
+    with pytest.raises(UnsupportedModel, match="are on meta"):
         recover(compressed("opt").to("meta"), windows_of())
 
 
