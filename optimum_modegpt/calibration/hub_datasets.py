@@ -90,7 +90,7 @@ def advise(dataset: HubDataset, hub: Mapping[str, Any]) -> str:
     else:
         sentences.append("To use another cache, set HF_DATASETS_CACHE, or HF_HOME for all caches.")
     if config.HF_HUB_OFFLINE:
-        sentences.append("HF_HUB_OFFLINE is set; unset it to download.")
+        sentences.append("HF_HUB_OFFLINE is set; unset it to download datasets.")
     return " ".join((*sentences, WITHOUT_HUB))
 
 

@@ -31,8 +31,8 @@ CURVATURE_BUDGET = 0.25
 class LinearMomentSum:
     """Accumulates `LinearMoments`, with products in float32 (in float64 for a float64 model) and sums in float64.
 
-    After weighting, inputs and targets are converted to the inputs' `row_type`. The loss by rounding to 16 bits is of the
-    size of the activations' own rounding. Products and energy use the same rounded numbers, so they are consistent.
+    After weighting, inputs and targets are converted to the inputs' `row_type`. The loss by rounding to 16 bits is of
+    the size of the activations' own rounding. Products and energy use the same rounded numbers, so they are consistent.
     """
 
     ones: bool

@@ -65,7 +65,7 @@ def joined(documents: Iterable[Any], name: str, tokenizer: Any, *, blank_rows: b
         tokens: number of tokens after which, plus 10 %, reading stops. None reads all documents.
 
     Raises:
-        CalibrationDataError: there is no text, or a document cannot be used.
+        CalibrationDataError: the documents contain no text, or one of them cannot be used.
     """
     rows = iter(documents) if blank_rows else (row for row in documents if not _is_blank(row))
     first = next(rows, "")

@@ -84,7 +84,7 @@ def recover(
     Raises:
         UnsupportedModel: the model is dense or quantised, has an adapter, or is on several devices.
         InvalidConfig: the teacher has a different vocabulary.
-        CalibrationDataError: there are too few windows.
+        CalibrationDataError: the windows are too few.
         EvaluationError: the windows do not fit the model, or training diverged.
         ImportError: peft is not installed. The message names the extra to install.
     """
