@@ -106,7 +106,7 @@ def in_batches(stream: Stream, size: int) -> Stream:
 
 
 def not_finite(stream: Stream, windows: Tensor) -> str | None:
-    """Return the name of the first window with a non-finite value, or None. `windows` are the indices of all of them."""
+    """Return the name of the first window with a non-finite value, or None. `windows` are all indices."""
     start = 0
     for batch in stream:
         bad = batch.isfinite().flatten(1).all(1).logical_not().nonzero()
