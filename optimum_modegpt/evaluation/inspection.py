@@ -105,7 +105,7 @@ def _check_shapes(config: Any, widths_of_blocks: list[Any], tensors: Mapping[str
             if found is None or len(found) != 2 or found[axis] != size:
                 problems.append(f"{name} is {'missing' if found is None else found}, axis {axis} should be {size}")
     if any(f".{layout.blocks}.{len(widths_of_blocks)}." in f".{key}" for key in tensors):
-        problems.append(f"the weights have more blocks than the {len(widths_of_blocks)} of the configuration")
+        problems.append(f"the weights have more blocks than {len(widths_of_blocks)}, the number in the configuration")
     if problems:
         more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise EvaluationError(
