@@ -516,7 +516,7 @@ def test_a_dataset_that_cannot_be_reached_names_the_flag(
     message = refusal(capsys, "compress", checkpoint, "--output", tmp_path / "o")
     start = "error: Salesforce/wikitext (subset wikitext-2-raw-v1), read from the Hub, cannot be read: "
     assert message.startswith(start)
-    assert "on the command line --dataset FILE: a local .txt" in message
+    assert "(--dataset FILE on the command line): a local .txt" in message
 
 
 def test_evaluate_writes_what_it_prints(
