@@ -1,9 +1,10 @@
-"""Finished work of a compression that may be interrupted: blocks, streams and plan, in a folder of their own.
+"""Store the checkpoint of a compression, so that an interrupted run can resume: blocks, residual streams and plan.
 
-A block is written as soon as it is finished and read back as a memory map, so finished blocks take no memory. The
-manifest is replaced at once and last: a process that is killed at any moment leaves the previous one or the new one.
+A block is written as soon as it is finished and read back as a memory map, so finished blocks use no memory. The
+manifest is replaced atomically and last: a process that is killed at any moment leaves the previous or the new one.
 
-Processes that work together share the folder. The first writes the record and the blocks, each its own streams.
+The processes of a distributed run share the folder. Rank 0 writes the manifest and the blocks. Each rank writes its own
+streams.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from optimum_modegpt.errors import CheckpointError, OutputError
 
 MANIFEST = "manifest.json"
 RESULT, REPLACED = "result", "replaced"
-"""Folders in it: the result while it is written, and what it takes the place of."""
+"""Subfolders: the result while it is written, and the previous result, which it replaces."""
 OWN = (
     "manifest.json*",
     "block-*.safetensors*",
@@ -43,47 +44,48 @@ OWN = (
     RESULT,
     REPLACED,
 )
-"""What is in such a folder."""
-ANEW = "To start anew, take --fresh on the command line, or remove the folder."
+"""Name patterns of the files and subfolders of a checkpoint."""
+ANEW = "To start over, pass --fresh on the command line or remove the folder."
 MEMBER_SECONDS = 60
-"""How long a process waits for one of a run that was killed, which ends by itself."""
+"""Seconds to wait for a process of a killed run to release its lock. Such a process exits by itself."""
 STREAM_SECONDS = 30
-"""The residual streams are written at most this often: with blocks that take less, a few are computed again."""
+"""Minimum seconds between two writes of the residual streams. If a block takes less time, a resumed run recomputes the
+blocks since the last write."""
 ROW = 512
-"""Bytes of a tensor that its fingerprint sums up."""
+"""Bytes of a tensor that the fingerprint adds up to one sum."""
 
 
 @dataclass
 class Progress:
-    """How far a compression has come; everything is safe for JSON."""
+    """Progress of a compression. All fields are safe for JSON."""
 
     identity: dict[str, Any]
-    """What has to be the same for the work to go on."""
+    """Settings that must be the same to resume the work."""
     plan: list[dict[str, int]] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
-    """What the plan was made from."""
+    """Measurements from which the plan was made."""
     errors: list[dict[str, float]] = field(default_factory=list)
-    """Relative errors of the finished blocks, by part; as many as there are finished blocks with streams."""
+    """Relative errors by part of each finished block whose streams were written."""
     warnings: list[str] = field(default_factory=list)
     batch_size: int | None = None
-    """Windows per forward pass: as many as at first, or as were left where memory did not suffice."""
+    """Windows per forward pass, after any reduction due to out-of-memory errors."""
     asked_batch_size: int | None = None
-    """As many as were asked for."""
+    """Requested number of windows per forward pass."""
     seconds: float = 0.0
-    """Of all runs until now."""
+    """Total wall-clock seconds of all runs so far."""
     saved: dict[str, Any] | None = None
-    """What the result is known by, once it is written whole and only has to be moved to its place."""
+    """Data that identifies the result, once it is completely written and only has to be moved to the output folder."""
 
 
 class Checkpoint:
-    """The folder of one compression; only one run at a time may use it.
+    """The working folder of one compression. Only one run at a time may use it.
 
-    The same compression goes on from what stands there. Weights of a compressed model stay in its files: remove it when
-    the result is saved.
+    The same compression resumes from the checkpoint. The weights of the compressed model are memory maps of its files,
+    so remove the checkpoint only after the result is saved.
 
     Args:
-        folder: made where it does not exist; processes that work together name the same one, on a disk that all of them
-            reach.
+        folder: the folder, created if it does not exist. The processes of a distributed run must pass the same folder,
+            on a disk that all of them can access.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -94,13 +96,13 @@ class Checkpoint:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other run uses it; one that does so already may enter again. Left empty it is gone.
+        """Hold an exclusive, re-entrant lock. The folder is removed on exit if it is empty.
 
-        The first process speaks for those that work with it.
+        Rank 0 holds the lock for all ranks.
 
         Raises:
-            CheckpointError: another run is at work there, or the folder is none of ours.
-            OutputError: it cannot be written.
+            CheckpointError: another run uses the folder, or the folder is not a checkpoint of this package.
+            OutputError: the folder cannot be written.
         """
         if not processes.is_first():
             yield
@@ -110,7 +112,7 @@ class Checkpoint:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                message = f"another run is at work on {self.folder}; wait for it, or stop it first."
+                message = f"another run is using {self.folder}; wait until it ends, or stop it first."
                 raise CheckpointError(message) from None
             except OSError as error:
                 raise OutputError(f"{self.folder} cannot be written: {error}") from error
@@ -120,22 +122,22 @@ class Checkpoint:
                 if self._lock.lock_counter == 1:
                     if not (self.folder / MANIFEST).exists():  # nothing was finished
                         self.remove()
-                    Path(self._lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else has it open
+                    Path(self._lock.lock_file).unlink(missing_ok=True)  # under the lock: no other process has it open
                 self._lock.release()
 
     @contextmanager
     def opened(self, identity: Mapping[str, Any]) -> Iterator[Checkpoint]:
-        """The checkpoint of a compression with this identity; what stands there is taken over.
+        """Open the checkpoint for a compression with this identity, and resume any progress in it.
 
         Raises:
-            CheckpointError: another run is at work there, or it is the checkpoint of another compression.
+            CheckpointError: another run uses the folder, or it is the checkpoint of another compression.
         """
         with self.alone():
             self.progress = processes.told(self._taken_over(dict(identity)) if processes.is_first() else None)
             with self._as_a_member():
                 self._streams_written = self._began = time.monotonic()
                 yield self
-            processes.wait_for_all()  # the first may delete what another has yet to open or to close
+            processes.wait_for_all()  # rank 0 may delete files that another rank has yet to open or to close
 
     def _taken_over(self, identity: dict[str, Any]) -> Progress:
         with writing(self.folder):
@@ -146,20 +148,20 @@ class Checkpoint:
 
     @contextmanager
     def _as_a_member(self) -> Iterator[None]:
-        """A process beside the first has a lock of its own: one of a run that was killed may outlive the first."""
+        """Hold a separate lock on every rank but 0, because a process of a killed run may outlive rank 0."""
         if processes.is_first():
             yield
             return
         if not self.folder.is_dir():
             raise CheckpointError(
-                f"{self.folder} was made by the first process, and process {processes.index() + 1} does not find it: "
-                "processes on several machines keep their work on a disk that all of them reach."
+                f"{self.folder} was created by the first process, but process {processes.index() + 1} cannot find it. "
+                "Processes on several machines need a folder on a shared disk."
             )
         lock = FileLock(self.folder / f"process-{processes.index()}.lock")
         try:
             lock.acquire(timeout=MEMBER_SECONDS)
         except Timeout:
-            message = f"{self.folder}: a process of the run before is still at work; stop it, and run the same again."
+            message = f"{self.folder}: a process of the previous run is still running; stop it, and rerun the command."
             raise CheckpointError(message) from None
         try:
             yield
@@ -167,10 +169,10 @@ class Checkpoint:
             lock.release()
 
     def remove(self) -> None:
-        """Deletes it, with all that was finished, where it exists.
+        """Delete the checkpoint with all finished work, if it exists.
 
         Raises:
-            CheckpointError: the folder is none of ours.
+            CheckpointError: the folder is not a checkpoint of this package.
         """
         self._check_ours()
         if not self.folder.exists():
@@ -178,28 +180,28 @@ class Checkpoint:
         for path in self.folder.iterdir():
             if path.name != MANIFEST:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        shutil.rmtree(self.folder)  # the record last: what is killed here is known again
+        shutil.rmtree(self.folder)  # the manifest last: after a kill during removal, the folder is still recognised
 
     def _check_ours(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} is a file; unfinished work needs a folder.")
+            raise CheckpointError(f"{self.folder} is a file; expected a folder for the checkpoint.")
         found = [] if not self.folder.exists() else sorted(path.name for path in self.folder.iterdir())
         if foreign := [name for name in found if not any(fnmatch(name, pattern) for pattern in OWN)]:
             raise CheckpointError(
-                f"{self.folder} holds what no unfinished compression has: {', '.join(foreign[:5])}"
+                f"{self.folder} contains files that are not part of a checkpoint: {', '.join(foreign[:5])}"
                 f"{', …' if len(foreign) > 5 else ''}. Choose a folder that does not exist."
             )
 
     @property
     def size(self) -> int:
-        """Bytes of unfinished work on the disk."""
+        """Return the size of the checkpoint on disk in bytes."""
         return sum(file.stat().st_size for file in self.folder.rglob("*"))
 
     def read(self) -> Progress | None:
-        """How far an earlier run has come; None where nothing was finished.
+        """Read the progress of an earlier run. Return None if nothing was finished.
 
         Raises:
-            CheckpointError: its record cannot be read.
+            CheckpointError: the manifest cannot be read.
         """
         path = self.folder / MANIFEST
         if not path.is_file():
@@ -210,19 +212,19 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read: {error}\n{ANEW}") from error
 
     def keep_saved(self, saved: dict[str, Any]) -> None:
-        """Writes that the result is there, whole, and what it is known by."""
+        """Record that the result is completely written, with the data that identifies it."""
         self.progress.saved = saved
         self._write_manifest()
 
     def keep_batch_size(self, windows: int) -> None:
-        """Writes how many windows go at once from now on."""
+        """Record the number of windows per forward pass from now on."""
         self.progress.batch_size = windows
         self._write_manifest()
 
     # ----------------------------------------------------------------------------------------------------- the plan
 
     def keep_plan(self, plan: list[dict[str, int]] | None, measured: Mapping[str, Any], warnings: list[str]) -> None:
-        """Writes what was measured until now, and the plan that was made from it, once there is one."""
+        """Write the measurements so far, and the plan made from them, if there already is one."""
         self.progress.plan, self.progress.measured, self.progress.warnings = plan, dict(measured), list(warnings)
         self._write_manifest()
 
@@ -230,18 +232,18 @@ class Checkpoint:
 
     @property
     def finished(self) -> int:
-        """Blocks that need not be computed again."""
+        """Return the number of blocks that need not be recomputed."""
         return len(self.progress.errors)
 
     def keep_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
-        """Writes a finished block and gives it back with memory maps of the file, where `home` is the host."""
+        """Write a finished block and return it with the file's tensors on `home`, as memory maps if that is the CPU."""
         if processes.is_first():
             self._write_tensors(self._block(index), module.state_dict())
         processes.wait_for_all()
         return self.restore_block(index, module, home)
 
     def restore_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
-        """Gives `module`, of the right shapes, the tensors of a finished block."""
+        """Load the tensors of a finished block into `module`, which must have the right shapes."""
         trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
         tensors = {name: tensor.to(home) for name, tensor in mapped(self._block(index)).items()}
         module.load_state_dict(tensors, strict=True, assign=True)
@@ -252,9 +254,9 @@ class Checkpoint:
     def keep_streams(
         self, errors: list[dict[str, float]], warnings: list[str], dense: list[Tensor], compressed: list[Tensor]
     ) -> None:
-        """Writes the streams after the blocks of `errors`, where the last time was long ago.
+        """Write the streams after the blocks of `errors`, unless the last write was less than `STREAM_SECONDS` ago.
 
-        Of several processes, none deletes the former ones before the streams of all count.
+        No rank deletes its previous streams before the new streams of all ranks are recorded in the manifest.
         """
         if not processes.told(time.monotonic() - self._streams_written >= STREAM_SECONDS):
             return
@@ -271,9 +273,10 @@ class Checkpoint:
         self._streams_written = time.monotonic()
 
     def streams(self, keep: Callable[[Tensor], Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """This process's dense and compressed stream after the finished blocks; one object where they are the same.
+        """Return the dense and compressed streams of this rank after the finished blocks.
 
-        `keep` takes each batch, a map of the checkpoint's file, to its place.
+        Both are the same object if the streams are equal. `keep` moves each batch, a memory map of the checkpoint's
+        file, to its storage.
         """
         found = mapped(self._streams(self.finished))
         dense, compressed = (
@@ -300,18 +303,18 @@ class Checkpoint:
             if progress.identity.get(name) != value
         ]:
             raise CheckpointError(
-                f"{self.folder} holds the unfinished work of another compression:\n  "
+                f"{self.folder} is the checkpoint of another compression:\n  "
                 + "\n  ".join(differences)
-                + f"\nRun it as it was to go on. {ANEW}"
+                + f"\nTo resume, run it with the same settings. {ANEW}"
             )
         return progress
 
     def _tidy(self) -> None:
-        """Deletes what a process that was killed could not."""
+        """Delete the leftover files of a killed process."""
         for pattern in ("*.partial", "streams-*.safetensors"):
             for file in self.folder.glob(pattern):
                 if not file.match(f"streams-{self.finished:05}.*.safetensors"):
-                    file.unlink(missing_ok=True)  # a process of the run before may tidy too
+                    file.unlink(missing_ok=True)  # a process of the previous run may delete it too
 
     def _write_manifest(self) -> None:
         if not processes.is_first():
@@ -338,10 +341,10 @@ class Checkpoint:
 
 @contextmanager
 def parents_made(path: Path) -> Iterator[None]:
-    """The folders above `path` exist inside; of those made for it none is left at the end that is empty.
+    """Create the parent folders of `path`. On exit, remove those that were created here and are empty.
 
     Raises:
-        OutputError: they cannot be made.
+        OutputError: the folders cannot be created.
     """
     made = [parent for parent in path.parents if not parent.exists()]
     try:
@@ -358,27 +361,31 @@ def parents_made(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """A disk that is full, or refuses, is an error that says that nothing is lost.
+    """Turn an I/O error, such as a full disk, into an error that says that finished blocks are kept.
 
     Raises:
-        CheckpointError: with what the system said.
+        CheckpointError: a write failed. The message contains the system's error.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for what the system refuses
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for I/O errors
         raise CheckpointError(
-            f"{folder} cannot be written: {error}\nFinished blocks are kept there: make room and run the same again."
+            f"{folder} cannot be written: {error}\n"
+            "Finished blocks are kept there. Free some disk space and rerun the same command to resume."
         ) from error
 
 
 def mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, as memory maps of it."""
+    """Return the tensors of a safetensors file as memory maps."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over names, shapes and sums of all tensors of a model; every weight counts, and in which row it stands."""
+    """Compute a sha256 over names, shapes, dtypes and sums of all tensors of a model.
+
+    Every weight changes the result, and so does the row that the weight is in.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -388,7 +395,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _sums(flat: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums of a tensor's bits, row by row as integers, as fast as memory is read; and what is left over."""
+    """Return the sums of the bits of each `ROW` bytes as integers, at the speed of memory, and the remaining bytes."""
     bits = flat.contiguous().view(torch.uint8)
     if bits.storage_offset() % 8:
         bits = bits.clone()

@@ -1,17 +1,17 @@
-"""Every exception of this package.
+"""All exceptions of this package.
 
 ModeGPTError
 ├── InvalidConfig            a field of the configuration, or a combination of them, cannot be used
-├── CalibrationDataError     no usable calibration text: missing, empty, wrong column, too short, not reachable
-├── UnsupportedModel         the architecture, or this model's variant of it, is not known
-│   └── AlreadyCompressed    the model is a result of this package
-├── NumericalError           a moment or an activation cannot be decomposed
-├── NotEnoughRoom            memory or disk that are there do not hold what the work needs
-├── OutputError              the place where the result should go cannot be used
-│   ├── UploadError          the Hub did not take the result, which is complete on this machine
-│   └── CheckpointError      unfinished work of a compression that cannot be taken over or written
-├── ProcessError             processes that were started to compress together cannot, or one of them ended
-└── EvaluationError          the text or the models given to an evaluation cannot be compared
+├── CalibrationDataError     the calibration text is missing, empty, too short, unreachable or in a wrong column
+├── UnsupportedModel         the architecture, or this variant of it, is not supported
+│   └── AlreadyCompressed    the model was already compressed by this package
+├── NumericalError           a moment or an activation is not finite or cannot be decomposed
+├── NotEnoughRoom            not enough memory or disk space for this compression
+├── OutputError              the output directory or repository cannot be used
+│   ├── UploadError          the upload to the Hub failed; the local result is complete
+│   └── CheckpointError      a checkpoint cannot be resumed or written
+├── ProcessError             the processes of a distributed run cannot work together, or one of them exited
+└── EvaluationError          the text or the models of an evaluation cannot be scored or compared
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,10 @@ from contextlib import contextmanager
 
 
 class ModeGPTError(Exception):
-    """Root of all errors raised by optimum_modegpt; the message says what was found, what was expected, what to do."""
+    """Base class of all errors raised by optimum_modegpt.
+
+    The message names the value found, the value expected and the remedy.
+    """
 
 
 class InvalidConfig(ModeGPTError, ValueError):
@@ -27,39 +30,42 @@ class InvalidConfig(ModeGPTError, ValueError):
 
 
 class CalibrationDataError(ModeGPTError, ValueError):
-    """The calibration data is missing, empty, too short, of the wrong form, or cannot be reached."""
+    """The calibration data is missing, empty, too short, in the wrong format or unreachable."""
 
 
 class UnsupportedModel(ModeGPTError, ValueError):
-    """The architecture, or this variant of it, is not known."""
+    """The architecture, or this variant of it, is not supported."""
 
 
 class AlreadyCompressed(UnsupportedModel):
-    """The model is already a result of this package."""
+    """The model was already compressed by this package."""
 
 
 class NumericalError(ModeGPTError, ArithmeticError):
-    """A moment or an activation is not finite, or cannot be decomposed."""
+    """A moment or an activation is not finite or cannot be decomposed."""
 
 
 class NotEnoughRoom(ModeGPTError, MemoryError):
-    """The memory or the disk that is there does not hold what the work needs."""
+    """Not enough memory or disk space for this compression."""
 
 
 class OutputError(ModeGPTError, OSError):
-    """The place where the result should go, a folder or a repository, cannot be used."""
+    """The output directory or repository cannot be used."""
 
 
 class UploadError(OutputError):
-    """The Hub refused an upload or could not be reached; the folder is complete, and the message says how to go on."""
+    """The Hub refused an upload or could not be reached.
+
+    The local folder is complete, and the message says how to continue.
+    """
 
 
 class CheckpointError(OutputError):
-    """The unfinished work of a compression cannot be taken over or written."""
+    """The checkpoint of a compression cannot be resumed or written."""
 
 
 class ProcessError(ModeGPTError, RuntimeError):
-    """Processes that were started to compress a model together cannot, or one of them has ended."""
+    """The processes of a distributed run cannot work together, or one of them exited."""
 
 
 class EvaluationError(ModeGPTError, ValueError):
@@ -67,12 +73,12 @@ class EvaluationError(ModeGPTError, ValueError):
 
 
 class IllConditionedWarning(UserWarning):
-    """A moment was too ill-conditioned for the usual factorisation; what was done instead stands in the message."""
+    """A moment was too ill-conditioned for the usual factorisation. The message names the fallback that was used."""
 
 
 @contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Puts `place`, a block or a part, before the message of a NumericalError that comes from inside."""
+    """Prefix the message of a NumericalError raised in the body with `place`, the name of a block or a part."""
     try:
         yield
     except NumericalError as error:

@@ -1,4 +1,4 @@
-"""Figures of a report and of a benchmark. Needs the extra `plot`."""
+"""Plot a report or a benchmark. Requires the extra `plot`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ if TYPE_CHECKING:
 TITLES = {"mlp": "MLP", "qk": "query, key", "vo": "value, output"}
 BAR = 0.28
 PLACEHOLDERS = "Last Resort"
-"""A font of matplotlib that has a box for every character."""
+"""Start of the names of placeholder fonts, which draw a box for every character."""
 COLOURS = {"mlp": "#4c72b0", "qk": "#dd8452", "vo": "#55a868"}
 
 
 def plot_ranks(report: Report, path: str | Path | None = None) -> Figure:
-    """The kept fraction of each part's width, block by block; also written to `path`, whose ending names the format.
+    """Plot the kept fraction of each part's width, block by block.
+
+    The figure is also saved to `path`, if given. The file extension selects the format.
 
     Raises:
-        ImportError: without matplotlib, naming the extra that brings it.
+        ImportError: matplotlib is not installed. The message names the extra to install.
     """
     kept = {part: [block.parts[part].rank / block.parts[part].dense_rank for block in report.blocks] for part in PARTS}
     return plot_kept(kept, f"{report.base_model or 'model'}: {report.achieved_sparsity:.1%} removed", path)
 
 
 def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path | None = None) -> Figure:
-    """Kept fractions by part, one bar a block; as `plot_ranks`, for what has no report."""
+    """Plot kept fractions by part, one bar per block. Like `plot_ranks`, but without a report."""
     blocks = len(kept["mlp"])
     figure = _figure(min(max(6.5, 0.3 * blocks + 1), 16), 3.2)
     axis = figure.subplots()
@@ -54,13 +56,19 @@ def plot_speeds(
     title: str,
     path: str | Path | None = None,
 ) -> Figure:
-    """Tokens per second at each setting, a panel each measure and a bar each model, with the range of its runs.
+    """Plot tokens per second at each setting, with one panel per measure and one bar per model.
 
-    `speeds` has by measure and model the (lowest, median, highest) of every setting, None where there is none. Also
-    written to `path`, whose ending names the format.
+    The error bars show the range of the runs. The figure is also saved to `path`, if given. The file extension selects
+    the format.
+
+    Args:
+        settings: labels of the settings.
+        speeds: measure -> model -> (lowest, median, highest) of every setting, or None for a setting without a result.
+        title: title of the figure.
+        path: file to save the figure to.
 
     Raises:
-        ImportError: without matplotlib, naming the extra that brings it.
+        ImportError: matplotlib is not installed. The message names the extra to install.
     """
     figure = _figure(min(max(6.5, 1.1 * len(settings) + 2), 16), 3.0 * len(speeds))
     for axis, (measure, models) in zip(figure.subplots(len(speeds), squeeze=False).flat, speeds.items(), strict=True):
@@ -90,18 +98,18 @@ def plot_speeds(
 
 
 def picture_formats() -> list[str]:
-    """The endings of files that can be drawn.
+    """Return the file extensions that matplotlib can save.
 
     Raises:
-        ImportError: without matplotlib, naming the extra that brings it.
+        ImportError: matplotlib is not installed. The message names the extra to install.
     """
     return sorted(_figure(1, 1).canvas.get_supported_filetypes())
 
 
 def _make_legible(text: Text) -> None:
-    """Sets a font for the characters of a text that the default font lacks, and escapes those that no font has.
+    """Set a fallback font for characters that the default font lacks, and escape those that no font has.
 
-    For such a character matplotlib draws a box and warns several times.
+    Otherwise, matplotlib draws a box for such a character and warns several times.
     """
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
@@ -114,11 +122,11 @@ def _make_legible(text: Text) -> None:
             text.set_fontfamily([*default.get_family(), name])
             missing -= covered[name]
     text.set_text(words.translate({letter: chr(letter).encode("unicode_escape").decode() for letter in missing}))
-    text.set_parse_math(False)  # a name with two dollar signs is no formula
+    text.set_parse_math(False)  # a name with two dollar signs is not a formula
 
 
 def _regular_fonts() -> dict[str, str]:
-    """Returns the files of the installed upright fonts of regular weight by name."""
+    """Return a mapping name -> file of the installed upright fonts of regular weight."""
     from matplotlib.font_manager import fontManager
 
     upright = [font for font in fontManager.ttflist if font.style == "normal" and font.weight == 400]
@@ -126,9 +134,9 @@ def _regular_fonts() -> dict[str, str]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure, in inches."""
+    """Return an empty figure. `width` and `height` are in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("drawing needs matplotlib: pip install 'optimum-modegpt[plot]'") from error
+        raise ImportError("plotting requires matplotlib: pip install 'optimum-modegpt[plot]'") from error
     return Figure(figsize=(width, height))

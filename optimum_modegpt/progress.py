@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal and in a notebook, a plain line a minute in a log."""
+"""Show the progress of long work: a bar on a terminal or in a notebook, one plain line per minute in a log."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from tqdm import tqdm
 from tqdm.auto import tqdm as auto_tqdm
 
 INTERVAL = 60.0
-"""Seconds between two lines, and before the first: short work prints none."""
+"""Seconds between two lines, and before the first one. Work that takes less time prints no line."""
 
 Style = Literal["bars", "lines", "nothing"]
 _STYLE: ContextVar[Style] = ContextVar("style", default="bars")
 
 
 def style() -> Style:
-    """Returns how progress is shown: as bars, except where `shown_as` says otherwise."""
+    """Return the current progress style: bars, unless `shown_as` selects another one."""
     return _STYLE.get()
 
 
 @contextmanager
 def shown_as(style: Style) -> Iterator[None]:
-    """Inside, progress is shown in this style."""
+    """Show progress in this style within the context."""
     token = _STYLE.set(style)
     try:
         yield
@@ -44,14 +44,14 @@ def bar(
     initial: int = 0,
     shown: bool = True,
 ) -> Any:
-    """Returns a progress bar, a `tqdm` or `Lines`, for a loop or for calls of `update`.
+    """Return a progress bar, a `tqdm` or `Lines`, for a loop or for calls of `update`.
 
     Args:
-        iterable: the items of the loop, if it is one.
+        iterable: the items of the loop, if the bar wraps a loop.
         desc: the name of the work.
         unit: the name of a step.
-        total: the number of steps; by default the length of `iterable`.
-        initial: steps that an earlier run has done.
+        total: the number of steps. Defaults to the length of `iterable`.
+        initial: the number of steps that an earlier run finished.
         shown: whether to show anything.
     """
     given: dict[str, Any] = {"desc": desc, "unit": unit, "total": total, "initial": initial}
@@ -61,7 +61,7 @@ def bar(
 
 
 class Lines:
-    """Prints where the work is, once in `INTERVAL` seconds until it ends; it is used as a `tqdm`."""
+    """Prints the progress every `INTERVAL` seconds until the work ends. It has the interface of a `tqdm`."""
 
     def __init__(self, iterable: Any, *, desc: str, unit: str, total: int | None, initial: int) -> None:
         self.iterable, self.desc, self.unit = iterable, desc, unit
@@ -85,20 +85,23 @@ class Lines:
         self.close()
 
     def update(self, steps: int = 1) -> None:
-        """Counts finished steps."""
+        """Add `steps` to the number of finished steps."""
         if steps:
             self.n, self._updated = self.n + steps, time.monotonic()
 
     def set_postfix(self, values: Mapping[str, str] | None = None, *, refresh: bool = True, **more: str) -> None:
-        """Adds results to the line."""
+        """Add results to the line."""
         self.note = "".join(f", {name} {value}" for name, value in {**(values or {}), **more}.items())
 
     def close(self) -> None:
-        """Ends the lines."""
+        """Stop printing lines."""
         self._ended.set()
 
     def line(self, now: float) -> str:
-        """Returns the line for this moment of `time.monotonic`; the time left is unknown before the first step ends."""
+        """Return the line for the time `now` of `time.monotonic`.
+
+        The remaining time is unknown until the first step ends.
+        """
         text = f"{self.desc}: {self.unit} {self.n}/{self.total}, {duration(now - self._began)} elapsed"
         if self.n == self.initial:
             return text
@@ -112,7 +115,7 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time for people, in its two largest units."""
+    """Format a duration in its two largest units."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -123,15 +126,15 @@ def duration(seconds: float) -> str:
 
 @contextmanager
 def bars_of_libraries(shown: bool) -> Iterator[None]:
-    """Inside, the bars of libraries that make their own with tqdm are shown in the same style.
+    """Show the tqdm bars of other libraries in the same style within the context.
 
-    Libraries such as lm-eval have no switch for their bars, so the arguments change when a bar is made.
+    Libraries such as lm-eval have no option for their bars, so this changes the arguments of each bar when it is made.
     """
     if shown and style() == "bars":
         yield
         return
     arguments = _plain() if shown and style() == "lines" else {"disable": True}
-    original, made = vars(tqdm)["__init__"], tqdm.__init__  # tqdm's own is no plain function
+    original, made = vars(tqdm)["__init__"], tqdm.__init__  # `__init__` of tqdm is not a plain function
 
     def changed(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **{**kwargs, **arguments})
@@ -144,7 +147,7 @@ def bars_of_libraries(shown: bool) -> Iterator[None]:
 
 
 def _plain() -> dict[str, Any]:
-    """Returns arguments with which a tqdm prints a line in `INTERVAL` seconds."""
+    """Return arguments with which a tqdm prints a line every `INTERVAL` seconds."""
     return {
         "file": _OwnLines(),
         "bar_format": "{desc}: {n_fmt}/{total_fmt}, {elapsed} elapsed, about {remaining} left",
@@ -156,7 +159,7 @@ def _plain() -> dict[str, Any]:
 
 
 class _OwnLines:
-    """A file for tqdm, which returns to the start of a line to overwrite it; here, each text is a line."""
+    """A file for tqdm that prints each text as a separate line. On a terminal, tqdm overwrites its line instead."""
 
     def write(self, text: str) -> None:
         if text := text.strip():

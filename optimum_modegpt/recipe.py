@@ -1,4 +1,4 @@
-"""The fields of a compression configuration, checked when it is made; imports neither torch nor transformers."""
+"""Define and validate the fields of a compression configuration. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ALLOCATIONS = ("sensitivity", "influence", "uniform")
 LARGEST_INTEGER = 2**63 - 1
 Config = TypeVar("Config")
 IN_MEMORY = "in memory: "
-"""Prefix of the description that stands for a live dataset or tokenizer in `to_dict`."""
+"""Prefix of the placeholder that replaces an in-memory dataset or tokenizer in `to_dict`."""
 
 
 def _naming_fields(config: type[Config]) -> type[Config]:
-    """Lets a dataclass refuse a name that is no field with the nearest one."""
+    """Make a dataclass reject unknown field names and suggest the closest field."""
     names = [field.name for field in dataclasses.fields(config)]  # pyright: ignore[reportArgumentType]
     assign = config.__init__
 
@@ -42,13 +42,14 @@ def _naming_fields(config: type[Config]) -> type[Config]:
 @_naming_fields
 @dataclass(repr=False)
 class Recipe:
-    """How to compress a model; every field has a default that is a good first choice.
+    """Settings of a compression. Every field has a default that is a good first choice.
 
     Args:
         sparsity: fraction of the weights of the decoder blocks' projections to remove, in [0, 1). 0.3 removes 30 %.
         method: `"default"`, residual-matched MoDeGPT, or `"paper"`, the algorithm as published.
-        allocation: how the removal is spread: `"sensitivity"` (measured, per block and part), `"influence"` (the
-            paper's block influence) or `"uniform"`; `None` takes the method's own: sensitivity, or influence for paper.
+        allocation: how to distribute sparsity over blocks: `"sensitivity"` (measured, per block and part),
+            `"influence"` (the paper's block influence) or `"uniform"`; `None` chooses sensitivity, or influence for
+            the method paper.
         dataset: calibration text: `"wikitext2"`, `"c4"`, `"alpaca"`, a dataset id of the Hub, a local .txt, .jsonl,
             .json or .parquet file, a folder, a list of strings or of chat messages, a `datasets.Dataset`, or token ids
             of shape (windows, length), also as the output of a tokenizer.
@@ -57,22 +58,23 @@ class Recipe:
             then `input_ids`, then the only column of strings.
         num_samples: number of calibration windows.
         sequence_length: tokens per window; `None` takes min(2048, the model's context).
-        batch_size: windows per forward pass; `None` chooses by the memory that is free.
-        round_to: `"auto"` rounds widths to what kernels like; an integer rounds to its multiples; 1 does not round.
-        seed: seed of the choice of calibration windows; the global random state is never touched.
+        batch_size: windows per forward pass; `None` chooses the largest size that fits in free memory.
+        round_to: `"auto"` rounds widths to sizes that kernels run efficiently; an integer rounds to its multiples; 1
+            does not round.
+        seed: seed for sampling calibration windows; the global random state is not changed.
         influence_temperature: ε of the paper's softmax over block influences.
-        max_sparsity: largest fraction removed from any part of any block.
+        max_sparsity: largest fraction of weights to remove from any part of any block.
         leverage_ridge: ridge of the paper's leverage scores, as a fraction of the mean diagonal.
         output_ridge: ridge of the refits of the output and down projections, as a fraction of the mean diagonal.
         query_ridge: ridge of the query refit, as a fraction of the mean diagonal.
         input_ridge: ridge of the refit of gate and up, as a fraction of the mean diagonals.
-        refit_iterations: conjugate-gradient iterations of the refit of gate and up; 0 switches it off.
+        refit_iterations: conjugate-gradient iterations of the refit of gate and up; 0 disables it.
         tokenizer: tokenizer name or object; `None` takes the model's own.
         allow_foreign_tokenizer: whether `tokenizer` may differ from the model's own in vocabulary, special tokens or
-            chat template; a difference is then a warning, and part of the calibration record.
+            chat template; a difference is then a warning and part of the calibration record.
 
     Raises:
-        InvalidConfig: with the field, what was found and what is accepted.
+        InvalidConfig: a field has an invalid value. The message names the field, the value and the accepted values.
     """
 
     sparsity: float = 0.3
@@ -125,8 +127,8 @@ class Recipe:
         self.max_sparsity = _real("max_sparsity", self.max_sparsity, 0.0, 1.0)
         if self.sparsity > self.max_sparsity:
             raise InvalidConfig(
-                f"sparsity={self.sparsity} is above max_sparsity={self.max_sparsity}, the most that any part may lose; "
-                "lower the first or raise the second."
+                f"sparsity={self.sparsity} is above max_sparsity={self.max_sparsity}, the limit for every part; "
+                "lower sparsity or raise max_sparsity."
             )
         for name in ("influence_temperature", "leverage_ridge", "output_ridge", "query_ridge", "input_ridge"):
             setattr(self, name, _real(name, getattr(self, name), 0.0, math.inf))
@@ -143,18 +145,22 @@ class Recipe:
         value = getattr(self, name)
         if isinstance(value, str) and (not value or value.startswith(IN_MEMORY)):
             raise InvalidConfig(
-                f"{name}={value!r} describes what lived in another program (or nothing); pass the {name} again."
+                f"{name}={value!r} is empty or a placeholder for an object that was not serialized; "
+                f"pass the {name} again."
             )
         if name == "dataset" and value is None:
             raise InvalidConfig("dataset=None: expected a name, a file, texts, a Dataset or token ids.")
 
     @property
     def resolved_allocation(self) -> str:
-        """The allocation in force: the field, or the method's own where it is None."""
+        """Return the allocation to use: the field, or the default of the method if the field is None."""
         return self.allocation or ("influence" if self.method == "paper" else "sensitivity")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields and `quant_method`, safe for JSON; a live dataset or tokenizer is replaced by a description."""
+        """Return all fields and `quant_method`, safe for JSON.
+
+        A placeholder replaces an in-memory dataset or tokenizer.
+        """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("dataset", "tokenizer"):
             if fields[name] is not None and not isinstance(fields[name], str):
@@ -163,23 +169,23 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A configuration from a dict; `kwargs` that are fields replace those of the dict.
+        """Create a configuration from a dict. `kwargs` that are fields override those of the dict.
 
         Raises:
-            InvalidConfig: for a key that is no field, with the nearest one.
+            InvalidConfig: a key is not a field. The message suggests the closest field.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         values = {**config_dict, **{k: v for k, v in kwargs.items() if k in names}}
         method = values.pop("quant_method", cls.quant_method)
         if method != cls.quant_method:
-            raise InvalidConfig(f"quant_method={method!r} is not ours; expected {cls.quant_method!r}.")
+            raise InvalidConfig(f"quant_method={method!r} is not supported; expected {cls.quant_method!r}.")
         config = cls(**values)
         unused = {k: v for k, v in kwargs.items() if k not in names}
         return (config, unused) if return_unused_kwargs else config
 
 
 def _percent(value: Any) -> float | None:
-    """The fraction meant by a value that looks like a percentage."""
+    """Return the fraction for a value that looks like a percentage, else None."""
     return value / 100 if isinstance(value, (int, float)) and 1 < value < 100 else None
 
 
@@ -213,5 +219,5 @@ def _real(
     number = float(value)
     if not (minimum < number < maximum or (includes_minimum and number == minimum)):
         bracket = "[" if includes_minimum else "("
-        raise InvalidConfig(f"{name} must lie in {bracket}{minimum:g}, {maximum:g}), found {value!r}.{hint}")
+        raise InvalidConfig(f"{name} must be in {bracket}{minimum:g}, {maximum:g}), found {value!r}.{hint}")
     return number

@@ -1,4 +1,4 @@
-"""What was done: `Report`, the record of one compression, as dataclasses and as JSON."""
+"""Define `Report`, the record of one compression, as dataclasses and as JSON."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ REPORT_VERSION = 1
 
 @dataclass(frozen=True)
 class PartReport:
-    """One part of one block: kept width, dense width, fraction of its weights removed, relative error of its fit."""
+    """Kept width, dense width, fraction of weights removed and relative error of the fit of one part of one block."""
 
     rank: int
     dense_rank: int
     sparsity: float
     relative_error: float | None = None
-    """‖target − fit‖ / ‖target‖ over the calibration tokens, target the part's output; for qk the estimated relative
-    error of the attention logits; None where nothing was fitted."""
+    """‖target − fit‖ / ‖target‖ over the calibration tokens, with the part's output as target. For qk, the estimated
+    relative error of the attention logits. None if nothing was fitted."""
 
 
 @dataclass(frozen=True)
 class BlockReport:
-    """One decoder block, by part."""
+    """The parts of one decoder block."""
 
     index: int
     parts: dict[str, PartReport]
@@ -39,19 +39,22 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the walk: wall-clock seconds and the peak memory in bytes while it ran."""
+    """Wall-clock seconds and peak memory in bytes of one stage of the compression."""
 
     name: str
     seconds: float
     peak_memory: int
     floor: dict[str, float] = field(default_factory=dict)
-    """By step, the seconds that its matrix products alone take at the rate of the device; empty where there are none
-    worth counting."""
+    """Step -> seconds that its matrix products alone take at the rate of the device. Empty if the products of the stage
+    are negligible."""
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Number of parameters: of the cut projections' weights, and of the whole model (tied ones once, no buffers)."""
+    """Number of weights of the compressed projections, and of parameters of the whole model.
+
+    Tied parameters count once. Buffers do not count.
+    """
 
     blocks_before: int
     blocks_after: int
@@ -60,7 +63,7 @@ class Parameters:
 
 
 def count_parameters(model: Any) -> int:
-    """Parameters of a torch module: tied ones once, no buffers."""
+    """Return the number of parameters of a torch module. Tied parameters count once, and buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -76,40 +79,40 @@ class Report:
     parameters: Parameters
     blocks: tuple[BlockReport, ...]
     calibration: dict[str, Any]
-    """name, split, revision, sha256 of the token ids, windows, sequence_length."""
+    """Name, split, revision, sha256 of the token ids, windows and sequence_length."""
     stages: tuple[Stage, ...]
     memory_kind: str
-    """What `Stage.peak_memory` is: "device memory" or "sampled resident size"."""
+    """Kind of memory that `Stage.peak_memory` measures: "device memory" or "sampled resident size"."""
     device: str
     batch_size: int | None = None
-    """Windows per forward pass: as many as at first, or as were left where memory did not suffice."""
+    """Windows per forward pass, after any reduction due to out-of-memory errors."""
     streams: str | None = None
-    """Where the residual streams were kept: on the "device", in "host" memory or in "files"."""
+    """Storage of the residual streams: "device", "host" (memory) or "files"."""
     processes: int = 1
-    """How many compressed it together, each on its share of the calibration; stages and device are the first one's."""
+    """Number of processes, each of which used a shard of the calibration data. `stages` and `device` are of rank 0."""
     sensitivities: dict[str, list[list[float]]] = field(default_factory=dict)
-    """"block.part" -> measured [sparsity, KL divergence in nats per token]; empty unless the allocation measured it."""
+    """"block.part" -> measured [sparsity, KL divergence in nats per token]. Empty unless the allocation measured it."""
     sensitivity_budget: dict[str, Any] = field(default_factory=dict)
-    """Windows for moments and for divergences, and the ratios, that the sensitivities were measured with."""
+    """Numbers of windows for moments and for divergences, and the ratios, used to measure the sensitivities."""
     influences: list[float] = field(default_factory=list)
-    """Block influence 1 − E cos(input, output) of every block; empty unless the allocation used it."""
+    """Block influence 1 − E cos(input, output) of every block. Empty unless the allocation used it."""
     self_check: dict[str, Any] = field(default_factory=dict)
-    """Tokens, difference, tolerance and seconds of the finished model's check; see `walk.self_check.SelfCheck`."""
+    """Tokens, difference, tolerance and seconds of the check of the finished model. See `walk.self_check.SelfCheck`."""
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     weight_bytes: int | None = None
-    """Size of the safetensors files; None until the model is saved."""
+    """Size of the safetensors files in bytes. None until the model is saved."""
     weights_sha256: str | None = None
-    """Digest of the weights when they were first saved; other weights were changed since."""
+    """Digest of the weights when they were first saved. A different digest means that the weights were changed."""
     report_version: int = REPORT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON-safe dicts and lists."""
+        """Return the report as JSON-safe dicts and lists."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The inverse of `to_dict`."""
+        """Create a report from the result of `to_dict`."""
         blocks = tuple(
             BlockReport(b["index"], {part: PartReport(**values) for part, values in b["parts"].items()})
             for b in data["blocks"]
@@ -125,15 +128,15 @@ class Report:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the report as JSON."""
+        """Write the report as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Reads a report written by `save`.
+        """Read a report written by `save`.
 
         Raises:
-            EvaluationError: a newer version wrote it, or it is no report.
+            EvaluationError: a newer version wrote the file, or the file is not a report.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -142,14 +145,14 @@ class Report:
                 return cls.from_dict(data)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise EvaluationError(
-                f"{path} is no report of a compression: {type(error).__name__} {error}. Compress or download it again."
+                f"{path} is not a compression report: {type(error).__name__} {error}. Compress or download it again."
             ) from error
         raise EvaluationError(
-            f"{path} says report_version {version}; this code reads up to {REPORT_VERSION}. Update optimum-modegpt."
+            f"{path} has report_version {version}; the supported maximum is {REPORT_VERSION}. Update optimum-modegpt."
         )
 
     def summary(self) -> str:
-        """A short table: ranks and errors per block, what was removed, time and memory."""
+        """Return a short table of ranks and errors per block, with the achieved sparsity, time and peak memory."""
         together = f", {self.processes} processes" if self.processes > 1 else ""
         rows = [f"{'block':>5}" + "".join(f"{part:>22}" for part in PARTS)]
         for block in self.blocks:
@@ -160,7 +163,7 @@ class Report:
         paced = f" ({seconds / floor:.1f} times its matrix products at this device's rate)" if floor else ""
         peak = max((stage.peak_memory for stage in self.stages), default=0)
         rows += [
-            f"removed {self.achieved_sparsity:.2%} of the block projections (asked for {self.requested_sparsity:.2%}): "
+            f"removed {self.achieved_sparsity:.2%} of the block projections (requested {self.requested_sparsity:.2%}): "
             f"{p.blocks_before:,} -> {p.blocks_after:,} weights",
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
             f"{seconds:.1f} s{paced}, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
@@ -169,7 +172,7 @@ class Report:
         return "\n".join(rows)
 
     def plot(self, path: str | Path | None = None) -> Any:
-        """Draws kept widths per block and part; see `optimum_modegpt.plot.plot_ranks`."""
+        """Plot the kept widths per block and part. See `optimum_modegpt.plot.plot_ranks`."""
         from optimum_modegpt.plot import plot_ranks
 
         return plot_ranks(self, path)

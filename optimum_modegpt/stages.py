@@ -1,4 +1,4 @@
-"""Seconds and peak memory of the stages of a walk."""
+"""Measure the time and peak memory of the stages of a compression."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ RATE_REPEATS = 4
 
 
 def compute_device(wanted: torch.device | str | None, home: torch.device) -> torch.device:
-    """Where to compute for a model that is at `home`: as wanted, else the accelerator where there is one, else there.
+    """Return the compute device: `wanted`, else the accelerator if available, else `home`, the device of the model.
 
-    An accelerator without a number is the current one, so that its device compares equal to that of its tensors.
+    An accelerator without an index becomes the current one, so that it compares equal to the device of its tensors.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(wanted) if wanted is not None else home
@@ -37,8 +37,11 @@ def compute_device(wanted: torch.device | str | None, home: torch.device) -> tor
 
 @functools.cache
 def product_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Multiply-adds a second on `device`, of a model of this type, by `Work`'s precisions; measured once a process."""
-    # float64 is computed on the host where a device has none.
+    """Return the multiply-adds per second on `device` for a model of this dtype, by the precisions of `Work`.
+
+    The rates are measured once per process.
+    """
+    # float64 products run on the host if the device does not support float64.
     host = torch.device("cpu") if exact(torch.zeros((), device=device)).is_cpu else device
     with products_of(dtype):
         return {
@@ -50,7 +53,7 @@ def product_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """That of square matrices, the best of a few."""
+    """Return the best of a few measured rates for square matrices, in multiply-adds per second."""
     width = 512 if device.type == "cpu" else 4096
     square = torch.ones(width, width, dtype=dtype, device=device)
     clock = StageClock(device)
@@ -61,7 +64,10 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 class StageClock:
-    """Collects `Stage`s: on an accelerator the peak of its allocator, else the sampled resident size of the process."""
+    """Collects `Stage`s.
+
+    Peak memory is the peak of the accelerator's allocator, or else the sampled resident size of the process.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -71,7 +77,10 @@ class StageClock:
         self.stages: list[Stage] = []
 
     def in_use(self) -> int:
-        """Bytes that are taken now: what a peak rises from. The host gets back first what its allocator has kept."""
+        """Return the bytes currently in use, from which a peak rises.
+
+        On the host, memory that the C allocator caches is first returned to the operating system.
+        """
         if self.allocator:
             return self.allocator.memory_allocated(self.device)
         _give_back()
@@ -79,7 +88,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times what runs inside, also when it fails."""
+        """Measure time and peak memory of the body, also if it fails."""
         peak = self._allocator_peak() if self.allocator else _resident_peak()
         start = time.perf_counter()
         with peak as measured:
@@ -117,6 +126,9 @@ def _resident_peak() -> Iterator[list[int]]:
 
 
 def _give_back() -> None:
-    """Freed memory that the process has kept would hide a rise; without GNU's library it stays."""
+    """Return freed memory to the operating system, because cached memory would hide a rise.
+
+    This works only with the GNU C library.
+    """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)

@@ -1,1 +1,1 @@
-"""How much to remove where: pure numbers, no tensors of a model."""
+"""Decide how much to remove from each part of each block. Uses numbers only, no tensors of a model."""

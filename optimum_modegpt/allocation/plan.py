@@ -1,4 +1,4 @@
-"""Widths: what a part of a block may be cut to, what that removes, and the plan that says what is kept."""
+"""Define the allowed widths of a part, the weights that each width removes, and the plan of kept widths."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ COARSEST_STEP = 0.04
 
 @dataclass(frozen=True)
 class PartSize:
-    """What can be cut from one part of one block: its dense width, the weights a unit of width holds, the grid."""
+    """Dense width, weights per unit of width and grid of allowed widths of one part of one block."""
 
     dense: int
     weights_per_unit: int
     step: int
     floor: int
-    """The smallest width allowed, on the grid."""
+    """The smallest allowed width, on the grid."""
 
     @property
     def weights(self) -> int:
-        """Weights of the dense part."""
+        """Return the number of weights of the dense part."""
         return self.dense * self.weights_per_unit
 
     def widths(self) -> list[int]:
-        """Every allowed width, from the dense one down to the floor."""
+        """Return all allowed widths, from the dense one down to the floor."""
         grid = range((self.dense - 1) // self.step * self.step, self.floor - 1, -self.step)
         return [self.dense, *grid]
 
     def nearest(self, width: float) -> int:
-        """The allowed width nearest to `width`."""
+        """Return the allowed width nearest to `width`."""
         return min(self.widths(), key=lambda allowed: abs(allowed - width))
 
 
 Sizes = Sequence[Mapping[str, PartSize]]
-"""One mapping part -> size a block."""
+"""One mapping part -> size per block."""
 Plan = list[dict[str, int]]
-"""One mapping part -> kept width a block."""
+"""One mapping part -> kept width per block."""
 
 
 def part_size(dense: int, weights_per_unit: int, step: int, max_sparsity: float) -> PartSize:
-    """A part's size; the floor is the smallest multiple of `step` that leaves at least 1 − `max_sparsity`."""
+    """Return the size of a part. Its floor is the smallest multiple of `step` that keeps ≥ 1 − `max_sparsity`."""
     floor = max(1, math.ceil(dense * (1 - max_sparsity) / step - 1e-9)) * step
     return PartSize(dense, weights_per_unit, step, min(floor, dense))
 
 
 def head_step(head_dim: int, round_to: int | str, *, pairs: bool) -> int:
-    """Grid of a query/key or value head dim; rotary `pairs` need even widths."""
+    """Return the grid step of a query/key or value head dim. Rotary `pairs` need even widths."""
     unit = 2 if pairs else 1
     if round_to == "auto":
         return 8 if head_dim >= TINY_HEAD_DIM else unit
@@ -59,7 +59,7 @@ def head_step(head_dim: int, round_to: int | str, *, pairs: bool) -> int:
 
 
 def mlp_step(width: int, round_to: int | str) -> int:
-    """Grid of an MLP width: the largest of 128, 64, 32, 16, 8 that is at most 4 % of it, or `round_to`."""
+    """Return the grid step of an MLP width: `round_to`, or the largest of 128, 64, 32, 16, 8 up to 4 % of the width."""
     if round_to != "auto":
         return int(round_to)
     if width < TINY_MLP_WIDTH:
@@ -68,12 +68,12 @@ def mlp_step(width: int, round_to: int | str) -> int:
 
 
 def total_weights(sizes: Sizes) -> int:
-    """Weights of all cut projections of the dense model."""
+    """Return the number of weights of all compressible projections of the dense model."""
     return sum(size.weights for block in sizes for size in block.values())
 
 
 def plan_sparsity(plan: Plan, sizes: Sizes) -> float:
-    """1 − Σ new / Σ dense over the weights of the cut projections of all blocks (DESIGN's definition of sparsity)."""
+    """Compute 1 − Σ new / Σ dense over the weights of the compressed projections of all blocks."""
     kept = sum(
         size.weights_per_unit * ranks[part]
         for ranks, block in zip(plan, sizes, strict=True)
@@ -83,5 +83,5 @@ def plan_sparsity(plan: Plan, sizes: Sizes) -> float:
 
 
 def largest_sparsity(sizes: Sizes) -> float:
-    """The sparsity with every part at its floor."""
+    """Return the sparsity with every part at its floor."""
     return plan_sparsity([{part: size.floor for part, size in block.items()} for block in sizes], sizes)

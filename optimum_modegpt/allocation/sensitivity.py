@@ -1,4 +1,4 @@
-"""A plan from measured curves: the least total divergence for the weights removed, by marginal cost (ours)."""
+"""Make a plan from measured curves: the least total divergence for the weights removed, by marginal cost (ours)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Curves = Mapping[tuple[int, str], Curve]
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:
-    """The lower convex hull of (0, 0) and the curve made non-decreasing, by increasing sparsity."""
+    """Return the lower convex hull of (0, 0) and the curve made non-decreasing, by increasing sparsity."""
     highest, hull = 0.0, [(0.0, 0.0)]
     for sparsity, divergence in sorted(curve):
         highest = max(highest, divergence)
@@ -27,7 +27,7 @@ def lower_hull(curve: Curve) -> list[tuple[float, float]]:
 
 
 def interpolate(hull: Sequence[tuple[float, float]], sparsity: float) -> float:
-    """The hull's divergence at `sparsity`; beyond its last point the last slope goes on."""
+    """Interpolate the hull's divergence at `sparsity`. Beyond the last point, extrapolate with the last slope."""
     if len(hull) == 1:
         return hull[0][1]
     left, right = next((pair for pair in itertools.pairwise(hull) if sparsity <= pair[1][0]), (hull[-2], hull[-1]))
@@ -35,11 +35,12 @@ def interpolate(hull: Sequence[tuple[float, float]], sparsity: float) -> float:
 
 
 def plan_from_curves(curves: Curves, sizes: Sizes, sparsity: float) -> Plan:
-    """Widths on the grid with the least Σ divergence for the weights removed.
+    """Choose the widths on the grid with the least Σ divergence for the weights removed.
 
-    The curves are convex, so steps are taken in order of divergence per weight until the target is met: the
-    water-level rule, on the allowed widths themselves. A step that would overshoot is left out, and so are that part's
-    later ones, in favour of smaller ones; the last goes in where that ends nearer to the target.
+    The curves are convex, so steps are taken in order of divergence per weight until the target is met. This is the
+    water-level rule, applied to the allowed widths. A step that would overshoot the target is skipped in favour of
+    smaller ones, with all later steps of its part. In the end, one skipped step is taken if it ends nearer to the
+    target.
     """
     steps = sorted(
         step
@@ -62,7 +63,7 @@ def plan_from_curves(curves: Curves, sizes: Sizes, sparsity: float) -> Plan:
 
 
 def _finish(plan: Plan, blocked: Mapping[tuple[int, str], int], sizes: Sizes, left: float) -> Plan:
-    """Takes the one blocked step that ends nearest to the target, if that is nearer than stopping here."""
+    """Take the blocked step that ends nearest to the target, if it ends nearer than taking none."""
 
     def miss(key: tuple[int, str]) -> float:
         block, part = key
@@ -77,12 +78,12 @@ def _finish(plan: Plan, blocked: Mapping[tuple[int, str], int], sizes: Sizes, le
 def _steps(
     block: int, part: str, size: PartSize, hull: Sequence[tuple[float, float]]
 ) -> list[tuple[float, int, int, str, int]]:
-    """(divergence per weight, ordinal, block, part, width after) of every step down the grid."""
+    """Return (divergence per weight, ordinal, block, part, width after) of every step down the grid."""
     widths = size.widths()
     costs = [interpolate(hull, 1 - width / size.dense) for width in widths]
     steps, slope = [], 0.0
     for i, (before, after) in enumerate(itertools.pairwise(widths)):
-        # Rounding errors must not let a later step of a part come first.
+        # Rounding errors must not move a later step of a part before an earlier one.
         slope = max(slope, (costs[i + 1] - costs[i]) / ((before - after) * size.weights_per_unit))
         steps.append((slope, i, block, part, after))
     return steps

@@ -1,4 +1,4 @@
-"""Plans from a target sparsity per block: `uniform`, and `influence`, the paper's rule (Eq. 10 and 11)."""
+"""Make plans from a target sparsity per block: `uniform`, or `influence`, the paper's rule (Eq. 10 and 11)."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes
 
 
 def uniform_targets(blocks: int, sparsity: float) -> list[float]:
-    """The same sparsity for every block."""
+    """Return the same sparsity for every block."""
     return [sparsity] * blocks
 
 
 def influence_targets(influences: Sequence[float], sparsity: float, *, temperature: float, cap: float) -> list[float]:
-    """φ_i = min(cap, c·exp(−s_i / ε)) with mean φ = `sparsity`: the exact optimum of Eq. 10 under the cap.
+    """Compute φ_i = min(cap, c·exp(−s_i / ε)) with mean φ = `sparsity`, the exact optimum of Eq. 10 under the cap.
 
-    Without an active cap this is the paper's L·φ_avg·softmax(−s/ε). The blocks are capped in order of influence; c
-    follows from what is left for the others. Asks for `sparsity` ≤ `cap`.
+    Without an active cap, this is the paper's L·φ_avg·softmax(−s/ε). Blocks are capped in order of increasing
+    influence, and c follows from the sparsity that remains for the others. Requires `sparsity` ≤ `cap`.
     """
     order = sorted(range(len(influences)), key=lambda i: influences[i])
     for capped in range(len(order)):
-        # Relative to the largest of those left: beside a capped block all others may underflow.
+        # Relative to the largest of the remaining weights: relative to a capped block, all others may underflow.
         weights = [math.exp((influences[order[capped]] - influences[i]) / temperature) for i in order[capped:]]
         scale = (sparsity * len(order) - cap * capped) / sum(weights)
         if scale <= cap:
@@ -33,10 +33,11 @@ def influence_targets(influences: Sequence[float], sparsity: float, *, temperatu
 
 
 def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
-    """Widths from a target sparsity per block, equal in its parts before rounding.
+    """Choose widths from a target sparsity per block, which is equal in all parts before rounding.
 
-    Head dims go to the nearest allowed width; the MLP takes what is left of the block's target, and what a block could
-    not meet is carried to the next one, in the end back through all of them, so that the whole stays near its target.
+    Head dims are rounded to the nearest allowed width, and the MLP removes the rest of the block's target. Weights that
+    a block could not remove are carried to the next block, and after the last one back through all of them. The total
+    therefore stays near its target.
     """
     plan: Plan = []
     carried = 0.0
@@ -52,6 +53,6 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
 
 
 def _absorb(mlp: PartSize, width: int, weights: float) -> tuple[int, float]:
-    """The MLP width after removing about `weights` weights more, and what of them is still left to remove."""
+    """Return the MLP width after removing about `weights` more weights, and the number of them still to remove."""
     nearest = mlp.nearest(width - weights / mlp.weights_per_unit)
     return nearest, weights - (width - nearest) * mlp.weights_per_unit

@@ -1,1 +1,1 @@
-"""What flows through a model: the text it is calibrated on, and what is summed while that text runs."""
+"""Prepare the calibration text, run it through a model, and accumulate moments of the activations."""

@@ -1,15 +1,16 @@
-"""Calibration and evaluation windows: text, conversations or token ids from any source, cut into windows of token ids.
+"""Cut text, conversations or token ids from any source into windows of token ids for calibration and evaluation.
 
-Every text is tokenised as a whole without special tokens and cut into windows that do not overlap; the tail is dropped.
-Documents are joined by a blank line first, conversations, which the chat template closes itself, by nothing.
-Calibration skips blank rows and long runs of blank lines. It takes the windows in the order of `torch.randperm` under a
+Documents are joined by a blank line. Conversations are joined directly, because the chat template closes them. The
+joined text is tokenised as a whole without special tokens, and cut into windows that do not overlap. The tail is
+dropped.
+Calibration skips blank rows and long runs of blank lines. It takes the windows in the order of `torch.randperm` with a
 seeded generator.
-Evaluation keeps blank rows, as perplexities of WikiText are published, and takes the windows in the order of the text.
-Streamed and large sources, and texts of which the first windows are asked for, are read only as far as needed.
+Evaluation keeps blank rows, as in published perplexities of WikiText, and takes the windows in the order of the text.
+Streamed and large sources, and texts of which only the first windows are needed, are read only as far as needed.
 
-If the tokenizer begins every text with a special token (BOS), that token replaces the first one of each window: the
-prompts of users begin with it too, and it influences every later position. The replaced token is never a target, so the
-same tokens are scored with BOS and without. Token ids are used as they are given.
+If the tokenizer begins every text with a special token (BOS), that token replaces the first one of each window, because
+the prompts of users begin with it too, and it influences every later position. The replaced token is never a target, so
+the same tokens are scored with and without BOS. Token ids from the caller are used unchanged.
 """
 
 from __future__ import annotations
@@ -46,22 +47,23 @@ DEFAULT_SEQUENCE_LENGTH = 2048
 CALIBRATION_SPLITS = ("train",)
 EVALUATION_SPLITS = ("test", "validation", "train")
 FEWEST_DISTINCT = 4
-"""A window with fewer distinct tokens is degenerate. A window shorter than 32 tokens needs one in eight, and two."""
+"""Minimum number of distinct tokens of a window that is not degenerate. A window shorter than 32 tokens needs at least
+one eighth of its length, and at least two."""
 MOST_DEGENERATE = 0.5
 """A larger share of degenerate windows is an error, a smaller one a warning."""
 
 
 @dataclass(frozen=True)
 class TokenWindows:
-    """Token ids, and where they came from.
+    """Token ids with a record of their source.
 
     Attributes:
         tokens: int64 on the CPU, of shape (windows, length).
         record: safe for JSON, always with the same keys. `name`, `split`, `revision` (commit of a Hub dataset),
-            `text_column` and `file_sha256` say what was read, None if it does not apply; `windows`, `sequence_length`
-            and `tokens` count what is here; `available_windows` is the number of windows in what was read;
-            `first_token` is the special token that begins every window, None if the tokenizer adds none and for token
-            ids; `sha256` is the digest of the shape and the token ids, both as little-endian int64.
+            `text_column` and `file_sha256` describe the source, and are None if they do not apply. `windows`,
+            `sequence_length` and `tokens` are the size of `tokens`. `available_windows` is the number of windows in the
+            text that was read. `first_token` is the special token that begins every window, None if the tokenizer adds
+            none and for token ids. `sha256` is the digest of the shape and the token ids, both as little-endian int64.
     """
 
     tokens: Tensor
@@ -69,10 +71,10 @@ class TokenWindows:
 
 
 def resolve_sequence_length(requested: int | None, context: int | None) -> int:
-    """Tokens per window: the requested number, else min(2048, context); `context` is None if the model has no limit.
+    """Return the tokens per window: `requested`, else min(2048, context). `context` is None if the model has no limit.
 
     Raises:
-        InvalidConfig: for fewer than two tokens, or more than the context.
+        InvalidConfig: `requested` is less than two, or more than the context.
     """
     if requested is None:
         return min(DEFAULT_SEQUENCE_LENGTH, context or DEFAULT_SEQUENCE_LENGTH)
@@ -96,24 +98,25 @@ def calibration_windows(
     hub: Mapping[str, Any] = MappingProxyType({}),
     fewer: bool = False,
 ) -> TokenWindows:
-    """Read the windows of `config.dataset` to calibrate on, of shape (num_samples, sequence_length).
+    """Read the calibration windows of `config.dataset`, of shape (num_samples, sequence_length).
 
-    A text with fewer windows than `config.num_samples` is refused, or used whole if `fewer` is true. Ready windows,
-    token ids of shape (windows, length), are a choice already made: up to `num_samples` of them are all taken, in
-    their order, and the record says how many; of more, `num_samples` are drawn by the same seeded permutation.
+    If a text has fewer windows than `config.num_samples`, raise, or use all of them if `fewer` is true. Ready windows,
+    token ids of shape (windows, length), are all used in their order if they are at most `num_samples`, and the record
+    contains their number. From more of them, `num_samples` are drawn by the same seeded permutation.
 
     Args:
-        config: its fields dataset, dataset_split, text_column, num_samples, sequence_length and seed are read.
-        tokenizer: of the model; may be None for token ids.
-        sequence_length: from `resolve_sequence_length`.
-        vocab_size: of the model; token ids must be smaller. None takes that of the tokenizer, if there is one.
-        context: of the model; lets ready windows keep a length above `sequence_length` if the configuration does not
-            set one.
+        config: the fields dataset, dataset_split, text_column, num_samples, sequence_length and seed are used.
+        tokenizer: tokenizer of the model. It may be None for token ids.
+        sequence_length: tokens per window, from `resolve_sequence_length`.
+        vocab_size: vocabulary size of the model, which token ids must not reach. None means the size of the tokenizer,
+            if there is a tokenizer.
+        context: context length of the model. If the configuration sets no sequence length, ready windows may be longer
+            than `sequence_length`, up to `context`.
         hub: `token`, `revision` (of the dataset), `cache_dir` (of datasets) and `local_files_only`.
         fewer: whether `config.num_samples` is only an upper limit.
 
     Raises:
-        CalibrationDataError: the data is missing, empty, too short, of the wrong form, no text, or cannot be reached.
+        CalibrationDataError: the data is missing, empty, too short, in the wrong format, not text, or unreachable.
     """
     request = Request(
         tokenizer=tokenizer,
@@ -135,9 +138,9 @@ def calibration_windows(
         available = _cut(source, request)
         if len(available) < (1 if fewer else config.num_samples):
             raise CalibrationDataError(
-                f"{source.name}: {len(available)} windows of {sequence_length} tokens are too few, "
-                f"num_samples={config.num_samples} were asked for. Lower num_samples or sequence_length, "
-                "or give more text."
+                f"{source.name}: found {len(available)} windows of {sequence_length} tokens, which are too few for "
+                f"num_samples={config.num_samples}. Lower num_samples or sequence_length, "
+                "or provide more text."
             )
     _check_vocabulary(available, source.name, tokenizer, vocab_size)
     chosen = available
@@ -160,11 +163,12 @@ def evaluation_windows(
 ) -> TokenWindows:
     """Read the first `max_windows` windows of `dataset` in their order, of shape (windows, sequence_length).
 
-    Without `split`, "test", else "validation", else "train" is read; the record says which. Ready windows keep their
-    own length, which may be shorter than `sequence_length`. The other arguments are those of `calibration_windows`.
+    `split` defaults to "test", else "validation", else "train", and the record contains the choice. Ready windows keep
+    their own length, which may be shorter than `sequence_length`. The other arguments are those of
+    `calibration_windows`.
 
     Raises:
-        CalibrationDataError: as `calibration_windows`; also for a streamed dataset without `max_windows`.
+        CalibrationDataError: as `calibration_windows`, or a streamed dataset is used without `max_windows`.
         InvalidConfig: `max_windows` or `sequence_length` is too small.
     """
     if max_windows is not None and max_windows < 1:
@@ -189,7 +193,7 @@ def evaluation_windows(
         if len(available) == 0:
             raise CalibrationDataError(
                 f"{source.name}: the text is shorter than one window of {sequence_length} tokens. "
-                "Lower sequence_length, or give more text."
+                "Lower sequence_length, or provide more text."
             )
     _check_vocabulary(available, source.name, tokenizer, vocab_size)
     windows = _with_record(available[:max_windows], source, len(available), tokenizer)
@@ -199,7 +203,7 @@ def evaluation_windows(
 
 
 def describe_degenerate(windows: TokenWindows) -> str | None:
-    """Describe the windows with too few distinct tokens to be text; None if there are none.
+    """Describe the windows with too few distinct tokens to be text. Return None if all windows have enough.
 
     The special token that begins a window does not count.
     """
@@ -207,13 +211,13 @@ def describe_degenerate(windows: TokenWindows) -> str | None:
     if not found:
         return None
     return (
-        f"{found} of the {len(windows.tokens)} windows hold fewer than {fewest} distinct tokens, as blank lines, "
-        "padding and repeated characters do. They are no text: remove them from the dataset."
+        f"{found} of the {len(windows.tokens)} windows contain fewer than {fewest} distinct tokens, for example blank "
+        "lines, padding or repeated characters. Remove these parts from the dataset, because they are not text."
     )
 
 
 def _count_degenerate(windows: TokenWindows) -> tuple[int, int]:
-    """Count the windows with too few distinct tokens; the second number is how many are enough."""
+    """Return the number of windows with too few distinct tokens, and the number of distinct tokens that is enough."""
     tokens = windows.tokens if windows.record.get("first_token") is None else windows.tokens[:, 1:]
     fewest = min(tokens.shape[1], max(2, min(FEWEST_DISTINCT, windows.tokens.shape[1] // 8)))
     distinct = (tokens.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + 1  # (windows,)
@@ -221,12 +225,12 @@ def _count_degenerate(windows: TokenWindows) -> tuple[int, int]:
 
 
 def _cut(source: Source, request: Request) -> Tensor:
-    """All whole windows of the source's text, of shape (windows, length); they begin with the tokenizer's BOS."""
+    """Return all complete windows of the source's text, (windows, length). They begin with the tokenizer's BOS."""
     ids = source.ids
     if ids is None:
         if request.tokenizer is None:
-            raise CalibrationDataError(f"{source.name}: text needs a tokenizer; pass tokenizer=..., or token ids.")
-        # One window more than asked for: the record must say if the source has more.
+            raise CalibrationDataError(f"{source.name}: text requires a tokenizer; pass tokenizer=..., or token ids.")
+        # One more window than requested, because the record must show if the source has more.
         enough = (request.windows + 1) * request.length if source.in_part and request.windows else None
         text = joined(source.documents, source.name, request.tokenizer, blank_rows=request.blank_rows, tokens=enough)
         ids = encode(request.tokenizer, text)
@@ -242,17 +246,17 @@ def _opening(source: Source, tokenizer: Any) -> int | None:
 
 
 def _fitting(source: Source, *, exactly: int | None, at_most: int) -> Tensor:
-    """Ready windows, if the model and the configuration accept their length."""
+    """Return ready windows, if the model and the configuration accept their length."""
     assert source.ids is not None
     length = source.ids.shape[1]
     if exactly is not None and length != exactly:
         raise CalibrationDataError(
-            f"{source.name}: the windows have {length} tokens, sequence_length={exactly} was asked for. "
-            f"Leave sequence_length out, set it to {length}, or pass the tokens as one text of shape (tokens,)."
+            f"{source.name}: the windows have {length} tokens, expected sequence_length={exactly}. "
+            f"Omit sequence_length, set it to {length}, or pass the tokens as one text of shape (tokens,)."
         )
     if length > at_most:
         raise CalibrationDataError(
-            f"{source.name}: windows of {length} tokens are longer than the {at_most} that are accepted. "
+            f"{source.name}: windows of {length} tokens are longer than the {at_most} tokens allowed. "
             f"Set sequence_length={length} if the model's context allows it, or pass shorter windows."
         )
     return source.ids
@@ -270,7 +274,7 @@ def _check_vocabulary(ids: Tensor, name: str, tokenizer: Any, vocab_size: int | 
 
 
 def _with_record(tokens: Tensor, source: Source, available: int, tokenizer: Any) -> TokenWindows:
-    """Add the record; refuse windows if most of them are degenerate."""
+    """Add the record to windows. Raise if most of them are degenerate."""
     tokens = tokens.contiguous()
     digest = hashlib.sha256(np.asarray(tokens.shape, dtype="<i8").tobytes())
     digest.update(tokens.numpy().astype("<i8").tobytes())

@@ -1,4 +1,4 @@
-"""Datasets of the Hub: short names, downloading, and the local cache."""
+"""Load datasets from the Hub or the local cache, and define short names for some of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the Hub: its id, the subset to read, and whether it is too large to download."""
+    """A dataset on the Hub: its id, the subset to read, and whether to stream it, if it is too large to download."""
 
     path: str
     subset: str | None = None
@@ -28,7 +28,7 @@ class CachedDataset:
     subset: str
     version: str
     revision: str
-    """The commit of the Hub."""
+    """Commit on the Hub."""
 
 
 HUB_DATASETS = {
@@ -36,19 +36,19 @@ HUB_DATASETS = {
     "c4": HubDataset("allenai/c4", "en", streamed=True),
     "alpaca": HubDataset("tatsu-lab/alpaca"),
 }
-"""Short names. A folder or file of the same name is reached as `./c4`."""
+"""Short names. To use a folder or file of the same name, pass for example `./c4`."""
 WITHOUT_HUB = (
-    "Without the Hub, name a text of your own as dataset, on the command line --dataset FILE: a local .txt, .jsonl, "
-    ".json or .parquet file, or a folder; in Python also a list of strings or of conversations, a datasets.Dataset, or "
-    "token ids."
+    "Without the Hub, pass your own text as dataset (--dataset FILE on the command line): a local .txt, .jsonl, "
+    ".json or .parquet file, or a folder. In Python, you can also pass a list of strings or of conversations, a "
+    "datasets.Dataset, or token ids."
 )
 
 
 def open_builder(dataset: HubDataset, hub: Mapping[str, Any]) -> DatasetBuilder:
-    """The builder of a dataset, from the Hub, or from the cache alone if `hub` has `local_files_only`.
+    """Return the builder of a dataset from the Hub, or only from the cache if `hub` has `local_files_only`.
 
     Raises:
-        FileNotFoundError: the revision asked for is not in the cache, and the Hub cannot be reached.
+        FileNotFoundError: the requested revision is not in the cache, and the Hub is unreachable.
     """
     from datasets import load_dataset_builder
     from datasets.packaged_modules.cache.cache import Cache
@@ -62,12 +62,12 @@ def open_builder(dataset: HubDataset, hub: Mapping[str, Any]) -> DatasetBuilder:
         revision=hub.get("revision"),
         token=hub.get("token"),
     )
-    # Without a connection, datasets falls back to its newest copy, whatever revision was asked for.
+    # Without a connection, datasets falls back to its newest copy, regardless of the requested revision.
     return _cached_builder(dataset, hub) if isinstance(builder, Cache) and hub.get("revision") else builder
 
 
 def describe(dataset: HubDataset, split: str | None, hub: Mapping[str, Any]) -> str:
-    """What is to be read and from where, for messages."""
+    """Describe the dataset and its source for messages."""
     parts = {"subset": dataset.subset, "split": split, "revision": hub.get("revision")}
     details = ", ".join(f"{key} {value}" for key, value in parts.items() if value is not None)
     place = "from the local cache" if hub.get("local_files_only") else "from the Hub"
@@ -75,7 +75,7 @@ def describe(dataset: HubDataset, split: str | None, hub: Mapping[str, Any]) -> 
 
 
 def advise(dataset: HubDataset, hub: Mapping[str, Any]) -> str:
-    """What the cache holds of a dataset, and which environment variables lead to another cache or to the Hub."""
+    """Describe the cached copies of a dataset, and the environment variables that select another cache or the Hub."""
     from datasets import config
     from huggingface_hub import constants
 
@@ -88,14 +88,14 @@ def advise(dataset: HubDataset, hub: Mapping[str, Any]) -> str:
             f"{folders} cannot be written: set {' and '.join(blocked)} to a writable folder, or to a writable copy."
         )
     else:
-        sentences.append("For another cache set HF_DATASETS_CACHE, or HF_HOME for all of them.")
+        sentences.append("To use another cache, set HF_DATASETS_CACHE, or HF_HOME for all caches.")
     if config.HF_HUB_OFFLINE:
-        sentences.append("HF_HUB_OFFLINE is set; unset it to download.")
+        sentences.append("HF_HUB_OFFLINE is set; unset it to download datasets.")
     return " ".join((*sentences, WITHOUT_HUB))
 
 
 def _cached_builder(dataset: HubDataset, hub: Mapping[str, Any]) -> DatasetBuilder:
-    """The builder of the copy of the revision asked for, or of the newest copy."""
+    """Return the builder of the cached copy of the requested revision, or of the newest copy."""
     from datasets.packaged_modules.cache.cache import Cache
 
     subset, version, revision = dataset.subset, "auto", "auto"
@@ -103,7 +103,7 @@ def _cached_builder(dataset: HubDataset, hub: Mapping[str, Any]) -> DatasetBuild
         copies = [one for one in _cached(dataset, hub) if one.revision == hub["revision"]]
         copies = [one for one in copies if dataset.subset in (None, one.subset)]
         if not copies:
-            raise FileNotFoundError(f"revision {hub['revision']} is not in the cache; without the Hub, name a commit.")
+            raise FileNotFoundError(f"revision {hub['revision']} is not in the cache; without the Hub, pass a commit.")
         subset, version, revision = copies[0].subset, copies[0].version, copies[0].revision
     return Cache(
         repo_id=dataset.path,

@@ -1,4 +1,4 @@
-"""Block influence: how much a block turns the residual stream (the paper's Eq. 10)."""
+"""Compute block influence: how much a block rotates the residual stream (the paper's Eq. 10)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class InfluenceSum:
         self.total, self.tokens = 0.0, 0
 
     def add(self, before: Tensor, after: Tensor) -> None:
-        """Adds tokens, (…, d_model) each."""
+        """Add tokens, (…, d_model) each."""
         cosine = torch.nn.functional.cosine_similarity(raised(before), raised(after), dim=-1)
         self.total += float((1 - cosine).sum())
         self.tokens += cosine.numel()
 
     def value(self) -> float:
-        """The influence so far, over the tokens of all processes.
+        """Return the influence so far, over the tokens of all ranks.
 
         Raises:
-            NumericalError: where the stream was not finite.
+            NumericalError: the residual stream is not finite.
         """
         lost, tokens = float(processes.total(self.total)), int(processes.total(self.tokens))
         if not math.isfinite(lost):

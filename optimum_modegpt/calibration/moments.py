@@ -1,4 +1,4 @@
-"""Sums over tokens: second moments, cross moments, the curvature of attention, the slope between two streams."""
+"""Accumulate sums over tokens: second moments, cross moments, attention curvature, and slopes between two streams."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
 
 SLOPE_RIDGE = 1e-4
-"""Of the norm gains, as a fraction of the mean energy of a channel."""
+"""Ridge of the norm gains, as a fraction of the mean energy of a channel."""
 
 QUERY_STRIDE = 4
-"""Every this many-th query takes part in the attention curvature."""
+"""Stride of the queries that are used for the attention curvature."""
 
 CURVATURE_BUDGET = 0.25
-"""Largest share of a stream's forward pass that the attention curvature may cost."""
+"""Maximum cost of the attention curvature, as a fraction of the cost of a stream's forward pass."""
 
 
 @dataclass
 class LinearMomentSum:
-    """Accumulates `LinearMoments`: products in float32, of a float64 model in float64; sums in float64.
+    """Accumulates `LinearMoments`, with products in float32 (in float64 for a float64 model) and sums in float64.
 
-    Inputs and targets, after weighting, are of the inputs' `row_type`: rounded to 16 bits they lose what is of the size
-    of the activations' own rounding. Products and energy are of the same numbers, so that they fit each other.
+    After weighting, inputs and targets are converted to the inputs' `row_type`. The loss by rounding to 16 bits is of
+    the size of the activations' own rounding. Products and energy use the same rounded numbers, so they are consistent.
     """
 
     ones: bool
@@ -41,7 +41,7 @@ class LinearMomentSum:
     energy: Tensor | float = 0.0
 
     def add(self, inputs: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
-        """Adds tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
+        """Add tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
         inputs, target = inputs.flatten(0, -2), target.flatten(0, -2)
         rows = row_type(inputs.device, inputs.dtype)
         if self.ones:
@@ -55,7 +55,7 @@ class LinearMomentSum:
         self.energy = self.energy + exact(raised(target).square().sum())
 
     def value(self) -> LinearMoments:
-        """The moments so far, of the tokens of all processes."""
+        """Return the moments so far, over the tokens of all ranks."""
         gram, cross, energy = processes.total(self.gram), processes.total(self.cross), processes.total(self.energy)
         assert isinstance(gram, Tensor), "no tokens were added"
         assert isinstance(cross, Tensor)
@@ -64,7 +64,7 @@ class LinearMomentSum:
 
 
 def _added(total: Tensor | float, product: Tensor) -> Tensor:
-    """The float64 sum with one more product, in place: a copy of it would be the largest thing there is."""
+    """Add a product to the float64 sum in place, because a copy would be the largest tensor in memory."""
     return total.add_(product.to(total.device)) if isinstance(total, Tensor) else exact(product)
 
 
@@ -76,25 +76,28 @@ class HeadMomentSum:
     moment: Tensor | float = field(default=0.0)
 
     def add(self, vectors: Tensor) -> None:
-        """Adds `vectors` (…, heads, d); heads of one group follow each other."""
+        """Add `vectors` (…, heads, d). The heads of a group are contiguous."""
         grouped = raised(vectors).flatten(0, -3).unflatten(1, (self.groups, -1))  # (tokens, groups, heads / groups, d)
         rows = grouped.transpose(0, 1).flatten(1, 2)  # (groups, tokens · heads / groups, d)
         self.moment = self.moment + exact(rows.mT @ rows)
 
     def value(self) -> Tensor:
-        """The moments so far, of the tokens of all processes."""
+        """Return the moments so far, over the tokens of all ranks."""
         moment = processes.total(self.moment)
         assert isinstance(moment, Tensor)
         return moment
 
 
 def with_ones(inputs: Tensor) -> Tensor:
-    """`inputs` (n, d) with the constant 1 as a last column."""
+    """Append the constant 1 to `inputs` (n, d) as the last column."""
     return torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
 
 
 def token_weights(residual: Tensor, norm: nn.Module) -> Tensor:
-    """1 / mean square of the residual (…, d_model), 1 / variance under a LayerNorm: what the next norm divides by."""
+    """Compute the token weights: the squared reciprocal of the divisor of the next norm.
+
+    This is 1 / mean square of the residual (…, d_model), or 1 / variance for a LayerNorm.
+    """
     residual = raised(residual)
     centred = residual - residual.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else residual
     return centred.square().mean(-1).clamp_min(WEIGHT_FLOOR).reciprocal()
@@ -102,9 +105,9 @@ def token_weights(residual: Tensor, norm: nn.Module) -> Tensor:
 
 @dataclass
 class SlopeSum:
-    """Accumulates, per channel, the least-squares slope through the origin of the dense stream on the compressed one.
+    """Accumulates the least-squares slope through the origin of the dense on the compressed stream, per channel.
 
-    Both are normalised by `norm` without its weight and bias.
+    Both streams are normalised by `norm` without its weight and bias.
     """
 
     norm: nn.Module
@@ -119,13 +122,13 @@ class SlopeSum:
                 self.norm.bias.zero_()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
 
     def add(self, dense: Tensor, compressed: Tensor) -> None:
-        """Adds tokens of both streams, (…, d_model)."""
+        """Add tokens of both streams, (…, d_model)."""
         target, source = (self.norm(raised(stream)).flatten(0, -2) for stream in (dense, compressed))
         self.product = self.product + exact((source * target).sum(0))
         self.square = self.square + exact(source.square().sum(0))
 
     def value(self) -> Tensor:
-        """The slopes (d_model,), with a ridge that holds those of nearly silent channels at 1."""
+        """Return the slopes (d_model,), with a ridge that keeps the slopes of nearly silent channels at 1."""
         product, square = processes.total(self.product), processes.total(self.square)
         assert isinstance(product, Tensor), "no tokens were added"
         assert isinstance(square, Tensor)
@@ -135,15 +138,21 @@ class SlopeSum:
 
 @dataclass(frozen=True)
 class QueryKeyMoments:
-    """Per key-value group: second moments of the queries (summed over the group's heads), and of the keys or, with
-    rotary embeddings, the curvature F of the attention distribution; (groups, d, d), float64, before rotation."""
+    """Moments of queries and keys per key-value group: (groups, d, d), float64, before rotation.
+
+    `query` is the second moment of the queries, summed over the group's heads. `key` is the second moment of the keys
+    or, with rotary embeddings, the curvature F of the attention distribution.
+    """
 
     query: Tensor
     key: Tensor
 
 
 def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Query (batch, length, heads, d) and key (batch, length, kv_heads, d) vectors before rotation, biases included."""
+    """Compute the query (batch, length, heads, d) and key (batch, length, kv_heads, d) vectors before rotation.
+
+    Biases are included.
+    """
     query, key = (linear(inputs).unflatten(-1, (-1, block.head_dim)) for linear in (block.query, block.key))
     return query, key
 
@@ -152,8 +161,9 @@ def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
 class AttentionCurvatureSum:
     """Accumulates F = Σ_t Σ_s p_ts (z_ts − μ_t)(z_ts − μ_t)ᵀ per key-value group, summed over its heads (ours).
 
-    z_ts is the key at s turned into the frame of the query at t, p the attention probabilities, μ_t = Σ_s p_ts z_ts:
-    the second-order KL divergence of a softmax row is a quadratic form in F. Queries are subsampled by `stride`.
+    z_ts is the key at s rotated into the frame of the query at t, p the attention probabilities, and
+    μ_t = Σ_s p_ts z_ts. The second-order KL divergence of a softmax row is a quadratic form in F. Queries are
+    subsampled by `stride`.
     """
 
     block: Block
@@ -161,7 +171,7 @@ class AttentionCurvatureSum:
     curvature: Tensor | float = 0.0
 
     def add(self, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> None:
-        """Adds `query`, `key` as of `query_key_vectors`; `arguments` are the block's, for the rotary tables."""
+        """Add `query` and `key` from `query_key_vectors`. `arguments` are the block's, for the rotary tables."""
         cos, sin = (raised(table) for table in arguments["position_embeddings"])  # (1, length, d)
         query, key = raised(query).transpose(1, 2), raised(key).transpose(1, 2)  # (batch, heads, length, d)
         query, turned = _rotate(query, cos[:, None], sin[:, None]), _rotate(key, cos[:, None], sin[:, None])
@@ -180,17 +190,17 @@ class AttentionCurvatureSum:
         self.curvature = self.curvature + exact(moment)
 
     def value(self) -> Tensor:
-        """F so far, of the tokens of all processes, (groups, d, d)."""
+        """Return F so far, over the tokens of all ranks, (groups, d, d)."""
         curvature = processes.total(self.curvature)
         assert isinstance(curvature, Tensor)
         return curvature
 
     def _group(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-        """Scatter of the rotated keys around their mean for each query row, summed over batch and heads: (rows, d, d).
+        """Compute the scatter (rows, d, d) of the rotated keys around their mean, summed over batch and heads.
 
         `query` (batch, heads, rows, d), `key` (batch, length, d), `visible` (rows, length).
         """
-        # Neither softmax nor scatter feels a common shift; without it large key biases would cancel in float32.
+        # A common shift changes neither softmax nor scatter, and avoids cancellation of large key biases in float32.
         key = key - key.mean(1, keepdim=True)
         logits = query @ key[:, None].mT * self.block.attention.scaling
         weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)  # (batch, heads, rows, length)
@@ -201,19 +211,22 @@ class AttentionCurvatureSum:
 
 
 def curvature_windows(block: Block, windows: int, length: int) -> int:
-    """How many windows the attention curvature may use: its cost stays below `CURVATURE_BUDGET` of a stream's pass."""
+    """Return the number of windows for the attention curvature, so that its cost stays below `CURVATURE_BUDGET`."""
     parameters = sum(p.numel() for p in block.module.parameters())
     forward = length * parameters + length * length * block.heads * block.head_dim
     return affordable_windows(curvature_work(block.head_dim, block.kv_heads, block.heads, length), forward, windows)
 
 
 def curvature_work(head_dim: int, kv_heads: int, heads: int, length: int) -> float:
-    """Multiply-adds of the curvature over one window."""
+    """Return the multiply-adds of the curvature over one window."""
     return length / QUERY_STRIDE * length * head_dim * (kv_heads * head_dim + 2 * heads)
 
 
 def affordable_windows(curvature: float, forward: float, windows: int) -> int:
-    """At how many of `windows` the curvature stays within its budget; both are multiply-adds of one window."""
+    """Return how many of `windows` the curvature may use within its budget.
+
+    `curvature` and `forward` are the multiply-adds for one window.
+    """
     return max(1, min(windows, int(CURVATURE_BUDGET * windows * forward / curvature)))
 
 
@@ -223,6 +236,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turn_moments(moments: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """R_t M_t R_tᵀ for moments (rows, d, d) and tables (rows, d)."""
+    """Compute R_t M_t R_tᵀ for moments (rows, d, d) and tables (rows, d)."""
     half = _rotate(moments, cos[:, None], sin[:, None])
     return _rotate(half.mT, cos[:, None], sin[:, None]).mT

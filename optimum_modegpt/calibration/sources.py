@@ -1,7 +1,7 @@
-"""Where text and token ids come from: names, files, folders, the Hub, lists and live datasets.
+"""Open sources of text and token ids: names, files, folders, the Hub, lists and in-memory datasets.
 
-A single file and an unnamed `datasets.Dataset` are the split "train"; the lines of a .txt file are its rows. Slices of
-splits such as "train[:10%]" are read from files, folders and the Hub alike.
+A single file and an unnamed `datasets.Dataset` are the split "train". The rows of a .txt file are its lines. Slices of
+splits such as "train[:10%]" work for files, folders and the Hub.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 TEXT_COLUMNS = ("text", "content", "messages", "conversations")
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 OTHER_SUFFIXES = frozenset({".arrow", ".csv", ".gz", ".html", ".md", ".npy", ".pdf", ".pt", ".tsv", ".xml", ".zip"})
-"""Suffixes of files that cannot be read; a name with one is not looked for on the Hub."""
+"""Suffixes of files that are not supported. A name with such a suffix is not searched on the Hub."""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 LARGE_BYTES = 16 * 2**20
-"""A larger source is read in part: wikitext-2 is smaller, alpaca and wikitext-103 are larger."""
+"""Size from which a source is read only in part. wikitext-2 is smaller; alpaca and wikitext-103 are larger."""
 BLANK_LINES = re.compile(r"(?:[^\S\n]*\n){8,}")
-"""A longer run of blank lines than between paragraphs and chapters; calibration reads one blank line in its place."""
+"""A longer run of blank lines than between paragraphs or chapters. Calibration replaces it by one blank line."""
 PART = 2**14
-"""Characters of the parts of a large text that are drawn at random."""
+"""Characters per part of a large text. Parts are drawn at random."""
 SHUFFLE_BUFFER = 1000
 WHOLE = "train"
 """The split of a source that has no splits."""
@@ -65,18 +65,18 @@ WHOLE = "train"
 
 @dataclass(frozen=True)
 class Request:
-    """How to read a source.
+    """Options for reading a source.
 
     Attributes:
-        tokenizer: of the model; None for token ids.
-        split: the split to read, None for the first of `splits` that is there.
-        text_column: the column to read, None to find it.
+        tokenizer: tokenizer of the model. None for token ids.
+        split: the split to read. None reads the first available one of `splits`.
+        text_column: the column to read. None selects it automatically.
         hub: arguments for the Hub.
-        splits: in order of preference.
-        seed: orders a source that is read in part; None reads it in its own order.
-        windows: so many windows are enough; None reads everything.
-        length: tokens of a window.
-        blank_rows: whether rows without text count as documents, and long runs of blank lines stay in a text.
+        splits: default splits in order of preference.
+        seed: seed for the order of a source that is read in part. None keeps the source's own order.
+        windows: number of windows after which reading may stop. None reads everything.
+        length: tokens per window.
+        blank_rows: whether rows without text count as documents, and long runs of blank lines are kept.
     """
 
     tokenizer: Any
@@ -92,7 +92,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Source:
-    """Either token ids, or documents (strings or conversations) in the order in which they are to be read."""
+    """Either token ids, or documents (strings or conversations) in reading order."""
 
     name: str
     ids: Tensor | None = None
@@ -102,10 +102,10 @@ class Source:
 
 
 def open_source(dataset: Any, request: Request) -> Source:
-    """Open whatever a user may name or pass as a dataset.
+    """Open a dataset from a name, a path or an object.
 
     Raises:
-        CalibrationDataError: it is missing, empty, of the wrong form, or cannot be reached.
+        CalibrationDataError: the dataset is missing, empty, in the wrong format or unreachable.
     """
     if isinstance(dataset, os.PathLike):
         return _open_local(Path(dataset), request)
@@ -134,7 +134,7 @@ def _open_name(name: str, request: Request) -> Source:
     path = Path(os.path.expanduser(name))
     suffix = path.suffix.lower()
     is_file_name = suffix == ".txt" or suffix in LOADERS or suffix in OTHER_SUFFIXES
-    # os.path: a text passed by mistake is too long for a path, and Path.exists raises an error for it.
+    # os.path, because Path.exists raises an error for a text that was passed by mistake and is too long for a path.
     if os.path.exists(path) or is_file_name or not HUB_ID.fullmatch(name):
         return _open_local(path, request)
     return _open_hub(name, request)
@@ -155,7 +155,7 @@ def _open_sequence(items: Sequence[Any], request: Request) -> Source:
         items, kind = [items], "conversation"
     if kind not in ("text", "conversation"):
         raise CalibrationDataError(
-            f"a list of {kind} cannot be read; expected strings, conversations (lists of "
+            f"a list of {kind} is not supported; expected strings, conversations (lists of "
             "{'role': ..., 'content': ...}), or token ids of equal lengths."
         )
     size = sum(len(item) for item in items) if kind == "text" else 0
@@ -171,13 +171,13 @@ def _from_ids(ids: Tensor, request: Request) -> Source:
 
 def _refuse_choices(request: Request, what: str) -> None:
     if request.split is not None:
-        raise CalibrationDataError(f"split {request.split!r} was asked for, but {what} has no splits.")
+        raise CalibrationDataError(f"split {request.split!r} was requested, but {what} has no splits.")
     if request.text_column is not None:
-        raise CalibrationDataError(f"text column {request.text_column!r} was asked for, but {what} has no columns.")
+        raise CalibrationDataError(f"text column {request.text_column!r} was requested, but {what} has no columns.")
 
 
 def _as_needed(rows: Sequence[Any], size: int, request: Request) -> tuple[Iterable[Any], bool]:
-    """The rows in the order in which they are to be read, and whether to read only part of them.
+    """Return the rows in reading order, and whether to read only part of them.
 
     `size` is their size in bytes or characters.
     """
@@ -199,13 +199,13 @@ def _open_local(path: Path, request: Request) -> Source:
         return _open_folder(path, request)
     if not os.path.exists(path):
         raise CalibrationDataError(
-            f"{shorten(str(path), 80)!r}: there is no such file or folder, and it cannot be the id of a Hub dataset. "
-            "To use a text itself, pass it in a list."
+            f"{shorten(str(path), 80)!r}: no such file or folder, and not a valid id of a Hub dataset. "
+            "To use a string as text, pass it in a list."
         )
     suffix = path.suffix.lower()
     if suffix != ".txt" and suffix not in LOADERS:
         known = ", ".join((".txt", *LOADERS))
-        raise CalibrationDataError(f"{path.name}: files of type {suffix or '(none)'} cannot be read, only {known}.")
+        raise CalibrationDataError(f"{path.name}: files of type {suffix or '(none)'} are not supported; use {known}.")
     if path.stat().st_size == 0:
         raise CalibrationDataError(f"{path.name}: the file is empty.")
     with _reading(path.name):
@@ -216,7 +216,7 @@ def _open_local(path: Path, request: Request) -> Source:
 def _open_text(path: Path, source: Source, request: Request) -> Source:
     if request.text_column is not None:
         raise CalibrationDataError(
-            f"text column {request.text_column!r} was asked for, but a .txt file has no columns."
+            f"text column {request.text_column!r} was requested, but a .txt file has no columns."
         )
     with _reading(path.name, "A .txt file must be UTF-8 text."):
         text = path.read_text(encoding="utf-8-sig")
@@ -226,7 +226,7 @@ def _open_text(path: Path, source: Source, request: Request) -> Source:
         text = "".join(line for _, first, end in slices for line in lines[first:end])
     if not request.blank_rows:
         text = BLANK_LINES.sub("\n\n", text)
-    # In its own order a text is read from its beginning; at random, in parts.
+    # Without a seed, a text is read from its beginning. With a seed, its parts are read in random order.
     parts = [text] if request.seed is None or len(text) <= LARGE_BYTES else list(pieces(text, PART))
     documents, in_part = _as_needed(parts, len(text), request)
     return replace(source, documents=documents, in_part=in_part)
@@ -250,7 +250,7 @@ def _open_folder(path: Path, request: Request) -> Source:
 
 
 def _in_memory(path: str, **arguments: Any) -> Any:
-    """All splits of local files. They are read through a temporary folder: the cache would keep a copy of them."""
+    """Load all splits of local files through a temporary folder, because the cache would keep a copy of them."""
     from datasets import load_dataset_builder
 
     with tempfile.TemporaryDirectory() as cache:
@@ -269,10 +269,10 @@ def _file_sha256(path: Path) -> str:
 
 @contextmanager
 def _reading(what: str, advice: str = "") -> Iterator[None]:
-    """Turn a failure of a file, of the Hub or of `datasets` into ours; the original is its cause."""
+    """Convert an error of a file, the Hub or `datasets` into a CalibrationDataError, with the original as its cause."""
     from datasets.exceptions import DatasetsError
 
-    # The error of whichever client huggingface_hub uses; not every one of its failures is an OSError.
+    # The error class of the HTTP client of huggingface_hub. Not all of its errors are OSErrors.
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     try:
@@ -299,12 +299,12 @@ def _open_hub(name: str, request: Request) -> Source:
 
 
 def _from_dataset(data: Any, source: Source, request: Request) -> Source:
-    """The documents or token ids of a Dataset, of an IterableDataset, or of a dict of them by split."""
+    """Return the documents or token ids of a Dataset, of an IterableDataset, or of a dict of them by split."""
     data, split = _pick_split(data, source.name, request)
     with _reading(source.name):
         first = next(iter(data), None)
     if first is None:
-        raise CalibrationDataError(f"{source.name}: there are no rows in it.")
+        raise CalibrationDataError(f"{source.name}: the dataset has no rows.")
     column = _pick_column(_columns(data, first), source.name, request.text_column)
     rows, in_part = _rows(data, source.name, request)
     source = replace(source, in_part=in_part, origin={**source.origin, "split": split, "text_column": column})
@@ -314,7 +314,7 @@ def _from_dataset(data: Any, source: Source, request: Request) -> Source:
 
 
 def _pick_split(data: Any, name: str, request: Request) -> tuple[Dataset | IterableDataset, str | None]:
-    """The split to read, and its name."""
+    """Return the split to read, and its name."""
     if not isinstance(data, Mapping):
         own = None if data.split is None else str(data.split)
         if request.split in (None, own):
@@ -326,7 +326,7 @@ def _pick_split(data: Any, name: str, request: Request) -> tuple[Dataset | Itera
     choices = names if len(names) == 1 else [split for split in request.splits if split in names]
     if not choices:
         raise CalibrationDataError(
-            f"{name}: there is no split {' or '.join(map(repr, request.splits))}; splits: {', '.join(names)}."
+            f"{name}: found no split {' or '.join(map(repr, request.splits))}; splits: {', '.join(names)}."
         )
     return data[choices[0]], choices[0]
 
@@ -336,29 +336,32 @@ def _sliced(data: Mapping[str, Any], spec: str, name: str) -> Dataset:
 
     if not all(isinstance(rows, Dataset) for rows in data.values()):
         raise CalibrationDataError(
-            f"{name}: there is no split {spec!r}; splits: {', '.join(map(str, data))}, which are streamed and have no "
-            "slices."
+            f"{name}: found no split {spec!r}; splits: {', '.join(map(str, data))}, which are streamed and cannot be "
+            "sliced."
         )
     slices = _slices(spec, {str(split): len(rows) for split, rows in data.items()}, name)
     return concatenate_datasets([data[split].select(range(first, end)) for split, first, end in slices])
 
 
 def _slices(spec: str, lengths: Mapping[str, int], name: str) -> list[tuple[str, int, int]]:
-    """The splits that `spec` names, and the first and the end of the rows to take of each."""
+    """Return (split, first row, end row) for each split that `spec` names."""
     from datasets import ReadInstruction
 
     try:
         parts = ReadInstruction.from_spec(spec).to_absolute(lengths)
     except ValueError as error:
         raise CalibrationDataError(
-            f"{name}: there is no split {spec!r}; splits: {', '.join(lengths)}, and slices of them such as "
+            f"{name}: found no split {spec!r}; splits: {', '.join(lengths)}, and slices of them such as "
             f"'{next(iter(lengths))}[:10%]'."
         ) from error
     return [(part.splitname, part.from_, part.to) for part in parts]
 
 
 def _columns(data: Dataset | IterableDataset, first: Mapping[str, Any]) -> dict[str, bool]:
-    """Every column, and whether it holds strings; a streamed dataset may know its columns by its first row only."""
+    """Return a mapping column -> whether it contains strings.
+
+    A streamed dataset may not know its columns. They are then inferred from its first row.
+    """
     if data.features is None:
         return {column: isinstance(value, str) for column, value in first.items()}
     return {
@@ -368,26 +371,26 @@ def _columns(data: Dataset | IterableDataset, first: Mapping[str, Any]) -> dict[
 
 
 def _pick_column(columns: Mapping[str, bool], name: str, wanted: str | None) -> str:
-    """The column that was named, else one with a usual name for text, else token ids, else the only one of strings."""
+    """Return the requested column, else one with a usual name for text, else token ids, else the only string column."""
     if wanted is not None:
         if wanted not in columns:
-            raise CalibrationDataError(f"{name}: there is no column {wanted!r}; columns: {', '.join(columns)}.")
+            raise CalibrationDataError(f"{name}: found no column {wanted!r}; columns: {', '.join(columns)}.")
         return wanted
     strings = [column for column, holds_strings in columns.items() if holds_strings]
     usual = [column for column in (*TEXT_COLUMNS, IDS) if column in columns]
     if usual or len(strings) == 1:
         return (usual or strings)[0]
     candidates = f"columns of strings: {', '.join(strings)}" if strings else f"columns: {', '.join(columns)}"
-    raise CalibrationDataError(f"{name}: which column holds the text? Name it with text_column; {candidates}.")
+    raise CalibrationDataError(f"{name}: cannot tell which column contains the text. Set text_column; {candidates}.")
 
 
 def _rows(data: Any, name: str, request: Request) -> tuple[Iterable[Mapping[str, Any]], bool]:
-    """The rows in the order in which they are to be read, and whether they are to be read in part."""
+    """Return the rows in reading order, and whether to read only part of them."""
     from datasets import IterableDataset
 
     if isinstance(data, IterableDataset):
         if request.windows is None:
-            raise CalibrationDataError(f"{name} is streamed and not read to its end; say how much with max_windows.")
+            raise CalibrationDataError(f"{name} is streamed and cannot be read to its end; set max_windows.")
         shuffled = data if request.seed is None else data.shuffle(seed=request.seed, buffer_size=SHUFFLE_BUFFER)
         return _streamed(shuffled, name), True
     return _as_needed(data, data.data.nbytes * len(data) // data.data.num_rows, request)
@@ -404,21 +407,21 @@ def _streamed(data: IterableDataset, name: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _documents(rows: Iterable[Mapping[str, Any]], column: str, name: str) -> Iterator[Any]:
-    """The column's values except None, with which tables mark a row without text."""
+    """Yield the values of the column, except None, which marks a row without text."""
     for row in rows:
         value = row[column]
         if value is None:
             continue
         if kind_of(value) not in ("text", "conversation"):
             raise CalibrationDataError(
-                f"{name}: column {column!r} holds {type(value).__name__}, expected strings, conversations "
+                f"{name}: column {column!r} contains {type(value).__name__}, expected strings, conversations "
                 "(lists of {'role': ..., 'content': ...}), or token ids."
             )
         yield value
 
 
 def _ids(rows: Iterable[Mapping[str, Any]], column: str, source: Source, request: Request) -> Tensor:
-    """The column's token ids, a row a window; of a source that is read in part only as many as are needed."""
+    """Return the token ids of the column, one window per row. Read only as many rows as needed if `in_part`."""
     wanted = itertools.islice(rows, request.windows if source.in_part else None)
     name = f"{source.name}, column {column!r}"
     return from_encodings(({IDS: row[column], MASK: row.get(MASK)} for row in wanted), name)

@@ -1,7 +1,7 @@
-"""The residual stream at a block's input, over all calibration tokens, and what else the model hands its blocks.
+"""Store the residual stream at a block's input over all calibration tokens, and record the blocks' other arguments.
 
-Streams are kept in one place: on the accelerator, in host memory, or in files that the system may take out of memory.
-It is chosen for the first of them; whatever is made from a stream goes where that stream is.
+All streams use the same storage: the accelerator, host memory, or memory-mapped files that the system may evict from
+memory. The storage is chosen for the first stream, and results computed from a stream use the storage of that stream.
 """
 
 from __future__ import annotations
@@ -24,51 +24,51 @@ from optimum_modegpt.errors import CheckpointError, NumericalError
 from optimum_modegpt.processes import share
 
 Stream = list[Tensor]
-"""The residual stream, (batch, length, d_model) a batch."""
+"""The residual stream as batches, (batch, length, d_model) each."""
 
 HOST = torch.device("cpu")
 
 DENSE_ADVICE = "Load the model in bfloat16 or float32, or check its weights."
-"""For a dense model whose output is not finite."""
+"""Advice for a dense model whose output is not finite."""
 
 SUFFIX = ".stream"
-"""Of the files that streams are kept in; by it they are told from other maps of files."""
+"""Suffix of the files of streams, which distinguishes them from other memory-mapped files."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where streams are kept: in the memory of `device`, or in files in `folder`, then `device` is the host."""
+    """Storage of streams: the memory of `device`, or files in `folder`, in which case `device` is the host."""
 
     device: torch.device
     folder: Path | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Place:
-        """Where `tensor` is."""
+        """Return the storage of `tensor`."""
         name = tensor.untyped_storage().filename
         return cls(tensor.device, Path(name).parent if name is not None and name.endswith(SUFFIX) else None)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """`tensor`, there, when this returns; itself where it is there already.
+        """Move `tensor` to this storage, and block until done. Return the same tensor if it is already there.
 
         Raises:
-            CheckpointError: the disk is full, or refuses.
+            CheckpointError: the disk is full or not writable.
         """
         if self.folder is None or Place.of(tensor) == self:
             return to_host(tensor) if self.device.type == "cpu" else tensor.to(self.device)
         try:
             return _in_file(tensor.detach().to(self.device).contiguous(), self.folder)
-        except (OSError, RuntimeError) as error:  # torch has no error of its own for what the system refuses
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for I/O errors
             raise CheckpointError(
                 f"{self.folder} cannot hold the residual streams: {error}\n"
-                "Make room there and run the same again, or calibrate on fewer tokens."
+                "Free some space there and rerun the same command, or calibrate on fewer tokens."
             ) from error
 
 
 def kept(tensors: Iterable[Tensor], beside: Stream) -> Iterator[Tensor]:
-    """The tensors where the stream `beside` is kept, in their order, each once it is there.
+    """Move the tensors to the storage of the stream `beside`, in order. Yield each one after its copy has completed.
 
-    To the host's memory they are copied beside the computing of those that follow. Writing into a file holds that up.
+    Copies to host memory overlap with the computation of the next tensors. Writes to a file block it.
     """
     place = next(map(Place.of, beside), Place(HOST))
     return leaving(tensors) if place == Place(HOST) else map(place.keep, tensors)
@@ -77,14 +77,17 @@ def kept(tensors: Iterable[Tensor], beside: Stream) -> Iterator[Tensor]:
 def passed(
     function: Callable[..., Tensor], device: torch.device, stream: Stream, *others: Iterable[Tensor]
 ) -> Iterator[Tensor]:
-    """`function` of every batch of the streams, computed on `device`, kept where the first stream is."""
+    """Apply `function` to every batch of the streams on `device`, and store the results like the first stream."""
     arrived = (arriving(each, device) for each in (stream, *others))
     return kept(itertools.starmap(function, zip(*arrived, strict=True)), stream)
 
 
 def _in_file(tensor: Tensor, folder: Path) -> Tensor:
-    """A shared map of a new file without a name: it takes no memory that the system could not have back, and is gone
-    with the last tensor that uses it, or with the process."""
+    """Store `tensor` in a new unlinked file, and return a shared memory map of it.
+
+    The system can reclaim the memory of the map. The file disappears with the last tensor that uses it, or with the
+    process.
+    """
     descriptor, name = tempfile.mkstemp(suffix=SUFFIX, dir=folder)
     with open(descriptor, "wb") as file:
         try:
@@ -92,18 +95,18 @@ def _in_file(tensor: Tensor, folder: Path) -> Tensor:
             mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         finally:
             os.unlink(name)
-        # Written, not copied into the map: there, a full disk would end the process.
+        # Write to the file instead of copying into the map, because a full disk would then kill the process.
         file.write(tensor.flatten().view(torch.uint8).numpy().data)
     return mapped.view(tensor.shape)
 
 
 def in_batches(stream: Stream, size: int) -> Stream:
-    """The stream in batches of at most `size` windows; parts of larger ones are views."""
+    """Split the stream into batches of at most `size` windows. Parts of larger batches are views."""
     return [part for batch in stream for part in batch.split(size)]
 
 
 def not_finite(stream: Stream, windows: Tensor) -> str | None:
-    """Names the first window of the stream with a value that is not finite; `windows` are the numbers of all."""
+    """Return the name of the first window with a non-finite value, or None. `windows` are all indices."""
     start = 0
     for batch in stream:
         bad = batch.isfinite().flatten(1).all(1).logical_not().nonzero()
@@ -114,10 +117,10 @@ def not_finite(stream: Stream, windows: Tensor) -> str | None:
 
 
 def check_dense(stream: Stream, windows: Tensor) -> None:
-    """Refuses a stream of the dense model that is not finite.
+    """Raise if a stream of the dense model is not finite.
 
     Raises:
-        NumericalError: with the number of the window.
+        NumericalError: the stream is not finite. The message names the window.
     """
     if (window := not_finite(stream, windows)) is not None:
         raise NumericalError(f"the dense model's output is not finite on {window}. {DENSE_ADVICE}")
@@ -125,24 +128,24 @@ def check_dense(stream: Stream, windows: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Front:
-    """What enters the first block, and the keyword arguments of every block for one window (they broadcast)."""
+    """Input of the first block, and the keyword arguments of every block for one window, which broadcast."""
 
     stream: Stream
     arguments: list[dict[str, Any]]
     windows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """Number of each window of the stream among the calibration windows, from 0."""
+    """Index of each window of the stream among the calibration windows, from 0."""
 
     def on(self, index: int, device: torch.device) -> dict[str, Any]:
-        """The arguments of block `index`, on `device`."""
+        """Return the arguments of block `index` on `device`."""
         return {name: _move(value, device) for name, value in self.arguments[index].items()}
 
 
 class _Recorder(nn.Module):
-    """Stands in for a block: notes its arguments and passes the stream through."""
+    """Replaces a block. It records its arguments and returns the stream unchanged."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.block = [block]  # in a list, so that it is no submodule
+        self.block = [block]  # in a list, so that it is not a submodule
         self.stream: Tensor | None = None
         self.arguments: dict[str, Any] = {}
 
@@ -158,12 +161,12 @@ class _Recorder(nn.Module):
 
 
 def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Place, *, first: int = 0) -> Front:
-    """Runs the model up to its first block, on its share of `tokens` (windows, length), `batch_size` at a time.
+    """Run the model up to its first block on this rank's shard of `tokens` (windows, length), `batch_size` at a time.
 
-    `first` is the number of the first window of `tokens` among the calibration windows.
+    `first` is the index of the first window of `tokens` among the calibration windows.
 
-    The model's own forward pass does the work, with every block replaced by one that only takes notes; so embeddings,
-    masks and rotary tables are the model's, whatever the family.
+    This runs the model's own forward pass, with a recorder in place of every block. Embeddings, masks and rotary tables
+    are therefore computed by the model itself, for any family.
     """
     with _recorders(architecture) as recorders:
         device: Any = architecture.model.get_input_embeddings().weight.device
@@ -181,9 +184,10 @@ def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Pl
 
 
 def skipping_blocks(architecture: Architecture, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Run the model's own forward pass on `tokens` (windows, length) with every block left out.
+    """Run the model's own forward pass on `tokens` (windows, length) without its blocks.
 
-    Returns the embedded tokens, which would enter the first block, and the logits that the model makes of them.
+    Return the embedded tokens, which are the input of the first block, and the logits that the model computes from
+    them.
     """
     with _recorders(architecture) as recorders:
         device: Any = architecture.model.get_input_embeddings().weight.device
@@ -209,7 +213,7 @@ def _recorders(architecture: Architecture) -> Iterator[Sequence[_Recorder]]:
 
 @contextmanager
 def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """The first argument of every call of `module` while the context is open."""
+    """Record the first argument of every call of `module` within the context."""
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:

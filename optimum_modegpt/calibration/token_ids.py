@@ -1,4 +1,4 @@
-"""Token ids that the caller made: windows of equal length, or one text."""
+"""Convert token ids from the caller: windows of equal length, or one text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from optimum_modegpt.config import IN_MEMORY
 from optimum_modegpt.errors import CalibrationDataError
 
 IDS, MASK = "input_ids", "attention_mask"
-"""The keys of a tokenizer's output that are read; all others are ignored."""
+"""The keys of a tokenizer's output that are used. All others are ignored."""
 
 IN_MEMORY_IDS = f"{IN_MEMORY}token ids"
 
@@ -42,7 +42,7 @@ def as_ids(data: Any, name: str = IN_MEMORY_IDS) -> Tensor:
     """Convert tensors, arrays or lists to int64 on the CPU, of shape (windows, length), or (tokens,) for one text.
 
     Raises:
-        CalibrationDataError: the numbers are no integers, or the shape is another one.
+        CalibrationDataError: the numbers are not integers, or the shape is different.
     """
     ids = _as_tensor(data, name)
     shape = tuple(ids.shape)
@@ -54,7 +54,7 @@ def as_ids(data: Any, name: str = IN_MEMORY_IDS) -> Tensor:
 
 
 def from_encodings(encodings: Iterable[Mapping[str, Any]], name: str = IN_MEMORY_IDS) -> Tensor:
-    """Stack the rows of several encodings to windows (windows, length), without padding and empty rows.
+    """Stack the rows of several encodings into windows (windows, length), without padding and empty rows.
 
     Raises:
         CalibrationDataError: the rows differ in length, all are empty, or a mask does more than mark padding.
@@ -64,7 +64,7 @@ def from_encodings(encodings: Iterable[Mapping[str, Any]], name: str = IN_MEMORY
 
 
 def from_encoding(encoding: Mapping[str, Any], name: str = IN_MEMORY_IDS) -> Tensor:
-    """Read one encoding: of a single text (tokens,), of a batch (windows, length).
+    """Read one encoding, of a single text (tokens,) or of a batch (windows, length).
 
     Raises:
         CalibrationDataError: as `from_encodings`.
@@ -75,7 +75,7 @@ def from_encoding(encoding: Mapping[str, Any], name: str = IN_MEMORY_IDS) -> Ten
 
 
 def _filled(rows: Sequence[Tensor], name: str) -> list[Tensor]:
-    """Return the rows that hold tokens; without padding some may be empty."""
+    """Return the rows that contain tokens. After padding is removed, some rows may be empty."""
     filled = [row for row in rows if len(row) > 0]
     if not filled:
         raise CalibrationDataError(f"{name}: all rows are empty, or all of their tokens are padding.")
@@ -114,13 +114,13 @@ def _stacked(rows: Sequence[Tensor], name: str) -> Tensor:
         raise CalibrationDataError(
             f"{name}: the rows must form windows of equal length without padding, found lengths from {lengths[0]} to "
             f"{lengths[-1]}. Tokenise without padding and cut the ids into rows of equal length, or join them into "
-            "one list of ids, which is cut into windows; text itself needs no such preparation."
+            "one list of ids, which is cut into windows. You can also pass the text itself."
         )
     return torch.stack(list(rows))
 
 
 def _rows(encoding: Mapping[str, Any], name: str) -> list[Tensor]:
-    """The rows of an encoding, each (tokens,), without the padding that its attention mask marks."""
+    """Return the rows of an encoding, each (tokens,), without the padding that its attention mask marks."""
     ids = as_ids(encoding[IDS], name)
     rows = list(ids.view(-1, ids.shape[-1]))
     if encoding.get(MASK) is None:
@@ -135,14 +135,14 @@ def _rows(encoding: Mapping[str, Any], name: str) -> list[Tensor]:
 
 
 def _unpadded(row: Tensor, mask: Tensor, name: str) -> Tensor:
-    """One row without padding: the positions before the first and after the last one that the mask shows."""
+    """Return one row without padding: from the first to the last position that the mask shows."""
     places = mask.nonzero().flatten()
     if len(places) == 0:
         return row[:0]
     first, last = int(places[0]), int(places[-1])
     if len(places) != last - first + 1:
         raise CalibrationDataError(
-            f"{name}: {MASK} hides tokens inside a row, which calibration and evaluation cannot do. It may only mark "
-            f"padding at the ends; leave {MASK} out, or the hidden tokens."
+            f"{name}: {MASK} hides tokens inside a row, which calibration and evaluation do not support. It may only "
+            f"mark padding at the ends; omit {MASK}, or remove the hidden tokens."
         )
     return row[first : last + 1]

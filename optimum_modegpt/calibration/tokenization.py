@@ -1,4 +1,4 @@
-"""From documents to token ids: join them, apply the chat template, tokenise in pieces."""
+"""Convert documents to token ids: apply the chat template, join the texts, and tokenise them in pieces."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from optimum_modegpt.calibration.token_ids import kind_of
 from optimum_modegpt.errors import CalibrationDataError
 
 WHOLE_TEXT = 2 * 2**20
-"""Characters of the longest text that is tokenised in one call: time and memory grow faster than the text."""
+"""Maximum characters of a text that is tokenised in one call, because time and memory grow faster than the text."""
 PIECE = 2**16
-"""Characters of the pieces of a longer text."""
+"""Characters per piece of a longer text."""
 BREAK = re.compile(r"(?<=[^\W_])\s")
-"""The place before white space behind a letter or digit, where tokenizers end a token too."""
+"""White space after a letter or digit, before which tokenizers end a token."""
 LEAD = "a"
-"""A word put before a piece and taken off again. A tokenizer may treat the beginning of a text in its own way."""
+"""A word that is added before a piece, and whose ids are removed again. Tokenizers may treat the beginning of a text in
+a special way."""
 
 
 def encode(tokenizer: Any, text: str) -> Tensor:
-    """Token ids without special tokens, (tokens,).
+    """Return token ids without special tokens, (tokens,).
 
-    Texts longer than `WHOLE_TEXT` are tokenised in pieces. That gives the same ids if the tokenizer ends a token before
-    white space behind a word, as those of the known families do; others may differ by a token per piece.
+    Texts longer than `WHOLE_TEXT` are tokenised in pieces. This gives the same ids if the tokenizer ends a token before
+    white space after a word, as those of the supported families do. Others may differ by one token per piece.
     """
     if len(text) <= WHOLE_TEXT:
         return _encode(tokenizer, text)
@@ -37,7 +38,7 @@ def encode(tokenizer: Any, text: str) -> Tensor:
 
 
 def opening_token(tokenizer: Any) -> int | None:
-    """The special token that the tokenizer puts before every text, None if it adds none."""
+    """Return the special token that the tokenizer adds before every text, or None if it adds none."""
     opened, plain = (_encode(tokenizer, LEAD, special=special).tolist() for special in (True, False))
     return opened[0] if plain and opened[0] != plain[0] else None
 
@@ -54,24 +55,24 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
 
 
 def joined(documents: Iterable[Any], name: str, tokenizer: Any, *, blank_rows: bool, tokens: int | None = None) -> str:
-    """Join documents to one text: strings by a blank line, conversations, which the template closes, by nothing.
+    """Join documents into one text: strings by a blank line, conversations directly, because the template closes them.
 
     Args:
         documents: strings, or conversations (lists of messages), but not both.
-        name: for messages.
-        tokenizer: of the model; its chat template is applied to conversations.
+        name: name of the source for messages.
+        tokenizer: tokenizer of the model. Its chat template is applied to conversations.
         blank_rows: whether strings without text count as documents.
-        tokens: read only as many documents as hold this many tokens and a tenth more; None reads all of them.
+        tokens: number of tokens after which, plus 10 %, reading stops. None reads all documents.
 
     Raises:
-        CalibrationDataError: there is no text, or a document cannot be used.
+        CalibrationDataError: the documents contain no text, or one of them cannot be used.
     """
     rows = iter(documents) if blank_rows else (row for row in documents if not _is_blank(row))
     first = next(rows, "")
     chat = kind_of(first) == "conversation"
     if chat and not getattr(tokenizer, "chat_template", None):
         raise CalibrationDataError(
-            f"{name}: conversations need a chat template, and the tokenizer has none. "
+            f"{name}: conversations require a chat template, but the tokenizer has none. "
             "Use the tokenizer of a chat model, or pass the conversations as strings."
         )
     convert = _from_chat if chat else _plain
@@ -80,23 +81,23 @@ def joined(documents: Iterable[Any], name: str, tokenizer: Any, *, blank_rows: b
         texts = _first_texts(texts, tokenizer, tokens + tokens // 10 + 1)
     text = ("" if chat else "\n\n").join(texts)
     if _is_blank(text):
-        raise CalibrationDataError(f"{name}: there is no text in it: it is empty, or all of its rows are blank.")
+        raise CalibrationDataError(f"{name} contains no text: it is empty, or all of its rows are blank.")
     return text
 
 
 def _encode(tokenizer: Any, text: str, *, special: bool = False) -> Tensor:
-    # Not verbose: the tokenizer would warn that the text is longer than the context.
+    # Not verbose, because the tokenizer would warn that the text is longer than the context.
     return torch.tensor(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"], dtype=torch.int64)
 
 
 def _encode_behind(lead: Tensor, tokenizer: Any, piece: str) -> Tensor:
-    """The ids of `piece` as they are behind a word, whose own ids are `lead`."""
+    """Return the ids of `piece` as they are after a word with the ids `lead`."""
     ids = _encode(tokenizer, LEAD + piece)
     return ids[len(lead) :] if torch.equal(ids[: len(lead)], lead) else _encode(tokenizer, piece)
 
 
 def _first_texts(texts: Iterable[str], tokenizer: Any, missing: int) -> Iterator[str]:
-    """Yield texts until they hold `missing` tokens when each is tokenised by itself; the last one may be cut short."""
+    """Yield texts until they contain `missing` tokens, if tokenised separately. The last text may be truncated."""
     for text in texts:
         taken = 0
         for piece in pieces(text):
@@ -134,5 +135,5 @@ def _from_chat(conversation: Any, name: str, tokenizer: Any) -> str:
     except TemplateError as error:
         roles = ", ".join(str(message["role"]) for message in conversation)
         raise CalibrationDataError(
-            f"{name}: the chat template refuses a conversation with the roles {roles}: {error}"
+            f"{name}: the chat template rejects a conversation with the roles {roles}: {error}"
         ) from error

@@ -1,8 +1,8 @@
-"""Copies between the host and an accelerator, beside the computing where the accelerator can do both at once.
+"""Copy tensors between the host and an accelerator, and overlap the copies with computation if the device can.
 
-Who takes tensors from `arriving` and `leaving` finds them there: a copy on its way is in nobody's hands. What leaves
-goes into pinned memory, from which the next copy comes beside the computing. From other memory, and to and from files,
-a copy holds up the host instead.
+Both iterators, `arriving` (prefetch) and `leaving` (offload), yield a tensor only after its copy has completed. Offload
+copies to pinned memory, so that the next prefetch of the tensor overlaps with computation. Copies from pageable memory,
+and to and from files, block the host instead.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ import torch
 from torch import Tensor
 
 LEAVING = 2
-"""Most tensors on their way to the host while the next is computed: a pass that makes two a batch goes on beside."""
+"""Maximum number of pending copies to the host while the next tensor is computed. A pass that produces two tensors per
+batch still overlaps."""
 
 
 def overlaps(device: torch.device) -> bool:
-    """Whether copies to `device` and from it can run while it computes."""
+    """Return whether copies to and from `device` can overlap with its computation."""
     return device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
 
 
 @functools.cache
 def copies(device: torch.device, direction: Literal["to", "from"]) -> torch.Stream:
-    """The one queue of copies in that direction: memory that was freed in one is of no use to another.
+    """Return the only copy stream for this direction, because a stream cannot reuse memory freed in another stream.
 
-    The directions do not wait for each other; the wires between host and accelerator carry both at once.
+    Copies in opposite directions do not wait for each other, because the bus transfers both at the same time.
     """
     return torch.Stream(device=device)
 
 
 def arriving(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """The batches on `device`, in their order; from the host, each is on its way while the one before is computed with.
+    """Prefetch batches to `device`, in order. The copy of a batch overlaps with computation on the previous one.
 
-    A copy has a queue of its own: computing waits for that copy alone, and its memory is not given away before the
-    computing that was queued until then is done.
+    Copies use a separate stream. Computation waits only for the copy of its own batch, and the memory of a batch is not
+    reused before the computation queued until then is done.
     """
     if not overlaps(device):
         yield from (batch.to(device) for batch in batches)
@@ -55,15 +56,15 @@ def arriving(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor
             computing.wait_event(arrival)
             batch.record_stream(computing)  # pyright: ignore[reportArgumentType]
         yield batch
-        del batch  # while the next but one is sent
+        del batch  # free it while the next but one is copied
 
 
 def leaving(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The tensors in host memory, in their order, each once it has arrived; the next are computed while it is copied.
+    """Offload tensors to host memory, in order. Each copy overlaps with the computation of the next tensors.
 
-    A copy waits for what was queued when it was sent, and its source is not given away before it is done. At most
-    `LEAVING` are on their way when the next tensor is asked for. Where that fails, what is on its way is dropped: both
-    allocators know the queue that uses its memory.
+    A copy waits for the computation queued before it, and the memory of its source is not reused before the copy is
+    done. At most `LEAVING` copies are pending when the next tensor is requested. If computing that tensor fails, the
+    pending copies are dropped. This is safe, because both allocators know the stream that uses the memory.
     """
     waiting: deque[tuple[Tensor, Any]] = deque()
     for sent in map(_sent_home, tensors):
@@ -75,12 +76,12 @@ def leaving(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """`tensor` in host memory, there when this returns; from an accelerator in pinned memory."""
+    """Copy `tensor` to host memory, and block until the copy is done. From an accelerator, the memory is pinned."""
     return _arrived(*_sent_home(tensor))
 
 
 def _sent_home(tensor: Tensor) -> tuple[Tensor, Any]:
-    """Memory of the host that `tensor` is copied into, and the event of its arrival; None where it is there already."""
+    """Start a copy of `tensor` to the host. Return it with its completion event, or None if it is already complete."""
     device = tensor.device
     if not overlaps(device):
         return tensor.to("cpu"), None
@@ -100,17 +101,17 @@ def _arrived(home: Tensor, arrival: Any) -> Tensor:
 
 
 def pinned(tensor: Tensor) -> Tensor:
-    """Memory of the host for such a tensor, in pages that stay where they are: copies need no detour."""
+    """Allocate page-locked host memory for a tensor like `tensor`, so that copies need no staging buffer."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
 def pinned_size(size: int) -> int:
-    """Bytes that `pinned` takes for `size`: torch rounds up to a power of two."""
+    """Return the bytes that `pinned` allocates for `size` bytes, which torch rounds up to a power of two."""
     return 1 << (size - 1).bit_length()
 
 
 def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The items, each after the next one was asked for."""
+    """Yield each item after the next one was requested."""
     waiting: list[Any] = []
     for item in items:
         waiting.append(item)

@@ -1,1 +1,1 @@
-"""A model beside the one it should replace: prompt by prompt, on one page, and on live requests."""
+"""Compare a model with the one it should replace: prompt by prompt, on one page, and on live requests."""

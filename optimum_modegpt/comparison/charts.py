@@ -1,4 +1,4 @@
-"""Geometry of the page's charts: numbers to coordinates, without a drawing library."""
+"""Compute the coordinates of the page's charts, without a drawing library."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BINS = 16
 
 @dataclass(frozen=True)
 class Tick:
-    """A place on an axis and what is written there."""
+    """A position on an axis and its label."""
 
     place: float
     text: str
@@ -23,7 +23,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Scale:
-    """Values from `low` to `high` on the pixels from `start` to `end`."""
+    """A linear map of values from `low` to `high` to pixels from `start` to `end`."""
 
     low: float
     high: float
@@ -34,7 +34,7 @@ class Scale:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 2)
 
     def ticks(self, form: Callable[[float], str], count: int = 4) -> list[Tick]:
-        """Round values, about `count` of them."""
+        """Return about `count` ticks at round values."""
         rough = (self.high - self.low) / count
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * each for each in (1, 2, 5, 10) if power * each >= rough * 0.999)
@@ -45,7 +45,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Bar:
-    """A rectangle, and the words for it."""
+    """A rectangle and its tooltip."""
 
     x: float
     y: float
@@ -56,7 +56,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Rule:
-    """A line across the chart at a value: its place, its words, and its class."""
+    """A line across the chart at a value: its position, its label and its class."""
 
     place: float
     text: str
@@ -65,7 +65,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Box:
-    """A distribution on a line: its name, class, height, and the places of 5, 25, 50, 75 and 95 percent."""
+    """A box plot: its name, its class, its height and the positions of the 5, 25, 50, 75 and 95 % quantiles."""
 
     name: str
     kind: str
@@ -76,7 +76,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template draws; `alt` says in words what the picture shows."""
+    """The elements of one chart, which the template draws. `alt` describes the chart in words."""
 
     title: str
     x_label: str
@@ -97,7 +97,7 @@ def histogram(
     bounds: tuple[float, float],
     marks: Sequence[tuple[float, str, str]],
 ) -> Chart:
-    """How many prompts have which value; `marks` are (value, words, class) of lines across."""
+    """Return a histogram of one value per prompt. `marks` are (value, label, class) of lines across the chart."""
     low, high = bounds
     counts = torch.histc(torch.tensor(values, dtype=torch.float64), BINS, low, high).int().tolist()
     across, up = Scale(low, high, LEFT, WIDTH - RIGHT), Scale(0, max(counts), HEIGHT - BOTTOM, TOP + 18)
@@ -131,10 +131,10 @@ def curve(
     extent: tuple[int, float],
     form: Callable[[float], str],
 ) -> Chart:
-    """A value token by token with a band around it.
+    """Return a chart of a value by token with a band around it.
 
-    `lines` are (low, middle, high), all the same without a band; `extent` is the first token's number and the top of
-    the axis.
+    `lines` are (low, middle, high). Without a band, all three are equal. `extent` is the number of the first token and
+    the top of the axis.
     """
     (low, middle, high), (start, top) = lines, extent
     end = start + len(middle) - 1
@@ -154,7 +154,7 @@ def curve(
 
 
 def boxes(title: str, x_label: str, rows: Sequence[tuple[str, str, Sequence[float]]]) -> Chart:
-    """Distributions of (name, class, values) below each other, on an axis from 0."""
+    """Return box plots of (name, class, values), one below the other, on an axis from 0."""
     found = [(name, kind, _percentiles(values)) for name, kind, values in rows]
     across = Scale(0, max(places[-1] for *_, places in found) * 1.05, LEFT, WIDTH - RIGHT)
     drawn = [

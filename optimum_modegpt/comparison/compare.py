@@ -1,10 +1,11 @@
-"""A model beside the one it should replace, prompt by prompt: what differs, where, how fast, and in how much memory.
+"""Compare a model with the one it should replace, prompt by prompt: predictions, text, speed and memory.
 
-For each prompt the reference writes a greedy continuation, and both models then read the same tokens, prompt and
-continuation, in one pass (teacher forcing). A position is the prediction of a token from all before it: those of the
-prompt from its second token on, and all of the continuation. KL divergence and agreements are over all positions,
-perplexities over those of the prompts only: a text that the reference wrote would favour it. Each model's own greedy
-continuation, written at batch size 1, shows where they part and gives the latency.
+For each prompt, the reference generates a greedy continuation. Both models then read the same tokens, prompt and
+continuation, in one pass (teacher forcing). A position is the prediction of a token from all tokens before it: the
+tokens of the prompt from the second one on, and all of the continuation. KL divergence and agreements are means over
+all positions. Perplexities are over the positions of the prompts only, because text by the reference would favour the
+reference. Each model also generates its own greedy continuation at batch size 1. The two show the first difference and
+give the latency.
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ def compare(
     on_record: Callable[[PromptComparison], None] | None = None,
     progress: bool = False,
 ) -> Comparison:
-    """Compares `model` with `reference` on each prompt; the module says on which positions.
+    """Compare `model` with `reference` on each prompt. The docstring of the module defines the positions.
 
     Args:
-        model: on the device where it shall run; latency is measured there.
-        reference: on the same device or another one.
-        tokenizer: that of both.
-        prompts: texts, or conversations for the tokenizer's chat template. Longer ones than the context leaves room
-            for lose their beginning, with a warning.
-        max_new_tokens: of each continuation; it ends earlier where the model ends the text.
-        on_record: called with each record as soon as it is there.
+        model: the model, on the device to run it on. Its latency is measured there.
+        reference: the reference, on the same device or another one.
+        tokenizer: the tokenizer of both models.
+        prompts: texts, or conversations for the tokenizer's chat template. A prompt that is too long for the context is
+            truncated at its beginning, with a warning.
+        max_new_tokens: maximum length of each continuation. The model may end the text earlier.
+        on_record: called with each record as soon as it is complete.
         progress: whether to show a progress bar.
 
     Raises:
@@ -83,10 +84,12 @@ def compare(
 
 
 def distances(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -> Distances:
-    """Both models on `ids` (tokens,): tokens − 1 positions. The caller sees to evaluation mode and inference mode.
+    """Compare the predictions of both models on `ids` (tokens,), at tokens − 1 positions.
+
+    The caller must set evaluation mode and inference mode.
 
     Raises:
-        EvaluationError: when logits are not finite.
+        EvaluationError: logits are not finite.
     """
     batch = ids[None].to(model.device)
     ours = logits_of(model, batch)
@@ -99,7 +102,7 @@ def distances(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -
         reference_nats=by_position(nats_of, targets(batch), theirs),
     )
     if not found.kl.isfinite().all():
-        raise EvaluationError("the divergence from the reference is not finite: logits overflow; try another --dtype.")
+        raise EvaluationError("the divergence from the reference is not finite: logits overflow. Try another --dtype.")
     return found
 
 
@@ -110,13 +113,13 @@ def _overlap(reference: Tensor, logits: Tensor) -> Tensor:
 
 
 def parting(first: Sequence[Any], second: Sequence[Any]) -> int | None:
-    """Index of the first item in which two sequences differ; None where they are equal."""
+    """Return the index of the first item in which two sequences differ, or None if they are equal."""
     differing = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
     return next(differing, None if len(first) == len(second) else min(len(first), len(second)))
 
 
 def _room(models: Iterable[PreTrainedModel], max_new_tokens: int) -> int | None:
-    """The most tokens that a prompt may have; None where neither model has a limit."""
+    """Return the maximum number of tokens of a prompt, or None if neither model has a limit."""
     if max_new_tokens < 1:
         raise EvaluationError(f"max_new_tokens must be at least 1, found {max_new_tokens}.")
     contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
@@ -130,20 +133,20 @@ def _room(models: Iterable[PreTrainedModel], max_new_tokens: int) -> int | None:
 
 def _check_prompts(encoded: Sequence[EncodedPrompt], models: Iterable[PreTrainedModel], room: int | None) -> None:
     if not encoded:
-        raise EvaluationError("there are no prompts to compare on.")
+        raise EvaluationError("expected at least one prompt, found none.")
     for model in models:
         check_ids(model, torch.cat([prompt.ids for prompt in encoded]))
     long = sum(room is not None and len(prompt.ids) > room for prompt in encoded)
     if long:
         logger.warning(
-            "%d of %d prompts are longer than the %d tokens that the context leaves beside the continuation; "
-            "they were cut to their last %d.",
+            "%d of %d prompts are longer than the %d tokens that the context holds in addition to the continuation; "
+            "they were truncated to their last %d tokens.",
             *(long, len(encoded), room, room),
         )
 
 
 class _Pair:
-    """Both models at work; sums of what a record does not keep."""
+    """Both models, with the sums over prompts that the records do not contain."""
 
     def __init__(
         self,
@@ -161,12 +164,12 @@ class _Pair:
         self.nats, self.scored = dict.fromkeys(self.models, 0.0), 0
 
     def warm_up(self, prompt: EncodedPrompt) -> None:
-        """First calls allocate and choose kernels; they are not measured."""
+        """Run both models once without measuring, because the first calls allocate memory and select kernels."""
         for model in self.models.values():
             continuation(model, self._fitting(prompt), min(WARM_UP_TOKENS, self.max_new_tokens), self.stops)
 
     def record(self, index: int, prompt: EncodedPrompt) -> PromptComparison:
-        """Both models on one prompt; which of them writes first alternates."""
+        """Compare both models on one prompt. The model that generates first alternates."""
         ids = self._fitting(prompt)
         order = ("reference", "model") if index % 2 else ("model", "reference")
         new = {name: continuation(self.models[name], ids, self.max_new_tokens, self.stops) for name in order}
@@ -200,7 +203,7 @@ class _Pair:
         return record
 
     def comparison(self, began: str) -> Comparison:
-        """The sums over all records."""
+        """Return the comparison over all records."""
         perplexities = {
             name: exponential(self.nats[name], self.scored) if self.scored else None for name in self.models
         }

@@ -1,4 +1,4 @@
-"""One greedy continuation: what a model writes, how fast, and what memory it takes for it."""
+"""Generate one greedy continuation, and measure its latency and memory."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from optimum_modegpt.stages import StageClock
 
 @dataclass(frozen=True)
 class Continuation:
-    """New tokens (tokens,) on the CPU, and the cost of writing them at batch size 1."""
+    """New tokens (tokens,) on the CPU, and the cost of generating them at batch size 1."""
 
     tokens: Tensor
     first_token_seconds: float
-    """From the call to the first token: the prefill and what `generate` prepares."""
+    """Seconds from the call to the first token: the setup of `generate` and the prefill."""
     seconds_per_token: float | None
-    """Mean over the tokens after the first; None where there is only one."""
+    """Mean over the tokens after the first. None if there is only one token."""
     cache_bytes_per_token: float | None
-    """Of keys and values in all blocks; None for a model without such a cache."""
+    """Bytes of keys and values in all blocks. None for a model without a key-value cache."""
     working_bytes: int | None
-    """How far device memory rose above what stood there before; None where the allocator does not tell, as on a CPU."""
+    """Peak device memory minus the memory in use before. None if the allocator does not report it, as on a CPU."""
 
 
 class _Ticks(BaseStreamer):
-    """Notes when `generate` hands over the prompt, and then each token."""
+    """Records the times at which `generate` passes on the prompt and each new token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -45,9 +45,9 @@ class _Ticks(BaseStreamer):
 
 
 def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops: dict[str, Any]) -> Continuation:
-    """What `model` writes after `ids` (tokens,), the likeliest token each time.
+    """Generate a greedy continuation of `ids` (tokens,): the most likely token at each step.
 
-    `stops` are the token ids that end or pad a text: eos_token_id and pad_token_id.
+    `stops` contains the token ids that end or pad a text: eos_token_id and pad_token_id.
     """
     batch = ids[None].to(model.device)
     ticks, clock = _Ticks(), StageClock(model.device)
@@ -71,9 +71,10 @@ def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops
 
 @contextmanager
 def _greedy(model: PreTrainedModel, stops: dict[str, Any]) -> Iterator[None]:
-    """Inside, the model's own generation config asks for nothing but the likeliest token.
+    """Replace the model's generation config by plain greedy decoding within the context.
 
-    It is put aside whole: `generate` takes from it whatever a call leaves out, and two models may differ in it.
+    The whole config is replaced, because `generate` reads from it every setting that a call omits, and two models may
+    differ in it.
     """
     own: Any = model.generation_config
     model.generation_config = GenerationConfig(
@@ -86,7 +87,7 @@ def _greedy(model: PreTrainedModel, stops: dict[str, Any]) -> Iterator[None]:
 
 
 def stops_of(model: PreTrainedModel) -> dict[str, Any]:
-    """What ends a text of this model, for `continuation`; a pad token is named even where none is needed."""
+    """Return the `stops` of this model for `continuation`. If it has no pad token, the first end token is used."""
     config: Any = model.generation_config
     ends = config.eos_token_id
     first = ends[0] if isinstance(ends, list) else ends

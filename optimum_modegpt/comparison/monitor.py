@@ -1,4 +1,4 @@
-"""Watches a served model: compares a sampled share of live requests with the model that it replaced."""
+"""Monitor a served model: compare a sample of live requests with the predictions of the model that it replaced."""
 
 from __future__ import annotations
 
@@ -29,54 +29,54 @@ logger = logging.getLogger(__name__)
 
 MEANS = ("kl", "top1_agreement", "top5_overlap")
 CHANGING_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that rewrite their table in a forward pass, by the length of the text."""
+"""Types of rotary embeddings that update their table in a forward pass, depending on the length of the text."""
 STATUS = {
     "unchecked": "none was set",
-    "warming up": "not judged yet, too few requests were compared",
+    "warming up": "not checked yet, too few requests were compared",
     "held": "all held",
 }
-"""In words for people; for those that are broken `MonitorSummary.broken` has them."""
+"""Descriptions of the statuses. `MonitorSummary.broken` describes the status "broken"."""
 Sink = Callable[[dict[str, Any]], None]
 Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any]], None]
-"""Takes what `generate` returned, and its arguments."""
+"""Receives the result of `generate` and its arguments."""
 
 
 @dataclass(frozen=True)
 class MonitorSummary:
-    """What a monitor saw until now; means over requests."""
+    """Results of a monitor so far. Means are over requests."""
 
     requests: int
-    """Sequences that were served while it watched."""
+    """Sequences served while the monitor was watching."""
     compared: int
     skipped: int
-    """Chosen, but left out because the queue was full."""
+    """Sampled requests that were skipped because the queue was full."""
     waiting: int
-    """Chosen, and not compared yet."""
+    """Sampled requests that are not compared yet."""
     errors: int
-    """Requests that could not be observed, compared, or written to the sink; each was logged."""
+    """Requests that could not be observed, compared or written to the sink. Each one was logged."""
     last_error: str | None
     kl: float | None
-    """Mean KL(reference ‖ model), in nats per position; None before the first comparison, like all that follow."""
+    """Mean KL(reference ‖ model), in nats per position. This and the next four are None before the first comparison."""
     kl_max: float | None
     top1_agreement: float | None
     top5_overlap: float | None
     recent_kl: float | None
-    """Exponentially weighted mean with the span of the window: the newest of `window` requests weighs 2 / (window + 1).
-    The thresholds hold for this and the next."""
+    """Exponentially weighted mean with the span of the window: the newest request has weight 2 / (window + 1). The
+    thresholds apply to this and the next field."""
     recent_agreement: float | None
     status: Literal["unchecked", "warming up", "held", "broken"]
-    """Unchecked without thresholds; warming up until `window` requests were compared."""
+    """"unchecked" without thresholds, "warming up" until `window` requests were compared."""
     broken: tuple[str, ...]
-    """The thresholds that do not hold now, in words."""
+    """Descriptions of the thresholds that are currently broken."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, safe for JSON."""
+        """Return all fields, safe for JSON."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
         rows = [
-            f"requests: {self.requests:,} served, {self.compared:,} compared, {self.skipped:,} skipped for a full "
-            f"queue, {self.waiting:,} waiting, {self.errors:,} errors"
+            f"requests: {self.requests:,} served, {self.compared:,} compared, {self.skipped:,} skipped because of a "
+            f"full queue, {self.waiting:,} waiting, {self.errors:,} errors"
         ]
         if self.last_error is not None:
             rows.append(f"last error: {self.last_error}")
@@ -90,35 +90,35 @@ class MonitorSummary:
 
 
 class CanaryMonitor:
-    """Compares a share of the requests to `model` with what `reference` would have predicted.
+    """Compares a sample of the requests to `model` with the predictions of `reference`.
 
         with CanaryMonitor(model, reference, thresholds=Thresholds(max_kl=0.1), sink="canary.jsonl") as monitor:
             with monitor.watching():
                 serve(model)
         print(monitor.summary())
 
-    A thread of its own reads prompt and answer with both models, at every position as in `compare`. The request waits
-    for nothing but the copy of its token ids to the host; a full queue skips and counts. The answers are those without
-    a monitor, bit for bit: nothing of the model, its mode or the global random state is touched. The comparison takes
-    its share of the device, though: two forward passes over each chosen request. Put the reference on another device,
-    or lower `fraction`, where that matters. Start it in the process that serves; threads do not survive a fork.
-    Nothing that goes wrong later reaches the serving code: it is logged, counted, and shown by `summary`. A monitor
-    that is dropped without `close` ends, and what waits is not compared.
+    A background thread reads prompt and answer with both models and compares every position, as `compare` does. A
+    request waits only for the copy of its token ids to the host. If the queue is full, the request is skipped and
+    counted. Answers are bit-identical to those without a monitor: the model, its mode and the global random state are
+    not changed. However, the comparison uses the device: it runs two forward passes over each sampled request. If that
+    matters, put the reference on another device or lower `fraction`. Create the monitor in the serving process, because
+    threads do not survive a fork. Later errors do not reach the serving code. They are logged, counted and shown by
+    `summary`. If a monitor is garbage-collected without `close`, its thread ends and the waiting requests are dropped.
 
     Args:
         model: the served model, in evaluation mode.
-        reference: the one it replaced, in evaluation mode, on any device.
-        fraction: of the requests that are compared, chosen by a generator of the monitor's own.
-        seed: of that generator; the same requests in the same order are chosen again.
-        window: span in compared requests of the recent means, and how many it takes before thresholds are judged.
-        queue_size: chosen requests that may wait.
-        thresholds: for the recent means; `max_kl` and `min_agreement`.
-        sink: a file that JSON lines are added to, one for each comparison, or a function that takes each record.
+        reference: the model that it replaced, in evaluation mode, on any device.
+        fraction: fraction of requests to compare, sampled by the monitor's own random generator.
+        seed: seed of that generator. The same seed samples the same requests of the same sequence.
+        window: span of the recent means in compared requests, and number of them before thresholds are checked.
+        queue_size: maximum number of waiting requests.
+        thresholds: limits of the recent means: `max_kl` and `min_agreement`.
+        sink: a file to append one JSON line per comparison to, or a function that receives each record.
 
     Raises:
-        InvalidConfig: a number is out of range, or a threshold cannot be watched.
-        EvaluationError: the models have other vocabularies, or one of them is in training mode.
-        UnsupportedModel: a forward pass changes a model's rotary table, and with it answers that are being written.
+        InvalidConfig: a number is out of range, or a threshold cannot be monitored.
+        EvaluationError: the models have different vocabularies, or one of them is in training mode.
+        UnsupportedModel: a forward pass of a model updates its rotary table, which would change concurrent answers.
         OSError: the file cannot be written.
     """
 
@@ -148,7 +148,7 @@ class CanaryMonitor:
         self._was_broken = self._closed = False
         self._sink = _sink(sink)
         self._queue_size = queue_size
-        # Simple, for its `put` may be called by the garbage collector at any moment.
+        # A SimpleQueue, because the garbage collector may call its `put` at any time.
         self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._end = weakref.finalize(self, self._queue.put, None)
         arguments = weakref.ref(self), self._queue
@@ -163,7 +163,7 @@ class CanaryMonitor:
 
     @contextmanager
     def watching(self) -> Iterator[PreTrainedModel]:
-        """While it lasts, every `model.generate` is observed, also one that a pipeline calls."""
+        """Observe every call of `model.generate` within the context, including calls by a pipeline."""
         with _watched(self.model, self._observe_call):
             yield self.model
 
@@ -174,21 +174,21 @@ class CanaryMonitor:
         attention_mask: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
     ) -> None:
-        """Tells of requests that were served; for serving code that does not call `model.generate`.
+        """Observe served requests. Call this from serving code that does not call `model.generate`.
 
         Args:
-            input_ids: prompts, (requests, prompt length), padded on either side where `attention_mask` says so.
+            input_ids: prompts, (requests, prompt length), padded on either side if `attention_mask` is given.
             output_ids: prompts and answers, (requests or a multiple, length), as `generate` returns them.
-            attention_mask: 1 at each token of a prompt that counts; None where all do.
-            generation_config: with which the answers were written, for the tokens that end and pad them; the model's
-                own says what it leaves open.
+            attention_mask: 1 for each token of a prompt and 0 for padding. None if there is no padding.
+            generation_config: the config of the generation, for the tokens that end and pad the answers. The model's
+                own config supplies missing values.
         """
         with self._counting_errors("a request could not be observed"):
             stops = _Stops.of(_generation_config(self.model, generation_config, {}))
             self._observe(input_ids, output_ids, attention_mask, stops)
 
     def summary(self) -> MonitorSummary:
-        """What was seen until now."""
+        """Return the results so far."""
         with self._lock:
             totals, checks = self._totals, self._checks()
             return MonitorSummary(
@@ -204,12 +204,12 @@ class CanaryMonitor:
             )
 
     def flush(self) -> None:
-        """Waits until every chosen request was compared."""
+        """Wait until every sampled request was compared."""
         with self._idle:
             self._idle.wait_for(lambda: self._waiting == 0)
 
     def close(self) -> None:
-        """Compares what still waits, and ends the thread; later requests are not observed."""
+        """Compare the waiting requests, and end the thread. Later requests are not observed."""
         with self._lock:
             self._closed = True
         self._end()
@@ -218,7 +218,7 @@ class CanaryMonitor:
     # -------------------------------------------------------------------------------------------- on the request's path
 
     def _observe_call(self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Observes the requests of one `generate` call from its output and arguments."""
+        """Observe the requests of one `generate` call from its output and arguments."""
         with self._counting_errors("a request could not be observed"):
             given = dict(zip(("inputs", "generation_config"), args, strict=False)) | dict(kwargs)
             ids = _prompts(given)
@@ -300,7 +300,7 @@ class CanaryMonitor:
 
     @contextmanager
     def _counting_errors(self, what: str) -> Iterator[None]:
-        """Serving goes on whatever happens here; `summary` and the log tell of it."""
+        """Log and count an error of the body, which `summary` reports, instead of raising it into the serving code."""
         try:
             yield
         except Exception as error:
@@ -311,7 +311,7 @@ class CanaryMonitor:
 
 
 def _work(monitor: weakref.ref[CanaryMonitor], requests: queue.SimpleQueue[_Request | None]) -> None:
-    """Handles requests until the monitor is closed or gone, which the thread must not keep alive."""
+    """Handle requests until the monitor is closed or garbage-collected. The thread must not keep it alive."""
     while (request := requests.get()) is not None and (living := monitor()) is not None:
         living._handle(request)
         del living
@@ -327,15 +327,15 @@ class _Request:
 def _request(number: int, prompt: Tensor, ids: Tensor, mask: Tensor | None, stops: _Stops) -> _Request:
     answer = ids[len(prompt) :]
     if len(answer) == 0 or not torch.equal(ids[: len(prompt)], prompt):
-        raise EvaluationError("output_ids must be the prompts with the answers behind them, as generate gives them.")
+        raise EvaluationError("output_ids must be the prompts followed by the answers, as generate returns them.")
     read = prompt if mask is None else prompt[mask.cpu().bool()]
     if len(read) == 0:
-        raise EvaluationError("the attention mask hides every token of a prompt; there is nothing to compare.")
+        raise EvaluationError("the attention mask hides every token of a prompt; at least one token must be visible.")
     return _Request(number, read, stops.until_end(answer))
 
 
 def _prompts(arguments: Mapping[str, Any]) -> Tensor:
-    """Returns the token ids that `generate` reads if it is called with these arguments."""
+    """Return the token ids that `generate` reads if it is called with these arguments."""
     given = (arguments.get(name) for name in ("inputs", "input_ids"))
     ids = next((each for each in given if each is not None), None)
     if ids is None or arguments.get("inputs_embeds") is not None:
@@ -346,13 +346,13 @@ def _prompts(arguments: Mapping[str, Any]) -> Tensor:
 
 
 def _generation_config(model: Any, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> GenerationConfig:
-    """Merges the arguments of a `generate` call, its generation config and the model's, as `generate` does."""
+    """Merge the arguments of a `generate` call, its generation config and the model's, as `generate` does."""
     merged, _ = model._prepare_generation_config(config, **arguments)
     return merged
 
 
 def _attention_mask(model: Any, ids: Tensor, given: Tensor | None, config: GenerationConfig) -> Tensor:
-    """Returns the attention mask of a `generate` call; without one, `generate` infers it from the padding token."""
+    """Return the attention mask of a `generate` call. If none was passed, infer it as `generate` does."""
     if given is not None:
         return given
     model._prepare_special_tokens(config, device=ids.device)
@@ -361,29 +361,29 @@ def _attention_mask(model: Any, ids: Tensor, given: Tensor | None, config: Gener
 
 @dataclass(frozen=True)
 class _Stops:
-    """The tokens that end an answer, and the token that pads an answer which ended early."""
+    """The tokens that end an answer, and the token that pads an answer that ended early."""
 
     ends: Any
     pad: int | None
 
     @classmethod
     def of(cls, config: GenerationConfig) -> _Stops:
-        """Returns the stop tokens of a complete generation config."""
+        """Return the stop tokens of a complete generation config."""
         return cls(config.eos_token_id, config.pad_token_id)
 
     def until_end(self, answer: Tensor) -> Tensor:
-        """The answer with the token that ended it and without the padding after it."""
+        """Return the answer up to and including the token that ended it, without the padding after it."""
         ends = torch.as_tensor([] if self.ends is None else self.ends).cpu().flatten()
         found = torch.isin(answer, ends).nonzero()
         if len(found):
             return answer[: int(found[0]) + 1]
-        # What ended it may have been no token of its own: a stop string, for one.
+        # The answer may have ended without an end token, for example at a stop string.
         written = answer.new_zeros(0) if self.pad is None else (answer != self.pad).nonzero()
         return answer[: int(written[-1]) + 1] if len(written) else answer
 
 
 class _Watched:
-    """Stands in for a model's `generate`, and tells all who watch what it returned."""
+    """Replaces a model's `generate`, and passes its results to all watchers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.generate: Any = model.generate
@@ -402,7 +402,7 @@ _WATCHING = threading.Lock()
 
 @contextmanager
 def _watched(model: Any, watcher: Watcher) -> Iterator[None]:
-    """Inside, `watcher` is told of every `generate`. Several on one model may end in any order."""
+    """Call `watcher` after every `generate` within the context. Several contexts on one model may end in any order."""
     with _WATCHING:
         found = vars(model).get("generate")
         watched = found if isinstance(found, _Watched) else _Watched(model)
@@ -413,7 +413,7 @@ def _watched(model: Any, watcher: Watcher) -> Iterator[None]:
     finally:
         with _WATCHING:
             watched.watchers.remove(watcher)
-            # Someone else may have wrapped it meanwhile; then it stays below theirs, with nobody to tell.
+            # If other code has wrapped `generate` in the meantime, this wrapper stays inside theirs without watchers.
             if not watched.watchers and vars(model).get("generate") is watched:
                 del model.generate
                 if watched.own is not None:
@@ -421,7 +421,7 @@ def _watched(model: Any, watcher: Watcher) -> Iterator[None]:
 
 
 class _Totals:
-    """Running means of the records, and exponentially weighted ones without the pull of their start."""
+    """Running means of the records, and exponentially weighted means with bias correction."""
 
     def __init__(self, window: int) -> None:
         self.decay = 1 - 2 / (window + 1)
@@ -450,7 +450,11 @@ class _Totals:
 
 
 def _sink(given: Sink | str | Path | None) -> Sink:
-    """Opens the file anew for each record, so that it may be rotated; once now, so that a wrong path shows here."""
+    """Return a function that appends records to a file.
+
+    It opens the file for each record, so that the file may be rotated. The file is opened once here, so that a wrong
+    path raises early.
+    """
     if given is None or callable(given):
         return given or (lambda record: None)
 
@@ -464,23 +468,23 @@ def _sink(given: Sink | str | Path | None) -> Sink:
 
 def _check_numbers(fraction: float, window: int, queue_size: int, thresholds: Thresholds | None) -> None:
     if not 0 <= fraction <= 1:
-        raise InvalidConfig(f"fraction must lie in [0, 1], found {fraction}.")
+        raise InvalidConfig(f"fraction must be in [0, 1], found {fraction}.")
     for name, value in (("window", window), ("queue_size", queue_size)):
         if value < 1:
             raise InvalidConfig(f"{name} must be at least 1, found {value}.")
     if thresholds is not None and thresholds.max_perplexity_ratio is not None:
-        raise InvalidConfig("a monitor takes max_kl and min_agreement; for max_perplexity_ratio use compare.")
+        raise InvalidConfig("a monitor accepts max_kl and min_agreement; for max_perplexity_ratio use compare.")
 
 
 def _check_models(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     check_vocabularies(model, reference)
     for name, each in (("served model", model), ("reference", reference)):
         if each.training:
-            raise EvaluationError(f"the {name} is in training mode; call its eval() before it is watched.")
+            raise EvaluationError(f"the {name} is in training mode; call its eval() first.")
         if changing := sorted({kind for module in each.modules() for kind in _rope_types(module)} & {*CHANGING_ROPE}):
             raise UnsupportedModel(
-                f"the {name} has rotary embeddings of type {changing[0]}: each forward pass may rewrite their table, "
-                "and the monitor's thread would change answers that are being written. Use compare on a prompt file."
+                f"the {name} has rotary embeddings of type {changing[0]}: each forward pass may update their table, so "
+                "the monitor's thread would change concurrent answers. Use compare on a prompt file instead."
             )
 
 

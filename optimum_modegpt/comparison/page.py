@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing else: no script, no network, no font, no picture file."""
+"""Render a comparison as one self-contained HTML page, without scripts, network access, fonts or image files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from optimum_modegpt.comparison.thresholds import Check
 
 TEMPLATE = "page.html.jinja"
 OPENED = 5
-"""Worst prompts that are shown unfolded."""
+"""Number of worst prompts that are shown unfolded."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model's continuation, cut where the two part."""
+    """One model's continuation, split at the first difference between the two."""
 
     shared: str
     own: str
@@ -30,9 +30,9 @@ class Side:
 
 
 def comparison_page(found: Comparison, checks: Sequence[Check], model: str, reference: str) -> str:
-    """The page, complete; every text of the prompts and models is escaped.
+    """Return the complete page. All text from prompts and models is escaped.
 
-    `checks` are those of `Comparison.check`, none where no threshold was set; `model` and `reference` are names.
+    `checks` are the result of `Comparison.check`, empty if no threshold was set. `model` and `reference` are names.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -121,7 +121,7 @@ def _still_equal(found: Comparison) -> Chart:
         100 * sum(place is None or place >= token for place in parted) / len(parted) for token in range(tokens + 1)
     ]
     return charts.curve(
-        "Continuations still word for word the same",
+        "Continuations that are still identical",
         "after this many tokens",
         (share, share, share),
         (0, 100),

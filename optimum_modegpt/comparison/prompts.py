@@ -1,4 +1,4 @@
-"""Prompts: texts or conversations, from a file or from the caller, as token ids."""
+"""Read prompts, texts or conversations, from a file or from the caller, and convert them to token ids."""
 
 from __future__ import annotations
 
@@ -16,22 +16,26 @@ from optimum_modegpt.errors import EvaluationError
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation: messages with `role` and `content`."""
 KEYS = ("prompt", "text", "messages")
-"""Where an object of a JSON file holds its prompt."""
+"""Keys under which an object of a JSON file may contain its prompt."""
 
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as the models read it: its text, a conversation after the chat template, and its ids (tokens,)."""
+    """A prompt as the models read it: its text, after the chat template for a conversation, and its ids (tokens,)."""
 
     text: str
     ids: Tensor
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file: .txt a line each, .jsonl an object each with one of `KEYS`, .json a list of either.
+    """Read the prompts of a file.
+
+    A .txt file has one prompt per line, a .jsonl file one object with one of `KEYS` per line, and a .json file a list
+    of strings or such objects.
 
     Raises:
-        EvaluationError: the file cannot be read, holds none, or holds something else; with its place.
+        EvaluationError: the file cannot be read, is empty, or contains an item that is not a prompt. The message names
+            the line or item.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -42,24 +46,25 @@ def read_prompts(path: Path) -> list[Prompt]:
         raise EvaluationError(f"{path} cannot be read as prompts: {error}") from error
     except RecursionError as error:
         raise EvaluationError(
-            f"{path} cannot be read as prompts: its lists and objects are nested too deep."
+            f"{path} cannot be read as prompts: its lists and objects are nested too deeply."
         ) from error
     if not found:
-        raise EvaluationError(f"{path}: there is no prompt in it.")
+        raise EvaluationError(f"{path} contains no prompt.")
     return [_prompt(item, f"{path}, {place}") for place, item in found]
 
 
 def encode(prompt: Prompt, tokenizer: Any, place: str) -> EncodedPrompt:
-    """The tokens of a prompt as they are served: special tokens added, conversations ready for the answer.
+    """Encode a prompt as a server would: with special tokens, and a conversation with the generation prompt.
 
     Raises:
-        EvaluationError: it is empty, or a conversation that the tokenizer's chat template does not take; says where.
+        EvaluationError: the prompt is empty, or the tokenizer's chat template rejects the conversation. The message
+            names `place`.
     """
     is_text = isinstance(prompt, str)
     text = prompt if is_text else _conversation(prompt, tokenizer, place)
     ids = torch.tensor(tokenizer(text, add_special_tokens=is_text, verbose=False)["input_ids"], dtype=torch.int64)
     if not text.strip() or len(ids) == 0:
-        raise EvaluationError(f"{place} is empty; a model needs something to go on from.")
+        raise EvaluationError(f"{place} is empty; a prompt needs at least one token.")
     return EncodedPrompt(text, ids)
 
 
@@ -68,13 +73,13 @@ def _conversation(messages: Any, tokenizer: Any, place: str) -> str:
 
     if not getattr(tokenizer, "chat_template", None):
         raise EvaluationError(
-            f"{place} is a conversation, and the tokenizer has no chat template. Use the tokenizer of a chat model, or "
-            "give the prompt as text."
+            f"{place} is a conversation, but the tokenizer has no chat template. Use the tokenizer of a chat model, or "
+            "pass the prompt as text."
         )
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except (TemplateError, TypeError, KeyError) as error:
-        raise EvaluationError(f"{place}: the chat template refuses the conversation: {error}") from error
+        raise EvaluationError(f"{place}: the chat template rejects the conversation: {error}") from error
 
 
 Found = list[tuple[str, Any]]
@@ -92,7 +97,7 @@ def _object(place: str, line: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place} is no JSON ({error})") from error
+        raise ValueError(f"{place} is not valid JSON ({error})") from error
 
 
 def _items(text: str) -> Found:

@@ -1,4 +1,4 @@
-"""What a comparison finds: by position, by prompt, and over all prompts."""
+"""Define the results of a comparison: by position, by prompt, and over all prompts."""
 
 from __future__ import annotations
 
@@ -15,69 +15,69 @@ from optimum_modegpt.comparison.thresholds import Check, Thresholds
 
 @dataclass(frozen=True)
 class Distances:
-    """Two models on the same tokens, by position, (positions,) in float64 on the CPU."""
+    """Differences of two models on the same tokens, by position: (positions,) in float64 on the CPU."""
 
     kl: Tensor
     """KL(reference ‖ model) over the whole vocabulary, in nats."""
     top1: Tensor
-    """1 where both find the same token most likely, else 0."""
+    """1 if both models have the same most likely token, else 0."""
     top5: Tensor
-    """Share of the reference's five likeliest tokens that are among the model's five likeliest."""
+    """Share of the reference's five most likely tokens that are among the model's five most likely."""
     nats: Tensor
     reference_nats: Tensor
-    """Negative log-likelihood of the token that follows."""
+    """Negative log-likelihood of the next token."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """What one model did with one prompt."""
+    """Perplexity, continuation and latency of one model on one prompt."""
 
     perplexity: float | None
-    """Of the prompt; None for a prompt of one token."""
+    """Perplexity of the prompt. None for a prompt of one token."""
     continuation: str
-    """Greedy, without special tokens."""
+    """Greedy continuation, without special tokens."""
     tokens: int
     first_token_seconds: float
     seconds_per_token: float | None
-    """Of the tokens after the first; None where there is none."""
+    """Mean over the tokens after the first. None if there is only one token."""
 
 
 @dataclass(frozen=True)
 class PromptComparison:
-    """Both models on one prompt; means are over its positions."""
+    """Results of both models on one prompt. Means are over its positions."""
 
     index: int
-    """Of the prompt among those given, from 0."""
+    """Index of the prompt, from 0."""
     prompt: str
     prompt_tokens: int
-    """That were read."""
+    """Number of tokens read."""
     cut_tokens: int
-    """Tokens at its beginning that were left out because prompt and continuation would not fit the context."""
+    """Number of tokens truncated at the beginning, because prompt and continuation would not fit the context."""
     positions: int
     kl: float
     kl_max: float
-    """At the position where it is largest."""
+    """Largest value over the positions."""
     kl_of_prompt: float | None
-    """Over the positions of the prompt; None for a prompt of one token."""
+    """Mean over the positions of the prompt. None for a prompt of one token."""
     kl_of_continuation: float
     kl_by_token: tuple[float, ...]
-    """At each position of the reference's continuation."""
+    """KL divergence at each position of the reference's continuation."""
     top1_agreement: float
     top5_overlap: float
     parting_token: int | None
-    """Index of the first token in which the continuations differ; None where they are equal."""
+    """Index of the first token in which the continuations differ. None if they are equal."""
     parting_character: int | None
-    """The same in their texts."""
+    """Index of the first character in which the texts of the continuations differ. None if they are equal."""
     model: Written
     reference: Written
 
     @property
     def perplexity_ratio(self) -> float | None:
-        """The model's perplexity over the reference's; None for a prompt of one token."""
+        """Return the model's perplexity divided by the reference's, or None for a prompt of one token."""
         return _ratio(self.model.perplexity, self.reference.perplexity)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, safe for JSON."""
+        """Return all fields, safe for JSON."""
         return {**dataclasses.asdict(self), "perplexity_ratio": self.perplexity_ratio}
 
 
@@ -91,100 +91,100 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Costs:
-    """What one model takes, measured on this machine at batch size 1; sizes in bytes, times in seconds."""
+    """Memory and latency of one model, measured on this machine at batch size 1. Sizes in bytes, times in seconds."""
 
     parameters: int
     weight_bytes: int
-    """Parameters and buffers."""
+    """Size of parameters and buffers."""
     cache_bytes_per_token: float | None
-    """Keys and values of all blocks for one token of context."""
+    """Size of keys and values of all blocks for one token of context."""
     peak_device_bytes: int | None
-    """Weights and the largest rise of device memory while it wrote; None on a CPU."""
+    """Weights plus the largest rise of device memory during generation. None on a CPU."""
     first_token: Quantiles
     per_token: Quantiles | None
-    """None where no continuation has a second token."""
+    """None if no continuation has a second token."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Both models on all prompts. Means over positions count every position of every prompt once."""
+    """Results of both models on all prompts. Means over positions count every position of every prompt once."""
 
     records: tuple[PromptComparison, ...]
     perplexity: float | None
     reference_perplexity: float | None
-    """exp of the mean nats over the tokens of all prompts but each first one; None where all have one token."""
+    """exp of the mean nats over all tokens of the prompts except each first one. None if all prompts have one token."""
     costs: Costs
     reference_costs: Costs
     setting: dict[str, Any]
-    """max_new_tokens, device and dtype of both, versions, and when it began (UTC)."""
+    """max_new_tokens, device and dtype of both models, versions, and the start time (UTC)."""
 
     @property
     def positions(self) -> int:
-        """Of all prompts."""
+        """Return the number of positions of all prompts."""
         return sum(record.positions for record in self.records)
 
     @property
     def kl(self) -> float:
-        """Mean KL(reference ‖ model), in nats per position."""
+        """Compute the mean KL(reference ‖ model), in nats per position."""
         return self._mean(record.kl for record in self.records)
 
     @property
     def kl_of_prompts(self) -> float | None:
-        """The same over the positions of the prompts; None where all have one token."""
+        """Compute the mean KL divergence over the positions of the prompts. Return None if all have one token."""
         read = [(record.kl_of_prompt, record.prompt_tokens - 1) for record in self.records]
         known = [(kl, weight) for kl, weight in read if kl is not None]
         return _weighted_mean(known) if known else None
 
     @property
     def kl_of_continuations(self) -> float:
-        """The same over the positions of the reference's continuations."""
+        """Compute the mean KL divergence over the positions of the reference's continuations."""
         return statistics.fmean(kl for record in self.records for kl in record.kl_by_token)
 
     @property
     def kl_max(self) -> float:
-        """KL(reference ‖ model) at the position where it is largest, in nats."""
+        """Return the largest KL(reference ‖ model) of any position, in nats."""
         return max(record.kl_max for record in self.records)
 
     @property
     def top1_agreement(self) -> float:
-        """Fraction of positions where both find the same token most likely."""
+        """Compute the fraction of positions at which both models have the same most likely token."""
         return self._mean(record.top1_agreement for record in self.records)
 
     @property
     def top5_overlap(self) -> float:
-        """Mean share of the reference's five likeliest tokens that are among the model's five likeliest."""
+        """Compute the mean share of the reference's five most likely tokens among the model's five most likely."""
         return self._mean(record.top5_overlap for record in self.records)
 
     @property
     def perplexity_ratio(self) -> float | None:
-        """The model's perplexity over the reference's."""
+        """Return the model's perplexity divided by the reference's."""
         return _ratio(self.perplexity, self.reference_perplexity)
 
     @property
     def equal_continuations(self) -> int:
-        """Prompts that both continue with the same tokens."""
+        """Return the number of prompts that both models continue with the same tokens."""
         return sum(record.parting_token is None for record in self.records)
 
     def worst_first(self) -> list[PromptComparison]:
-        """The records by falling mean KL divergence."""
+        """Return the records sorted by decreasing mean KL divergence."""
         return sorted(self.records, key=lambda record: -record.kl)
 
     def check(self, thresholds: Thresholds) -> tuple[Check, ...]:
-        """A check for each limit that is set.
+        """Return a check for each limit that is set.
 
         Raises:
-            EvaluationError: a limit is set for what could not be measured.
+            EvaluationError: a limit is set for a measure that is not available.
         """
         return thresholds.checks(self.sums())
 
     def summary(self) -> str:
-        """A short table: both models side by side, and how far they are apart."""
-        from optimum_modegpt.comparison.table import table  # which is written in terms of this class
+        """Return a short table of both models' results and the differences between them."""
+        from optimum_modegpt.comparison.table import table  # which imports this class
 
         return table(self)
 
     def sums(self) -> dict[str, Any]:
-        """Everything but the records and the setting, safe for JSON."""
+        """Return everything except the records and the setting, safe for JSON."""
         return {
             "prompts": len(self.records),
             "positions": self.positions,
@@ -203,7 +203,7 @@ class Comparison:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, safe for JSON."""
+        """Return all fields, safe for JSON."""
         return {**self.sums(), "setting": self.setting, "records": [record.to_dict() for record in self.records]}
 
     def _mean(self, values: Iterable[float]) -> float:
@@ -215,6 +215,6 @@ def _ratio(first: float | None, second: float | None) -> float | None:
 
 
 def _weighted_mean(pairs: Iterable[tuple[float, float]]) -> float:
-    """The mean of values that come with their weights."""
+    """Compute the weighted mean of (value, weight) pairs."""
     known = list(pairs)
     return sum(value * weight for value, weight in known) / sum(weight for _, weight in known)

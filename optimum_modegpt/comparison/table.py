@@ -1,4 +1,4 @@
-"""A comparison in words and figures: the rows that the command line and the page show."""
+"""Format a comparison as rows for the command line and the page."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from optimum_modegpt.comparison.records import Comparison
 
 @dataclass(frozen=True)
 class Row:
-    """One measure of both models, written out; `ratio` is the model's over the reference's."""
+    """One formatted measure of both models. `ratio` is the model's value divided by the reference's."""
 
     name: str
     model: str
@@ -20,20 +20,20 @@ class Row:
 
 
 def distances(found: Comparison) -> dict[str, str]:
-    """How far the model is from the reference, by measure."""
+    """Return a mapping measure -> formatted difference between the model and the reference."""
     prompts = len(found.records)
     parts = {"  in prompts": found.kl_of_prompts, "  in continuations": found.kl_of_continuations}
     return {
         "KL divergence": f"{found.kl:.4f} nats per position, {found.kl_max:.3f} at the worst",
         **{name: f"{kl:.4f}" for name, kl in parts.items() if kl is not None},
         "top-1 agreement": f"{found.top1_agreement:.2%} of positions",
-        "top-5 overlap": f"{found.top5_overlap:.2%} of the reference's five likeliest tokens",
+        "top-5 overlap": f"{found.top5_overlap:.2%} of the reference's five most likely tokens",
         "same continuation": f"{found.equal_continuations} of {prompts} prompt{'s' if prompts > 1 else ''}",
     }
 
 
 def rows(found: Comparison) -> list[Row]:
-    """Both models side by side; without what could not be measured."""
+    """Return the rows of all measures that are available for both models."""
     return [
         Row(name, form(ours), form(theirs), f"{ours / theirs:.3f}" if theirs else "")
         for name, ours, theirs, form in _measures(found)
@@ -42,7 +42,7 @@ def rows(found: Comparison) -> list[Row]:
 
 
 def table(found: Comparison) -> str:
-    """All of it as text."""
+    """Format the whole comparison as text."""
     lines = [f"{'':<28}{'model':>14}{'reference':>14}{'ratio':>9}"]
     lines += [f"{row.name:<28}{row.model:>14}{row.reference:>14}{row.ratio:>9}" for row in rows(found)]
     lines += [f"{name:<28}{text}" for name, text in distances(found).items()]
@@ -50,7 +50,7 @@ def table(found: Comparison) -> str:
 
 
 def extent(found: Comparison) -> str:
-    """On how much text, and where."""
+    """Describe the amount of text, the devices and the dtypes of the comparison."""
     devices = {found.setting[f"{name}_device"] for name in ("model", "reference")}
     dtypes = {found.setting[f"{name}_dtype"] for name in ("model", "reference")}
     prompts = len(found.records)
@@ -61,7 +61,7 @@ def extent(found: Comparison) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes in the unit that fits."""
+    """Format a number of bytes in a suitable unit."""
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
             return f"{number:,.0f} B" if unit == "B" else f"{number:.1f} {unit}"
@@ -70,7 +70,7 @@ def size(number: float) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Seconds, written in thousandths."""
+    """Format a time in seconds as milliseconds."""
     return f"{1000 * seconds:,.2f} ms"
 
 

@@ -1,4 +1,4 @@
-"""What a model may lose against its reference, and whether it held."""
+"""Define limits for the loss of a model against its reference, and check them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from optimum_modegpt.errors import EvaluationError, InvalidConfig
 
 @dataclass(frozen=True)
 class Check:
-    """One threshold beside what was found."""
+    """One threshold and the measured value."""
 
     measure: str
     found: float
     allowed: float
     at_least: bool
-    """Whether `allowed` is the least; else it is the most."""
+    """Whether `allowed` is a lower limit. Otherwise it is an upper limit."""
 
     @property
     def held(self) -> bool:
-        """Whether what was found is allowed."""
+        """Return whether the measured value is within the limit."""
         return self.found >= self.allowed if self.at_least else self.found <= self.allowed
 
     def __str__(self) -> str:
@@ -32,15 +32,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Limits for a roll-out; None is no limit.
+    """Limits for a roll-out. None means no limit.
 
     Args:
-        max_kl: of the mean KL(reference ‖ model), nats per position.
-        min_agreement: of the top-1 agreement, a fraction of the positions.
-        max_perplexity_ratio: of the model's perplexity over the reference's.
+        max_kl: upper limit of the mean KL(reference ‖ model), in nats per position.
+        min_agreement: lower limit of the top-1 agreement, a fraction of the positions.
+        max_perplexity_ratio: upper limit of the model's perplexity divided by the reference's.
 
     Raises:
-        InvalidConfig: for a limit that nothing or everything meets.
+        InvalidConfig: a limit is out of range.
     """
 
     max_kl: float | None = None
@@ -53,13 +53,15 @@ class Thresholds:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 hint = f" Fractions, not percent: for {value} % write {value / 100:g}." if value > most else ""
-                raise InvalidConfig(f"{name} must lie between 0 and {most:g}, found {value}.{hint}")
+                raise InvalidConfig(f"{name} must be between 0 and {most:g}, found {value}.{hint}")
 
     def checks(self, found: Mapping[str, float | None]) -> tuple[Check, ...]:
-        """A check for each limit that is set, of `found` by `kl`, `top1_agreement` and `perplexity_ratio`.
+        """Return a check for each limit that is set.
+
+        `found` contains the measured values under `kl`, `top1_agreement` and `perplexity_ratio`.
 
         Raises:
-            EvaluationError: a limit is set for what could not be measured.
+            EvaluationError: a limit is set for a measure that is not available.
         """
         limits = (
             ("KL divergence", "kl", self.max_kl, False),
@@ -70,8 +72,8 @@ class Thresholds:
         for measure, value, limit, _ in chosen:
             if value is None:
                 raise EvaluationError(
-                    f"the {measure} is to be checked against {limit:g} and could not be measured; it needs prompts of "
-                    "at least two tokens."
+                    f"the limit {limit:g} of the {measure} cannot be checked: the measure needs prompts of at least "
+                    "two tokens."
                 )
         return tuple(
             Check(measure, value, limit, least) for measure, value, limit, least in chosen if value is not None

@@ -1,1 +1,1 @@
-"""Pure torch: second moments and weights in, smaller weights out. No module, no model, no file."""
+"""Pure torch functions from second moments and weights to smaller weights. They use no module, model or file."""

@@ -25,7 +25,7 @@ Activation = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TokenSample:
-    """Tokens of one window: normalised inputs y (n, d), targets (n, m) and weights (n,); y ends in 1 for biases."""
+    """Normalised inputs y (n, d), targets (n, m) and weights (n,) of one window's tokens. y ends in 1 for biases."""
 
     inputs: Tensor
     target: Tensor
@@ -33,12 +33,12 @@ class TokenSample:
 
 
 def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activation) -> Tensor:
-    """φ(G y)∘(U y) for rows (G, U), φ(W y) for rows (W,); rows (k, d), `inputs` (n, d) to (n, k)."""
+    """Compute φ(G y)∘(U y) for rows (G, U), or φ(W y) for rows (W,). Rows (k, d) and `inputs` (n, d) to (n, k)."""
     hidden = activation(inputs @ rows[0].T)
     return hidden * (inputs @ rows[1].T) if len(rows) == 2 else hidden
 
 
-def refit_inputs(  # noqa: PLR0913 - each stands in the formula, or says how far it is followed and where
+def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its computation
     rows: Sequence[Tensor],
     down: Tensor,
     samples: Sequence[TokenSample],
@@ -50,23 +50,23 @@ def refit_inputs(  # noqa: PLR0913 - each stands in the formula, or says how far
     before: int = 0,
     total: Total = complete,
 ) -> tuple[Tensor, ...]:
-    """The rows after the Gauss–Newton step, or as they were where no step lowers the error on held-back windows.
+    """Return the rows after the Gauss–Newton step, or unchanged rows if no step lowers the error on held-out windows.
 
-    An eighth of the windows, at least 2, is held back; of the conjugate-gradient iterates the one with the smallest
-    true error there is taken, and halved while it does not lower that error. With fewer than 4 windows nothing can be
-    held back and the error is measured on all of them.
+    An eighth of the windows, at least 2, is held out. The conjugate-gradient iterate with the smallest true error on
+    them is taken, and halved while it does not lower that error. With fewer than 4 windows, none is held out, and the
+    error is measured on all of them.
 
     Args:
         rows: (G, U) or (W,), each (k, d), in the order of `hidden_channels`.
         down: D (k, m).
-        samples: one a window; moved to the rows' device one at a time.
+        samples: one per window. They are moved to the rows' device one at a time.
         activation: φ.
-        ridge: the fraction 0.1 of the formula: damping of both factors and of the objective.
+        ridge: damping of both factors and of the objective, as a fraction (0.1 by default in `Recipe`).
         iterations: conjugate-gradient iterations.
-        keep_derivatives: whether z of all tokens, as many numbers as tokens times rows, is kept from one iteration to
-            the next; else it is computed again, for a third more products.
-        before: how many windows other processes have that come before `samples`.
-        total: what completes a sum over `samples`.
+        keep_derivatives: whether to keep z of all tokens (tokens × rows numbers) between iterations. Otherwise z is
+            recomputed, which costs a third more products.
+        before: number of windows of other ranks that come before `samples`.
+        total: completes a sum over `samples` with the sums of other ranks.
     """
     windows = int(total(len(samples)))
     held = max(2, windows // 8) if windows >= 4 else 0
@@ -90,7 +90,7 @@ def refit_inputs(  # noqa: PLR0913 - each stands in the formula, or says how far
 
 
 class _Linearised:
-    """The damped least squares at one point; products with its matrix run over the windows."""
+    """The damped least-squares problem, linearised at `rows`. Products with its matrix loop over the windows."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _Linearised:
         self.output_inverses = [inverse(damp(moment, ridge)) for moment in output_moments]
 
     def iterates(self, iterations: int) -> Iterator[tuple[Tensor, ...]]:
-        """The conjugate-gradient iterates, one tensor a matrix."""
+        """Yield the conjugate-gradient iterates, with one tensor per matrix."""
         step = [torch.zeros_like(row) for row in self.rows]
         residual = self._gradient()
         preconditioned = self._precondition(residual)
@@ -128,7 +128,7 @@ class _Linearised:
             direction = [p + product / before * d for p, d in zip(preconditioned, direction, strict=True)]
 
     def true_error(self, rows: Sequence[Tensor], samples: Iterable[TokenSample]) -> float:
-        """Σ w ‖target − Dᵀ hidden‖² with the nonlinear hidden channels."""
+        """Compute Σ w ‖target − Dᵀ hidden‖² with the nonlinear hidden channels."""
         error = 0.0
         for sample in self._on_device(samples):
             residual = sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
@@ -136,7 +136,7 @@ class _Linearised:
         return float(self.total(error))
 
     def _gradient(self) -> list[Tensor]:
-        """Jᵀ r at the present rows."""
+        """Compute Jᵀ r at the current rows."""
         sums = [torch.zeros_like(row) for row in self.rows]
         for sample, derivatives in self._linearised():
             residual = sample.target - hidden_channels(self.rows, sample.inputs, self.activation) @ self.down
@@ -144,7 +144,7 @@ class _Linearised:
         return [self.total(each) for each in sums]
 
     def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
-        """(JᵀJ + μ) direction."""
+        """Compute (JᵀJ + μ) direction."""
         sums = [torch.zeros_like(row) for row in self.rows]
         for sample, derivatives in self._linearised():
             moved = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
@@ -155,13 +155,13 @@ class _Linearised:
     def _add_transposed(
         self, sums: list[Tensor], sample: TokenSample, derivatives: list[Tensor], residual: Tensor
     ) -> None:
-        """Adds Jᵀ residual of one window to `sums`."""
+        """Add Jᵀ residual of one window to `sums`."""
         back = (sample.weight[:, None] * residual) @ self.down.T
         for gradient, z in zip(sums, derivatives, strict=True):
             gradient += (z * back).T @ sample.inputs
 
     def _linearised(self) -> Iterator[tuple[TokenSample, list[Tensor]]]:
-        """The samples with z per matrix: kept by the first pass over all of them, or computed in each."""
+        """Yield the samples with z per matrix, which is kept from the first pass or recomputed in each pass."""
         for index, sample in enumerate(self._on_device(self.samples)):
             if index < len(self.derivatives):
                 yield sample, self.derivatives[index]
@@ -172,13 +172,16 @@ class _Linearised:
             yield sample, derivatives
 
     def _derivatives(self, inputs: Tensor) -> list[Tensor]:
-        """z per matrix, in the order of the rows."""
+        """Compute z per matrix, in the order of the rows."""
         before = inputs @ self.rows[0].T
         value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))  # pyright: ignore[reportAssignmentType]
         return [slope * (inputs @ self.rows[1].T), value] if len(self.rows) == 2 else [slope]
 
     def _factor_moments(self) -> tuple[Tensor, list[Tensor]]:
-        """Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix; they only precondition, so float32 sums do."""
+        """Compute Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix.
+
+        They are used only for preconditioning, so float32 sums suffice.
+        """
         width, d_model = self.rows[0].shape
         inputs, weight = self.down.new_zeros(d_model, d_model), self.down.new_zeros(())
         channels = [self.down.new_zeros(width, width) for _ in self.rows]

@@ -1,4 +1,4 @@
-"""Type I, the MLP pair: which hidden channels to keep, and the map that makes up for the others (Algorithm 1)."""
+"""Type I, the MLP pair: select the hidden channels to keep, and compensate for the removed ones (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -8,37 +8,42 @@ from torch import Tensor
 from optimum_modegpt.decompositions.psd import add_diagonal, damp, inverse, mean_diagonal, solve
 
 NYSTROM_RIDGE = 1e-8
-"""Damping of the paper's refit, which has none: keeps (SᵀCS)⁻¹ defined for dead channels."""
+"""Damping of the refit, which keeps (SᵀCS)⁻¹ defined for dead channels. The paper has none."""
 
 SHRINK = 0.75
-"""Rows that are gone leave the downdated matrix when fewer than this share of it are left: copies cost more."""
+"""Removed rows are dropped from the downdated matrix once less than this share of its rows remains. Dropping them more
+often would cost more, because each time copies the matrix."""
 
 
 def ridge_leverage(moment: Tensor, ridge: float) -> Tensor:
-    """s_i = [C (C + λI)⁻¹]_ii = 1 − λ [(C + λI)⁻¹]_ii, in [0, 1]; λ = `ridge` · mean diagonal. (n, n) to (n,)."""
+    """Compute s_i = [C (C + λI)⁻¹]_ii = 1 − λ [(C + λI)⁻¹]_ii, in [0, 1], from (n, n) to (n,).
+
+    λ = `ridge` · mean diagonal.
+    """
     damping = ridge * mean_diagonal(moment)
     return 1 - damping * inverse(add_diagonal(moment, damping)).diagonal()
 
 
 def select_by_leverage(moment: Tensor, rank: int, *, ridge: float) -> Tensor:
-    """The `rank` channels of largest ridge leverage, increasing (Algorithm 1, steps 1 and 2)."""
+    """Select the `rank` channels of largest ridge leverage, in increasing order (Algorithm 1, steps 1 and 2)."""
     return ridge_leverage(moment, ridge).topk(rank).indices.sort().values
 
 
 def nystrom_refit(moment: Tensor, kept: Tensor, down: Tensor) -> Tensor:
-    """W_D ← (SᵀCS)⁻¹ SᵀC W_D (Algorithm 1, step 4); `down` (n, d) to (rank, d)."""
+    """Compute W_D ← (SᵀCS)⁻¹ SᵀC W_D (Algorithm 1, step 4), from `down` (n, d) to (rank, d)."""
     return solve(damp(moment[kept][:, kept], NYSTROM_RIDGE), moment[kept] @ down)
 
 
 def elimination_order(
     inverse_hessian: Tensor, weight: Tensor, count: int, *, protected: int = 0, rounds: int = 64
 ) -> Tensor:
-    """The `count` rows that backward elimination removes, first one first (optimal brain surgeon; ours for this pair).
+    """Return the `count` rows that backward elimination removes, in order (optimal brain surgeon; ours for this pair).
 
-    `weight` (n, d) solves the least squares with the damped moment H, `inverse_hessian` (n, n) is H⁻¹. Removing row i
-    and solving again costs ‖w_i‖² / [H⁻¹]_ii; rows go in order of this cost, and both are downdated in place. Rows
-    leave in about `rounds` chunks: inside a chunk of candidates they are chosen one by one with exact downdates, so of
-    twins only one goes. The last `protected` rows are never removed and not counted.
+    `weight` (n, d) solves the least squares with the damped moment H, and `inverse_hessian` (n, n) is H⁻¹. Removing row
+    i and solving again costs ‖w_i‖² / [H⁻¹]_ii. Rows are removed in order of this cost, and both matrices are
+    downdated in place. Rows are removed in about `rounds` chunks. Inside a chunk of candidates, they are chosen one by
+    one with exact downdates, so only one of two equal rows is removed. The last `protected` rows are never removed and
+    not counted.
     """
     size = len(inverse_hessian)
     names = torch.arange(size, device=inverse_hessian.device)
@@ -61,13 +66,13 @@ def elimination_order(
 
 
 def remaining(removed: Tensor, width: int) -> Tensor:
-    """The indices below `width` that are not among `removed` (…, n), increasing; (…, width − n)."""
+    """Return the indices below `width` that are not in `removed` (…, n), in increasing order, (…, width − n)."""
     kept = torch.ones(*removed.shape[:-1], width, dtype=torch.bool, device=removed.device).scatter(-1, removed, False)
     return kept.nonzero()[:, -1].view(*removed.shape[:-1], -1)
 
 
 def _eliminate_one_by_one(inverse_hessian: Tensor, weight: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """The `count` of the `candidates` that go first when each removal is followed by a rank-one downdate."""
+    """Return the first `count` of the `candidates` to remove, with a rank-one downdate after each removal."""
     if count == 1:
         return candidates[:1]
     block, rows = inverse_hessian[candidates][:, candidates], weight[candidates]
@@ -79,7 +84,7 @@ def _eliminate_one_by_one(inverse_hessian: Tensor, weight: Tensor, candidates: T
         removed.append(worst)
         alive = alive.index_fill(0, worst, False)
         pivot, products = block.index_select(0, worst), gram.index_select(0, worst)
-        share = (pivot / pivot.index_select(1, worst)).T  # of the removed row, what each other row takes over
+        share = (pivot / pivot.index_select(1, worst)).T  # share of the removed row that each other row takes over
         left = products - products.index_select(1, worst) * share.T / 2
         gram = gram - share @ left - (share @ left).T
         block = block - share @ pivot

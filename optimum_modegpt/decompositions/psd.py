@@ -1,4 +1,4 @@
-"""Positive semidefinite matrices: damping, solves, roots. The one owner of precision and of ill-conditioning."""
+"""Positive semidefinite matrices: damping, solves and roots. Only this module decides precision and conditioning."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ EIGENVALUE_FLOOR = 1e-12
 """Eigenvalues below this fraction of the largest count as noise of float64."""
 
 PRODUCT_NOISE = 1e-6
-"""Where a damped moment has eigenvalues below zero, those below this fraction of the largest are noise of the float32
-products it was summed from."""
+"""If a damped moment has negative eigenvalues, those below this fraction of the largest are noise of the float32
+products that it was summed from."""
 
 GRAM_WIDTH = 1024
-"""Columns up to which both triangles are computed: in narrower ones symmetry saves less than small products cost."""
+"""Largest number of columns for which both triangles are computed. For fewer columns, symmetry saves less than the
+additional small products cost."""
 
 
 def exact(x: Tensor) -> Tensor:
-    """`x` in float64, on its own device where that has float64, else on the CPU."""
+    """Return `x` in float64, on its own device if that supports float64, else on the CPU."""
     try:
         return x.to(torch.float64)
     except (TypeError, RuntimeError) as error:
@@ -38,44 +39,44 @@ def exact(x: Tensor) -> Tensor:
 
 
 def working(dtype: torch.dtype) -> torch.dtype:
-    """The precision of products over tokens of this type: float32 (16-bit numbers are exact there), or float64."""
+    """Return the dtype of products over tokens of this dtype: float32 (exact for 16-bit numbers) or float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def raised(x: Tensor) -> Tensor:
-    """`x` in the precision of products over tokens."""
+    """Return `x` in the dtype of products over tokens."""
     return x.to(working(x.dtype))
 
 
 @functools.cache
 def row_type(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The type of the rows whose products make the moments of a model of `dtype`: its own where float32 can be their
-    sum, else `working`.
+    """Return the dtype of the rows whose products make the moments of a model of `dtype`.
 
-    bfloat16 alone: weighted rows and what is missing to a target leave the range of float16.
+    This is `dtype` if the device can sum its products in float32, else `working(dtype)`. Of the 16-bit dtypes, only
+    bfloat16 qualifies, because weighted rows and residuals exceed the range of float16.
     """
     if dtype != torch.bfloat16:
         return working(dtype)
-    # There is no 257 in bfloat16. Laid out as by `_fill_gram`: transposed, and into a part of a matrix.
+    # bfloat16 cannot represent 257. The layout is that of `_fill_gram`: transposed, into a part of a matrix.
     rows = torch.ones(257, 4, dtype=dtype, device=device)
     part = _empty_product(rows, rows)[:2, 2:]
     try:
         _multiply(rows[:, :2].T, rows[:, 2:], part)
-    except RuntimeError:  # not implemented, or not for these types: torch has no other way to ask
+    except RuntimeError:  # not implemented, or not for these dtypes: torch has no query for this
         return working(dtype)
     return dtype if part.eq(257).all() else working(dtype)
 
 
 @contextmanager
 def products_of(dtype: torch.dtype) -> Iterator[None]:
-    """Inside, float32 products of what a 16-bit model of `dtype` computed may round their inputs, as matrix units do.
+    """Allow float32 products of a 16-bit model's activations to round their inputs, as matrix units do, in the context.
 
-    What they lose is of the size of the activations' own rounding; sums stay in float32. Nothing changes for wider
-    numbers.
+    The loss is of the size of the rounding of activations in `dtype`. Sums stay in float32. For wider dtypes, this
+    changes nothing.
     """
     units: Any = torch.backends
     tensor_cores, vectors = (units.cuda.matmul, "tf32"), (units.mkldnn.matmul, "bf16")
-    # bfloat16 has fewer digits than float16, tf32 as many.
+    # bfloat16 has fewer significant digits than float16; tf32 has as many.
     backends = {torch.bfloat16: (tensor_cores, vectors), torch.float16: (tensor_cores,)}.get(dtype, ())
     before = [backend.fp32_precision for backend, _ in backends]
     try:
@@ -88,9 +89,9 @@ def products_of(dtype: torch.dtype) -> Iterator[None]:
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    """rowsᵀ rows (d, d), of 16-bit rows in float32, for `rows` (n, d), no gradient.
+    """Compute rowsᵀ rows (d, d) for `rows` (n, d), in float32 for 16-bit rows, without gradient.
 
-    Of blocks that mirror each other one is computed.
+    Only one of two mirrored blocks is computed.
     """
     result = _empty_product(rows, rows)
     _fill_gram(result, rows)
@@ -98,7 +99,7 @@ def gram_matrix(rows: Tensor) -> Tensor:
 
 
 def cross_matrix(rows: Tensor, targets: Tensor) -> Tensor:
-    """rowsᵀ targets (d, m), of 16-bit rows in float32, for `rows` (n, d) and `targets` (n, m), no gradient."""
+    """Compute rowsᵀ targets (d, m) for `rows` (n, d) and `targets` (n, m), as in `gram_matrix`, without gradient."""
     result = _empty_product(rows, targets)
     _multiply(rows.T, targets, result)
     return result
@@ -128,7 +129,7 @@ def _fill_gram(result: Tensor, rows: Tensor) -> None:
 
 
 def gram_work(width: int) -> int:
-    """Multiply-adds of `gram_matrix` for one row."""
+    """Return the multiply-adds of `gram_matrix` per row."""
     if width <= GRAM_WIDTH:
         return width**2
     half = _half(width)
@@ -136,33 +137,32 @@ def gram_work(width: int) -> int:
 
 
 def _half(width: int) -> int:
-    """About half of it, on a border that matrix units like."""
+    """Return about half of `width`, as a multiple of 64, which suits matrix units."""
     return -(-width // 128) * 64
 
 
 def mean_diagonal(moment: Tensor) -> Tensor:
-    """Mean of the diagonal of the last two axes, never zero: a damped zero moment has an inverse that is finite."""
-    # The root of the smallest normal number: fractions of it, and their reciprocals, keep their full precision.
+    """Compute the mean diagonal of the last two axes, never zero, so that a damped zero moment has a finite inverse."""
+    # The floor is the root of the smallest normal number: its fractions and their reciprocals keep full precision.
     return moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(torch.finfo(moment.dtype).tiny ** 0.5)
 
 
 def add_diagonal(moment: Tensor, value: Tensor | float) -> Tensor:
-    """`moment` + `value`·I; one value for every matrix of a batch."""
+    """Compute `moment` + `value`·I, with one value for each matrix of a batch."""
     result = moment.clone()
     result.diagonal(dim1=-2, dim2=-1).add_(torch.as_tensor(value, dtype=moment.dtype, device=moment.device)[..., None])
     return result
 
 
 def damp(moment: Tensor, ridge: float) -> Tensor:
-    """`moment` + ridge · mean diagonal · I."""
+    """Compute `moment` + ridge · mean diagonal · I."""
     return add_diagonal(moment, ridge * mean_diagonal(moment))
 
 
 def solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """matrix⁻¹ right for a positive definite `matrix`, by Cholesky.
+    """Compute matrix⁻¹ right for a positive definite `matrix` by Cholesky. Shapes (…, n, n) and (…, n, m).
 
-    Where the factorisation fails, by eigenvalues floored at `PRODUCT_NOISE` of the largest, with a warning.
-    Shapes (…, n, n) and (…, n, m).
+    If the factorisation fails, use eigenvalues floored at `PRODUCT_NOISE` of the largest, with a warning.
     """
     require_finite(matrix)
     require_finite(right)
@@ -171,7 +171,7 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
         return torch.cholesky_solve(right, factor)
     values, vectors = _floored_eigenvalues(matrix, PRODUCT_NOISE)
     warnings.warn(
-        f"Cholesky of a {matrix.shape[-1]}-wide moment failed; solved by floored eigenvalues. "
+        f"the Cholesky factorisation of a {matrix.shape[-1]}-wide moment failed; used floored eigenvalues instead. "
         "More calibration tokens or a larger ridge avoid this.",
         IllConditionedWarning,
         stacklevel=2,
@@ -180,9 +180,9 @@ def solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def inverse(matrix: Tensor) -> Tensor:
-    """matrix⁻¹, symmetric, for a positive definite `matrix`; as `solve` where the factorisation fails.
+    """Compute the symmetric matrix⁻¹ of a positive definite `matrix`. If the factorisation fails, proceed as `solve`.
 
-    Computed on the host for devices without float64, which lack factorisations too.
+    Devices without float64 also lack factorisations, so the host computes for them.
     """
     home = matrix.device
     matrix = matrix.to(exact(matrix.new_zeros(())).device)
@@ -191,19 +191,19 @@ def inverse(matrix: Tensor) -> Tensor:
     if info.any():
         result = solve(matrix, torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix))
     else:
-        del matrix  # as large as the result, of which accelerators make one more
+        del matrix  # as large as the result, of which accelerators allocate another copy
         result = torch.cholesky_inverse(result)
     return (result + result.mT).div_(2).to(home)
 
 
 def roots(moment: Tensor) -> tuple[Tensor, Tensor]:
-    """moment^½ and moment^−½, both symmetric, damped by `ROOT_RIDGE`."""
+    """Compute moment^½ and moment^−½, both symmetric and damped by `ROOT_RIDGE`."""
     values, vectors = _floored_eigenvalues(damp(moment, ROOT_RIDGE), EIGENVALUE_FLOOR)
     return (vectors * values.sqrt()[..., None, :]) @ vectors.mT, (vectors * values.rsqrt()[..., None, :]) @ vectors.mT
 
 
 def require_finite(matrix: Tensor) -> None:
-    """Raises NumericalError when the matrix has a NaN or an infinity."""
+    """Raise NumericalError if the matrix contains a NaN or an infinity."""
     if not matrix.isfinite().all():
         raise NumericalError(
             "a second moment is not finite: the model's activations overflow on the calibration text. "

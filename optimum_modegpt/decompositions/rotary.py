@@ -1,7 +1,7 @@
-"""Type II with rotary embeddings: which coordinate pairs of a head to keep, and a query that makes up for the others.
+"""Type II with rotary embeddings: select the coordinate pairs of a head to keep, and refit the query to compensate.
 
-A rotary pair is (i, i + d/2): both coordinates turn by one angle, so they stay or go together. Moments are per
-key-value group, (groups, d, d); with GQA the query's are summed over the group's heads.
+A rotary pair is (i, i + d/2). Both coordinates rotate by the same angle, so they are kept or removed together. Moments
+are per key-value group, (groups, d, d). With GQA, the query moments are summed over the group's heads.
 """
 
 from __future__ import annotations
@@ -16,46 +16,47 @@ from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, i
 
 
 def pair_indices(pairs: Tensor, head_dim: int) -> Tensor:
-    """Coordinates of rotary `pairs` (…, p): first halves, then second halves, (…, 2p)."""
+    """Return the coordinates (…, 2p) of rotary `pairs` (…, p): first halves, then second halves."""
     return torch.cat((pairs, pairs + head_dim // 2), dim=-1)
 
 
 def select_pairs(query: Tensor, key: Tensor, count: int) -> Tensor:
-    """CR selection (Algorithm 2): pairs of largest sqrt((Q_ii + Q_jj)(K_ii + K_jj)), increasing; (groups, count).
+    """Select the pairs (groups, count) of largest sqrt((Q_ii + Q_jj)(K_ii + K_jj)): CR selection (Algorithm 2).
 
-    `query`, `key` (groups, d, d) are second moments of the heads; the score is the same before and after rotation.
+    The pairs are in increasing order. `query` and `key` (groups, d, d) are second moments of the heads. The score is
+    the same before and after rotation.
     """
     energies = [_pair_sums(moment.diagonal(dim1=-2, dim2=-1)) for moment in (query, key)]
     return (energies[0] * energies[1]).topk(count).indices.sort().values
 
 
 def select_coordinates(query: Tensor, key: Tensor, count: int) -> Tensor:
-    """CR selection without rotation: coordinates of largest sqrt(Q_ii K_ii), increasing; (groups, count)."""
+    """Select the coordinates (groups, count) of largest sqrt(Q_ii K_ii), increasing: CR selection without rotation."""
     score = query.diagonal(dim1=-2, dim2=-1) * key.diagonal(dim1=-2, dim2=-1)
     return score.topk(count).indices.sort().values
 
 
 @dataclass(frozen=True)
 class PairElimination:
-    """Backward elimination of rotary pairs, (groups, steps): which pair went at each step, and what that cost."""
+    """Result of a backward elimination of rotary pairs: the removed pair and its cost per step, (groups, steps)."""
 
     order: Tensor
     costs: Tensor
     pairs: int
 
     def after(self, count: int) -> tuple[Tensor, Tensor]:
-        """The pairs left when `count` are, (groups, count), increasing, and the error of keeping them, (groups,)."""
+        """Return the last `count` pairs (groups, count), increasing, and the error (groups,) of keeping only them."""
         gone = self.pairs - count
         return remaining(self.order[:, :gone], self.pairs), self.costs[:, :gone].sum(1)
 
 
 def eliminate_pairs(attention: Tensor, query: Tensor, count: int) -> PairElimination:
-    """Removes pairs one at a time, each time the cheapest, until `count` are left in every group (ours).
+    """Remove the cheapest pair, one at a time, until `count` pairs remain in every group (ours).
 
-    `attention` F (groups, d, d) is the curvature of the attention distribution in the logits' key directions, `query`
-    C_Q the second moment of the queries. With the query refitted, keeping k and pruning p costs
+    `attention` F (groups, d, d) is the curvature of the attention distribution in the key directions of the logits.
+    `query` C_Q is the second moment of the queries. With the query refitted, keeping k and pruning p costs
     tr(C_Q,pp (F_pp − F_pk F_kk⁻¹ F_kp)). Removing pair i from the refitted query M q adds
-    tr(([F⁻¹]_ii)⁻¹ [M C_Q Mᵀ]_ii) to it; F⁻¹ and M are downdated as pairs go.
+    tr(([F⁻¹]_ii)⁻¹ [M C_Q Mᵀ]_ii) to this cost. F⁻¹ and M are downdated after each removal.
     """
     groups, head_dim, _ = attention.shape
     pairs = head_dim // 2
@@ -80,9 +81,10 @@ def eliminate_pairs(attention: Tensor, query: Tensor, count: int) -> PairElimina
 
 
 def query_refit(attention: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
-    """The map (groups, 2·count, d) from dense to kept query coordinates: W_Q,kept + F_kk⁻¹ F_kp W_Q,pruned (ours).
+    """Compute the map (groups, 2·count, d) from dense to kept query coordinates (ours).
 
-    Acts on the rows of a head's query weight and bias alike. Damped by `ridge` · mean diagonal of F_kk.
+    The map gives W_Q,kept + F_kk⁻¹ F_kp W_Q,pruned. It applies to the rows of a head's query weight and bias. F_kk is
+    damped by `ridge` · its mean diagonal.
     """
     head_dim = attention.shape[-1]
     maps = []
@@ -102,5 +104,5 @@ def _pair_sums(energies: Tensor) -> Tensor:
 
 
 def _diagonal_blocks(matrix: Tensor, blocks: Tensor) -> Tensor:
-    """The 2 × 2 blocks of the pairs, (groups, pairs, 2, 2), of matrices (groups, d, d)."""
+    """Return the 2 × 2 blocks (groups, pairs, 2, 2) of the pairs from matrices (groups, d, d)."""
     return matrix[:, blocks[:, :, None], blocks[:, None, :]]

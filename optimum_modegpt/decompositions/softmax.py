@@ -1,4 +1,4 @@
-"""The gain before a softmax: the one place where the output distribution itself is matched (ours; convex)."""
+"""Fit the gain before a softmax. Only here, the output distribution itself is matched (ours; convex)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from optimum_modegpt.decompositions.least_squares import Total, complete
 
 DAMPING = 1e-3
-"""Of the Newton step, as a fraction of the curvature's mean diagonal."""
+"""Damping of the Newton step, as a fraction of the curvature's mean diagonal."""
 ITERATIONS = 10
 """Conjugate-gradient iterations of the Newton step."""
 HALVINGS = 6
@@ -19,7 +19,7 @@ HALVINGS = 6
 
 @dataclass(frozen=True)
 class SoftmaxSample:
-    """Tokens before the head: x (n, d) normalised, without weight and bias, and the wanted distribution P (n, V)."""
+    """Normalised inputs x (n, d) of the head, without weight and bias, and the target distribution P (n, V)."""
 
     features: Tensor
     target: Tensor
@@ -34,11 +34,11 @@ def match_softmax(
     *,
     total: Total = complete,
 ) -> Tensor:
-    """The gain g (d,) after one damped Newton step on mean KL(P ‖ softmax(W (g∘x + b))), which is convex in g.
+    """Compute the gain g (d,) after a damped Newton step on mean KL(P ‖ softmax(W (g∘x + b))), which is convex in g.
 
-    The step is found by conjugate gradients and halved until the divergence falls on the fitted tokens; it counts only
-    if it also falls on those held back, else `gain` comes back as it was. `bias` b (d,), `head` W (V, d); `total`
-    is what completes a sum over tokens.
+    Conjugate gradients give the step. It is halved until the divergence falls on the fitted tokens. If the divergence
+    does not also fall on the held-out tokens, `gain` is returned unchanged. `bias` is b (d,), `head` is W (V, d), and
+    `total` completes a sum over tokens with the sums of other ranks.
     """
     problem = _Softmax(fitted, bias, head, total)
     probabilities = problem.log_probabilities(gain).exp()
@@ -70,14 +70,14 @@ class _Softmax:
     total: Total
 
     def mean(self, values: Tensor) -> Tensor:
-        """Of values (n, …), a row a token, over all tokens."""
+        """Compute the mean over all tokens of values (n, …), with one row per token."""
         return self.total(values.sum(0)) / self.total(len(values))
 
     def log_probabilities(self, gain: Tensor) -> Tensor:
         return ((gain * self.sample.features + self.bias) @ self.head.T).log_softmax(-1)
 
     def cross_entropy(self, gain: Tensor) -> float:
-        """Differs from the divergence by the entropy of the target, which no gain changes."""
+        """Compute the cross entropy, which is the divergence plus the entropy of the target, a constant."""
         return -float(self.mean((self.sample.target * self.log_probabilities(gain)).sum(-1)))
 
 
@@ -99,9 +99,10 @@ def _conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor) -> 
 def split_sample(
     samples: Sequence[SoftmaxSample], share: int = 8, *, before: int = 0, total: Total = complete
 ) -> tuple[SoftmaxSample, SoftmaxSample]:
-    """(fitted, held back): every `share`-th sample is held back, at least one; one alone serves as both.
+    """Split samples into (fitted, held out): every `share`-th sample is held out, at least one.
 
-    `before` samples are with other processes and come first, `total` adds up how many all have.
+    A single sample is used as both. `before` is the number of samples of other ranks that come first, and `total` sums
+    the numbers of samples over ranks.
     """
     held = [sample for index, sample in enumerate(samples, before) if index % share == 0]
     fitted = [sample for index, sample in enumerate(samples, before) if index % share]

@@ -1,4 +1,4 @@
-"""Type III, the value/output pair, and query/key without rotation: free bases, found by SVDs in head space."""
+"""Type III, the value/output pair, and query/key without rotation: compute free bases by SVDs in head space."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from optimum_modegpt.decompositions.psd import exact, require_finite, roots
 
 SINGULAR_FLOOR = 1e-7
-"""Singular values below this fraction of the largest are directions the tokens never visit; as roots of eigenvalues
-they are known to no more than the root of the rounding error."""
+"""Singular values below this fraction of the largest belong to directions without tokens. As roots of eigenvalues, they
+are accurate only to the root of the rounding error."""
 
 
 def two_sided_basis(query: Tensor, key: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Maps (groups, rank, d) of query and key heads that keep qᵀk best when nothing ties coordinates together (ours).
+    """Compute maps (groups, rank, d) of query and key heads that preserve qᵀk best without rotary pairs (ours).
 
-    From C_Q^½ C_K^½ = USVᵀ: A = S^½ Uᵀ C_Q^−½ and B = S^½ Vᵀ C_K^−½, top `rank`; Σ (qᵀk − (Aq)ᵀ(Bk))² over
-    independent q and k is then the tail Σ_{i>rank} S_i². `query`, `key` are second moments (groups, d, d).
+    From C_Q^½ C_K^½ = USVᵀ, A = S^½ Uᵀ C_Q^−½ and B = S^½ Vᵀ C_K^−½, top `rank`. The expected Σ (qᵀk − (Aq)ᵀ(Bk))² over
+    independent q and k is then the tail Σ_{i>rank} S_i². `query` and `key` are second moments (groups, d, d).
     """
     (query_root, query_inverse), (key_root, key_inverse) = roots(query), roots(key)
     left, singular, right = torch.linalg.svd(query_root @ key_root)
@@ -25,21 +25,21 @@ def two_sided_basis(query: Tensor, key: Tensor, rank: int) -> tuple[Tensor, Tens
 
 
 def tail_error(query: Tensor, key: Tensor, rank: int) -> Tensor:
-    """Relative error (groups,) of the logits that `two_sided_basis` leaves: (Σ_{i>rank} S_i² / Σ S_i²)^½.
+    """Compute the relative error (groups,) of the logits after `two_sided_basis`: (Σ_{i>rank} S_i² / Σ S_i²)^½.
 
-    Zero for a silent head, which has no logits to lose.
+    The error is zero for a silent head, whose logits are all zero.
     """
     singular = torch.linalg.svdvals(roots(query)[0] @ roots(key)[0])
-    silent = (query * key).sum((-2, -1)) <= 0  # tr(C_Q C_K): what the damping of the roots would hide
+    silent = (query * key).sum((-2, -1)) <= 0  # tr(C_Q C_K); the damping of the roots would hide a zero
     return (singular[:, rank:].square().sum(-1) / singular.square().sum(-1)).sqrt().masked_fill(silent, 0.0)
 
 
 def joint_value_output(values: Tensor, output: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The joint SVD of one key-value group (Algorithm 3): basis B (d, rank) and new outputs S'_k V'_kᵀ (rank, m).
+    """Compute the joint SVD of a key-value group (Algorithm 3): basis B (d, rank) and new outputs S'_k V'_kᵀ (rank, m).
 
     C^½ W_V = USVᵀ gives `values` = W_Vᵀ C W_V = V S² Vᵀ (d, d), the second moment of the value vectors, so the (d_model
-    × d_model) moment C is not needed. Then S Vᵀ W_O = U'S'V'ᵀ and B = V S⁻¹ U'_k, W_V ← W_V B. With GQA `output`
-    (d, m) holds the group's heads side by side, which is optimal for their sum (ours; the paper treats one head).
+    × d_model) moment C is not needed. Then S Vᵀ W_O = U'S'V'ᵀ and B = V S⁻¹ U'_k, W_V ← W_V B. With GQA, `output`
+    (d, m) concatenates the group's heads, which is optimal for their sum (ours; the paper treats one head).
     """
     require_finite(values)
     squares, right = torch.linalg.eigh(values)
@@ -52,12 +52,12 @@ def joint_value_output(values: Tensor, output: Tensor, rank: int) -> tuple[Tenso
 
 
 def value_basis(inputs: Tensor, output: Tensor, rank: int) -> Tensor:
-    """B (d, rank), orthonormal, spanning G^−½ U_r with U_r the leading left singular vectors of G^½ W* (ours).
+    """Compute an orthonormal B (d, rank) that spans G^−½ U_r, with U_r the top left singular vectors of G^½ W* (ours).
 
-    `inputs` G (d, d) is the second moment of a key-value group's head outputs, summed over its query heads; `output`
-    W* (d, m) are the refitted output rows of these heads side by side. Optimal for each head alone with one query head
-    per group; the joint refit that follows makes up for the rest with several. Orthonormal, so that directions the
-    tokens never visit come out no larger than they were.
+    `inputs` G (d, d) is the second moment of a key-value group's head outputs, summed over its query heads. `output`
+    W* (d, m) concatenates the refitted output rows of these heads. With one query head per group, B is optimal for each
+    head alone. With several, the subsequent joint refit compensates for the rest. B is orthonormal, so that directions
+    without tokens do not grow.
     """
     root, inverse_root = roots(inputs)
     left = torch.linalg.svd(root @ output, full_matrices=False).U
@@ -65,6 +65,9 @@ def value_basis(inputs: Tensor, output: Tensor, rank: int) -> Tensor:
 
 
 def block_diagonal(bases: Tensor, repeats: int, *, ones: bool) -> Tensor:
-    """M: every group's basis (groups, d, r) once per query head along the diagonal, and 1 for the constant input."""
+    """Build a block-diagonal matrix of every group's basis (groups, d, r), once per query head.
+
+    With `ones`, the last block is 1 for the constant input.
+    """
     blocks = list(bases.repeat_interleave(repeats, dim=0))
     return torch.block_diag(*blocks, *([exact(torch.ones(1, 1, device=bases.device))] if ones else []))

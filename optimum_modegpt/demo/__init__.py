@@ -1,6 +1,7 @@
-"""The embedded demo: a small Llama with its text, so that everything can be tried in about a minute without network.
+"""The embedded demo: a small Llama model and its texts, to try everything in about a minute without a network.
 
-`text` writes the text, `train` trained the model on it; the evaluation text is about people the model never read about.
+`text` writes the texts. `train` trained the model on them. The evaluation text is about people who do not occur in the
+training text.
 """
 
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Writes the text of the demo: little stories, letters, recipes, reports, sums and more, from `grammar.txt`.
+"""Write the text of the demo: little stories, letters, recipes, reports, sums and more, from `grammar.txt`.
 
-A page is written by expanding the rule `document`. What a rule remembers (a hero, a lost thing, the weather, two
-numbers and their sum) comes back later on the same page, so that good predictions need a long memory. One pair of hero
-and friend in sixteen is held out: pages about these pairs are for evaluation and never seen in training.
+A page is an expansion of the rule `document`. The values that a rule remembers (a hero, a lost thing, the weather, two
+numbers and their sum) recur later on the same page, so good predictions need a long memory. One pair of hero and friend
+in sixteen is held out: pages about these pairs are used for evaluation and never for training.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ Alternative = tuple[tuple[Part, ...], ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """Alternatives to choose from; each is its wording followed by one wording per field."""
+    """Alternatives to choose from. Each one is its wording followed by one wording per field."""
 
     fields: tuple[str, ...]
     alternatives: tuple[Alternative, ...]
 
 
 def parse_wording(wording: str) -> tuple[Part, ...]:
-    """The literal pieces and slots of one wording, in order."""
+    """Split a wording into its literal pieces and slots, in order."""
     parts: list[Part] = []
     end = 0
     for match in DRAW.finditer(wording):
@@ -58,14 +58,14 @@ def parse_wording(wording: str) -> tuple[Part, ...]:
 
 
 def parse_rule(fields: tuple[str, ...], lines: list[str]) -> Rule:
-    """A rule with these fields from its indented lines."""
+    """Parse a rule with these fields from its indented lines."""
     wordings = [w for line in filter(str.strip, lines) for w in line.strip().replace("\\n", "\n").split(" | ")]
     pieces = [wording.split("; ", len(fields)) if fields else [wording] for wording in wordings]
     return Rule(fields, tuple(tuple(map(parse_wording, alternative)) for alternative in pieces))
 
 
 def parse_grammar(source: str) -> dict[str, Rule]:
-    """The rules of a grammar by name; the file explains its own notation."""
+    """Parse the rules of a grammar into a mapping name -> rule. The file explains its own notation."""
     rules: dict[str, Rule] = {}
     for block in re.split(r"\n+(?=\S)", source):
         heading, *lines = block.splitlines()
@@ -77,13 +77,13 @@ def parse_grammar(source: str) -> dict[str, Rule]:
 
 @cache
 def grammar() -> dict[str, Rule]:
-    """The rules of `grammar.txt`."""
+    """Return the rules of `grammar.txt`."""
     return parse_grammar(GRAMMAR.read_text(encoding="utf-8"))
 
 
 @dataclass
 class Writer:
-    """Expands rules, and remembers what they bind for the length of one page."""
+    """Expands rules, and remembers the values that they bind for the length of one page."""
 
     random: Random
     rules: dict[str, Rule]
@@ -92,11 +92,11 @@ class Writer:
     subject: str = ""
 
     def fill(self, parts: tuple[Part, ...]) -> str:
-        """The wording with every slot filled, from left to right."""
+        """Return the wording with every slot filled, from left to right."""
         return "".join(part if isinstance(part, str) else self.fill_slot(part) for part in parts)
 
     def fill_slot(self, slot: Slot) -> str:
-        """What stands in one slot."""
+        """Return the text for one slot."""
         if slot.recall:
             return self.recall(slot.recall)
         assert slot.rule is not None
@@ -108,12 +108,12 @@ class Writer:
         return "" if slot.mode == "!" else text
 
     def recall(self, name: str) -> str:
-        """What is remembered as `name`; `self` stands for the present subject."""
+        """Return the text remembered as `name`. The owner `self` means the current subject."""
         owner, dot, attribute = name.partition(".")
         return self.memory[(self.subject if owner == "self" else owner) + dot + attribute]
 
     def draw(self, name: str, key: str | None) -> str:
-        """One alternative of a rule, remembered as `key` with its fields."""
+        """Draw one alternative of a rule, and remember it as `key` with its fields."""
         rule = self.rules[name]
         if key is None:
             return self.fill(self.choose(rule)[0])
@@ -128,7 +128,7 @@ class Writer:
         return wordings[0]
 
     def choose(self, rule: Rule) -> Alternative:
-        """An alternative that this page has not used yet, or any one when that is hard to find."""
+        """Choose an alternative that this page has not used yet, or any one if the first few draws find none."""
         alternative = self.random.choice(rule.alternatives)
         for _ in range(REDRAWS):
             if id(alternative) not in self.used:
@@ -139,19 +139,19 @@ class Writer:
 
 
 def tidy(text: str) -> str:
-    """The text with capitals at the start of sentences, `an` before vowels and single spaces."""
+    """Return the text with capitals at the start of sentences, `an` before vowels and single spaces."""
     text = re.sub(r" {2,}", " ", re.sub(r" *\n+ *", "\n", text)).strip()
     text = SENTENCE_START.sub(lambda match: match[1].replace("^", "") + match[2].upper(), text).replace("^", "")
     return ARTICLE.sub(r"\1n ", text)
 
 
 def is_held_out(hero: str, friend: str) -> bool:
-    """Whether pages about these two are kept for evaluation."""
+    """Return whether pages about this pair are reserved for evaluation."""
     return zlib.crc32(f"{hero} and {friend}".encode()) % HELD_OUT_ONE_IN == 0
 
 
 def pages(seed: int, *, held_out: bool) -> Iterator[str]:
-    """Endless pages, either of the pairs kept for evaluation or of all others."""
+    """Yield pages without end, either about the pairs reserved for evaluation or about all others."""
     random = Random(seed)
     while True:
         writer = Writer(random, grammar())
@@ -161,7 +161,7 @@ def pages(seed: int, *, held_out: bool) -> Iterator[str]:
 
 
 def write_text(seed: int, characters: int, *, held_out: bool) -> str:
-    """Whole pages, separated by blank lines, of at least so many characters in all."""
+    """Return whole pages, separated by blank lines, with at least `characters` characters in total."""
     chosen: list[str] = []
     length = 0
     for page in pages(seed, held_out=held_out):

@@ -1,10 +1,10 @@
-"""Trains the demo model from nothing but `grammar.txt` and seeds: text, tokenizer, weights.
+"""Train the demo model from `grammar.txt` and seeds alone: text, tokenizer and weights.
 
     python -m optimum_modegpt.demo.train --output DIR
 
-writes `DIR/model`, `DIR/calibration.txt` and `DIR/evaluation.txt`, the very files that lie beside this script.
-A quarter of an hour on one processor core is enough: the matrices are optimised with Muon, the rest with AdamW. The
-texts and the tokenizer come out the same to the byte, the weights up to the order of floating-point sums.
+writes `DIR/model`, `DIR/calibration.txt` and `DIR/evaluation.txt`, the same files as those next to this script.
+Training takes about 15 minutes on one CPU core. It uses Muon for the matrices and AdamW for the other parameters. The
+texts and the tokenizer are reproduced bit-identically, the weights up to the order of floating-point sums.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EVALUATION_CHARACTERS = 115_000
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, so that no text is foreign to it; it opens every text with `BOS`."""
+    """Train a byte-level BPE tokenizer, which can encode every text. It adds `BOS` at the start of every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,7 +59,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
-    """All tokens of the text in one row; after every eighth page `EOS` and `BOS` stand for the blank line."""
+    """Return all tokens of the text as one row. After every eighth page, `EOS` and `BOS` replace the blank line."""
     pages = text.rstrip().split(PAGE_BREAK)
     closed = [number % CLOSE_EVERY == 0 for number in range(1, len(pages) + 1)]
     wordings = [page if last else page + PAGE_BREAK for page, last in zip(pages, closed, strict=True)]
@@ -69,7 +69,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
 
 
 def new_model() -> LlamaForCausalLM:
-    """The untrained model: 0.6 million parameters, five sixths of them in the projections of the blocks."""
+    """Create the untrained model: 0.6 million parameters, five sixths of them in the projections of the blocks."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
@@ -91,7 +91,7 @@ def new_model() -> LlamaForCausalLM:
 
 
 def new_optimizers(model: LlamaForCausalLM) -> list[Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+    """Create Muon for the matrices of the blocks, and AdamW for the embedding and the norms."""
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     chosen = set(map(id, matrices))
     others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
@@ -102,12 +102,12 @@ def new_optimizers(model: LlamaForCausalLM) -> list[Optimizer]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """The fraction of the full learning rate at a step: a short warm-up, a plateau, then a straight line to zero."""
+    """Return the fraction of the full learning rate at a step: a short warm-up, a plateau, then a linear decay to 0."""
     return min(1.0, (step + 1) / WARM_UP, (steps - step) / (COOL_DOWN * steps))
 
 
 def batches(stream: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
-    """Windows from random places in the stream; half of each batch opens with `BOS`."""
+    """Yield batches of windows from random positions in the stream. Half of each batch starts with `BOS`."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(len(stream) - CONTEXT, (BATCH, 1), generator=generator)
@@ -117,7 +117,7 @@ def batches(stream: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def train(model: LlamaForCausalLM, stream: Tensor, steps: int, seed: int) -> None:
-    """Trains the model in place to predict the next token of the stream."""
+    """Train the model in place to predict the next token of the stream."""
     optimizers = new_optimizers(model)
     schedules = [LambdaLR(optimizer, lambda step: learning_rate(step, steps)) for optimizer in optimizers]
     progress = tqdm(batches(stream, steps, seed), total=steps, desc="training", unit="step")
@@ -133,16 +133,18 @@ def train(model: LlamaForCausalLM, stream: Tensor, steps: int, seed: int) -> Non
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Train the demo model of optimum_modegpt on text of our own making.")
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description="Train the demo model of optimum_modegpt on generated text.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the model and its two texts")
     parser.add_argument("--steps", type=int, default=2400, help="steps of 2,048 tokens (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the order (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the weights and of the data order (default: %(default)s)"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Writes the texts, then trains tokenizer and model, then saves them."""
+    """Write the texts, train the tokenizer and the model, and save them."""
     options = arguments()
     torch.manual_seed(options.seed)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""What a model is worth and what compressing it would take: perplexity, fidelity, inspection, estimate."""
+"""Measure a model, and estimate its compression: perplexity, fidelity, tasks, speed, inspection, estimate."""

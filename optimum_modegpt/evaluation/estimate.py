@@ -1,4 +1,4 @@
-"""What compressing a model would take: a calculation from shapes, before any weight is read."""
+"""Estimate the memory, disk space and work of a compression from tensor shapes, before any weight is read."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checks import check_reachable, part_sizes
 
 LIBRARIES = 12 * 2**20
-"""Bytes on the host that numerical libraries take for themselves once they compute; measured 11 to 20 MiB."""
+"""Host bytes that numerical libraries allocate for themselves at their first use (measured: 11 to 20 MiB)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes at the peak of a machine; multiply-adds in units of a forward pass of the blocks over calibration tokens.
+    """Peak bytes on one machine, and multiply-adds relative to a forward pass of the blocks over calibration tokens.
 
     Attributes:
-        parameters: of the model, tied ones once.
-        block_parameters: those of the projections that can be cut.
-        calibration_tokens: all of them.
-        processes: how many compress it together on the machine.
-        with_accelerator: where streams are kept and what is needed, above the programs themselves, with an accelerator
-            for each process: such as the one that is there, else of unknown size. What is needed on the host and in
-            files is the sum over the processes.
-        without: the same where the host computes as well.
-        mapped_weights: memory maps of the model's files: they count as resident size while they are in use, but the
-            system takes the pages back where memory is short.
-        disk: the unfinished work beside the output, and the result; files of streams come on top.
-        forward_multiply_adds: of one forward pass.
-        forward_passes: how many of them the steps are worth.
+        parameters: number of parameters of the model. Tied ones count once.
+        block_parameters: number of weights of the compressible projections.
+        calibration_tokens: number of calibration tokens.
+        processes: number of processes of a distributed run on the machine.
+        with_accelerator: storage of the streams and bytes needed in addition to the programs themselves, with one
+            accelerator per process. Its size is that of the present accelerator, else unknown. Bytes on the host and in
+            files are the sum over processes.
+        without: the same without an accelerator, if the host computes.
+        mapped_weights: bytes of memory maps of the model's files. They count as resident size while they are in use,
+            but the system can reclaim the pages if memory is short.
+        disk: bytes of the checkpoint next to the output, and of the result. Files of streams are additional.
+        forward_multiply_adds: multiply-adds of one forward pass.
+        forward_passes: step -> its multiply-adds in units of forward passes.
     """
 
     parameters: int
@@ -52,7 +52,7 @@ class Estimate:
     forward_passes: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it and the sums, safe for JSON."""
+        """Return all fields and their sums, safe for JSON."""
         sums = {
             f"{name}_{place}_total": sum(needed.values())
             for name in ("with_accelerator", "without")
@@ -71,17 +71,17 @@ def estimate(
     device: torch.device | None = None,
     processes: int = 1,
 ) -> Estimate:
-    """What the command `compress` would need for `model`, which may stand on the meta device.
+    """Estimate the needs of the command `compress` for `model`, which may be on the meta device.
 
-    Counted are tensors: what the allocator keeps back of freed ones, and the program itself, come on top.
+    Only tensors are counted. Memory that the allocator caches and the program itself are additional.
 
     Args:
         model: the dense model.
-        config: what to do.
-        sequence_length: tokens of a calibration window.
-        weights_mapped: whether the weights stay in their files, as they do when they are loaded as they are stored.
-        device: where to compute; None takes the accelerator where there is one.
-        processes: how many are started together on this machine, each with an accelerator of its own where there are.
+        config: the settings of the compression.
+        sequence_length: tokens per calibration window.
+        weights_mapped: whether the weights are memory maps of their files, as they are if the dtype is not changed.
+        device: the compute device. None chooses the accelerator if available.
+        processes: number of processes on this machine, each with its own accelerator if available.
 
     Raises:
         AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.
@@ -127,7 +127,7 @@ def estimate(
 
 
 def _on_machine(arrangement: Arrangement, processes: int) -> Arrangement:
-    """With what all processes need together, where one of them needs this; they share no accelerator."""
+    """Multiply the host and file bytes of one process by the number of processes. They do not share an accelerator."""
     host, files = (
         {name: processes * size for name, size in parts.items()}
         for parts in (arrangement.needs.host, arrangement.needs.files)
@@ -136,11 +136,17 @@ def _on_machine(arrangement: Arrangement, processes: int) -> Arrangement:
 
 
 def _disk(result: int, finished: Parts, streams: int) -> Parts:
-    """The checkpoint stays until the result is written; streams are replaced by later ones that are written first."""
+    """Return the bytes on disk by purpose.
+
+    The checkpoint is kept until the result is written. New streams are written before the previous ones are deleted.
+    """
     return {**finished, "residual streams": streams, "result, or the next streams": max(result, streams)}
 
 
 def on_meta(model_class: Any, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a configuration with shapes and no weights; `model_class` is an Auto class, `dtype` replaces its."""
+    """Create the model of a configuration on the meta device, with shapes but no weights.
+
+    `model_class` is an Auto class. `dtype` overrides the dtype of the configuration.
+    """
     with torch.device("meta"):
         return model_class.from_config(config, dtype=dtype or config.dtype or torch.get_default_dtype())

@@ -1,4 +1,4 @@
-"""How far a model's predictions are from those of a reference."""
+"""Measure the difference between the predictions of a model and a reference."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PROBE = "The Café's 2,048 tokens: naïve\tΩmega\n\n  def f(x): return x**2  # 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A model beside its reference, on the same tokens."""
+    """Results of a model and its reference on the same tokens."""
 
     perplexity: float
     reference_perplexity: float
     kl: float
     """Mean KL(reference ‖ model) of the next-token distributions, in nats per position."""
     top1_agreement: float
-    """Fraction of positions where both find the same token most likely."""
+    """Fraction of positions at which both models have the same most likely token."""
     tokens: int
 
 
@@ -49,12 +49,12 @@ def fidelity(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Fidelity:
-    """Both perplexities, the mean KL divergence (exact, over the whole vocabulary) and the top-1 agreement.
+    """Compute both perplexities, the mean KL divergence (exact, over the whole vocabulary) and the top-1 agreement.
 
     Arguments and errors are those of `perplexity`.
 
     Raises:
-        EvaluationError: also when the vocabularies differ in size.
+        EvaluationError: the vocabularies differ in size, or any error of `perplexity`.
     """
     for each in (model, reference):
         check_windows(each, windows)
@@ -69,7 +69,7 @@ def fidelity(
             kl += chunked(divergence, theirs, ours)
             agreeing += chunked(agreement, theirs, ours)
     if not math.isfinite(kl):
-        raise EvaluationError(f"the divergence from the reference is {kl}: logits are not finite; try another --dtype.")
+        raise EvaluationError(f"the divergence from the reference is {kl}: logits are not finite. Try another --dtype.")
     found = finish(nats, windows)
     return Fidelity(
         perplexity=found.perplexity,
@@ -81,10 +81,10 @@ def fidelity(
 
 
 def check_vocabularies(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    """Refuses two models that do not predict the same tokens.
+    """Raise if two models do not predict the same tokens.
 
     Raises:
-        EvaluationError: when their vocabularies differ in size.
+        EvaluationError: the vocabularies differ in size.
     """
     sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
     if sizes[0] != sizes[1]:
@@ -95,10 +95,10 @@ def check_vocabularies(model: PreTrainedModel, reference: PreTrainedModel) -> No
 
 
 def check_tokenizers(ours: Any, theirs: Any) -> None:
-    """Refuses two tokenizers that cannot give two models the same tokens.
+    """Raise if two tokenizers cannot give two models the same tokens.
 
     Raises:
-        EvaluationError: when their vocabularies differ.
+        EvaluationError: the vocabularies differ.
     """
     if different := _different_tokens(ours.get_vocab(), theirs.get_vocab()):
         raise EvaluationError(
@@ -141,7 +141,7 @@ def _different_tokens(ours: dict[str, int], theirs: dict[str, int]) -> int:
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, tuple[str, int]]:
-    """The special tokens of a tokenizer with their ids, by name such as `eos_token`."""
+    """Return the special tokens of a tokenizer with their ids, by name such as `eos_token`."""
     named = tokenizer.special_tokens_map.items()
     return {name: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in named}
 
@@ -151,11 +151,11 @@ def _shown(token: tuple[str, int] | None) -> str:
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference ‖ model) in nats, (positions,), from logits of shape (positions, vocabulary)."""
+    """Compute KL(reference ‖ model) in nats, (positions,), from logits of shape (positions, vocabulary)."""
     expected = reference.float().log_softmax(dim=-1)
     return (expected.exp() * (expected - logits.float().log_softmax(dim=-1))).sum(dim=-1)
 
 
 def agreement(reference: Tensor, logits: Tensor) -> Tensor:
-    """Whether both find the same token most likely, (positions,), from logits of shape (positions, vocabulary)."""
+    """Return whether the most likely tokens agree, (positions,), from logits of shape (positions, vocabulary)."""
     return reference.argmax(dim=-1) == logits.argmax(dim=-1)

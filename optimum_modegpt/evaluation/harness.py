@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model that is loaded already."""
+"""Run tasks of lm-evaluation-harness on a loaded model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
-"""A task's score in a mean over tasks is the first of these that it has; all are fractions, higher is better."""
+"""Metrics in order of preference for a task's score in a mean over tasks. All are fractions, and higher is better."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Score:
 
     value: float
     stderr: float | None
-    """Standard error over the samples; None where lm-eval knows none."""
+    """Standard error over the samples. None if lm-eval does not report it."""
     higher_is_better: bool | None
     samples: int
     num_fewshot: int | None
-    """Examples before each question; None where tasks that differ are taken together."""
+    """Examples before each question. None for a mean over tasks with different numbers."""
     batch_size: int
-    """Requests per forward pass; through padding, scores move a little with it."""
+    """Requests per forward pass. It changes scores slightly because of padding."""
     version: str | float | None
-    """Of the task: scores of different versions cannot be compared."""
+    """Version of the task. Scores of different versions cannot be compared."""
     lm_eval: str
-    """The version of lm-eval."""
+    """Version of lm-eval."""
 
 
 TaskScores = Mapping[str, Mapping[str, Score]]
@@ -54,39 +54,39 @@ TaskScores = Mapping[str, Mapping[str, Score]]
 
 @dataclass(frozen=True)
 class Tasks:
-    """Tasks and groups of tasks, their data loaded; they can be run on any number of models."""
+    """Tasks and groups of tasks with loaded data, which can be run on any number of models."""
 
     manager: TaskManager
     roots: tuple[Task | Group, ...]
 
     @property
     def names(self) -> list[str]:
-        """Tasks, and each group that has a score of its own in place of its members."""
+        """Return the names of the tasks. A group with its own score replaces its members."""
         return [name for root in self.roots for name in _scored(root)]
 
 
 def load_tasks(names: Sequence[str], *, include_path: str | Path | None = None, progress: bool = False) -> Tasks:
-    """The tasks of these names, checked and with their data, before any model is loaded.
+    """Load the tasks of these names with their data, and check them. Call this before loading any model.
 
     Args:
         names: tasks, groups or tags of lm-eval, or patterns such as `mmlu_*`.
-        include_path: folder with task files of one's own; they win over lm-eval's.
+        include_path: folder with custom task files, which take precedence over those of lm-eval.
         progress: whether to show the progress bars of downloads.
 
     Raises:
-        EvaluationError: an unknown name, a task whose data cannot be had, a task that is named twice.
-        ImportError: without lm-eval.
+        EvaluationError: a name is unknown, the data of a task cannot be loaded, or a task is requested twice.
+        ImportError: lm-eval is not installed.
     """
     _check_installed()
     if include_path is not None and not Path(include_path).is_dir():
-        raise EvaluationError(f"{include_path} is no folder; expected one with the YAML files of tasks.")
+        raise EvaluationError(f"{include_path} is not a folder; expected a folder with YAML files of tasks.")
     with _undisturbed(progress):
         manager = _manager(names, include_path)
         roots = [root for name in _known(names, manager) for root in _loaded(name, manager)]
         try:
             manager.load(roots)
         except ValueError as error:
-            raise EvaluationError(f"tasks are asked for twice: {error}. Name either the group or its tasks.") from error
+            raise EvaluationError(f"tasks are requested twice: {error}. Name either the group or its tasks.") from error
     return Tasks(manager, tuple(roots))
 
 
@@ -100,23 +100,23 @@ def harness(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> dict[str, dict[str, Score]]:
-    """The scores by task or group, and by metric; as `lm_eval run --model hf` finds them for the saved model.
+    """Compute the scores by task or group and by metric, as `lm_eval run --model hf` does for the saved model.
 
-    A metric that was computed on filtered answers is named with its filter, as `exact_match,strict-match`. The
-    caller's random state, tokenizer and the model's mode are left as they were.
+    A metric on filtered answers has the filter in its name, as in `exact_match,strict-match`. The caller's random state
+    and tokenizer and the model's mode are not changed.
 
     Args:
-        model: on the device where it shall run.
-        tokenizer: the model's own.
-        tasks: from `load_tasks`.
-        num_fewshot: examples before each question; None takes each task's own number. A task that is made for none
-            stays without.
-        limit: only the first that many samples of each task, for a trial.
-        batch_size: requests per forward pass; None is lm-eval's own choice, one, which pads nothing.
+        model: the model, on the device to run it on.
+        tokenizer: the model's own tokenizer.
+        tasks: the tasks from `load_tasks`.
+        num_fewshot: examples before each question. None means each task's own number. A zero-shot task always gets
+            none.
+        limit: maximum number of samples of each task, for a trial run.
+        batch_size: requests per forward pass. None means lm-eval's default of 1, which needs no padding.
         progress: whether to show lm-eval's progress bars.
 
     Raises:
-        EvaluationError: the tasks cannot be run on this model, or it finds a likelihood that is no number.
+        EvaluationError: the tasks cannot be run on this model, or a likelihood is not finite.
     """
     import lm_eval
     from lm_eval.models import huggingface
@@ -143,7 +143,7 @@ def harness(
 
 
 def main_scores(scores: TaskScores) -> list[Score]:
-    """The score that stands for a task in a mean, of each task that has one of `MAIN_METRICS`."""
+    """Return the score to use in a mean over tasks, for each task that has one of `MAIN_METRICS`."""
     ranked = (
         [score for name in MAIN_METRICS for metric, score in metrics.items() if metric.partition(",")[0] == name]
         for metrics in scores.values()
@@ -152,7 +152,7 @@ def main_scores(scores: TaskScores) -> list[Score]:
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean of the scores of several tasks, each task counting the same."""
+    """Compute the unweighted mean of the scores of several tasks."""
     errors = [score.stderr for score in scores if score.stderr is not None]
     shots = {score.num_fewshot for score in scores}
     return replace(
@@ -171,20 +171,20 @@ def mean_score(scores: Sequence[Score]) -> Score:
 def _check_installed() -> None:
     try:
         import lm_eval.models.huggingface
-        import lm_eval.result_schema  # noqa: F401 - older versions have none, nor tasks that are loaded once
+        import lm_eval.result_schema  # noqa: F401 - older versions lack this module and cannot reuse loaded tasks
     except ImportError as error:
         raise ImportError(
-            f"tasks need lm-eval 0.4.12 or later ({error}): pip install 'optimum-modegpt[eval]'"
+            f"tasks require lm-eval 0.4.12 or later ({error}): pip install 'optimum-modegpt[eval]'"
         ) from error
 
 
 def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """An index of what can be run; without lm-eval's own tasks, which take ten seconds to list, where it can be."""
+    """Return an index of the tasks. If possible, omit lm-eval's own tasks, because listing them takes ten seconds."""
     from lm_eval.tasks import TaskManager
 
     if include_path is not None:
         own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(own.all_subtasks):  # groups and tags may have members elsewhere
+        if set(names) <= set(own.all_subtasks):  # groups and tags may have members outside this folder
             return own
     return TaskManager(include_path=include_path)
 
@@ -196,20 +196,20 @@ def _known(names: Sequence[str], manager: TaskManager) -> list[str]:
         if not found:
             close = difflib.get_close_matches(name, manager.all_tasks, n=5)
             advice = f"Did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists all."
-            raise EvaluationError(f"lm-eval knows no task {name!r}. {advice}")
+            raise EvaluationError(f"lm-eval has no task {name!r}. {advice}")
         known += found
     return list(dict.fromkeys(known))
 
 
 def _loaded(name: str, manager: TaskManager) -> list[Task | Group]:
-    """A task, a group, or the tasks of a tag."""
+    """Load a task, a group, or the tasks of a tag."""
     try:
         found = manager.load(name)
     except Exception as error:  # a task's files and data may raise anything
         raise EvaluationError(
             f"the task {name!r} cannot be loaded: {type(error).__name__}: {error}\n"
-            "Its data comes from the Hub, unless its files say otherwise: check the connection, or run it once where "
-            "there is one."
+            "The data comes from the Hub, unless the task's files say otherwise. Check the connection, or run the task "
+            "once on a machine with a connection."
         ) from error
     groups = found.get("groups", {})
     members = {member for group in groups.values() for member in group.child_names}
@@ -223,7 +223,10 @@ def _scored(item: Any) -> list[str]:
 
 
 def _check_finite(tasks: Tasks) -> None:
-    """lm-eval takes a choice of likelihood nan for one like others, and a broken model would pass for a weak one."""
+    """Raise if a likelihood is not finite.
+
+    lm-eval treats a likelihood of nan like any other number, so a broken model would look like a weak one.
+    """
     for task in (task for root in tasks.roots for task in _leaves(root)):
         answers = (answer for instance in task.instances for answer in instance.resps)
         likelihoods = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
@@ -239,7 +242,7 @@ def _leaves(root: Any) -> list[Any]:
 
 
 def _metrics(name: str, found: dict[str, Any], batch_size: int) -> dict[str, Score]:
-    """What lm-eval keeps as `metric,filter` and `metric_stderr,filter`."""
+    """Return the scores of a task from lm-eval's entries `metric,filter` and `metric_stderr,filter`."""
     entry, metrics = found["results"][name], {}
     for key, value in entry.items():
         metric, comma, chosen = key.partition(",")
@@ -259,12 +262,12 @@ def _metrics(name: str, found: dict[str, Any], batch_size: int) -> dict[str, Sco
     return metrics
 
 
-# ------------------------------------------------------------------------------------- what lm-eval does to its caller
+# ------------------------------------------------------------------------------------------- side effects of lm-eval
 
 
 @contextmanager
 def _undisturbed(progress: bool) -> Iterator[None]:
-    """Inside, lm-eval prints to stderr, where messages belong, and draws bars only where they are wanted."""
+    """Make lm-eval print to stderr, show bars only if `progress`, and keep the random state, within the context."""
     with ExitStack() as stack:
         stack.enter_context(kept_random_state())  # lm-eval and some tasks seed the global generators
         stack.enter_context(redirect_stdout(sys.stderr))
@@ -274,7 +277,7 @@ def _undisturbed(progress: bool) -> Iterator[None]:
 
 @contextmanager
 def _no_git() -> Iterator[None]:
-    """Stops lm-eval from asking git for the commit of the working folder: git prints an error outside a repository."""
+    """Stop lm-eval from querying git for the current commit, because git prints an error outside a repository."""
     from lm_eval import evaluator
 
     original = evaluator.get_git_commit_hash
@@ -287,7 +290,7 @@ def _no_git() -> Iterator[None]:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Inside, this logger tells errors alone: it warns of what is done here on purpose."""
+    """Limit a logger to errors within the context, because its warnings are about intended settings."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

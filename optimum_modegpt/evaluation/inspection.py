@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its configuration and the shapes of its tensors."""
+"""Inspect the weights of a saved model from its configuration and the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from optimum_modegpt.report import PARTS
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors header says of one tensor."""
+    """Dtype and shape of one tensor in a safetensors header."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
 
@@ -37,30 +37,30 @@ class BlockRanks:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint, compressed or dense."""
+    """Summary of a saved model, compressed or dense."""
 
     model_type: str
     parameters: int
-    """As stored: tied ones once, no buffers."""
+    """Number of stored parameters. Tied ones count once, and buffers do not count."""
     dtype: str | None = None
-    """As most of them are stored, in safetensors' words, F32 or BF16; None where there are none."""
+    """Dtype of most parameters, in safetensors' notation such as F32 or BF16. None if there are no parameters."""
     blocks: tuple[BlockRanks, ...] = ()
     """Empty for a dense model."""
     sparsity: float = 0.0
     """Fraction of the weights of the blocks' projections that was removed."""
     record: dict[str, Any] | None = None
-    """What the compression wrote into the configuration; None for a dense model."""
+    """Record of the compression in the configuration. None for a dense model."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, safe for JSON."""
+        """Return all fields, safe for JSON."""
         return asdict(self)
 
 
 def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
-    """Ranks, parameters, sparsity and record of the checkpoint of `config`, whose tensors are `tensors`.
+    """Return ranks, parameters, sparsity and record of a saved model with this configuration and these tensors.
 
     Raises:
-        EvaluationError: the configuration was edited: it cannot be read, or says other widths than the tensors have.
+        EvaluationError: the configuration was edited: it cannot be read, or its widths differ from the tensors' widths.
     """
     sizes = Counter[str]()
     for tensor in tensors.values():
@@ -76,7 +76,7 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
 
 
 def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
-    """Kept and dense widths of every block of a compressed model, as its configuration has them.
+    """Return kept and dense widths of every block of a compressed model from its configuration.
 
     Raises:
         EvaluationError: the configuration was edited and cannot be read.
@@ -104,18 +104,18 @@ def _check_shapes(config: Any, widths_of_blocks: list[Any], tensors: Mapping[str
             if found is None or len(found) != 2 or found[axis] != size:
                 problems.append(f"{name} is {'missing' if found is None else found}, axis {axis} should be {size}")
     if any(f".{family.blocks}.{len(widths_of_blocks)}." in f".{key}" for key in tensors):
-        problems.append(f"there are more blocks than {len(widths_of_blocks)}")
+        problems.append(f"the weights have more blocks than {len(widths_of_blocks)}, the number in the configuration")
     if problems:
         more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise EvaluationError(
-            "config.json and the weights disagree; the folder was edited or is incomplete:\n  "
+            "config.json and the weights do not match; the folder was edited or is incomplete:\n  "
             + "\n  ".join(problems[:5])
             + more
         )
 
 
 def _sparsity(config: Any, blocks: tuple[BlockRanks, ...], tensors: Mapping[str, TensorHeader]) -> float:
-    """1 − Σ now / Σ dense over the blocks' projections; each is as wide as its part is."""
+    """Compute 1 − Σ now / Σ dense over the blocks' projections, whose width is that of their part."""
     family = config.family
     now = before = 0.0
     for block in blocks:

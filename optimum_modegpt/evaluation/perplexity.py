@@ -1,4 +1,4 @@
-"""Perplexity of a model on windows of token ids, each scored alone."""
+"""Compute the perplexity of a model on windows of token ids, which are scored independently."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS_BYTES = 256 * 2**20
-"""Most that the logits of one batch take in float32, where the batch size is automatic."""
+"""Maximum size in bytes of the logits of one batch in float32, if the batch size is automatic."""
 CHUNK_BYTES = 64 * 2**20
-"""Most that a float32 copy of logits takes while it is reduced to one number per position."""
+"""Maximum size in bytes of a float32 copy of logits while it is reduced to one number per position."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Perplexity:
 def perplexity(
     model: PreTrainedModel, windows: Tensor, *, batch_size: int | None = None, progress: bool = False
 ) -> Perplexity:
-    """exp of the mean negative log-likelihood in nats; a window of L tokens gives L − 1 predictions.
+    """Compute exp of the mean negative log-likelihood in nats. A window of L tokens gives L − 1 predictions.
 
-    The first token of a window (BOS, where the tokenizer adds one) is read and not scored.
+    The first token of a window (BOS, if the tokenizer adds one) is read but not scored.
 
     Args:
-        model: on the device where it shall run.
+        model: the model, on the device to run it on.
         windows: token ids (windows, length).
-        batch_size: windows per forward pass; None chooses by the size of the logits.
+        batch_size: windows per forward pass. None chooses by the size of the logits.
         progress: whether to show a progress bar.
 
     Raises:
@@ -56,20 +56,20 @@ def perplexity(
 
 
 def finish(nats: float, windows: Tensor) -> Perplexity:
-    """The perplexity from the summed nats of all scored positions."""
+    """Return the perplexity from the summed nats of all scored positions."""
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return Perplexity(exponential(nats, tokens), tokens)
 
 
 def exponential(nats: float, tokens: int) -> float:
-    """exp(nats / tokens), infinite beyond the largest float.
+    """Compute exp(nats / tokens), which is infinite beyond the largest float.
 
     Raises:
         EvaluationError: the nats are not finite.
     """
     if not math.isfinite(nats):
         raise EvaluationError(
-            f"the model's loss on this text is {nats}. Its weights or activations overflow: try another --dtype, and "
+            f"the model's loss on this text is {nats}. The weights or activations overflow: try another --dtype, and "
             "check that the folder is complete."
         )
     mean = nats / tokens
@@ -77,10 +77,10 @@ def exponential(nats: float, tokens: int) -> float:
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
-    """Refuses windows that are longer than the context or hold ids outside of the vocabulary.
+    """Raise if windows are longer than the context or contain ids outside the vocabulary.
 
     Raises:
-        EvaluationError: with what was found and expected.
+        EvaluationError: the windows do not fit. The message names the found and expected values.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
@@ -94,21 +94,22 @@ def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
 
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
-    """Refuses token ids outside of the model's vocabulary.
+    """Raise if token ids are outside the model's vocabulary.
 
     Raises:
-        EvaluationError: with the largest id and the size of the vocabulary.
+        EvaluationError: an id is out of range. The message names the largest id and the size of the vocabulary.
     """
     known = model.config.get_text_config().vocab_size
     if int(ids.min()) < 0 or int(ids.max()) >= known:
         raise EvaluationError(
-            f"the text has token ids up to {int(ids.max())}, the model knows {known}; use its own tokenizer."
+            f"the text has token ids up to {int(ids.max())}, but the model's vocabulary has {known} tokens; use the "
+            "tokenizer of the model."
         )
 
 
 @contextmanager
 def evaluating(*models: PreTrainedModel) -> Iterator[None]:
-    """While it lasts, the models are in evaluation mode and no gradients are kept."""
+    """Put the models in evaluation mode and disable gradients within the context."""
     training = [model.training for model in models]
     try:
         for model in models:
@@ -121,7 +122,7 @@ def evaluating(*models: PreTrainedModel) -> Iterator[None]:
 
 
 def batches(model: PreTrainedModel, windows: Tensor, batch_size: int | None, progress: bool) -> Iterator[Tensor]:
-    """The windows in batches, on the model's device."""
+    """Yield the windows in batches on the model's device."""
     if batch_size is None:
         row = windows.shape[1] * model.config.get_text_config().vocab_size * 4
         batch_size = min(32, max(1, LOGITS_BYTES // row))
@@ -132,27 +133,27 @@ def batches(model: PreTrainedModel, windows: Tensor, batch_size: int | None, pro
 
 
 def logits_of(model: PreTrainedModel, batch: Tensor) -> Tensor:
-    """The predictions of all but the last position, (positions, vocabulary), in the model's dtype."""
+    """Return the logits of all but the last position, (positions, vocabulary), in the model's dtype."""
     return model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)  # (batch · (length − 1), vocabulary)
 
 
 def targets(batch: Tensor) -> Tensor:
-    """What `logits_of` should have predicted, (positions,)."""
+    """Return the tokens that `logits_of` should predict, (positions,)."""
     return batch[:, 1:].flatten()
 
 
 def chunked(reduce: Callable[..., Tensor], *columns: Tensor) -> float:
-    """The sum of what `by_position` gives."""
+    """Return the sum over positions of the result of `by_position`."""
     return float(by_position(reduce, *columns).sum())
 
 
 def by_position(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """What `reduce` gives for chunks of the positions, (positions,) in float64 on the CPU; float32 inside."""
+    """Apply `reduce` to chunks of the positions, (positions,) in float64 on the CPU. Chunks are computed in float32."""
     size = max(1, CHUNK_BYTES // (4 * columns[-1].shape[-1]))
     parts = (reduce(*chunk) for chunk in zip(*(column.split(size) for column in columns), strict=True))
     return torch.cat([part.cpu().double() for part in parts])
 
 
 def nats_of(target: Tensor, logits: Tensor) -> Tensor:
-    """Negative log-likelihood of the targets in nats, (positions,), from logits (positions, vocabulary)."""
+    """Compute the negative log-likelihood of the targets in nats, (positions,), from logits (positions, vocabulary)."""
     return nn.functional.cross_entropy(logits.float(), target, reduction="none")

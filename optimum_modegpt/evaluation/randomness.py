@@ -1,4 +1,4 @@
-"""The process's random generators, kept from libraries that seed them."""
+"""Protect the global random state from libraries that seed it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def kept_random_state() -> Iterator[None]:
-    """Whatever is seeded or drawn inside, Python's, numpy's and torch's generators go on as if nothing had been."""
+    """Restore the states of Python's, numpy's and torch's random generators on exit."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.accelerator.device_count())):

@@ -1,4 +1,4 @@
-"""Whether a compression fits into the memory and onto the disk that are there, before any weight is read."""
+"""Preflight check: compare the memory and disk space that a compression needs with the free ones."""
 
 from __future__ import annotations
 
@@ -16,28 +16,30 @@ SMALLER = "a smaller --num-samples, --sequence-length or --batch-size"
 
 
 def check_room(found: Estimate, device: torch.device, folder: Path, *, written: int = 0) -> None:
-    """Refuses what does not fit.
+    """Raise if a compression needs more memory or disk space than is free. Call this before reading any weight.
 
     Args:
-        found: what the compression needs.
-        device: where it computes.
-        folder: where the result goes; it need not exist.
-        written: bytes of it that an interrupted run has written.
+        found: the estimate of the compression.
+        device: the compute device.
+        folder: the output folder, which need not exist.
+        written: bytes that an interrupted run has already written to the disk.
 
     Raises:
-        NotEnoughRoom: with what is needed, what is there, and what to do.
+        NotEnoughRoom: something does not fit. The message names the needed and the free bytes, and the remedy.
     """
     home = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     needs, free = (found.without if device.type == "cpu" else found.with_accelerator).needs, Free.beside(device)
     files = {f"{name}, in files": size for name, size in needs.files.items()}
-    shortages = _shortage("host memory", needs.host, free.host, f"take {SMALLER}")
+    shortages = _shortage("host memory", needs.host, free.host, f"use {SMALLER}")
     on_disk = shutil.disk_usage(home).free + written
-    shortages += _shortage(f"disk at {home}", {**found.disk, **files}, on_disk, "take an --output on another disk")
+    shortages += _shortage(f"disk at {home}", {**found.disk, **files}, on_disk, "use an --output on another disk")
     if free.device is not None:
-        shortages += _shortage(f"memory on {device}", needs.device, free.device, f"take {SMALLER}, or --device cpu")
+        shortages += _shortage(f"memory on {device}", needs.device, free.device, f"use {SMALLER}, or --device cpu")
     if shortages:
         raise NotEnoughRoom(
-            "this compression does not fit:\n  " + "\n  ".join(shortages) + "\n--ignore-estimate goes on."
+            "this compression does not fit:\n  "
+            + "\n  ".join(shortages)
+            + "\nPass --ignore-estimate to continue anyway."
         )
 
 

@@ -1,10 +1,10 @@
-"""How fast a model reads a prompt and writes after it, beside a reference: both in turns, in one run.
+"""Measure the speed of prefill and decoding of a model and a reference, which take turns in one run.
 
-Where nothing is to be gained: a compressed block launches as many kernels as a dense one, and a few more that pick the
-kept rotary pairs. A model so small, or a batch so small on a device so fast, that launching kernels takes longer than
-their work gains no speed, only memory; `torch.compile` takes most of that cost away. Embeddings and the language
-model's head keep their size, so their share of the time stays, and the attention over a long context shrinks with the
-head widths alone.
+Limits of the speedup: a compressed block launches as many kernels as a dense one, and a few more to select the kept
+rotary pairs. If launching kernels takes longer than their work, because the model or batch is small or the device is
+fast, then compression saves only memory. `torch.compile` removes most of that launch cost. Embeddings and the language
+model's head keep their size, so their time does not change. The attention over a long context shrinks only with the
+head widths.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from optimum_modegpt.progress import bar
 from optimum_modegpt.stages import StageClock
 
 SEED = 0
-"""Of the token ids."""
+"""Seed of the token ids."""
 
 Measured = TypeVar("Measured")
 
@@ -45,30 +45,30 @@ class Spread:
 
     @staticmethod
     def of(values: Iterable[float]) -> Spread:
-        """Of at least one value."""
+        """Compute the spread of at least one value."""
         found = list(values)
         return Spread(statistics.median(found), min(found), max(found))
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One model at one setting."""
+    """Speed and memory of one model at one setting."""
 
     first_token_seconds: Spread
-    """From the call to the first new token on the host."""
+    """Seconds from the call to the first new token on the host."""
     prefill_tokens_per_second: Spread
-    """Prompt tokens of the whole batch over the time to the first token."""
+    """Prompt tokens of the whole batch divided by the time to the first token."""
     decode_tokens_per_second: Spread
-    """New tokens of the whole batch after the first, one a step, with the key-value cache."""
+    """New tokens of the whole batch after the first one, with one token per step and the key-value cache."""
     cache_bytes_per_token: float | None
-    """Of keys and values in all blocks; None for a model without such a cache."""
+    """Bytes of keys and values in all blocks. None for a model without a key-value cache."""
     peak_memory: int
-    """Bytes: the weights, and how far memory rose in a run above what was taken before it; see `memory_kind`."""
+    """Bytes of the weights plus the largest rise of memory during a run. See `memory_kind`."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What one row measures."""
+    """Batch size, prompt length and compilation of one row."""
 
     batch_size: int
     prompt_length: int
@@ -77,11 +77,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """Both models at one setting; ratios are those of single repeats, above 1 where the model is the faster one."""
+    """Results of both models at one setting. Ratios are of single repeats, and above 1 if the model is faster."""
 
     setting: Setting
     model: Speed | None
-    """None where it did not fit into memory."""
+    """None if the model did not fit into memory."""
     reference: Speed | None = None
     prefill_ratio: Spread | None = None
     decode_ratio: Spread | None = None
@@ -90,18 +90,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Size:
-    """What the weights of a model are, tied ones once, at the dtype in which it ran."""
+    """Number and size of a model's weights in the dtype in which it ran. Tied ones count once."""
 
     parameters: int
     weight_bytes: int
-    """In memory."""
+    """Bytes in memory."""
     disk_bytes: int | None = None
-    """Of the safetensors files that it was loaded from; None where it was not, or nobody looked."""
+    """Bytes of the safetensors files that the model was loaded from. None if unknown."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Every setting, and what it was measured with."""
+    """Results at all settings, and the conditions of the measurement."""
 
     rows: tuple[Row, ...]
     model: Size
@@ -110,13 +110,13 @@ class Benchmark:
     repeats: int
     machine: dict[str, Any]
     memory_kind: str
-    """What is seen to rise in `Speed.peak_memory`: "device memory", or on a CPU, where both models share one process,
-    its "sampled resident size"."""
+    """Kind of memory in `Speed.peak_memory`: "device memory" or, on a CPU, the "sampled resident size" of the process
+    that both models share."""
     notes: tuple[str, ...] = field(default=())
-    """What was not measured as asked for."""
+    """Deviations from the requested settings."""
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, safe for JSON."""
+        """Return all fields, safe for JSON."""
         return asdict(self)
 
 
@@ -131,26 +131,26 @@ def benchmark(
     compile: bool = False,
     progress: bool = False,
 ) -> Benchmark:
-    """Speed at every batch size and prompt length, on random token ids.
+    """Measure the speed at every batch size and prompt length on random token ids.
 
-    Each setting runs twice before it is timed: to warm up, and to see what memory it takes. In each repeat the two
-    models take turns, and the order alternates, so that a machine that slows down slows both. A setting that does not
-    fit into memory is told in its row.
+    Each setting runs twice before it is timed: once as a warm-up, and once to measure memory. In each repeat, the two
+    models take turns, and the order alternates, so that a slowdown of the machine affects both. If a setting does not
+    fit into memory, its row reports this.
 
     Args:
-        model: on the device where it shall run.
+        model: the model, on the device to run it on.
         reference: the model to compare with, on the same device.
-        batch_sizes: sequences at once.
-        prompt_lengths: tokens; longer ones are cut to what the context leaves beside the new tokens.
+        batch_sizes: numbers of sequences per batch.
+        prompt_lengths: numbers of tokens per prompt. Prompts are truncated to fit the context with the new tokens.
         new_tokens: decoding steps after the first token.
         repeats: measurements of each setting.
-        compile: whether to measure all settings once more under `torch.compile`, with a static cache; what it
-            had compiled in this process before is forgotten.
+        compile: whether to also measure all settings under `torch.compile`, with a static cache. This resets earlier
+            compilations of this process.
         progress: whether to show a progress bar.
 
     Raises:
-        EvaluationError: a number is below 1, the context has no room for the new tokens, the two models do not stand
-            on one device, or predict different tokens.
+        EvaluationError: a number is below 1, the context is too short for the new tokens, or the two models are on
+            different devices or predict different tokens.
     """
     models = {"model": model} | ({} if reference is None else {"reference": reference})
     _check(list(models.values()), (*batch_sizes, *prompt_lengths, new_tokens, repeats))
@@ -183,16 +183,16 @@ def _check(models: list[PreTrainedModel], numbers: tuple[int, ...]) -> None:
 def _within_context(
     models: Iterable[PreTrainedModel], lengths: Sequence[int], new_tokens: int
 ) -> tuple[list[int], tuple[str, ...]]:
-    """The lengths, each once, cut to what both contexts hold; and a note on each that was cut."""
+    """Return the distinct lengths, truncated to both contexts, and a note on each truncated one."""
     limits = [getattr(each.config.get_text_config(), "max_position_embeddings", None) for each in models]
     context = min((limit for limit in limits if limit is not None), default=None)
     if context is None:
         return list(dict.fromkeys(lengths)), ()
     if context <= new_tokens:
-        raise EvaluationError(f"a context of {context} tokens has no room for a prompt and {new_tokens} new ones.")
+        raise EvaluationError(f"a context of {context} tokens is too short for a prompt and {new_tokens} new tokens.")
     room = context - new_tokens
     notes = tuple(
-        f"prompts of {length} tokens were cut to {room}: the context is {context}, and {new_tokens} are new"
+        f"prompts of {length} tokens were truncated to {room}: the context is {context}, with {new_tokens} new tokens"
         for length in lengths
         if length > room
     )
@@ -204,14 +204,14 @@ def _within_context(
 
 @dataclass(frozen=True)
 class _Run:
-    """One prompt read and continued."""
+    """Measurements of one prefill and its decoding steps."""
 
     first_token: float
-    """Seconds."""
+    """Seconds to the first token."""
     decode: float
     """Seconds of all steps after the first token."""
     cache_bytes: float | None
-    """For one token of one sequence."""
+    """Bytes of the cache for one token of one sequence."""
 
 
 def _row(
@@ -230,7 +230,7 @@ def _row(
     runs: dict[str, list[_Run]] = {name: [] for name in models}
     peaks: dict[str, int] = {}
     failures: dict[str, str] = {}
-    for repeat in range(-2, repeats):  # the first warms up, the second shows what memory it takes
+    for repeat in range(-2, repeats):  # the first is a warm-up, the second measures memory
         for name in [*models] if repeat % 2 else [*models][::-1]:
             if name in failures:
                 continue
@@ -251,24 +251,26 @@ def _row(
 def _forward(model: PreTrainedModel, setting: Setting) -> Callable[..., Any]:
     if not setting.compiled:
         return model
-    torch.compiler.reset()  # shapes of one setting are not to be taken for dynamic in the next
+    torch.compiler.reset()  # otherwise the changed shapes of the next setting would be compiled as dynamic
     return torch.compile(model)
 
 
 def _fitting(measure: Callable[[], Measured]) -> Measured | None:
-    """What is measured; None where memory ends, on an accelerator or on the host."""
+    """Return the result of `measure`, or None if it runs out of memory on an accelerator or on the host."""
     try:
         return measure()
     except torch.OutOfMemoryError:
         return None
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):  # what the allocator of the host says, which has no class for it
+        if "can't allocate memory" in str(
+            error
+        ):  # the message of the host allocator, which has no exception class of its own
             return None
         raise
 
 
 def _peak(model: PreTrainedModel, run: Callable[[], _Run]) -> int:
-    """Bytes: the weights, and how far memory rises while it runs."""
+    """Return the bytes of the weights plus the rise of memory during `run`."""
     clock = StageClock(model.device)
     before = clock.in_use()
     with clock.stage("run"):
@@ -294,7 +296,7 @@ def _run(model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, setti
 
 
 def _likeliest(output: Any) -> Tensor:
-    """(batch, 1)"""
+    """Return the most likely next tokens, (batch, 1)."""
     return output.logits[:, -1:].argmax(-1)
 
 

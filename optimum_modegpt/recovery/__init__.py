@@ -1,1 +1,1 @@
-"""Recovery: a short fine-tuning that gives a compressed model back some of what it lost. Needs the extra `recover`."""
+"""Recovery: a short fine-tuning that regains some of a compressed model's quality. Requires the extra `recover`."""

@@ -1,4 +1,4 @@
-"""`RecoveryConfig`; imports neither torch nor transformers."""
+"""Define `RecoveryConfig`. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 from optimum_modegpt.errors import InvalidConfig
 
 LEARNING_RATE = 0.03
-"""Over √d_model. Measured on models of width 64 and 96; at 4096 it is 5e-4, in the range that people use for LoRA."""
+"""Divided by √d_model. Measured on models of width 64 and 96. At width 4096, it gives 5e-4, a usual value for LoRA."""
 
 
 @dataclass(frozen=True)
 class RecoveryConfig:
-    """How to fine-tune.
+    """Settings of the fine-tuning.
 
     Args:
-        steps: updates of the adapter.
-        batch_size: windows per step; as many as fit go through the model together, and gradients are accumulated.
-        learning_rate: its peak, after the first twentieth of the steps; from there it falls to zero along a cosine.
-            None takes 0.03 / √d_model: wider models want a smaller one.
+        steps: number of updates of the adapter.
+        batch_size: windows per step. As many as fit are processed together, and gradients are accumulated.
+        learning_rate: peak learning rate, after a warm-up over the first 5 % of the steps. It then decays to zero along
+            a cosine. None takes 0.03 / √d_model, because wider models need a smaller one.
         lora_rank: rank of the adapter of every projection of the blocks.
-        seed: of the adapter's first values and the order of the windows.
+        seed: seed of the adapter's initial values and the order of the windows.
 
     Raises:
-        InvalidConfig: for a value that is out of range.
+        InvalidConfig: a value is out of range.
     """
 
     steps: int = 300
@@ -43,6 +43,6 @@ class RecoveryConfig:
             raise InvalidConfig(f"learning_rate must be a number above 0, or None, found {self.learning_rate!r}.")
 
     def peak_learning_rate(self, model_config: Any) -> float:
-        """The learning rate that a model of this configuration gets."""
+        """Return the peak learning rate for a model of this configuration."""
         width = model_config.get_text_config().hidden_size
         return LEARNING_RATE / math.sqrt(width) if self.learning_rate is None else self.learning_rate

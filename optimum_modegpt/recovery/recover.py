@@ -1,4 +1,4 @@
-"""LoRA on the projections that compression narrowed, trained with transformers' Trainer and merged at the end."""
+"""Fine-tune a compressed model: train LoRA on its projections with transformers' Trainer, and merge it at the end."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from optimum_modegpt.walk.state import Base
 logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE, FEWEST_HELD_OUT = 0.05, 2
-"""Windows that are not trained on but choose the best step."""
+"""Fraction and minimum number of windows that select the best step and are not used for training."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery did; perplexities are of the held-out windows."""
+    """Result of a recovery. Perplexities are of the held-out windows."""
 
     perplexity_before: float
     perplexity_after: float
-    """Of the merged model, in the dtype of its weights."""
+    """Perplexity of the merged model, in the dtype of its weights."""
     best_step: int
-    """The step whose weights were kept; 0 where none was better than the model as it was, which is then unchanged."""
+    """Step whose weights were kept. 0 if no step improved the model, which is then unchanged."""
     steps: int
     tokens: int
-    """Tokens read in training, repetitions included."""
+    """Tokens read in training, including repetitions."""
     trained_parameters: int
-    """Of the adapter, before it was merged."""
+    """Number of parameters of the adapter before merging."""
     held_out_windows: int
     seconds: float
 
     @property
     def improved(self) -> bool:
-        """Whether the model is better than before on the held-out windows."""
+        """Return whether the perplexity of the held-out windows decreased."""
         return self.perplexity_after < self.perplexity_before
 
     def summary(self) -> str:
-        """What was gained and what it took, in two lines."""
+        """Return two lines with the change of perplexity and the cost of the training."""
         kept = f"step {self.best_step} of {self.steps} kept" if self.best_step else f"none of {self.steps} steps kept"
         return (
             f"perplexity of {self.held_out_windows} held-out windows "
@@ -65,27 +65,28 @@ def recover(
     teacher_name: str | None = None,
     progress: bool = False,
 ) -> Recovery:
-    """Fine-tunes a compressed model in place, where it lies, and writes a record `recovered` into its configuration.
+    """Fine-tune a compressed model in place on its device, and write a record `recovered` into its configuration.
 
-    The last twentieth of the windows, at least two, is held out. The model ends with the weights of the step that
-    gave them the lowest perplexity. Where no step was better than none, or on an error, the model is as it was.
+    The last 5 % of the windows, at least two, are held out. The model ends with the weights of the step with the lowest
+    perplexity on them. If no step improves the model, or on an error, the model is unchanged.
 
     Args:
-        model: a compressed causal language model, whole on one device; the first one where there are several.
-        windows: token ids (windows, length) with their record; the model may have been calibrated on them, but should
-            be evaluated on others.
-        teacher: the dense model, on any device; the loss is then KL(teacher ‖ model) of the next-token distributions
-            in place of the cross-entropy with the text.
-        config: None takes the defaults.
-        teacher_name: for the record; None takes what the teacher says.
+        model: a compressed causal language model, entirely on one device. With several accelerators, it must be the
+            first one.
+        windows: token ids (windows, length) with their record. They may be the windows of the calibration, but the
+            model should be evaluated on others.
+        teacher: the dense model, on any device. With a teacher, the loss is KL(teacher ‖ model) of the next-token
+            distributions instead of the cross-entropy with the text.
+        config: settings of the training. None means the defaults.
+        teacher_name: name of the teacher for the record. None means the name in the teacher's configuration.
         progress: whether to show a progress bar.
 
     Raises:
-        UnsupportedModel: the model is dense or quantised, has an adapter, or lies on several devices.
-        InvalidConfig: the teacher has another vocabulary.
-        CalibrationDataError: too few windows.
+        UnsupportedModel: the model is dense or quantised, has an adapter, or is on several devices.
+        InvalidConfig: the teacher has a different vocabulary.
+        CalibrationDataError: the windows are too few.
         EvaluationError: the windows do not fit the model, or training diverged.
-        ImportError: without peft, naming the extra that brings it.
+        ImportError: peft is not installed. The message names the extra to install.
     """
     config = config or RecoveryConfig()
     _check_model(model)
@@ -122,7 +123,7 @@ def _train(
         # Not at the top: peft is optional, and the Trainer takes seconds to import.
         from optimum_modegpt.recovery.training import train
     except ImportError as error:
-        raise ImportError("recovery needs peft and accelerate: pip install 'optimum-modegpt[recover]'") from error
+        raise ImportError("recovery requires peft and accelerate: pip install 'optimum-modegpt[recover]'") from error
     start = time.perf_counter()
     before = perplexity(model, held_out).perplexity
     trained = train(model, teacher, training, held_out, before, config, progress)
@@ -139,29 +140,29 @@ def _train(
 
 
 def check_compressed(model_config: Any) -> None:
-    """Refuses the configuration of a model that is no result of this package.
+    """Raise if the configuration is not of a model that was compressed by this package.
 
     Raises:
-        UnsupportedModel: with what to do first.
+        UnsupportedModel: the model is dense. The message says to compress it first.
     """
     if not isinstance(getattr(model_config, "modegpt", None), dict):
         raise UnsupportedModel(
-            f"this is a dense model ({model_config.model_type}), which has lost nothing: recovery is for compressed "
-            "ones. Compress it first; it can be the teacher of the result (--teacher)."
+            f"expected a compressed model, found a dense one ({model_config.model_type}). Compress it first; you can "
+            "pass this model as --teacher."
         )
 
 
 def _check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise UnsupportedModel(
-            f"expected a compressed causal language model, found {type(model).__name__}. An adapter is merged or "
-            "unloaded first; a model with another head is fine-tuned on its own task."
+            f"expected a compressed causal language model, found {type(model).__name__}. Merge or unload an adapter "
+            "first; fine-tune a model with another head on its own task."
         )
     check_compressed(model.config)
     if getattr(model.config, "quantization_config", None) is not None:
         raise UnsupportedModel(
-            "the model is quantised, and what is learnt cannot be merged into quantised weights without losing some of "
-            "it. Recover the compressed model first, then quantise the result."
+            "the model is quantised, and merging an adapter into quantised weights would lose accuracy. Recover the "
+            "compressed model first, then quantise the result."
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModel("the model has an adapter; merge or unload it first.")
@@ -169,8 +170,8 @@ def _check_model(model: PreTrainedModel) -> None:
     if len(devices) > 1 or any(device.type == "meta" or device.index for device in devices):
         places = ", ".join(sorted(map(str, devices)))
         raise UnsupportedModel(
-            f"the weights lie on {places}; training needs all of them on one device, the first where there are several "
-            "(CUDA_VISIBLE_DEVICES chooses it). Load the model without device_map."
+            f"the weights are on {places}; training needs all of them on one device, or on the first of several "
+            "accelerators (CUDA_VISIBLE_DEVICES selects it). Load the model without device_map."
         )
 
 
@@ -180,19 +181,19 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None) -> N
     ours, theirs = (each.config.get_text_config().vocab_size for each in (model, teacher))
     if ours != theirs:
         raise InvalidConfig(
-            f"the teacher predicts {theirs} tokens, the model {ours}; a teacher needs the model's vocabulary. "
-            f"Take the model it was compressed from: {model.config.modegpt.get('base_model')}."
+            f"the teacher predicts {theirs} tokens, the model {ours}; the vocabularies must be equal. "
+            f"Use the model that it was compressed from: {model.config.modegpt.get('base_model')}."
         )
 
 
 def _split(windows: TokenWindows) -> tuple[Tensor, Tensor]:
-    """Windows to train on, and windows to choose the best step with."""
+    """Return the windows to train on, and the held-out windows that select the best step."""
     found = len(windows.tokens)
     held_out = max(FEWEST_HELD_OUT, math.ceil(HELD_OUT_SHARE * found))
     if found <= held_out:
         raise CalibrationDataError(
-            f"{windows.record['name']}: {found} windows are too few, {FEWEST_HELD_OUT} are held out and others are to "
-            "be trained on. Give more text, or lower sequence_length."
+            f"{windows.record['name']}: {found} windows are too few: {FEWEST_HELD_OUT} are held out, and training "
+            "needs at least one more. Provide more text, or lower sequence_length."
         )
     return windows.tokens[:-held_out], windows.tokens[-held_out:]
 

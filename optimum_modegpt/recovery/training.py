@@ -1,4 +1,4 @@
-"""The training itself: peft's adapter, transformers' Trainer, and the two losses."""
+"""Run the training with peft's adapter, transformers' Trainer and one of two losses."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.report import count_parameters
 
 LORA_ALPHA = 32
-"""With the adapter's output scaled by alpha / rank, one learning rate fits all ranks."""
+"""The adapter's output is scaled by alpha / rank, so one learning rate suits all ranks."""
 WARM_UP = 0.05
 SCORINGS = 10
-"""How often the held-out windows are scored."""
+"""Number of times that the held-out windows are scored."""
 CHECKPOINTED_PARAMETERS = 500_000_000
-"""Models with more do not keep their activations but compute them again, for a third more time."""
+"""Number of parameters from which activations are recomputed instead of kept, which takes a third more time."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training did."""
+    """Best step, number of tokens and number of parameters of a training."""
 
     best_step: int
     tokens: int
@@ -65,15 +65,15 @@ def train(
     config: RecoveryConfig,
     progress: bool,
 ) -> Trained:
-    """Trains `model` in place; on an error, and where no step gave a perplexity below `before`, it is as it was.
+    """Train `model` in place. On an error, or if no step gives a perplexity below `before`, the model is unchanged.
 
     Args:
         model: a compressed model.
-        teacher: see `recover`.
-        training: windows to learn from (windows, length).
-        held_out: windows that choose the best step.
+        teacher: the teacher, see `recover`.
+        training: windows to train on (windows, length).
+        held_out: windows that select the best step.
         before: perplexity of `model` on `held_out`.
-        config: how.
+        config: settings of the training.
         progress: whether to show a progress bar.
     """
     with kept_random_state(), _left_as_found(model, teacher), _no_half_precision_gradients(model):
@@ -96,12 +96,12 @@ def train(
 
 
 def _adapt(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
-    """The model with an adapter that changes nothing yet, in float32, beside each projection of its blocks."""
+    """Add an adapter in float32 to each projection of the model's blocks. Initially, it does not change the output."""
     family: Any = model.config.family  # pyright: ignore[reportAttributeAccessIssue]
     projections = [projection.path for projection in family.projections]
     adapter = LoraConfig(r=config.lora_rank, lora_alpha=LORA_ALPHA, target_modules=projections)
     with warnings.catch_warnings():
-        # peft asks under the name that transformers is about to drop.
+        # peft uses a name that transformers has deprecated.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         adapted = get_peft_model(model, adapter)
     assert isinstance(adapted, PeftModel)
@@ -115,10 +115,10 @@ def _fit(
     config: RecoveryConfig,
     keeper: _BestStep,
 ) -> int:
-    """Runs the Trainer; returns the number of tokens read."""
+    """Run the Trainer, and return the number of tokens read."""
     together = _windows_together(keeper.model, training, config.batch_size)
     accelerator = torch.accelerator.current_accelerator()
-    with tempfile.TemporaryDirectory() as folder:  # the Trainer wants one, though it saves nothing
+    with tempfile.TemporaryDirectory() as folder:  # the Trainer requires a folder, although it saves nothing
         arguments = _OneDevice(
             output_dir=folder,
             max_steps=config.steps,
@@ -144,32 +144,32 @@ def _fit(
 
 
 def _windows_together(model: PreTrainedModel, training: Tensor, batch_size: int) -> int:
-    """The largest divisor of the batch size for which the logits in float32 stay below `LOGITS_BYTES`."""
+    """Return the largest divisor of the batch size for which the logits in float32 fit in `LOGITS_BYTES`."""
     row = training.shape[1] * model.config.get_text_config().vocab_size * 4
     fitting = (size for size in range(batch_size, 0, -1) if batch_size % size == 0 and size * row <= LOGITS_BYTES)
     return next(fitting, 1)
 
 
 class _OneDevice(TrainingArguments):
-    """The Trainer would copy a model to all accelerators that it finds."""
+    """Training arguments for one device. By default, the Trainer copies a model to all accelerators."""
 
     n_gpu = 1  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
 
 
 class _RecoveryTrainer(Trainer):
-    """Next-token cross-entropy, or the divergence from a teacher; counts the tokens it reads."""
+    """Trainer with next-token cross-entropy or the divergence from a teacher as loss. It counts the tokens read."""
 
     def __init__(self, teacher: PreTrainedModel | None, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.teacher = teacher
         self.tokens = 0
-        # The loss is a mean, which the Trainer is to divide by the number of batches that it accumulates.
+        # The loss is a mean, so the Trainer must divide it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean loss of a batch of windows, in nats per predicted token."""
+        """Compute the mean loss of a batch of windows, in nats per predicted token."""
         batch = inputs["input_ids"]
         self.tokens += batch.numel()
         logits = logits_of(model, batch)  # pyright: ignore[reportArgumentType] - the model with its adapter
@@ -181,10 +181,10 @@ class _RecoveryTrainer(Trainer):
 
 
 def mean_by_chunks(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """The mean over all positions of what `reduce` gives for chunks of them, with gradients.
+    """Compute the mean over all positions of `reduce`, applied to chunks of them, with gradients.
 
-    Of the float32 logits and what becomes of them only one chunk exists at a time: it is computed again on the way
-    back.
+    Only one chunk of the float32 logits and their intermediate results exists at a time. Chunks are recomputed in the
+    backward pass.
     """
 
     def summed(*chunk: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def mean_by_chunks(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
 
 
 class _BestStep(TrainerCallback):
-    """Scores the held-out windows ten times in a training, and keeps the adapter that scored best."""
+    """Scores the held-out windows ten times during training, and keeps the best adapter."""
 
     def __init__(self, model: PreTrainedModel, held_out: Tensor, before: float, steps: int, progress: bool) -> None:
         self.model, self.held_out = model, held_out
@@ -209,7 +209,7 @@ class _BestStep(TrainerCallback):
         self.bar = bar(total=steps, desc="recover", unit="step", shown=progress)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Scores at every tenth of the steps, and at the last."""
+        """Score the adapter after every tenth of the steps and after the last step."""
         self.bar.update()
         if state.global_step % self.every and state.global_step != state.max_steps:
             return
@@ -229,17 +229,17 @@ class _BestStep(TrainerCallback):
             raise EvaluationError(f"training diverged by step {step}: lower the learning rate. {error}") from error
 
     def restore(self) -> None:
-        """Puts the best weights back into the adapter."""
+        """Restore the best weights of the adapter."""
         for parameter, value in zip(self.adapter, self.best, strict=True):
             parameter.data.copy_(value)
 
 
-# ----------------------------------------------------------------------------------------------- what is put back
+# ------------------------------------------------------------------------------------------------- restored state
 
 
 @contextmanager
 def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
-    """What peft and the Trainer change beside the weights (modes, frozen parameters, the cache) is put back."""
+    """Restore the state other than weights that peft and the Trainer change: modes, frozen parameters, the cache."""
     present = [model for model in models if model is not None]
     modes = {module: module.training for model in present for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for model in present for parameter in model.parameters()}
@@ -257,9 +257,9 @@ def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
 
 @contextmanager
 def _no_half_precision_gradients(model: PreTrainedModel) -> Iterator[None]:
-    """A model in float16 is in float32 inside: its gradients would vanish below the smallest half-precision number.
+    """Convert a float16 model to float32 within the context, because its gradients would underflow in half precision.
 
-    Only parameters are converted, for the rotary table stays in float32 always.
+    Only parameters are converted, because the rotary table is always in float32.
     """
     halves = [parameter for parameter in model.parameters() if parameter.dtype == torch.float16]
     for parameter in halves:
@@ -273,7 +273,7 @@ def _no_half_precision_gradients(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def _activations_computed_again(model: PreTrainedModel) -> Iterator[None]:
-    """Gradient checkpointing for large models; one that the caller has switched on stays."""
+    """Enable gradient checkpointing for large models within the context. Checkpointing enabled by the caller stays."""
     is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if is_on or count_parameters(model) < CHECKPOINTED_PARAMETERS:
         yield
@@ -281,7 +281,7 @@ def _activations_computed_again(model: PreTrainedModel) -> Iterator[None]:
     new_name = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.21
     name = "activation_checkpointing" if new_name else "gradient_checkpointing"
     getattr(model, f"{name}_enable")()
-    model.disable_input_require_grads()  # only the reentrant kind needs it
+    model.disable_input_require_grads()  # only reentrant checkpointing needs it
     try:
         yield
     finally:

@@ -53,7 +53,7 @@ def test_spread_is_median_and_range() -> None:
 
 def test_each_setting_once_cut_to_the_context(found: Benchmark) -> None:
     assert [row.setting for row in found.rows] == [Setting(batch, length) for batch in (1, 2) for length in (8, 60)]
-    assert found.notes == ("prompts of 100 tokens were cut to 60: the context is 64, and 4 are new",)
+    assert found.notes == ("prompts of 100 tokens were truncated to 60: the context is 64, with 4 new tokens",)
 
 
 def test_rates_belong_to_the_times(found: Benchmark) -> None:
@@ -167,7 +167,7 @@ def test_other_errors_are_not_taken_for_memory(models: tuple[PreTrainedModel, Pr
 def test_refusals(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     with pytest.raises(EvaluationError, match="is 0; expected at least 1"):
         benchmark(models[0], repeats=0)
-    with pytest.raises(EvaluationError, match="context of 64 tokens has no room for a prompt and 64 new"):
+    with pytest.raises(EvaluationError, match="context of 64 tokens is too short for a prompt and 64 new"):
         benchmark(models[0], new_tokens=64)
     with pytest.raises(EvaluationError, match="predicts 260 tokens, the reference 300"):
         benchmark(models[0], dense(NAME, vocab_size=300))

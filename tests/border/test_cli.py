@@ -159,7 +159,7 @@ def test_a_bad_file_is_refused(
 def test_percent_is_refused_with_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "compress", "m", "--output", tmp_path / "o", "--sparsity", 30)
     assert message == (
-        "error: sparsity must lie in [0, 1), found 30.0. Fractions, not percent: for 30.0 % write sparsity=0.3.\n"
+        "error: sparsity must be in [0, 1), found 30.0. Fractions, not percent: for 30.0 % write sparsity=0.3.\n"
     )
 
 
@@ -516,7 +516,7 @@ def test_a_dataset_that_cannot_be_reached_names_the_flag(
     message = refusal(capsys, "compress", checkpoint, "--output", tmp_path / "o")
     start = "error: Salesforce/wikitext (subset wikitext-2-raw-v1), read from the Hub, cannot be read: "
     assert message.startswith(start)
-    assert "on the command line --dataset FILE: a local .txt" in message
+    assert "(--dataset FILE on the command line): a local .txt" in message
 
 
 def test_evaluate_writes_what_it_prints(

@@ -233,11 +233,11 @@ def test_long_prompts_are_cut_with_a_warning(
 @pytest.mark.parametrize(
     ("prompts", "new", "message"),
     [
-        ([], NEW, "there are no prompts"),
+        ([], NEW, "expected at least one prompt"),
         (["a", " \n"], NEW, "prompt 2 is empty"),
         (["a"], 0, "max_new_tokens must be at least 1, found 0"),
         (["a"], 64, "leaves no room for a prompt in a context of 64"),
-        ([[{"role": "user", "content": "a"}]], NEW, "the tokenizer has no chat template"),
+        ([[{"role": "user", "content": "a"}]], NEW, "but the tokenizer has no chat template"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(
@@ -288,13 +288,13 @@ def test_every_kind_of_file_is_read(tmp_path: Path, models: tuple[PreTrainedMode
     ("name", "content", "message"),
     [
         ("p.csv", "a", "ends in .txt, .jsonl, .json"),
-        ("p.txt", " \n", "there is no prompt in it"),
-        ("p.jsonl", '{"prompt": "a"}\n{', "cannot be read as prompts: line 2 is no JSON"),
+        ("p.txt", " \n", "contains no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{', "cannot be read as prompts: line 2 is not valid JSON"),
         ("p.jsonl", '{"prompt": "a"}\n{"question": "b"}', 'line 2: expected .* found {"question": "b"}'),
         ("p.jsonl", '{"messages": "a"}\n{"messages": []}', "line 1|line 2"),
         ("p.json", '{"prompt": "a"}', "expected a list, found dict"),
         ("p.json", "[3]", "item 1: expected"),
-        ("p.json", "[" * 200_000, "nested too deep"),
+        ("p.json", "[" * 200_000, "nested too deeply"),
         ("p.txt", None, "cannot be read as prompts"),
     ],
 )
@@ -319,7 +319,7 @@ def test_thresholds_are_inclusive_and_told(found: Comparison) -> None:
 
 @pytest.mark.parametrize("limits", [{"max_kl": -1}, {"min_agreement": 95}, {"max_kl": math.nan}])
 def test_limits_out_of_range_are_refused(limits: dict[str, float]) -> None:
-    with pytest.raises(InvalidConfig, match=f"{next(iter(limits))} must lie between"):
+    with pytest.raises(InvalidConfig, match=f"{next(iter(limits))} must be between"):
         Thresholds(**limits)
 
 
@@ -398,7 +398,7 @@ def test_what_was_measured_is_kept_where_a_limit_cannot_be_judged(
     assert "needs prompts of at least two tokens" in printed.err
     assert "KL divergence" in printed.out
     assert json.loads((tmp_path / "all.json").read_text())["kl"] > 0
-    assert "No threshold was judged" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "No threshold was checked" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_an_interrupted_run_names_the_file_that_stays(
@@ -500,7 +500,7 @@ def test_the_page_says_what_was_found(found: Comparison) -> None:
     assert places == sorted(places)
     assert page.tags.count("mark") == 2 * sum(record.parting_character is not None for record in worst)
     assert "nan" not in re.sub(r"<(p|span)[^>]*>.*?</\1>", "", text, flags=re.DOTALL)
-    assert "No threshold was judged" in comparison_page(found, (), model="small", reference="dense")
+    assert "No threshold was checked" in comparison_page(found, (), model="small", reference="dense")
 
 
 @pytest.mark.parametrize("prompts", [["x"], ["the ferry", "the ferry"]])
@@ -672,7 +672,7 @@ def test_nothing_that_fails_reaches_the_server(
     assert summary.last_error is not None
     assert "the disk is full" in summary.last_error
     assert "without token ids" in caplog.text
-    assert "with the answers behind them" in caplog.text
+    assert "followed by the answers" in caplog.text
 
 
 def test_a_broken_threshold_shows_once_in_the_log_and_always_in_the_summary(
@@ -683,17 +683,17 @@ def test_a_broken_threshold_shows_once_in_the_log_and_always_in_the_summary(
     limits, shown = Thresholds(max_kl=1e-9), list[str]()
     with CanaryMonitor(*models, fraction=1, window=3, thresholds=limits, sink=records.append) as monitor:
         assert monitor.summary().status == "warming up"
-        assert str(monitor.summary()).endswith("thresholds: not judged yet, too few requests were compared")
+        assert str(monitor.summary()).endswith("thresholds: not checked yet, too few requests were compared")
         for _ in range(5):
             monitor.observe(ids[:, :4], ids)
             monitor.flush()
             shown.append(str(monitor.summary()).rpartition("thresholds: ")[2])
-    assert shown[0] == "not judged yet, too few requests were compared"
+    assert shown[0] == "not checked yet, too few requests were compared"
     assert [record["status"] for record in records] == ["warming up"] * 2 + ["broken"] * 3
     assert caplog.text.count("a threshold is broken over the last requests: BROKEN: KL divergence") == 1
     assert monitor.summary().status == "broken"
     assert monitor.summary().broken[0].startswith("BROKEN: KL divergence")
-    assert str(monitor.summary()).startswith("requests: 5 served, 5 compared, 0 skipped for a full queue")
+    assert str(monitor.summary()).startswith("requests: 5 served, 5 compared, 0 skipped because of a full queue")
     assert str(monitor.summary()).endswith(f"thresholds: {monitor.summary().broken[0]}")
     assert monitor.summary().recent_kl == pytest.approx(records[0]["kl"])
     monitor.close()
@@ -809,7 +809,7 @@ def test_rotary_tables_that_a_forward_pass_changes_are_refused(kind: str) -> Non
 
 def test_what_cannot_be_watched_is_refused(models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path) -> None:
     model, reference = models
-    with pytest.raises(InvalidConfig, match=r"fraction must lie in \[0, 1\], found 5"):
+    with pytest.raises(InvalidConfig, match=r"fraction must be in \[0, 1\], found 5"):
         CanaryMonitor(model, reference, fraction=5)
     with pytest.raises(InvalidConfig, match="window must be at least 1"):
         CanaryMonitor(model, reference, window=0)

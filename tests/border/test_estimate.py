@@ -45,10 +45,10 @@ def has(monkeypatch: pytest.MonkeyPatch, *, host: int = PLENTY, disk: int = PLEN
 @pytest.mark.parametrize(
     ("device", "free", "said"),
     [
-        ("cpu", {"host": 2**16}, r"host memory: needed .* MiB \(most for .*\), free 0\.1 MiB; take a smaller --num-"),
+        ("cpu", {"host": 2**16}, r"host memory: needed .* MiB \(most for .*\), free 0\.1 MiB; use a smaller --num-"),
         ("xpu", {"host": 1000}, r"host memory: needed .* \(most for libraries\)"),
         ("xpu", {"device": 1000}, r"memory on xpu: needed .* or --device cpu"),
-        ("cpu", {"disk": 1000}, r"disk at .*: needed .* take an --output on another disk"),
+        ("cpu", {"disk": 1000}, r"disk at .*: needed .* use an --output on another disk"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_to_do(
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
     has(monkeypatch, **free)
     with pytest.raises(NotEnoughRoom, match=said) as refusal:
         room.check_room(found_on(device), torch.device(device), tmp_path / "new" / "folder")
-    assert "--ignore-estimate goes on" in str(refusal.value)
+    assert "Pass --ignore-estimate to continue anyway" in str(refusal.value)
 
 
 @pytest.mark.parametrize("device", ["cpu", "xpu"])

@@ -108,7 +108,7 @@ def test_weights_that_are_not_finite_are_an_error(windows: Tensor) -> None:
     ("found", "message"),
     [
         (tokens(batch=1, length=65), "65 tokens are longer than the model's context of 64"),
-        (torch.full((1, 8), 260), "token ids up to 260, the model knows 260"),
+        (torch.full((1, 8), 260), "token ids up to 260, but the model's vocabulary has 260 tokens"),
         (torch.zeros(1, 1, dtype=torch.int64), r"found \(1, 1\)"),
         (torch.zeros(0, 8, dtype=torch.int64), r"found \(0, 8\)"),
     ],

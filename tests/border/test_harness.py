@@ -299,7 +299,7 @@ def test_the_model_is_not_held(folder: Path) -> None:
 def test_unknown_task_names_close_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = MANAGER(["pick", "helaswag"], folder)
     monkeypatch.setattr(module, "_manager", lambda names, path: everything)
-    with pytest.raises(EvaluationError, match=r"knows no task 'helaswag'\. Did you mean .*\bhellaswag\b"):
+    with pytest.raises(EvaluationError, match=r"has no task 'helaswag'\. Did you mean .*\bhellaswag\b"):
         load_tasks(["pick", "helaswag"], include_path=folder)
     with pytest.raises(EvaluationError, match="`lm_eval ls tasks` lists all"):
         load_tasks(["§§§§§§"], include_path=folder)
@@ -321,7 +321,7 @@ def test_task_in_two_places_is_refused(folder: Path) -> None:
 
 
 def test_folder_of_tasks_must_be_one(folder: Path) -> None:
-    with pytest.raises(EvaluationError, match="is no folder"):
+    with pytest.raises(EvaluationError, match="is not a folder"):
         load_tasks(["pick"], include_path=folder / "pick.yaml")
 
 
@@ -416,7 +416,7 @@ def test_tasks_are_checked_before_the_model_is_loaded(
 ) -> None:
     shutil.copytree(small, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     flags = ["--include-path", folder, "--tasks"]
-    assert "knows no task 'pikc'. Did you mean pick" in refusal(capsys, tmp_path / "empty", *flags, "last,pikc")
+    assert "has no task 'pikc'. Did you mean pick" in refusal(capsys, tmp_path / "empty", *flags, "last,pikc")
     assert "no file named" in refusal(capsys, tmp_path / "empty", *flags, "pick")
 
 

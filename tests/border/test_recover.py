@@ -101,7 +101,7 @@ def test_windows_of_one_token_are_a_warning(caplog: pytest.LogCaptureFixture) ->
     windows = windows_of()
     windows.tokens[3] = 7
     recover(compressed("opt"), windows, config=SHORT)
-    assert "1 of the 26 windows hold fewer than 2 distinct tokens" in caplog.text
+    assert "1 of the 26 windows contain fewer than 2 distinct tokens" in caplog.text
 
 
 @pytest.mark.parametrize("distilled", [False, True])
@@ -262,7 +262,7 @@ def test_what_goes_wrong_leaves_the_model_as_it_was(
 
 
 def test_what_is_no_compressed_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match=r"a dense model \(llama\).*Compress it first"):
+    with pytest.raises(UnsupportedModel, match=r"a dense one \(llama\).*Compress it first"):
         recover(dense("llama-gqa-tied"), windows_of())
     classifier = compressed("llama-gqa-tied", auto="AutoModelForSequenceClassification")
     with pytest.raises(UnsupportedModel, match="found ModeGPTLlamaForSequenceClassification"):
@@ -277,7 +277,7 @@ def test_quantised_adapted_and_scattered_models_are_refused() -> None:
     adapter = LoraConfig(target_modules=["q_proj"])
     with pytest.raises(UnsupportedModel, match="found PeftModel"):
         recover(get_peft_model(compressed("opt"), adapter), windows_of())  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnsupportedModel, match="lie on meta"):
+    with pytest.raises(UnsupportedModel, match="are on meta"):
         recover(compressed("opt").to("meta"), windows_of())
 
 
@@ -408,7 +408,7 @@ def test_a_run_that_was_killed_is_tidied_by_the_next(
     assert not output.exists()
     with Checkpoint(workshop).alone():
         assert cli.main(words) == cli.FAILED
-        assert "another run is at work" in capsys.readouterr().err
+        assert "another run is using" in capsys.readouterr().err
         assert (workshop / "result" / "model.safetensors").is_file(), "nothing of a run that is at work is deleted"
     assert cli.main(words) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
@@ -441,7 +441,7 @@ def test_the_command_refuses_before_work(
 ) -> None:
     arguments = ["--dataset", str(text), "--output", str(tmp_path / "out"), *QUICK]
     assert cli.main(["recover", str(teacher), *arguments]) == 2
-    assert "this is a dense model (llama)" in capsys.readouterr().err
+    assert "expected a compressed model, found a dense one (llama)" in capsys.readouterr().err
     assert cli.main(["recover", str(small), "--dataset", str(text), "--output", str(small), "--overwrite"]) == 2
     assert "is what this run reads" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -50,7 +50,7 @@ def test_the_table_says_what_was_done(report: Report) -> None:
     lines = report.summary().splitlines()
     assert lines[0].split() == ["block", "mlp", "qk", "vo"]
     assert lines[1].split() == ["0", "40/48", "err", "0.125", "6/8", "err", "0.000", "8/8"]
-    assert "removed 19.75% of the block projections (asked for 20.00%): 1,000 -> 802 weights" in lines
+    assert "removed 19.75% of the block projections (requested 20.00%): 1,000 -> 802 weights" in lines
     assert "all parameters 2,000 -> 1,802 (9.90% fewer)" in lines
     assert "3.5 s, peak sampled resident size 3 MiB on cpu" in lines
     assert "warning: too few tokens" in lines

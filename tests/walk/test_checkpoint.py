@@ -183,7 +183,7 @@ def test_another_compression_is_refused_by_name(
 
 def test_two_runs_do_not_share_a_checkpoint(tmp_path: Path) -> None:
     first, second = Checkpoint(tmp_path / "kept"), Checkpoint(tmp_path / "kept")
-    with first.opened({}), pytest.raises(CheckpointError, match="another run is at work"), second.opened({}):
+    with first.opened({}), pytest.raises(CheckpointError, match="another run is using"), second.opened({}):
         pass
 
 
@@ -200,7 +200,9 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "save_file", full)
-        with pytest.raises(CheckpointError, match=r"No space left(.|\n)*make room and run the same again"):
+        with pytest.raises(
+            CheckpointError, match=r"No space left(.|\n)*Free some disk space and rerun the same command"
+        ):
             run(dense("qwen2"), Checkpoint(tmp_path / "kept"))
     assert not list((tmp_path / "kept").glob("*.partial"))
     run(again, Checkpoint(tmp_path / "kept"))
@@ -271,7 +273,7 @@ def test_a_folder_that_is_none_of_ours_is_left_alone(name: str, tmp_path: Path) 
     (place / name).mkdir(parents=True)
     checkpoint = Checkpoint(place)
     for refused in (lambda: run(dense("llama-mha"), checkpoint), checkpoint.remove):
-        with pytest.raises(CheckpointError, match=f"holds what no unfinished compression has: {name}"):
+        with pytest.raises(CheckpointError, match=f"contains files that are not part of a checkpoint: {name}"):
             refused()
     assert (place / name).is_dir()
 
@@ -379,7 +381,7 @@ def test_a_second_command_waits_for_the_result_of_the_first(
     monkeypatch.setattr(ModeGPTQuantizer, "save", meanwhile)
     assert cli.main(words) == 0
     assert codes == [2]
-    assert "another run is at work" in capsys.readouterr().err
+    assert "another run is using" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "small"}
 
 

@@ -586,7 +586,7 @@ def test_windows_of_one_token_are_a_warning() -> None:
     text = windows()
     text.tokens[2:5] = 7
     report = compress(dense("llama-gqa-tied"), ModeGPTConfig(round_to=1, allocation="uniform"), text, progress=False)
-    assert any("3 of the 10 windows hold fewer than 2 distinct tokens" in warning for warning in report.warnings)
+    assert any("3 of the 10 windows contain fewer than 2 distinct tokens" in warning for warning in report.warnings)
 
 
 def test_few_tokens_are_a_warning_that_says_how_many_are_needed() -> None:

@@ -624,7 +624,7 @@ def test_what_is_to_be_run_next_is_quoted(tmp_path: Path, text: Path, capsys: py
 @pytest.mark.parametrize("version", [REPORT_VERSION + 1, 10**9])
 def test_reports_of_a_newer_version(version: int, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps({"report_version": version, "anything": "else"}))
-    with pytest.raises(EvaluationError, match=f"report_version {version}; this code reads up to {REPORT_VERSION}"):
+    with pytest.raises(EvaluationError, match=f"report_version {version}; the supported maximum is {REPORT_VERSION}"):
         Report.load(tmp_path / "report.json")
 
 
@@ -633,5 +633,5 @@ def test_reports_of_a_newer_version(version: int, tmp_path: Path) -> None:
 )
 def test_what_is_no_report(content: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(EvaluationError, match=r"report\.json is no report of a compression"):
+    with pytest.raises(EvaluationError, match=r"report\.json is not a compression report"):
         Report.load(tmp_path / "report.json")

@@ -173,7 +173,7 @@ def full_disk(largest: int) -> Iterator[None]:
 
 
 def test_a_full_disk_is_an_error_that_says_what_to_do(little_memory: None, tmp_path: Path) -> None:
-    message = r"kept cannot hold the residual streams: .*\n.*run the same again"
+    message = r"kept cannot hold the residual streams: .*\n.*rerun the same command"
     with full_disk(4096), pytest.raises(CheckpointError, match=message):
         run("llama-mha", Checkpoint(tmp_path / "kept"))
     assert list(tmp_path.iterdir()) == []
