@@ -450,7 +450,7 @@ def test_a_trial_does_not_go_into_a_card(small: Path, capsys: pytest.CaptureFixt
 def test_empty_names_are_refused(names: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         evaluate("model", "--tasks", names)
-    assert "names with commas between them" in capsys.readouterr().err
+    assert "names separated by commas" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- the table
