@@ -194,7 +194,7 @@ def test_table_json_and_plot(folders: list[str], tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     data = json.loads((tmp_path / "speed.json").read_text())
     assert data["machine"]["torch"] == torch.__version__
-    assert f"how far the {data['memory_kind']} rose in a run" in shown
+    assert f"the increase of the {data['memory_kind']} during a run" in shown
     for name, folder in (("model", folders[0]), ("reference", folders[2])):
         stored = data[name]["disk_bytes"]
         assert stored == Path(folder, "model.safetensors").stat().st_size

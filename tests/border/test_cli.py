@@ -170,11 +170,11 @@ def test_a_full_folder_is_refused_before_any_work(tmp_path: Path, capsys: pytest
     (tmp_path / "note").touch()
     message = refusal(capsys, "compress", "no-such-model", "--output", tmp_path)
     assert message == (
-        f"error: {tmp_path} exists and is not empty; choose another --output, or replace it with --overwrite.\n"
+        f"error: {tmp_path} exists and is not empty; choose another --output, or overwrite it with --overwrite.\n"
     )
     message = refusal(capsys, "compress", "no-such-model", "--output", tmp_path, "--overwrite")
     assert "has no readable config.json; --overwrite deletes compressed models only" in message
-    assert "is a file; --output needs a folder" in refusal(capsys, "compress", "m", "--output", tmp_path / "note")
+    assert "is a file; expected a folder as --output" in refusal(capsys, "compress", "m", "--output", tmp_path / "note")
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
 
@@ -195,7 +195,7 @@ def test_what_a_run_uses_is_never_overwritten(
     assert "which this run uses" in refusal(capsys, *inside[used], *FLAGS)
     assert before <= {path.name for path in output.iterdir()}
     message = refusal(capsys, "compress", checkpoint, "--output", checkpoint, "--overwrite", *FLAGS)
-    assert "is what this run reads" in message
+    assert "is an input of this run" in message
 
 
 def test_overwrite_replaces_after_success_only(
@@ -379,9 +379,9 @@ def test_a_tokenizer_of_another_size_is_a_warning(
     arguments = ["--dataset", str(text), "--max-windows", "1"]
     foreign = ["--tokenizer", str(tmp_path / "larger"), "--allow-foreign-tokenizer"]
     assert cli.main(["evaluate", str(checkpoint), *arguments, *foreign]) == 0
-    assert f"the tokenizer has {len(larger)} tokens, the model knows 260" in caplog.text
+    assert f"the tokenizer has {len(larger)} tokens and the model's vocabulary 260" in caplog.text
     assert cli.main(["evaluate", str(wide), *arguments]) == 0
-    assert f"the tokenizer has {len(tokenizer())} tokens, the model knows 600" in caplog.text
+    assert f"the tokenizer has {len(tokenizer())} tokens and the model's vocabulary 600" in caplog.text
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--max-windows"])
@@ -477,7 +477,7 @@ def test_a_path_that_leads_nowhere_is_told_whoever_reads_it(
         ["benchmark", compressed, "--reference", gone],
     ):
         assert refusal(capsys, *words) == (
-            f"error: {str(gone)!r} does not exist, and no model of the Hub can have such a name. Expected a folder "
+            f"error: {str(gone)!r} does not exist, and no model on the Hub can have this name. Expected a folder "
             "with config.json and weights, or a name such as user/model.\n"
         )
     message = refusal(capsys, "evaluate", compressed, "--tokenizer", gone, "--dataset", text)
@@ -489,7 +489,7 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(
     compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = compressed / "config.json"
-    expected = f"error: {str(file)!r} is a file; a model is a folder. Name {str(compressed)!r}, if it holds one.\n"
+    expected = f"error: {str(file)!r} is a file; expected a model folder, perhaps {str(compressed)!r}.\n"
     for words in (["inspect", file], ["evaluate", file], ["compress", file, "--output", tmp_path / "o"]):
         assert refusal(capsys, *words) == expected
     message = refusal(capsys, "compress", compressed, "--output", tmp_path / "o", "--config", compressed)
