@@ -579,7 +579,7 @@ def test_inspect_reads_no_weights(
     assert found["parameters"] == report.parameters.total_after
     printed = capsys.readouterr().out
     assert f"removed {report.achieved_sparsity:.2%} of the block projections" in printed
-    assert "of the block projections (asked for 30.00%)" in printed
+    assert "of the block projections (requested 30.00%)" in printed
     assert "\n  sparsity = 0.3\n" in printed
     assert printed.startswith(f"modegpt_llama, {found['parameters']:,} parameters, float32\n")
     for noise in ("None", "quant_method", "measured", "fine-tuned"):
