@@ -222,7 +222,7 @@ def test_files_are_checked_before_work(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(*folders, "--plot", tmp_path / "speed.txt") == 2
-    assert "names no picture format by its ending; expected one of" in capsys.readouterr().err
+    assert "has no suffix of a picture format; expected one of" in capsys.readouterr().err
     assert run(*folders, "--json", tmp_path / "missing" / "speed.json") == 2
     assert "does not exist" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

@@ -143,7 +143,7 @@ def test_every_field_is_a_flag_with_its_help(field: str, capsys: pytest.CaptureF
         ('{"sparsty": 0.3}', "unknown field 'sparsty' in the compression configuration. Did you mean 'sparsity'?"),
         ('{"sparsity": 30}', "for 30 % write sparsity=0.3"),
         ("sparsity: 0.3", "cannot be read as JSON"),
-        ("[1]", "holds a list; expected an object of fields"),
+        ("[1]", "contains a list; expected an object of fields"),
         (None, "cannot be read as JSON"),
     ],
 )
@@ -428,7 +428,7 @@ def test_a_file_that_is_a_folder_is_refused_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
-    assert "sub is a folder; name the file to write" in refusal(capsys, *words, "sub")
+    assert "sub is a folder; expected a file to write" in refusal(capsys, *words, "sub")
 
 
 def test_the_next_step_is_ready_for_a_shell(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_a_steep_sparsity_is_told_before_the_work(
 ) -> None:
     arguments = ["compress", checkpoint, "--output", tmp_path / "o", "--dataset", "nowhere.txt", *FLAGS]
     assert cli.main([str(word) for word in (*arguments, "--sparsity", sparsity)]) == 2
-    assert ("quality falls fast" in caplog.text and f"recover {tmp_path / 'o'}" in caplog.text) == warns
+    assert ("quality drops quickly" in caplog.text and f"recover {tmp_path / 'o'}" in caplog.text) == warns
 
 
 def test_the_table_has_a_legend(
@@ -494,7 +494,7 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(
         assert refusal(capsys, *words) == expected
     message = refusal(capsys, "compress", compressed, "--output", tmp_path / "o", "--config", compressed)
     assert message == (
-        f"error: --config {compressed} is a folder; name a JSON file with fields of the configuration.\n"
+        f"error: --config {compressed} is a folder; expected a JSON file with fields of the configuration.\n"
     )
 
 
