@@ -131,7 +131,7 @@ def _tokenizer_rows(calibration: dict[str, Any]) -> list[str]:
 
 def _opened(text: dict[str, Any]) -> str:
     """Return how the token windows of a record begin; "" if no token was put first."""
-    return "each window opened by BOS" if text.get("first_token") else ""
+    return "each window starting with BOS" if text.get("first_token") else ""
 
 
 def _recovery_rows(record: dict[str, Any]) -> list[str]:
