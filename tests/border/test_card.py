@@ -494,7 +494,7 @@ def test_what_is_left_is_logged_and_the_model_saved(folder: Path, tmp_path: Path
 
 def test_an_evaluation_does_not_replace_a_foreign_file(folder: Path) -> None:
     (folder / "evaluation.json").write_text("[]")
-    with pytest.raises(OutputError, match="no evaluation of ours"):
+    with pytest.raises(OutputError, match="was not written by this package"):
         add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
     assert (folder / "evaluation.json").read_text() == "[]"
 

@@ -578,5 +578,5 @@ def test_links_are_not_sent(tmp_path: Path) -> None:
 def test_a_dense_model_is_not_sent(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(OutputError, match="no compressed model"):
+    with pytest.raises(OutputError, match="not a compressed model"):
         Upload("user/name").push(tmp_path)
