@@ -278,7 +278,7 @@ class Companion:
         folder = Path(save_directory)
         hub = {key: kwargs.pop(key) for key in Upload.__dataclass_fields__ if push_to_hub and key in kwargs}
         save_plainly(folder, is_main_process, variant=variant, **kwargs)
-        if not is_main_process or not (folder / CONFIG_NAME).is_file():  # transformers saves nothing to a file
+        if not is_main_process or not (folder / CONFIG_NAME).is_file():  # the path is a file: nothing was saved
             return
         try:
             if KEPT_REPORT in vars(model):

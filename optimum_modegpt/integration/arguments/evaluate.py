@@ -27,7 +27,7 @@ def add(verbs: Any) -> None:
         "--batch-size",
         type=count,
         metavar="N",
-        help="windows or requests per forward pass; default: chosen by model size, 1 for tasks",
+        help="windows or requests per forward pass; default: chosen by the size of the logits, 1 for tasks",
     )
     parser.add_argument("--json", type=path, metavar="FILE", help="also write the result to this file")
     parser.add_argument(

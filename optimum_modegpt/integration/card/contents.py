@@ -131,7 +131,7 @@ def read(folder: Path, repo_id: str | None = None) -> Contents:
         config=config,
         record=record,
         report=report,
-        # An evaluation of other weights, as before a fine-tuning, is dropped. Without weight files it is trusted.
+        # An evaluation of other weights, as before a fine-tuning, is dropped. Without weight files, it is trusted.
         evaluation=evaluation if bare or digest == evaluation.get("weights_sha256") else {},
         weights_changed="recovered" in record or _changed(report, digest, bare),
         stored_parameters=stored_parameters(folder, config),
@@ -142,7 +142,7 @@ def read(folder: Path, repo_id: str | None = None) -> Contents:
 
 
 def _changed(report: dict[str, Any] | None, digest: str | None, bare: bool) -> bool | None:
-    """Return whether weights with this digest differ from those of the report; without weights it is trusted."""
+    """Return whether weights with this digest differ from those of the report; a report without weights is trusted."""
     if report is None:
         return None
     if bare:

@@ -45,7 +45,7 @@ def run(options: Namespace) -> int:
     source, reference = source_of(options), reference_of(options)
     assert reference is not None
     prompts, device = _prompts(options.prompts, reference), pick_device(options.device)
-    # Loaded before the tokenizers: transformers reads those through the configuration, and a broken one confuses it.
+    # Loaded before the tokenizers: transformers reads those through the configuration and fails on a broken one.
     configs = [load_config(each) for each in (reference, source)]
     _check_order(options, *(getattr(config, "modegpt", None) is not None for config in configs))
     tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
