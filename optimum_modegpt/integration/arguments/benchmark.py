@@ -18,7 +18,9 @@ def add(verbs: Any) -> None:
         "--reference", metavar="DENSE", help="model to measure in alternation with MODEL; ratios are relative to it"
     )
     add_reference_revision(parser)
-    parser.add_argument("--batch-sizes", type=counts, default=BATCH_SIZES, metavar="N,…", help="default 1,8")
+    parser.add_argument(
+        "--batch-sizes", type=counts, default=BATCH_SIZES, metavar="N,…", help="prompts per batch; default 1,8"
+    )
     parser.add_argument(
         "--prompt-lengths",
         type=counts,
