@@ -278,7 +278,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "nobody/nothing", "--debug"]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("Traceback")
-    assert "error: 'nobody/nothing' is no folder" in errors
+    assert "error: 'nobody/nothing' is not a local folder" in errors
 
 
 def test_a_defect_is_no_broken_threshold(
@@ -506,7 +506,7 @@ def test_a_folder_without_weights_is_told(
     for words in (["evaluate", bare, "--dataset", text, "--max-windows", 1], compress_words):
         message = refusal(capsys, *words)
         assert message.startswith(f"error: the weights of {str(bare)!r} could not be read: ")
-        assert message.endswith("or with shards and their index. Save or download it again.\n")
+        assert message.endswith("or with shards and their index. Save or download the model again.\n")
 
 
 def test_a_dataset_that_cannot_be_reached_names_the_flag(

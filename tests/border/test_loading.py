@@ -252,7 +252,7 @@ def test_the_tokenizer_of_another_model_is_refused_or_allowed_on_purpose(
     named["PROMPTS"] = tmp_path / "prompts.txt"
     words = [named.get(word, word) for word in (*USES[use], "--tokenizer", tmp_path / "foreign")]
     message = refusal(capsys, *words)
-    assert f"It differs in: {difference}. Leave out" in message
+    assert f"It differs in: {difference}. Omit" in message
     assert "--allow-foreign-tokenizer" in message
     assert not (tmp_path / "out").exists()
     caplog.clear()
