@@ -1,4 +1,4 @@
-"""Prints a command of the README: `demo`, the main job, or `test`, the test suite. CI runs what the README says."""
+"""Print a command of the README: `demo`, the main job, or `test`, the test suite. CI runs what the README says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def commands() -> dict[str, str]:
-    """The README's shell commands by the name in the comment before them."""
+    """Return the shell commands of the README by the name in the comment before them."""
     text = README.read_text(encoding="utf-8")
     return {
         name: body.strip() for name, body in re.findall(r"<!-- command: (\w+) -->\n```bash\n(.*?)```", text, re.DOTALL)

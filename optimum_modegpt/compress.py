@@ -291,14 +291,14 @@ def assemble(
 ) -> PreTrainedModel:
     """Build the compressed model; it shares the tensors that were not compressed with the user's model."""
     widths = [Widths(ranks["qk"], ranks["vo"], ranks["mlp"]) for ranks in plan]
-    model, family = architecture.model, architecture.family
-    config = family.config.from_dense(model.config, widths, record)
+    model, classes = architecture.model, architecture.classes
+    config = classes.config.from_dense(model.config, widths, record)
     config.tie_word_embeddings = architecture.head_is_tied  # the model's own configuration may say otherwise
     base = f"{model.base_model_prefix}." if model.base_model is not model else ""
-    replacements = {f"{base}{family.layout.blocks}.{index}": block for index, block in enumerate(blocks)}
+    replacements = {f"{base}{classes.family.blocks}.{index}": block for index, block in enumerate(blocks)}
     if final_norm is not None:
-        replacements[f"{base}{family.final_norm}"] = final_norm
-    return built(model, family.models["AutoModelForCausalLM"], config, replacements)  # pyright: ignore[reportArgumentType]
+        replacements[f"{base}{classes.family.head.norm}"] = final_norm
+    return built(model, classes.causal_lm, config, replacements)
 
 
 # helpers

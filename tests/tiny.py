@@ -65,6 +65,9 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "opt-post-ln": (OPTConfig, _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
     "opt-bare": (OPTConfig, _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
 }
+SHARED_CODE = {f"modegpt_{name}.py" for name in ("common", "contract", "family", "files")}
+"""The code files of every compressed model; its family adds one."""
+
 FAMILIES = ("llama-gqa-tied", "mistral-window", "qwen2-mixed-window", "opt")
 """One variant of each family, for what costs more than a forward pass."""
 
@@ -112,7 +115,7 @@ def compressed(
     config_class, values = VARIANTS[name]
     dense_config = config_class(**(values | changes))
     head_dim = getattr(dense_config, "head_dim", None) or dense_config.hidden_size // dense_config.num_attention_heads
-    odd = 0 if model_class.attention_class.rotary else 1
+    odd = 0 if model_class.attention_class.family.attention.rotary else 1
     widths = widths or [Widths(4 + odd, 7, 31), Widths(6 + odd, 3, 40), Widths(head_dim, head_dim, 48)]
     record = {"format_version": 1, "base_model": name}
     model = fill(model_class(model_class.config_class.from_dense(dense_config, widths, record)), seed)

@@ -1,8 +1,8 @@
 """What we know of model families: the only place beside the compressed classes that knows names such as q_proj."""
 
 from optimum_modegpt.architectures.block import Block
+from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.families import FAMILIES
-from optimum_modegpt.architectures.resolve import Architecture, check_model_type, resolve
-from optimum_modegpt.architectures.spec import Family
+from optimum_modegpt.architectures.resolve import Architecture, check_model_type, read_blocks, resolve
 
-__all__ = ["FAMILIES", "Architecture", "Block", "Family", "check_model_type", "resolve"]
+__all__ = ["FAMILIES", "Architecture", "Block", "FamilyClasses", "check_model_type", "read_blocks", "resolve"]

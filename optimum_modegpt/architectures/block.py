@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_modegpt.architectures.spec import Family
+from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.decompositions.psd import exact, raised
 from optimum_modegpt.modeling import modegpt_common as modeling
+from optimum_modegpt.modeling.modegpt_family import Family
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Block:
     """
 
     module: nn.Module
-    family: Family
+    classes: FamilyClasses
     index: int
     heads: int
     kv_heads: int
@@ -33,49 +34,74 @@ class Block:
     norm_first: bool
 
     @property
-    def layout(self) -> modeling.BlockLayout:
-        """Where the projections stand."""
-        return self.family.layout
+    def family(self) -> Family:
+        """The description of the block's family."""
+        return self.classes.family
 
     @property
     def attention(self) -> Any:
         """The attention module."""
-        return self.module.get_submodule(self.layout.attention)
+        return self.module.get_submodule(self.family.attention.module)
+
+    @property
+    def query(self) -> nn.Linear:
+        """The query projection."""
+        return self._linear(self.family.attention.query)
+
+    @property
+    def key(self) -> nn.Linear:
+        """The key projection."""
+        return self._linear(self.family.attention.key)
+
+    @property
+    def value(self) -> nn.Linear:
+        """The value projection."""
+        return self._linear(self.family.attention.value)
 
     @property
     def output(self) -> nn.Linear:
         """The attention's output projection."""
-        return self._linear(self.layout.output)
+        return self._linear(self.family.attention.output)
+
+    @property
+    def mlp_inputs(self) -> tuple[nn.Linear, ...]:
+        """The MLP's input projections: (gate, up), or one."""
+        return tuple(self._linear(path) for path in self.family.mlp.inputs)
 
     @property
     def down(self) -> nn.Linear:
         """The MLP's output projection."""
-        return self._linear(self.layout.mlp_output)
+        return self._linear(self.family.mlp.output)
+
+    @property
+    def projections(self) -> tuple[nn.Linear, ...]:
+        """All projections that compression narrows."""
+        return tuple(self._linear(projection.path) for projection in self.family.projections)
 
     @property
     def attention_norm(self) -> Any:
         """The norm before the attention, or after it in a post-norm block."""
-        return self.module.get_submodule(self.family.attention_norm)
+        return self.module.get_submodule(self.family.residual.attention_norm)
 
     @property
     def mlp_norm(self) -> Any:
         """The norm before the MLP, or after it in a post-norm block."""
-        return self.module.get_submodule(self.family.mlp_norm)
+        return self.module.get_submodule(self.family.residual.mlp_norm)
 
     @property
     def activation(self) -> Any:
         """The MLP's activation φ."""
-        return self.module.get_submodule(self.family.activation)
+        return self.module.get_submodule(self.family.mlp.activation)
 
     @property
     def rotary(self) -> bool:
         """Whether query and key are rotated by position."""
-        return self.family.attention_class.rotary  # pyright: ignore[reportAttributeAccessIssue]
+        return self.family.attention.rotary
 
     @property
     def gated(self) -> bool:
         """Whether the MLP has a gate beside up."""
-        return len(self.layout.mlp_inputs) == 2
+        return len(self.family.mlp.inputs) == 2
 
     @property
     def dense_widths(self) -> modeling.Widths:
@@ -89,11 +115,11 @@ class Block:
 
     def head_rows(self, role: str) -> Tensor:
         """Rows of the "query", "key" or "value" projection by head, (heads, head_dim, in [+ 1]); float64."""
-        return _rows(self._linear(getattr(self.layout, role))).unflatten(0, (-1, self.head_dim))
+        return _rows(self._linear(getattr(self.family.attention, role))).unflatten(0, (-1, self.head_dim))
 
     def mlp_rows(self) -> tuple[Tensor, ...]:
         """Rows of the MLP's input projections, (width, d_model [+ 1]) each: (gate, up) or one; float32 or wider."""
-        return tuple(_rows(self._linear(path), raised) for path in self.layout.mlp_inputs)
+        return tuple(_rows(linear, raised) for linear in self.mlp_inputs)
 
     def input_outputs(self, linear: nn.Linear) -> Tensor:
         """A projection's weight as (in [+ 1], out): inputs as rows, the bias as the last one; float64."""
@@ -119,8 +145,8 @@ class Block:
 
     def mlp_hidden(self, inputs: Tensor) -> Tensor:
         """The input of the down projection."""
-        first = self.activation(self._linear(self.layout.mlp_inputs[0])(inputs))
-        return first * self._linear(self.layout.mlp_inputs[1])(inputs) if self.gated else first
+        first = self.activation(self.mlp_inputs[0](inputs))
+        return first * self.mlp_inputs[1](inputs) if self.gated else first
 
     def after_mlp(self, total: Tensor) -> Tensor:
         """The block's output, from the sum of stream and MLP output."""
@@ -140,13 +166,13 @@ class Block:
     def student(self, device: torch.device) -> Block:
         """A copy on `device` whose attention is of the compressed class at full width, ready for `install_*`."""
         copied = self._copied(device)
-        modeling.adopt_attention(copied.attention, self.family.attention_class)
+        modeling.adopt_attention(copied.attention, self.classes.attention_class)
         return copied
 
     def narrow(self, widths: modeling.Widths) -> nn.Module:
         """An empty module of these widths with the compressed attention, on the meta device, to be filled."""
         module = self._copied(torch.device("meta")).module
-        modeling.shrink_block(module, self.layout, self.family.attention_class, widths)
+        modeling.shrink_block(module, self.classes.attention_class, widths)
         return module
 
     def on(self, device: torch.device) -> Block:
@@ -165,23 +191,23 @@ class Block:
 
     def install_query_key(self, query: Tensor, key: Tensor, pairs: Tensor | None) -> None:
         """Replaces query and key by rows (heads, rank, in [+ 1]); `pairs` (kv_heads, rank / 2) are the rotary ones."""
-        self._install_rows(self.layout.query, query.flatten(0, 1))
-        self._install_rows(self.layout.key, key.flatten(0, 1))
+        self._install_rows(self.family.attention.query, query.flatten(0, 1))
+        self._install_rows(self.family.attention.key, key.flatten(0, 1))
         self.attention.set_widths(query.shape[1], self.attention.v_head_dim)
         if pairs is not None:
             modeling.install_rope_index(self.attention, pairs.to(self.output.weight.device))
 
     def install_value_output(self, value: Tensor, output: Tensor) -> None:
         """Replaces value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model)."""
-        self._install_rows(self.layout.value, value.flatten(0, 1))
-        self._install_rows(self.layout.output, output.T)
+        self._install_rows(self.family.attention.value, value.flatten(0, 1))
+        self._install_rows(self.family.attention.output, output.T)
         self.attention.set_widths(self.attention.qk_head_dim, value.shape[1])
 
     def install_mlp(self, rows: tuple[Tensor, ...], down: Tensor) -> None:
         """Replaces the MLP: input rows (rank, d_model [+ 1]) each, and down (rank [+ 1], d_model)."""
-        for path, row in zip(self.layout.mlp_inputs, rows, strict=True):
+        for path, row in zip(self.family.mlp.inputs, rows, strict=True):
             self._install_rows(path, row)
-        self._install_rows(self.layout.mlp_output, down.T)
+        self._install_rows(self.family.mlp.output, down.T)
 
     def _install_rows(self, path: str, rows: Tensor) -> None:
         has_bias = self._linear(path).bias is not None

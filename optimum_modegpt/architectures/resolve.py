@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures.block import Block
+from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.families import FAMILIES
-from optimum_modegpt.architectures.spec import Family
 from optimum_modegpt.decompositions.psd import raised
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
+from optimum_modegpt.modeling.modegpt_common import count_heads
 from optimum_modegpt.modeling.modegpt_contract import check_attention
+from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,23 @@ class Architecture:
     """A causal language model whose blocks we know how to read."""
 
     model: PreTrainedModel
-    family: Family
+    classes: FamilyClasses
     blocks: tuple[Block, ...]
+
+    @property
+    def family(self) -> Family:
+        """The description of the model's family."""
+        return self.classes.family
 
     @property
     def block_list(self) -> nn.ModuleList:
         """The model's own list of blocks."""
-        return self.model.base_model.get_submodule(self.family.layout.blocks)  # pyright: ignore[reportReturnType]
+        return self.model.base_model.get_submodule(self.family.blocks)  # pyright: ignore[reportReturnType]
 
     @property
     def final_norm(self) -> Any:
         """The norm after the last block, or None where this model has none."""
-        return self._optional(self.family.final_norm)
+        return self._optional(self.family.head.norm)
 
     @property
     def head_is_tied(self) -> bool:
@@ -51,7 +57,7 @@ class Architecture:
     @property
     def own_tail(self) -> nn.Sequential:
         """Return the model's own modules after the last block: final norm and projection, if it has them, and head."""
-        projection = self._optional(self.family.projection) if self.family.projection else None
+        projection = self._optional(self.family.head.projection) if self.family.head.projection else None
         modules = (self.final_norm, projection, self.model.get_output_embeddings())
         return nn.Sequential(*(module for module in modules if module is not None))
 
@@ -59,7 +65,7 @@ class Architecture:
         """The map (vocabulary, d_model) from the final norm's output to the logits, at least float32, on `device`."""
         matrix = cast(nn.Linear, self.model.get_output_embeddings()).weight
         matrix = raised(matrix.detach().to(device))
-        projection = self._optional(self.family.projection) if self.family.projection else None
+        projection = self._optional(self.family.head.projection) if self.family.head.projection else None
         return matrix if projection is None else matrix @ projection.weight.detach().to(matrix)
 
     def _optional(self, path: str) -> Any:
@@ -67,7 +73,7 @@ class Architecture:
         return getattr(self.model.base_model.get_submodule(parent), name)
 
 
-def check_model_type(model_type: str) -> Family:
+def check_model_type(model_type: str) -> FamilyClasses:
     """The family of a transformers model_type.
 
     Raises:
@@ -75,16 +81,16 @@ def check_model_type(model_type: str) -> Family:
         UnsupportedModel: for a type we do not know, with the list of those we know.
         ImportError: if the installed transformers changed the family's attention; before any weights are loaded.
     """
-    if model_type.startswith("modegpt_"):
+    if is_compressed(model_type):
         raise AlreadyCompressed(
             f"this model ({model_type}) is already compressed; compressing it again would calibrate on its own errors. "
             "Start from the dense model (config.modegpt names it) with a higher sparsity."
         )
     if model_type not in FAMILIES:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}.")
-    family = FAMILIES[model_type]
-    check_attention(family.attention_class.dense_class())
-    return family
+    classes = FAMILIES[model_type]
+    check_attention(classes.attention_class.dense_class())
+    return classes
 
 
 def resolve(model: PreTrainedModel) -> Architecture:
@@ -93,8 +99,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
     Raises:
         AlreadyCompressed, UnsupportedModel: before anything is computed.
     """
-    config = model.config
-    family = check_model_type(config.model_type)
+    classes = check_model_type(model.config.model_type)
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(
             f"{type(model).__name__} has no language-model head; load the model with AutoModelForCausalLM, "
@@ -109,27 +114,36 @@ def resolve(model: PreTrainedModel) -> Architecture:
             "the model is spread over devices by accelerate; load it without device_map: one block at a time goes to "
             "the compute device by itself."
         )
-    modules: Sequence[nn.Module] = model.base_model.get_submodule(family.layout.blocks)  # pyright: ignore[reportAssignmentType]
-    norm_first = family.norm_first_flag is None or bool(getattr(config, family.norm_first_flag))
-    blocks = tuple(_block(module, family, index, norm_first) for index, module in enumerate(modules))
-    if not blocks:
+    architecture = read_blocks(model, classes)
+    if not architecture.blocks:
         raise UnsupportedModel(f"{type(model).__name__} has no decoder blocks.")
-    return Architecture(model, family, blocks)
+    for block in architecture.blocks:
+        _check_projections(block)
+    return architecture
 
 
-def _block(module: nn.Module, family: Family, index: int, norm_first: bool) -> Block:
-    layout = family.layout
-    attention = (layout.query, layout.key, layout.value, layout.output)
-    for path in (*attention, *layout.mlp_inputs, layout.mlp_output):
-        linear: Any = module.get_submodule(path)
+def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
+    """Read the blocks of a dense model, which may be on the meta device, without any check."""
+    family = classes.family
+    modules: Any = model.base_model.get_submodule(family.blocks)
+    flag = family.residual.norm_first_flag
+    norm_first = flag is None or bool(getattr(model.config, flag))
+    blocks = tuple(_read_block(module, classes, index, norm_first) for index, module in enumerate(modules))
+    return Architecture(model, classes, blocks)
+
+
+def _read_block(module: Any, classes: FamilyClasses, index: int, norm_first: bool) -> Block:
+    head_dim = module.get_submodule(classes.family.attention.module).head_dim
+    counts = count_heads(module, classes.family)
+    return Block(module, classes, index, counts["heads"], counts["kv_heads"], head_dim, norm_first)
+
+
+def _check_projections(block: Block) -> None:
+    for projection in block.family.projections:
+        linear: Any = block.module.get_submodule(projection.path)
         if type(linear) is not nn.Linear or linear.weight.is_meta:
             state = ", without its weights in memory" if type(linear) is nn.Linear else ""
             raise UnsupportedModel(
-                f"block {index}: {path} is {type(linear).__name__}{state}; expected a plain nn.Linear, loaded. "
-                "Compress before adapters, quantisation and offloading."
+                f"block {block.index}: {projection.path} is {type(linear).__name__}{state}; expected a plain "
+                "nn.Linear, loaded. Compress before adapters, quantisation and offloading."
             )
-    head_dim: Any = module.get_submodule(layout.attention).head_dim
-    query, key = (cast(nn.Linear, module.get_submodule(path)) for path in (layout.query, layout.key))
-    return Block(
-        module, family, index, query.out_features // head_dim, key.out_features // head_dim, head_dim, norm_first
-    )

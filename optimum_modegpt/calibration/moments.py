@@ -144,10 +144,7 @@ class QueryKeyMoments:
 
 def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Query (batch, length, heads, d) and key (batch, length, kv_heads, d) vectors before rotation, biases included."""
-    query, key = (
-        block.module.get_submodule(path)(inputs).unflatten(-1, (-1, block.head_dim))
-        for path in (block.layout.query, block.layout.key)
-    )
+    query, key = (linear(inputs).unflatten(-1, (-1, block.head_dim)) for linear in (block.query, block.key))
     return query, key
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from optimum_modegpt.architectures import Architecture, Block, Family, check_model_type
+from optimum_modegpt.architectures import check_model_type, read_blocks
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.memory import Parts
 from optimum_modegpt.methods.placement import Arrangement, Free, Needs, arrange, finished_size, host_memory
@@ -86,9 +86,9 @@ def estimate(
     Raises:
         AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.
     """
-    family = check_model_type(model.config.model_type)
-    _check_reachable(model, family, model.base_model.get_submodule(family.layout.blocks), config)
-    shapes = shapes_of(model, family)
+    architecture = read_blocks(model, check_model_type(model.config.model_type))
+    check_reachable(config, part_sizes(architecture, config))
+    shapes = shapes_of(architecture)
     element, weights = model.dtype.itemsize, shapes.blocks * shapes.weights
     parameters = sum(parameter.numel() for parameter in model.parameters())
     loaded = {"libraries": LIBRARIES, **({} if weights_mapped else {"weights": parameters * element})}
@@ -138,15 +138,6 @@ def _on_machine(arrangement: Arrangement, processes: int) -> Arrangement:
 def _disk(result: int, finished: Parts, streams: int) -> Parts:
     """The checkpoint stays until the result is written; streams are replaced by later ones that are written first."""
     return {**finished, "residual streams": streams, "result, or the next streams": max(result, streams)}
-
-
-def _check_reachable(model: PreTrainedModel, family: Family, modules: Any, config: ModeGPTConfig) -> None:
-    layout, blocks = family.layout, []
-    for index, module in enumerate(modules):
-        head_dim = module.get_submodule(layout.attention).head_dim
-        heads, kv_heads = (module.get_submodule(path).out_features // head_dim for path in (layout.query, layout.key))
-        blocks.append(Block(module, family, index, heads, kv_heads, head_dim, True))
-    check_reachable(config, part_sizes(Architecture(model, family, tuple(blocks)), config))
 
 
 def on_meta(model_class: Any, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

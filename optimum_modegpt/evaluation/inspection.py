@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import PARTS
 
 
@@ -66,7 +67,7 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
         if tensor.dtype.startswith(("F", "BF")):
             sizes[tensor.dtype] += tensor.size
     stored = config.model_type, sizes.total(), max(sizes, key=sizes.__getitem__, default=None)
-    if not config.model_type.startswith("modegpt_"):
+    if not is_compressed(config.model_type):
         return Inspection(*stored)
     blocks = block_ranks(config)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
@@ -84,7 +85,7 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
         widths_of_blocks = config.widths()
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(f"the configuration cannot be read: {error}") from error
-    dense = {"mlp": getattr(config, config.layout.mlp_width), "qk": config.dense_head_dim, "vo": config.dense_head_dim}
+    dense = {"mlp": getattr(config, config.family.mlp.width), "qk": config.dense_head_dim, "vo": config.dense_head_dim}
     return tuple(
         BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, dense)
         for index, widths in enumerate(widths_of_blocks)
@@ -92,19 +93,17 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
 
 
 def _check_shapes(config: Any, widths_of_blocks: list[Any], tensors: Mapping[str, TensorHeader]) -> None:
-    layout, heads = config.layout, config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    family, heads = config.family, config.num_attention_heads
+    units = {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
     for index, widths in enumerate(widths_of_blocks):
-        outs = {layout.query: heads * widths.qk, layout.key: kv_heads * widths.qk, layout.value: kv_heads * widths.vo}
-        expected = {path: (0, size) for path, size in (outs | dict.fromkeys(layout.mlp_inputs, widths.mlp)).items()}
-        expected |= {layout.output: (1, heads * widths.vo), layout.mlp_output: (1, widths.mlp)}
-        for path, (axis, size) in expected.items():
-            name = f"{layout.blocks}.{index}.{path}.weight"
+        for projection in family.projections:
+            axis, size = projection.axis, units[projection.unit] * getattr(widths, projection.part)
+            name = f"{family.blocks}.{index}.{projection.path}.weight"
             found = next((tensors[key].shape for key in tensors if f".{key}".endswith(f".{name}")), None)
             if found is None or len(found) != 2 or found[axis] != size:
                 problems.append(f"{name} is {'missing' if found is None else found}, axis {axis} should be {size}")
-    if any(f".{layout.blocks}.{len(widths_of_blocks)}." in f".{key}" for key in tensors):
+    if any(f".{family.blocks}.{len(widths_of_blocks)}." in f".{key}" for key in tensors):
         problems.append(f"there are more blocks than {len(widths_of_blocks)}")
     if problems:
         more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -117,16 +116,15 @@ def _check_shapes(config: Any, widths_of_blocks: list[Any], tensors: Mapping[str
 
 def _sparsity(config: Any, blocks: tuple[BlockRanks, ...], tensors: Mapping[str, TensorHeader]) -> float:
     """1 − Σ now / Σ dense over the blocks' projections; each is as wide as its part is."""
-    layout = config.layout
-    paths = {
-        "mlp": (*layout.mlp_inputs, layout.mlp_output),
-        "qk": (layout.query, layout.key),
-        "vo": (layout.value, layout.output),
-    }
+    family = config.family
     now = before = 0.0
     for block in blocks:
         for part in PARTS:
-            names = tuple(f"{layout.blocks}.{block.index}.{path}.weight" for path in paths[part])
+            names = tuple(
+                f"{family.blocks}.{block.index}.{projection.path}.weight"
+                for projection in family.projections
+                if projection.part == part
+            )
             size = sum(tensor.size for name, tensor in tensors.items() if f".{name}".endswith(_dotted(names)))
             now += size
             before += size * block.dense_ranks[part] / block.ranks[part]

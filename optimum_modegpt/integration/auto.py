@@ -11,6 +11,7 @@ from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.hf_quantizer import kept_in
 from optimum_modegpt.integration.quantizer import as_config
 from optimum_modegpt.integration.source import Source, default_dataset, loading
+from optimum_modegpt.modeling.modegpt_family import is_compressed
 
 
 def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -75,7 +76,7 @@ class ModeGPTModelForCausalLM:
 
 def _check_compressed(source: Source) -> None:
     model_type = AutoConfig.from_pretrained(source.path, **source.arguments()).model_type
-    if not model_type.startswith("modegpt_"):
+    if not is_compressed(model_type):
         raise InvalidConfig(
             f"{source.base_model!r} is a dense model ({model_type}); pass compression_config=ModeGPTConfig(...) to "
             "compress it, or load it with AutoModelForCausalLM."

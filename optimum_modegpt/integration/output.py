@@ -16,6 +16,7 @@ from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.checkpoint import REPLACED, RESULT, Checkpoint, parents_made
 from optimum_modegpt.errors import OutputError
+from optimum_modegpt.modeling.modegpt_family import is_compressed
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def _check_ours(folder: Path, name: Path) -> None:
         model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         model_type = None
-    if not str(model_type).startswith("modegpt_"):
+    if not is_compressed(model_type):
         found = f"has no readable {CONFIG_NAME}" if model_type is None else f"is a model of type {model_type!r}"
         raise OutputError(f"{name} {found}; --overwrite deletes compressed models only. Choose another --output.")
     if foreign := sorted(path.name for path in folder.iterdir() if not is_own(path)):

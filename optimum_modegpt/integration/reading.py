@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
 from optimum_modegpt.integration.source import Source
+from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.modeling.modegpt_files import check_sizes, refuse, weight_files
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ def load_config(source: Source) -> Any:
             else "is not a local folder and could not be read from the Hub"
         )
         raise OSError(f"{source.name!r} {found}: {error}{source.cache_report()}") from error
-    if getattr(config, "modegpt", None) is not None and not config.model_type.startswith("modegpt_"):
+    if getattr(config, "modegpt", None) is not None and not is_compressed(config.model_type):
         raise UnsupportedModel(
             f"{source.name!r}: config.json was edited. It has the record of a compressed model, but model_type "
             f"{config.model_type!r} instead of one that starts with modegpt_. Save or download it again."

@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from optimum_modegpt.integration.post_import import when_imported
-from optimum_modegpt.modeling import DENSE_TYPES, compressed_type
+from optimum_modegpt.modeling import DENSE_TYPES
+from optimum_modegpt.modeling.modegpt_family import PREFIX
 
 NO_PATCH = "OPTIMUM_MODEGPT_NO_PATCH"
 """The environment variable that, set to 1 before the import, leaves `PreTrainedModel.from_pretrained` unpatched."""
@@ -33,7 +34,7 @@ def register() -> None:
 
 def _register_families(auto: ModuleType) -> None:
     """Register every compressed family with `AutoConfig`; the family's module registers its classes on import."""
-    for model_type in map(compressed_type, DENSE_TYPES):
+    for model_type in (PREFIX + dense for dense in DENSE_TYPES):
         if model_type not in auto.CONFIG_MAPPING:
             auto.AutoConfig.register(model_type, _deferred_configuration(model_type, auto.CONFIG_MAPPING))
 
@@ -86,7 +87,7 @@ def _register_targets(constants: ModuleType) -> None:
     for table in [value for value in vars(constants).values() if isinstance(value, dict)]:
         for dense in DENSE_TYPES:
             if dense in table:
-                table.setdefault(compressed_type(dense), table[dense])
+                table.setdefault(PREFIX + dense, table[dense])
 
 
 def _install_companion(common: ModuleType) -> None:

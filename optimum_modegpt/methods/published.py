@@ -34,7 +34,7 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
     """Runs the dense block over `stream`; its moments, and the stream after it."""
     query_sum, key_sum, value_sum = (HeadMomentSum(block.kv_heads) for _ in range(3))
     mlp_sum = LinearMomentSum(ones=False)
-    with inputs_of(block.module.get_submodule(block.layout.value)) as reads, inputs_of(block.down) as hidden:
+    with inputs_of(block.value) as reads, inputs_of(block.down) as hidden:
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
@@ -100,7 +100,7 @@ def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFact
         lost += (difference * (moment @ difference)).sum()
         total += (side_by_side * (moment @ side_by_side)).sum()
     cut = torch.stack(bases).mT @ value  # (kv_heads, rank, in [+ 1])
-    if len(bias) and block.module.get_submodule(block.layout.value).bias is not None:
+    if len(bias) and block.value.bias is not None:
         value_bias = value[..., -1].repeat_interleave(block.heads // block.kv_heads, dim=0)
         bias = bias + value_bias.flatten() @ output[:-1]
         cut = torch.cat((cut[..., :-1], torch.zeros_like(cut[..., -1:])), dim=-1)
@@ -119,10 +119,9 @@ def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConf
 
 def _value_vectors(block: Block, inputs: Tensor) -> Tensor:
     """Value vectors (…, kv_heads, d), without the bias where it is folded into the output's."""
-    linear: Any = block.module.get_submodule(block.layout.value)
-    vectors = linear(inputs)
-    if linear.bias is not None and block.output.bias is not None:
-        vectors = vectors - linear.bias
+    vectors = block.value(inputs)
+    if block.value.bias is not None and block.output.bias is not None:
+        vectors = vectors - block.value.bias
     return vectors.unflatten(-1, (-1, block.head_dim))
 
 

@@ -411,7 +411,7 @@ def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[To
 def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Iterator[TokenSample]:
     """The MLP's normalised inputs and its targets, window after window, on the block's device."""
     assert targets.mlp_weights is not None
-    biased = block.module.get_submodule(block.layout.mlp_inputs[0]).bias is not None
+    biased = block.mlp_inputs[0].bias is not None
     device = block.output.weight.device
     arrived = (arriving(each, device) for each in (middle, targets.mlp))
     for batch, target, weight in zip(*arrived, targets.mlp_weights, strict=True):

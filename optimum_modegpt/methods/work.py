@@ -7,13 +7,10 @@ code happens to compute twice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-
-from optimum_modegpt.architectures import Family
+from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.moments import affordable_windows, curvature_work
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import gram_work
@@ -42,35 +39,28 @@ class Shapes:
     eager: bool = False
 
 
-def shapes_of(model: PreTrainedModel, family: Family) -> Shapes:
-    """The sizes of a dense model with its largest block; it may stand on the meta device."""
-    blocks: Any = model.base_model.get_submodule(family.layout.blocks)
+def shapes_of(architecture: Architecture) -> Shapes:
+    """Return the sizes of a dense model with its largest block; it may be on the meta device."""
+    model = architecture.model
     head: Any = model.get_output_embeddings()
-    each = (_block_shapes(block, family, head.out_features, len(blocks)) for block in blocks)
-    largest = max(each, key=lambda shapes: shapes.weights)
-    return replace(largest, eager=model.config._attn_implementation == "eager")
+    count, eager = len(architecture.blocks), model.config._attn_implementation == "eager"
+    each = (_block_shapes(block, head.out_features, count, eager) for block in architecture.blocks)
+    return max(each, key=lambda shapes: shapes.weights)
 
 
-def _block_shapes(block: nn.Module, family: Family, vocabulary: int, blocks: int) -> Shapes:
-    layout: Any = family.layout
-
-    def linear(path: str) -> nn.Linear:
-        return block.get_submodule(path)  # pyright: ignore[reportReturnType]
-
-    cut = (layout.query, layout.key, layout.value, layout.output, *layout.mlp_inputs, layout.mlp_output)
-    down, output = linear(layout.mlp_output), linear(layout.output)
-    head_dim: Any = block.get_submodule(layout.attention).head_dim
+def _block_shapes(block: Block, vocabulary: int, blocks: int, eager: bool) -> Shapes:
     return Shapes(
-        d_model=down.out_features,
-        heads=output.in_features,
-        head_count=output.in_features // head_dim,
-        groups=linear(layout.key).out_features // head_dim,
-        mlp=down.in_features,
-        mlp_inputs=len(layout.mlp_inputs),
-        weights=sum(linear(path).weight.numel() for path in cut),
-        rotary=family.attention_class.rotary,  # pyright: ignore[reportAttributeAccessIssue]
+        d_model=block.down.out_features,
+        heads=block.output.in_features,
+        head_count=block.heads,
+        groups=block.kv_heads,
+        mlp=block.down.in_features,
+        mlp_inputs=len(block.mlp_inputs),
+        weights=sum(projection.weight.numel() for projection in block.projections),
+        rotary=block.rotary,
         vocabulary=vocabulary,
         blocks=blocks,
+        eager=eager,
     )
 
 

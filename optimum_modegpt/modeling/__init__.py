@@ -2,8 +2,3 @@
 
 DENSE_TYPES = ("llama", "mistral", "opt", "qwen2")
 """The `model_type` of every dense family that has a compressed one."""
-
-
-def compressed_type(dense: str) -> str:
-    """Return the `model_type` of the compressed family, which is also the name of its module."""
-    return f"modegpt_{dense}"

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .modegpt_contract import check_attention, check_loading, refuse_unread_cache
+from .modegpt_family import Family
 from .modegpt_files import check_sizes, one_set_of_weights, readable_weights, refuse
 
 # What stands below a mixin: at run time a family's dense class.
@@ -30,32 +31,6 @@ else:
 
 FORMAT_VERSION = 1
 """Version of what stands in config.json; a reader refuses a newer one."""
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Where a family keeps its blocks and, inside a block, the projections that compression narrows."""
-
-    blocks: str
-    """Path of the list of blocks, from the base model."""
-    mlp_inputs: tuple[str, ...]
-    """The projections whose rows are hidden channels: (gate, up), or the one of a plain MLP."""
-    mlp_output: str
-    mlp_width: str
-    """Name of the MLP width in the configuration."""
-    attention: str = "self_attn"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-
-
-LLAMA_LIKE = BlockLayout(
-    blocks="layers",
-    mlp_inputs=("mlp.gate_proj", "mlp.up_proj"),
-    mlp_output="mlp.down_proj",
-    mlp_width="intermediate_size",
-)
 
 
 @dataclass(frozen=True)
@@ -73,7 +48,7 @@ class Widths:
 class ModeGPTConfigMixin(Dense):
     """Over a dense configuration class: native `per_layer_config` with the widths, dense sizes at the top level."""
 
-    layout: ClassVar[BlockLayout]
+    family: ClassVar[Family]
     auto_classes: ClassVar[dict[str, str]]
     # Tensor parallelism would split the heads but not `rope_index`.
     base_model_tp_plan = None
@@ -107,7 +82,7 @@ class ModeGPTConfigMixin(Dense):
                 f"config.json: per_layer_config has {len(found)} entries; expected one for each of "
                 f"{self.num_hidden_layers} blocks, so look at {sorted(strange)[:5]}."
             )
-        known = {"qk_head_dim", "v_head_dim", "head_dim", self.layout.mlp_width}
+        known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width}
         if foreign := {name for entry in entries.values() for name in entry} - known:
             raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
 
@@ -123,7 +98,7 @@ class ModeGPTConfigMixin(Dense):
                 "v_head_dim": width.vo,
                 # One row of the key-value cache; the name that caches and serving engines read.
                 "head_dim": max(width.qk, width.vo),
-                cls.layout.mlp_width: width.mlp,
+                cls.family.mlp.width: width.mlp,
             }
             for index, width in enumerate(widths)
         }
@@ -147,7 +122,7 @@ class ModeGPTConfigMixin(Dense):
                 dense one: before anything is built.
         """
         _check_record(getattr(self, "modegpt", None))
-        mlp_width = self.layout.mlp_width
+        mlp_width = self.family.mlp.width
         limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
         limits[mlp_width] = getattr(self, mlp_width)
         return [self._widths_of(index, limits) for index in range(self.num_hidden_layers)]
@@ -202,8 +177,7 @@ class ModeGPTAttentionMixin(Dense):
     a head kept. The softmax scale stays that of the dense model.
     """
 
-    output_name: ClassVar[str] = "o_proj"
-    rotary: ClassVar[bool] = True
+    family: ClassVar[Family]
     cache_argument: str
     """Name under which the dense class takes the key-value cache."""
     qk_head_dim: int
@@ -263,16 +237,21 @@ class ModeGPTAttentionMixin(Dense):
     def project(self, hidden_states: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value, (batch, heads, length, width) each; query and key after rotation."""
         shape = hidden_states.shape[:-1]
-        query = self.q_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
-        key = self.k_proj(hidden_states).view(*shape, -1, self.qk_head_dim)
-        if self.rotary:
+        query = self.projection("query")(hidden_states).view(*shape, -1, self.qk_head_dim)
+        key = self.projection("key")(hidden_states).view(*shape, -1, self.qk_head_dim)
+        if self.family.attention.rotary:
             query, key = self.rotate(query, key, *position_embeddings)
-        value = self.v_proj(hidden_states).view(*shape, -1, self.v_head_dim)
+        value = self.projection("value")(hidden_states).view(*shape, -1, self.v_head_dim)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def projection(self, role: str) -> nn.Module:
+        """Return the "query", "key", "value" or "output" projection."""
+        path = getattr(self.family.attention, role).removeprefix(f"{self.family.attention.module}.")
+        return getattr(self, path)
 
     def output(self, heads: Tensor) -> Tensor:
         """Apply the output projection to (batch, length, heads, v)."""
-        return getattr(self, self.output_name)(heads.flatten(-2).contiguous())
+        return self.projection("output")(heads.flatten(-2).contiguous())
 
     def attend_once(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Return the attention output of one query per head, (batch, 1, heads, v).
@@ -348,12 +327,12 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
         ImportError: the dense class takes an argument that the compressed one does not handle.
     """
     attention.cache_argument = check_attention(attention_class.dense_class())
-    head_dim, device = attention.head_dim, attention.q_proj.weight.device
     attention.__class__ = attention_class
+    head_dim, key = attention.head_dim, attention.projection("key")
     attention.set_widths(head_dim, head_dim)
-    if attention.rotary:
-        pairs = torch.arange(head_dim // 2, dtype=torch.int32, device=device)
-        install_rope_index(attention, pairs.expand(attention.k_proj.out_features // head_dim, -1))
+    if attention.family.attention.rotary:
+        pairs = torch.arange(head_dim // 2, dtype=torch.int32, device=key.weight.device)
+        install_rope_index(attention, pairs.expand(key.out_features // head_dim, -1))
 
 
 def install_rope_index(attention: nn.Module, index: Tensor) -> None:
@@ -390,24 +369,27 @@ def empty_linear(like: nn.Linear, out_features: int, in_features: int) -> nn.Lin
     return new.train(like.training)
 
 
-def shrink_block(block: Any, layout: BlockLayout, attention_class: type[ModeGPTAttentionMixin], widths: Widths) -> None:
-    """Gives a freshly built dense block the widths of a compressed one; the values are to be loaded."""
-    attention = block.get_submodule(layout.attention)
-    head_dim = attention.head_dim
-    heads = block.get_submodule(layout.query).out_features // head_dim
-    kv_heads = block.get_submodule(layout.key).out_features // head_dim
+def shrink_block(block: Any, attention_class: type[ModeGPTAttentionMixin], widths: Widths) -> None:
+    """Give a freshly built dense block the widths of a compressed one; the values are to be loaded."""
+    family = attention_class.family
+    attention = block.get_submodule(family.attention.module)
+    units = {"block": 1} | count_heads(block, family)
     adopt_attention(attention, attention_class)
     attention.set_widths(widths.qk, widths.vo)
-    outs = {layout.query: heads * widths.qk, layout.key: kv_heads * widths.qk, layout.value: kv_heads * widths.vo}
-    outs |= dict.fromkeys(layout.mlp_inputs, widths.mlp)
-    for path, size in outs.items():
-        old = block.get_submodule(path)
-        block.set_submodule(path, empty_linear(old, size, old.in_features))
-    for path, size in ((layout.output, heads * widths.vo), (layout.mlp_output, widths.mlp)):
-        old = block.get_submodule(path)
-        block.set_submodule(path, empty_linear(old, old.out_features, size))
-    if attention.rotary:
+    for projection in family.projections:
+        old = block.get_submodule(projection.path)
+        shape = list(old.weight.shape)
+        shape[projection.axis] = units[projection.unit] * getattr(widths, projection.part)
+        block.set_submodule(projection.path, empty_linear(old, *shape))
+    if family.attention.rotary:
         install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
+
+
+def count_heads(block: Any, family: Family) -> dict[str, int]:
+    """Return the "heads" and "kv_heads" of a dense block."""
+    head_dim = block.get_submodule(family.attention.module).head_dim
+    paths = {"heads": family.attention.query, "kv_heads": family.attention.key}
+    return {unit: block.get_submodule(path).out_features // head_dim for unit, path in paths.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------- models
@@ -424,7 +406,7 @@ class ModeGPTModelMixin(Dense):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_loading()
         for index, widths in enumerate(config.widths()):  # refused here, before anything is allocated
-            if self.attention_class.rotary and widths.qk % 2:
+            if self.config_class.family.attention.rotary and widths.qk % 2:
                 raise ValueError(
                     f"config.json: per_layer_config[{index}].qk_head_dim is {widths.qk}; rotary pairs need an even one."
                 )
@@ -432,11 +414,11 @@ class ModeGPTModelMixin(Dense):
 
     def post_init(self) -> None:
         """Narrows the blocks that the dense constructor has just built, then initialises as every model does."""
-        layout = self.config.layout
-        blocks: Any = self.base_model.get_submodule(layout.blocks)
+        family = self.attention_class.family
+        blocks: Any = self.base_model.get_submodule(family.blocks)
         for block, widths in zip(blocks, self.config.widths(), strict=True):
-            if not isinstance(block.get_submodule(layout.attention), ModeGPTAttentionMixin):
-                shrink_block(block, layout, self.attention_class, widths)
+            if not isinstance(block.get_submodule(family.attention.module), ModeGPTAttentionMixin):
+                shrink_block(block, self.attention_class, widths)
         super().post_init()
 
     @classmethod

@@ -10,19 +10,24 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
 )
 
-from .modegpt_common import LLAMA_LIKE, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_family import Family
+
+FAMILY = Family("llama")
 
 
 class ModeGPTLlamaConfig(ModeGPTConfigMixin, LlamaConfig):
     """Llama with the widths of each block in `per_layer_config`."""
 
-    model_type = "modegpt_llama"
+    model_type = FAMILY.compressed_type
     _auto_class = "AutoConfig"
-    layout = LLAMA_LIKE
+    family = FAMILY
 
 
 class ModeGPTLlamaAttention(ModeGPTAttentionMixin, LlamaAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Llama's attention with query/key and value heads of widths of their own."""
+
+    family = FAMILY
 
 
 class _Compressed(ModeGPTModelMixin):

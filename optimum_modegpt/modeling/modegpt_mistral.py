@@ -10,19 +10,24 @@ from transformers.models.mistral.modeling_mistral import (
     MistralModel,
 )
 
-from .modegpt_common import LLAMA_LIKE, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_family import Family
+
+FAMILY = Family("mistral")
 
 
 class ModeGPTMistralConfig(ModeGPTConfigMixin, MistralConfig):
     """Mistral with the widths of each block in `per_layer_config`."""
 
-    model_type = "modegpt_mistral"
+    model_type = FAMILY.compressed_type
     _auto_class = "AutoConfig"
-    layout = LLAMA_LIKE
+    family = FAMILY
 
 
 class ModeGPTMistralAttention(ModeGPTAttentionMixin, MistralAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Mistral's attention with query/key and value heads of widths of their own."""
+
+    family = FAMILY
 
     @property
     def attention_window(self) -> int | None:

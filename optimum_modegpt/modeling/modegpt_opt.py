@@ -10,28 +10,31 @@ from transformers.models.opt.modeling_opt import (
     OPTModel,
 )
 
-from .modegpt_common import BlockLayout, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_family import MLP, Attention, Family, Head, Residual
+
+FAMILY = Family(
+    "opt",
+    blocks="decoder.layers",
+    attention=Attention(output="self_attn.out_proj", rotary=False),
+    mlp=MLP(inputs=("fc1",), output="fc2", activation="activation_fn", width="ffn_dim"),
+    residual=Residual("self_attn_layer_norm", "final_layer_norm", norm_first_flag="do_layer_norm_before"),
+    head=Head("decoder.final_layer_norm", projection="decoder.project_out"),
+)
 
 
 class ModeGPTOPTConfig(ModeGPTConfigMixin, OPTConfig):
     """OPT with the widths of each block in `per_layer_config`."""
 
-    model_type = "modegpt_opt"
+    model_type = FAMILY.compressed_type
     _auto_class = "AutoConfig"
-    layout = BlockLayout(
-        blocks="decoder.layers",
-        mlp_inputs=("fc1",),
-        mlp_output="fc2",
-        mlp_width="ffn_dim",
-        output="self_attn.out_proj",
-    )
+    family = FAMILY
 
 
 class ModeGPTOPTAttention(ModeGPTAttentionMixin, OPTAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """OPT's attention with query/key and value heads of widths of their own."""
 
-    output_name = "out_proj"
-    rotary = False
+    family = FAMILY
     num_key_value_groups = 1
 
     @property

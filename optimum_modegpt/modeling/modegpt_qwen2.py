@@ -10,19 +10,24 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Model,
 )
 
-from .modegpt_common import LLAMA_LIKE, ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_family import Family
+
+FAMILY = Family("qwen2")
 
 
 class ModeGPTQwen2Config(ModeGPTConfigMixin, Qwen2Config):
     """Qwen2 with the widths of each block in `per_layer_config`."""
 
-    model_type = "modegpt_qwen2"
+    model_type = FAMILY.compressed_type
     _auto_class = "AutoConfig"
-    layout = LLAMA_LIKE
+    family = FAMILY
 
 
 class ModeGPTQwen2Attention(ModeGPTAttentionMixin, Qwen2Attention):  # pyright: ignore[reportIncompatibleMethodOverride]
     """Qwen2's attention with query/key and value heads of widths of their own."""
+
+    family = FAMILY
 
 
 class _Compressed(ModeGPTModelMixin):

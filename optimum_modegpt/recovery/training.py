@@ -97,8 +97,8 @@ def train(
 
 def _adapt(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
     """The model with an adapter that changes nothing yet, in float32, beside each projection of its blocks."""
-    layout: Any = model.config.layout
-    projections = [layout.query, layout.key, layout.value, layout.output, *layout.mlp_inputs, layout.mlp_output]
+    family: Any = model.config.family  # pyright: ignore[reportAttributeAccessIssue]
+    projections = [projection.path for projection in family.projections]
     adapter = LoraConfig(r=config.lora_rank, lora_alpha=LORA_ALPHA, target_modules=projections)
     with warnings.catch_warnings():
         # peft asks under the name that transformers is about to drop.

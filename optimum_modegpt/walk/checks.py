@@ -36,7 +36,7 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
     def sizes(block: Block) -> dict[str, Any]:
         dense, d_model, cap = block.dense_widths, block.down.out_features, config.max_sparsity
         head_unit = (block.heads + block.kv_heads) * d_model
-        mlp_unit = (len(block.layout.mlp_inputs) + 1) * d_model
+        mlp_unit = (len(block.mlp_inputs) + 1) * d_model
         qk_step = head_step(dense.qk, config.round_to, pairs=block.rotary)
         vo_step = head_step(dense.vo, config.round_to, pairs=False)
         return {
@@ -104,11 +104,10 @@ def check_plan(plan: Plan, sizes: Sizes) -> None:
 
 def check_tensors(architecture: Architecture) -> None:
     """Refuse a model whose tensors have other names or shapes than those of its compressed class at full width."""
-    model, family = architecture.model, architecture.family
+    model, classes = architecture.model, architecture.classes
     widths = [block.dense_widths for block in architecture.blocks]
-    model_class: Any = family.models["AutoModelForCausalLM"]
     with torch.device("meta"):
-        built = model_class(family.config.from_dense(model.config, widths, {"format_version": FORMAT_VERSION}))
+        built = classes.causal_lm(classes.config.from_dense(model.config, widths, {"format_version": FORMAT_VERSION}))
     known, own = built.state_dict(), model.state_dict()
     if unknown := sorted(own.keys() - known.keys()):
         raise UnsupportedModel(
@@ -166,7 +165,7 @@ def _check_head(architecture: Architecture, tokens: Tensor) -> None:
 def _check_model(architecture: Architecture, tokens: Tensor) -> None:
     """Compare the model with the class of transformers that its compressed class derives from, on the same tensors."""
     model: Any = architecture.model
-    stock_class: Any = architecture.family.models["AutoModelForCausalLM"].__bases__[-1]
+    stock_class: Any = architecture.classes.stock_causal_lm
     config = copy.deepcopy(model.config)
     config.tie_word_embeddings = architecture.head_is_tied
     stock: Any = built(model, stock_class, config, {})

@@ -76,9 +76,9 @@ def self_check(model: PreTrainedModel, tokens: Tensor) -> SelfCheck:
     name = cache_argument(model)
     cached = _in_steps(lambda part, **arguments: model(input_ids=part, **arguments), ids, name)
     difference = _compare(torch.cat([output.logits for output in cached], dim=1), uncached, tolerance)
-    layout = getattr(model.config, "layout", None)
-    if layout is not None and uncached.dtype.itemsize < torch.float32.itemsize and _is_plain(model):
-        with _first_blocks(model.base_model, layout.blocks) as base:
+    family = getattr(model.config, "family", None)
+    if family is not None and uncached.dtype.itemsize < torch.float32.itemsize and _is_plain(model):
+        with _first_blocks(model.base_model, family.blocks) as base:
             _check_in_float32(base, embeddings(ids).float(), name)
     return SelfCheck(ids.shape[1], difference, tolerance, time.perf_counter() - start)
 

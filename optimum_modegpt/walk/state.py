@@ -78,7 +78,7 @@ class Walk:
 
     def __post_init__(self) -> None:
         self.clock = StageClock(self.device)
-        self.shapes = shapes_of(self.architecture.model, self.architecture.family)
+        self.shapes = shapes_of(self.architecture)
         arrangement = arranged(self)
         host = torch.device("cpu")
         files = Place(host, Path(tempfile.gettempdir()) if self.checkpoint is None else self.checkpoint.folder)

@@ -22,7 +22,7 @@ SPARSITY = "0.3"
 WINDOWS = 64
 """Most that a model is evaluated on."""
 RECOVERIES = {"demo": {"0.3": (), "0.4": ()}, "stories260k": {"0.3": ("--steps", "60", "--sequence-length", "512")}}
-"""Flags of the recoveries in the README, by model and sparsity."""
+"""Flags of the recoveries in the guides, by model and sparsity."""
 MEASURED = ("perplexity", "kl", "top1_agreement")
 
 

@@ -20,7 +20,7 @@ from hub import Blob, Hub, serving
 from huggingface_hub import ModelCard, ModelCardData
 from peft_versions import own_adapters
 from safetensors.torch import load, load_file, save_file
-from tiny import compressed, tokenizer, tokens
+from tiny import SHARED_CODE, compressed, tokenizer, tokens
 
 from optimum_modegpt import OutputError
 from optimum_modegpt.integration.card import is_ours
@@ -273,7 +273,7 @@ def card_of(hub: Hub, repo: str, revision: str = "main") -> str:
 
 
 def test_one_commit_has_everything(hub: Hub, pushed: tuple[dict[str, Any], Any]) -> None:
-    code = {"modegpt_common.py", "modegpt_contract.py", "modegpt_files.py", "modegpt_llama.py"}
+    code = {*SHARED_CODE, "modegpt_llama.py"}
     for repo in ("private", "sharded", "saved", "changed", "quantized"):
         repo = hub.repos[f"user/{repo}"]
         first = list(repo.commits.values())[1]
@@ -553,6 +553,7 @@ def test_an_interrupted_upload_keeps_the_folder_and_says_how_to_go_on(hub: Hub, 
         "model.safetensors",
         "modegpt_common.py",
         "modegpt_contract.py",
+        "modegpt_family.py",
         "modegpt_files.py",
         "modegpt_llama.py",
         "config.json",

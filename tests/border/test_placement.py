@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_modegpt import ModeGPTConfig
-from optimum_modegpt.architectures import check_model_type
+from optimum_modegpt.architectures import resolve
 from optimum_modegpt.methods.memory import attention_scores, moments
 from optimum_modegpt.methods.placement import MARGIN, MOST_TOKENS, Arrangement, Free, Needs, arrange
 from optimum_modegpt.methods.work import Extent, Shapes, shapes_of
@@ -93,7 +93,7 @@ def test_scores_that_an_eager_attention_holds_count() -> None:
         attn_implementation="eager",
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    shapes = shapes_of(model, check_model_type("llama"))
+    shapes = shapes_of(resolve(model))
     clock, ids = StageClock(torch.device("cpu")), torch.zeros(windows, length, dtype=torch.int64)
     before = clock.in_use()
     with torch.no_grad(), clock.stage("forward"):

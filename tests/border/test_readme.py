@@ -1,4 +1,4 @@
-"""What the README shows runs, and what it claims stands in the result files and on the cards."""
+"""Run the code of the README and its guides, and compare their figures with the result files and the cards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,57 @@ from optimum_modegpt.recovery.config import RecoveryConfig
 ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "model_cards").iterdir())
 CARD_SPARSITY = 0.3
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SHELL = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+GUIDES = ROOT / ".github" / "docs"
+FILES = (ROOT / "README.md", *sorted(GUIDES.glob("*.md")))
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in FILES}
+README, RESULTS, RECOVERING = PAGES["README"], PAGES["results"], PAGES["recovering"]
+MOST_WORDS = 1200
+
+
+@dataclass(frozen=True)
+class CodeBlock:
+    """A code block of a page, found by the heading above it."""
+
+    page: str
+    heading: str
+    language: str
+    text: str
+
+
+def code_blocks(page: str) -> Iterator[CodeBlock]:
+    """Yield the code blocks of a page, from top to bottom."""
+    heading, language, lines = "", None, []
+    for line in PAGES[page].splitlines():
+        if language is not None:
+            if line == "```":
+                yield CodeBlock(page, heading, language, "\n".join(lines) + "\n")
+                language, lines = None, []
+            else:
+                lines.append(line)
+        elif line.startswith("```"):
+            language = line.removeprefix("```")
+        elif line.startswith("#"):
+            heading = line.lstrip("# ")
+    assert language is None, f"{page}: a code block has no end"
+
+
+BLOCKS = [block for page in PAGES for block in code_blocks(page)]
+PYTHON = {
+    "sparsity": ("README", "Use it in Python"),
+    "quantizer": ("python", "Compress a loaded model"),
+    "checkpoint": ("large-models", "Resume"),
+    "canary": ("canary", "Canary"),
+}
+"""The Python blocks by name: page and heading."""
+LINKING = (*FILES, *sorted((ROOT / ".github").glob("*.md")))
+
+
+def shell_commands(start: str = "") -> list[str]:
+    """Return the shell commands that start with `start`, README first, with continued lines joined."""
+    lines = [line for one in BLOCKS if one.language == "bash" for line in one.text.replace("\\\n", "").splitlines()]
+    return [line for line in lines if line.startswith(start)]
+
+
 HUB_NAME = "Qwen/Qwen2.5-1.5B"
 TASK = """\
 task: {name}
@@ -39,11 +89,11 @@ doc_to_text: "{{{{text}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 """
-ROWS = re.findall(r"^\| (\S+) +\| (\d+) % \| (.+?) \|$", README.partition("<!-- results -->")[2], re.MULTILINE)
+ROWS = re.findall(r"^\| (\S+) +\| (\d+) % \| (.+?) \|$", RESULTS.partition("<!-- results -->")[2], re.MULTILINE)
 
 RECOVERED = re.findall(
     r"^\| (\w+)(?:, `--steps (\d+)`)? \| (\d+) % \| (.+?) \|$",
-    README.partition("<!-- recovered -->")[2].partition("\n\n")[0],
+    RECOVERING.partition("<!-- recovered -->")[2].partition("\n\n")[0],
     re.MULTILINE,
 )
 
@@ -59,7 +109,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_python_runs_as_printed(folder: Path) -> None:
-    first, second, resumable, third = PYTHON
+    first, second, resumable, third = map(python, ("sparsity", "quantizer", "checkpoint", "canary"))
     data = f'dataset="{folder}/text.txt", num_samples=8, sequence_length=32'
     first, resumable = (
         block.replace(HUB_NAME, str(folder / "dense")).replace("sparsity=0.3", f"sparsity=0.3, {data}")
@@ -105,14 +155,79 @@ def test_the_shell_commands_run_as_printed(folder: Path, monkeypatch: pytest.Mon
         "compare": "--max-new-tokens 4 --max-kl 100",
         "recover": f"{text} --num-samples 40 --steps 20",
     }
-    for block in (block for block in SHELL if block.startswith("optimum-cli")):
-        for command in block.strip().splitlines():
-            _, _, verb, *words = command.replace(HUB_NAME, str(folder / "dense")).replace("--max-kl 0.2", "").split()
-            tasks = ["--include-path", str(folder)] * ("--tasks" in words)
-            assert cli.main([verb, *words, *tasks, *extra.get(verb, "").split()]) == 0, command
+    for command in shell_commands("optimum-cli modegpt "):
+        _, _, verb, *words = command.replace(HUB_NAME, str(folder / "dense")).replace("--max-kl 0.2", "").split()
+        tasks = ["--include-path", str(folder)] * ("--tasks" in words)
+        assert cli.main([verb, *words, *tasks, *extra.get(verb, "").split()]) == 0, command
     names = {path.name for path in folder.iterdir()}
     assert {"qwen-small", "qwen-recovered", "compare.html"} <= names
     assert {"report.json", "evaluation.json", "README.md"} <= {path.name for path in (folder / "qwen-small").iterdir()}
+
+
+def test_every_python_block_is_run() -> None:
+    assert {(one.page, one.heading) for one in BLOCKS if one.language == "python"} == set(PYTHON.values())
+    for name in PYTHON:
+        assert python(name)
+
+
+def test_every_shell_block_is_checked() -> None:
+    commands = shell_commands()
+    checked = ("optimum-cli modegpt ", "pip install ", "python tests/benchmarks/", "torchrun ")
+    assert [one for one in commands if not one.startswith(checked)] == []
+    assert {one.language for one in BLOCKS} == {"python", "bash"}
+
+
+def test_the_processes_run_a_command_of_the_readme() -> None:
+    (command,) = shell_commands("torchrun ")
+    assert command.partition(" -m optimum_modegpt ")[2] in [
+        one.removeprefix("optimum-cli modegpt ") for one in shell_commands("optimum-cli modegpt ")
+    ]
+
+
+@pytest.mark.parametrize("command", shell_commands("python tests/benchmarks/"))
+def test_the_benchmarks_have_the_flags_shown(command: str) -> None:
+    script = command.split()[1]
+    source = (ROOT / script).read_text(encoding="utf-8")
+    for flag in re.findall(r" (--[\w-]+)", command):
+        assert f'"{flag}"' in source, (script, flag)
+
+
+def test_the_extras_exist() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = {one for page in PAGES.values() for one in re.findall(r"optimum-modegpt\[(\w+)\]", page)}
+    assert extras
+    assert all(f"\n{extra} = [" in project for extra in extras)
+
+
+@pytest.mark.parametrize("path", LINKING, ids=lambda path: path.name)
+def test_the_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", path.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        there = path.parent / file if file else path
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_the_readme_links_to_every_guide() -> None:
+    assert all(f"(.github/docs/{path.name})" in README for path in GUIDES.glob("*.md"))
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) <= MOST_WORDS
+
+
+def test_the_picture_is_drawn_from_the_results(tmp_path: Path) -> None:
+    picture = pytest.importorskip("picture")
+    figure = picture.draw(read(ROOT / "tests" / "benchmarks" / "results" / "quality.json"))
+    figure.savefig(tmp_path / "picture.png")
+    assert {panel.get_title() for panel in figure.axes} == {name for name, _, _ in ROWS}
+    for panel in figure.axes:
+        shown = {line.get_label(): list(line.get_ydata()) for line in panel.lines}
+        cells = expected_cells(panel.get_title(), 0.3)
+        assert [f"{values[3]:.2f}" for values in shown.values()] == [cells[6], cells[3], cells[4]]
+    assert (GUIDES / "quality.png").is_file()
 
 
 def test_the_readme_has_the_two_commands() -> None:
@@ -125,6 +240,14 @@ def test_the_results_are_those_of_the_files() -> None:
     for name, percent, cells in ROWS:
         shown = [cell.strip(" *") for cell in cells.split("|")]
         assert shown == expected_cells(name, int(percent) / 100), (name, percent)
+
+
+def test_the_summary_is_that_of_the_files() -> None:
+    rows = table_after("summary", README)
+    assert {name for name, *_ in rows} == {folder.name for folder in CARDS}
+    for name, *cells in rows:
+        expected = expected_cells(name, CARD_SPARSITY)
+        assert [cell.strip("*") for cell in cells] == [expected[place] for place in (0, 3, 4, 6)]
 
 
 def test_the_recoveries_are_those_of_the_files() -> None:
@@ -148,20 +271,20 @@ def test_ratios_and_allocations_are_those_of_the_file() -> None:
     def published(name: str, ratio: float) -> float:
         return min(v for (m, s, recipe), v in found.items() if (m, s) == (name, ratio) and recipe.startswith("paper"))
 
-    for name, dense_perplexity, method, *shown in table_after("ratios"):
+    for name, dense_perplexity, method, *shown in table_after("ratios", RESULTS):
         values = [
             found[name, ratio, "default"] if method == "default" else published(name, ratio)
             for ratio in (0.1, 0.2, 0.3, 0.4, 0.5)
         ]
         assert [dense_perplexity, *shown] == [f"{value:.2f}" for value in (data["dense"][name], *values)]
-    for name, *shown in table_after("allocations"):
+    for name, *shown in table_after("allocations", RESULTS):
         recipes = ("default uniform", "default influence", "default")
         assert shown == [f"{found[name, 0.3, recipe]:.2f}" for recipe in recipes]
 
 
 def test_the_speeds_are_those_of_the_file() -> None:
     results = read(ROOT / "tests" / "benchmarks" / "results" / "speed.json")["results"]
-    for shown, result in zip(table_after("speed"), results, strict=True):
+    for shown, result in zip(table_after("speed", PAGES["speed"]), results, strict=True):
         cells = [f"{result['sparsity'] * 100:.0f} %", f"{result['weights_ratio']:.2f}"]
         for run in ("prefill", "decode"):
             ratios = [row[f"{run}_ratio"]["median"] for row in result["rows"]]
@@ -207,9 +330,16 @@ def test_cards_tell_nothing_of_the_machine_they_were_made_on(folder: Path) -> No
         assert not re.search(r"""(^|[\s"'`=(,])(/|~/|[A-Z]:\\)(home|root|tmp|work|opt|usr|mnt|Users)\b""", text), path
 
 
-def table_after(mark: str) -> list[list[str]]:
-    """The rows of the README's table after a comment, cell by cell."""
-    table = README.partition(f"<!-- {mark} -->\n")[2].partition("\n\n")[0].splitlines()[2:]
+def python(name: str) -> str:
+    """Return the text of a Python block by its name in PYTHON."""
+    page, heading = PYTHON[name]
+    (found,) = (one for one in BLOCKS if (one.page, one.heading, one.language) == (page, heading, "python"))
+    return found.text
+
+
+def table_after(mark: str, page: str) -> list[list[str]]:
+    """Return the rows of the table after a comment, cell by cell."""
+    table = page.partition(f"<!-- {mark} -->\n")[2].partition("\n\n")[0].splitlines()[2:]
     assert table
     return [line.strip("| ").split(" | ") for line in table]
 

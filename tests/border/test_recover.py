@@ -72,7 +72,7 @@ def changed(model: PreTrainedModel, before: dict[str, Tensor]) -> set[str]:
 
 def projections(model: PreTrainedModel) -> set[str]:
     """Names of the weights of the blocks' projections."""
-    blocks = model.base_model.get_submodule(model.config.layout.blocks)
+    blocks = model.base_model.get_submodule(model.config.family.blocks)
     inside = {id(parameter) for parameter in blocks.parameters() if parameter.ndim == 2}
     return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
 

@@ -21,7 +21,7 @@ from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer
 from optimum_modegpt.architectures import FAMILIES
 from optimum_modegpt.integration import arguments
 from optimum_modegpt.integration.post_import import when_imported
-from optimum_modegpt.modeling import DENSE_TYPES, compressed_type
+from optimum_modegpt.modeling import DENSE_TYPES
 
 QUANTISATION = "torchao bitsandbytes gptqmodel compressed_tensors hqq auto_round"
 UNUSED = f"{QUANTISATION} peft lm_eval matplotlib onnx onnxruntime onnxscript datasets"
@@ -140,11 +140,12 @@ def test_the_package_lists_its_public_names_and_has_no_others() -> None:
 
 def test_the_light_list_of_families_is_that_of_the_families() -> None:
     assert list(DENSE_TYPES) == sorted(FAMILIES)
-    for dense, family in FAMILIES.items():
-        assert family.config.model_type == compressed_type(dense)
-        assert transformers.AutoConfig.for_model(compressed_type(dense), modegpt={"format_version": 1}).__class__ is (
-            family.config
-        )
+    for dense, classes in FAMILIES.items():
+        assert classes.family.model_type == dense
+        assert classes.config.model_type == classes.family.compressed_type
+        assert transformers.AutoConfig.for_model(
+            classes.family.compressed_type, modegpt={"format_version": 1}
+        ).__class__ is (classes.config)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ class Case:
         return difference(*(torch.cat(outputs) for outputs in zip(*pairs, strict=True)))
 
     def part(self, role: str) -> Any:
-        return self.block.module.get_submodule(getattr(self.block.layout, role))
+        return self.block.module.get_submodule(getattr(self.block.family.attention, role))
 
 
 @VARIANTS
@@ -143,7 +143,7 @@ def test_pairs_that_no_query_reads_go_without_loss(name, method):
 def test_twin_channels_go_without_loss(name):
     case = Case(name)
     with torch.no_grad():
-        for path in case.block.layout.mlp_inputs:
+        for path in case.block.family.mlp.inputs:
             linear = case.block.module.get_submodule(path)
             for parameter in (linear.weight, linear.bias):
                 if parameter is not None:
@@ -160,7 +160,7 @@ def test_dead_channels_go_without_loss(name, method):
     case = Case(name)
     dead = torch.arange(0, 48, 2)
     with torch.no_grad():
-        linear = case.block.module.get_submodule(case.block.layout.mlp_inputs[0])
+        linear = case.block.module.get_submodule(case.block.family.mlp.inputs[0])
         linear.weight[dead] = 0  # SiLU(0) = ReLU(0) = 0
         if linear.bias is not None:
             linear.bias[dead] = 0
@@ -168,7 +168,7 @@ def test_dead_channels_go_without_loss(name, method):
     assert errors["mlp"] < 1e-3
     assert case.error(student) < 1e-4
     if method == "published":
-        survivors = student.module.get_submodule(student.layout.mlp_inputs[0]).weight
+        survivors = student.module.get_submodule(student.family.mlp.inputs[0]).weight
         assert torch.equal(survivors, linear.weight[1::2])
 
 

@@ -11,7 +11,7 @@ import torch
 from fresh import run_worker
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import FAMILIES, VARIANTS, classes, compressed, dense, tokenizer, tokens
+from tiny import FAMILIES, SHARED_CODE, VARIANTS, classes, compressed, dense, tokenizer, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
@@ -122,12 +122,12 @@ def test_files_are_small_and_say_what_they_are(name: str, saved: dict[str, dict[
     names = {"AutoConfig", *classes(name)}
     assert config["auto_map"].keys() == names
     code = {path.name for path in folder.glob("*.py")}
-    assert code == {"modegpt_common.py", "modegpt_contract.py", "modegpt_files.py", f"modegpt_{family}.py"}
+    assert code == {*SHARED_CODE, f"modegpt_{family}.py"}
     assert {value.partition(".")[0] + ".py" for value in config["auto_map"].values()} <= code
     assert not list(folder.glob("*.bin"))
 
     model, reference = compressed(name), dense(name)
-    layout, widths = model.config.layout, model.config.widths()
+    family, widths = model.config.family, model.config.widths()
     head_dim = model.config.dense_head_dim
     reference_shapes = {key: value.shape for key, value in reference.state_dict().items()}
     heads, kv_heads = 4, VARIANTS[name][1].get("num_key_value_heads", 4)
@@ -143,14 +143,14 @@ def test_files_are_small_and_say_what_they_are(name: str, saved: dict[str, dict[
                 assert value.any(dim=1).all(), f"{key}: a row of zeros"
                 assert value.any(dim=0).all(), f"{key}: a column of zeros"
         for index, width in enumerate(widths):
-            prefix = f"model.{layout.blocks}.{index}"
+            prefix = f"model.{family.blocks}.{index}"
             expected = {
-                layout.query: (heads * width.qk, 32),
-                layout.key: (kv_heads * width.qk, 32),
-                layout.value: (kv_heads * width.vo, 32),
-                layout.output: (32, heads * width.vo),
-                layout.mlp_output: (32, width.mlp),
-                **dict.fromkeys(layout.mlp_inputs, (width.mlp, 32)),
+                family.attention.query: (heads * width.qk, 32),
+                family.attention.key: (kv_heads * width.qk, 32),
+                family.attention.value: (kv_heads * width.vo, 32),
+                family.attention.output: (32, heads * width.vo),
+                family.mlp.output: (32, width.mlp),
+                **dict.fromkeys(family.mlp.inputs, (width.mlp, 32)),
             }
             for path, shape in expected.items():
                 assert file.get_slice(f"{prefix}.{path}.weight").get_shape() == list(shape)

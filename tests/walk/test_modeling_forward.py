@@ -24,37 +24,37 @@ def adopt(model: PreTrainedModel, model_class: Any, config: Any) -> None:
 
 
 def blocks_of(model: PreTrainedModel, name: str) -> Any:
-    return model.base_model.get_submodule(classes(name)["AutoModel"].config_class.layout.blocks)
+    return model.base_model.get_submodule(classes(name)["AutoModel"].config_class.family.blocks)
 
 
 def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """The stock model that computes the same: what was cut is zero, kept rotary pairs stand at their old place."""
-    layout = model.config.layout
+    family = model.config.family
     twin = dense(name)
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("rope_index")}
-    prefix = f"{model.base_model_prefix}.{layout.blocks}"
+    prefix = f"{model.base_model_prefix}.{family.blocks}"
     for index, block in enumerate(blocks_of(model, name)):
-        attention = block.get_submodule(layout.attention)
+        attention = block.get_submodule(family.attention.module)
         reference = blocks_of(twin, name)[index]
         head_dim, qk, vo = attention.head_dim, attention.qk_head_dim, attention.v_head_dim
         heads, kv_heads = attention.q_proj.out_features // qk, attention.k_proj.out_features // qk
-        if attention.rotary:
+        if attention.family.attention.rotary:
             pairs = attention.rope_index.long()
             kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)  # (kv_heads, qk)
         else:
             kept = torch.arange(qk).expand(kv_heads, -1)
         rows = {
-            layout.query: _rows(kept.repeat_interleave(heads // kv_heads, 0), head_dim),
-            layout.key: _rows(kept, head_dim),
-            layout.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
-        } | {path: torch.arange(block.get_submodule(path).out_features) for path in layout.mlp_inputs}
+            family.attention.query: _rows(kept.repeat_interleave(heads // kv_heads, 0), head_dim),
+            family.attention.key: _rows(kept, head_dim),
+            family.attention.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
+        } | {path: torch.arange(block.get_submodule(path).out_features) for path in family.mlp.inputs}
         for path, places in rows.items():
             for leaf, full in reference.get_submodule(path).named_parameters():
                 key = f"{prefix}.{index}.{path}.{leaf}"
                 state[key] = torch.zeros_like(full).index_copy(0, places, state[key])
         columns = {
-            layout.output: _rows(torch.arange(vo).expand(heads, -1), head_dim),
-            layout.mlp_output: torch.arange(block.get_submodule(layout.mlp_output).in_features),
+            family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim),
+            family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features),
         }
         for path, places in columns.items():
             key = f"{prefix}.{index}.{path}.weight"
@@ -74,11 +74,11 @@ def adopted(name: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel
     reference.set_attn_implementation("eager")  # the one that returns attention weights
     model = copy.deepcopy(reference)
     model_class = classes(name)["AutoModelForCausalLM"]
-    layout = model_class.config_class.layout
+    family = model_class.config_class.family
     blocks = blocks_of(model, name)
     for block in blocks:
-        adopt_attention(block.get_submodule(layout.attention), model_class.attention_class)
-    head_dim, width = blocks[0].self_attn.head_dim, blocks[0].get_submodule(layout.mlp_output).in_features
+        adopt_attention(block.get_submodule(family.attention.module), model_class.attention_class)
+    head_dim, width = blocks[0].self_attn.head_dim, blocks[0].get_submodule(family.mlp.output).in_features
     config = model_class.config_class.from_dense(
         model.config, [Widths(head_dim, head_dim, width)] * len(blocks), {"format_version": 1}
     )
@@ -166,16 +166,16 @@ def test_adoption_takes_narrowed_blocks(name: str) -> None:
     """As compression does it: the projections of a dense model are replaced one by one, then the class changes."""
     target = compressed(name)
     model = dense(name)
-    model_class, layout = type(target), target.config.layout
+    model_class, family = type(target), target.config.family
     for block, source in zip(blocks_of(model, name), blocks_of(target, name), strict=True):
-        attention, wanted = block.get_submodule(layout.attention), source.get_submodule(layout.attention)
+        attention, wanted = block.get_submodule(family.attention.module), source.get_submodule(family.attention.module)
         adopt_attention(attention, model_class.attention_class)
         attention.set_widths(wanted.qk_head_dim, wanted.v_head_dim)
-        paths = (layout.query, layout.key, layout.value, layout.output, *layout.mlp_inputs, layout.mlp_output)
+        paths = [projection.path for projection in family.projections]
         for path in paths:
             linear = source.get_submodule(path)
             install_linear(block, path, linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
-        if attention.rotary:
+        if attention.family.attention.rotary:
             install_rope_index(attention, wanted.rope_index.clone())
     ids = tokens()
     half_done = model(ids).logits

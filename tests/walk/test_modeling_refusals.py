@@ -63,13 +63,13 @@ def refuse(folder: Path, match: str, auto: Any = AutoModelForCausalLM) -> None:
 
 
 def block_key(name: str, rest: str) -> str:
-    layout = classes(name)["AutoModel"].config_class.layout
-    return f"model.{layout.blocks}.0.{rest}"
+    family = classes(name)["AutoModel"].config_class.family
+    return f"model.{family.blocks}.0.{rest}"
 
 
 @FAMILY
 def test_missing_tensors(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
-    rotary = classes(name)["AutoModel"].attention_class.rotary
+    rotary = classes(name)["AutoModel"].attention_class.family.attention.rotary
     for rest in ("self_attn.q_proj.weight", *(["self_attn.rope_index"] if rotary else [])):
         key = block_key(name, rest)
         folder = edited(originals(name), tmp_path, tensors=lambda state, key=key: state.pop(key))
@@ -158,7 +158,7 @@ HOSTILE = [0, -8, 10**9, 4.0, "4", True, None, [4]]
 @pytest.mark.parametrize("field", ["qk_head_dim", "v_head_dim", "mlp"])
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "opt"])
 def test_hostile_widths(name: str, field: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
-    field = field if field != "mlp" else classes(name)["AutoModel"].config_class.layout.mlp_width
+    field = field if field != "mlp" else classes(name)["AutoModel"].config_class.family.mlp.width
     for value in HOSTILE:
 
         def change(config: dict[str, Any], value: Any = value) -> None:

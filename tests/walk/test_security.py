@@ -297,7 +297,7 @@ def test_hostile_json(
         assert str(folder) in refused(capsys, verb, folder, *(["--dataset", text] if verb == "evaluate" else []))
 
 
-@pytest.mark.parametrize("key", ["_auto_class", "auto_classes", "layout", "widths", "save_pretrained", "_check_blocks"])
+@pytest.mark.parametrize("key", ["_auto_class", "auto_classes", "family", "widths", "save_pretrained", "_check_blocks"])
 def test_a_configuration_replaces_nothing_of_its_class(key: str, root: Path, tmp_path: Path) -> None:
     """`auto_classes` for one is what a later save writes as `auto_map`."""
     evil = {"AutoModelForCausalLM": "evil/repo--modeling.Evil"}

@@ -14,7 +14,7 @@ import torch
 from fresh import run_worker
 from peft_versions import own_adapters
 from safetensors.torch import load_file
-from tiny import FAMILIES, VARIANTS, classes, compressed, fine_tune, tokenizer, tokens
+from tiny import FAMILIES, SHARED_CODE, VARIANTS, classes, compressed, fine_tune, tokenizer, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -46,7 +46,7 @@ def logits(model: Any) -> Tensor:
 
 def assert_travels(folder: Path, name: str) -> None:
     """The folder holds a whole model: safetensors, and the code that its configuration names."""
-    code = {"modegpt_common.py", "modegpt_contract.py", "modegpt_files.py", f"modegpt_{family_of(name)}.py"}
+    code = {*SHARED_CODE, f"modegpt_{family_of(name)}.py"}
     assert {path.name for path in folder.glob("*.py")} == code
     assert list(folder.glob("*.safetensors"))
     assert not [*folder.glob("*model*.bin"), *folder.glob("adapter*")]

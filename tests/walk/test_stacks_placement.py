@@ -51,7 +51,7 @@ def empty(folder: Path) -> Any:
 
 def partly_on_disk(model: Any) -> dict[str, str]:
     """A device map: the second block on disk, all else in memory."""
-    path = f"model.{model.config.layout.blocks}"
+    path = f"model.{model.config.family.blocks}"
     placed = {f"{path}.{index}": "disk" if index == 1 else "cpu" for index, _ in enumerate(model.get_submodule(path))}
     while path:
         path, _, inner = path.rpartition(".")

@@ -48,7 +48,7 @@ def model_for(method: str, name: str) -> Any:
 
 def projections(model: Any) -> list[nn.Module]:
     """The linear maps of all blocks."""
-    blocks = model.base_model.get_submodule(model.config.layout.blocks)
+    blocks = model.base_model.get_submodule(model.config.family.blocks)
     return [module for module in blocks.modules() if isinstance(module, nn.Linear)]
 
 

@@ -55,7 +55,7 @@ def test_products_are_near_the_floor(allocation: str, refit_iterations: int, cou
     model = fill(AutoModelForCausalLM.from_config(SHAPE))
     tokens = torch.randint(64, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
     config = ModeGPTConfig(sparsity=0.3, allocation=allocation, refit_iterations=refit_iterations, round_to=8)
-    shapes = shapes_of(model, resolve(model).family)
+    shapes = shapes_of(resolve(model))
     report = compress(model, config, TokenWindows(tokens, {}), progress=False)
     ranks, variants = [block.parts["mlp"].rank for block in report.blocks], sum(map(len, report.sensitivities.values()))
     extent = Extent(WINDOWS, LENGTH, WINDOWS * LENGTH, 4)

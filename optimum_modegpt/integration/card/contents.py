@@ -20,6 +20,7 @@ from optimum_modegpt.integration.card import shapes
 from optimum_modegpt.integration.headers import read_headers, weight_bytes, weight_files
 from optimum_modegpt.integration.reading import load_config
 from optimum_modegpt.integration.source import DEMO, Source
+from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import Report
 
 logger = logging.get_logger(__name__)
@@ -121,7 +122,7 @@ def read(folder: Path, repo_id: str | None = None) -> Contents:
         UnsupportedModel: the folder does not contain a compressed model.
     """
     config = load_config(Source(str(folder)))
-    if not config.model_type.startswith("modegpt_"):
+    if not is_compressed(config.model_type):
         raise UnsupportedModel(f"{folder} contains a dense model ({config.model_type}); expected a compressed one.")
     record = shapes.fitted(config.modegpt, shapes.RECORD) or {}
     report, evaluation = read_report(folder, config.modegpt), read_evaluation(folder)

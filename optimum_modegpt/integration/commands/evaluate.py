@@ -31,6 +31,7 @@ from optimum_modegpt.integration.commands.common import (
 from optimum_modegpt.integration.reading import load_config, pick_device
 from optimum_modegpt.integration.source import DEMO, Source, check_vocabulary, context_of, dataset_hub
 from optimum_modegpt.integration.tables import scores_table, tasks_table
+from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import count_parameters
 
 TEXT_FLAGS = ("dataset_split", "text_column", "sequence_length", "max_windows")
@@ -87,7 +88,7 @@ def _check_flags(options: Namespace) -> None:
 
 
 def _check_card(options: Namespace, model_config: Any) -> None:
-    if not Path(options.model).is_dir() or not model_config.model_type.startswith("modegpt_"):
+    if not Path(options.model).is_dir() or not is_compressed(model_config.model_type):
         raise InvalidConfig(f"--update-card requires the folder of a compressed model, found {options.model!r}.")
     check_evaluation(Path(options.model))
     if options.limit is not None:

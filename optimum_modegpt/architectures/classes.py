@@ -1,0 +1,38 @@
+"""The compressed classes of a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from optimum_modegpt.modeling.modegpt_common import ModeGPTAttentionMixin
+from optimum_modegpt.modeling.modegpt_family import Family
+
+
+@dataclass(frozen=True)
+class FamilyClasses:
+    """A family with its compressed model classes, by the name of transformers' Auto class."""
+
+    family: Family
+    models: Mapping[str, Any]
+
+    @property
+    def causal_lm(self) -> Any:
+        """The compressed language model class."""
+        return self.models["AutoModelForCausalLM"]
+
+    @property
+    def stock_causal_lm(self) -> Any:
+        """The language model class of transformers that the compressed one derives from."""
+        return self.causal_lm.__bases__[-1]
+
+    @property
+    def config(self) -> Any:
+        """The compressed configuration class."""
+        return self.causal_lm.config_class
+
+    @property
+    def attention_class(self) -> type[ModeGPTAttentionMixin]:
+        """The compressed attention class."""
+        return self.causal_lm.attention_class
