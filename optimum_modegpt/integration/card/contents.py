@@ -191,7 +191,7 @@ def check_evaluation(folder: Path) -> None:
     """Raise an error if `evaluation.json` was written by another program or is cut off.
 
     Raises:
-        OutputError: the file is invalid; the message says what to do.
+        OutputError: the file is invalid; the message says how to continue.
     """
     path = folder / EVALUATION
     if not path.exists():

@@ -101,7 +101,7 @@ def save_report(folder: Path, report: Report) -> Report:
 
 
 def take_along(source: Path, folder: Path) -> None:
-    """Copy report and evaluation from the folder of a loaded model to `folder`, where it was saved unchanged.
+    """Copy report and evaluation from the folder of a loaded model to the one to which it was saved unchanged.
 
     The weights are unchanged if their digest is that of the report or the evaluation. Existing files are kept.
     """

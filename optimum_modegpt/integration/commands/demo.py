@@ -61,7 +61,7 @@ def _compare(folder: Path, options: Namespace) -> None:
 
 
 def print_samples(small: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any) -> None:
-    """Print what both models write after the first words of the evaluation text."""
+    """Print the continuations that both models write to the first words of the evaluation text."""
     opening = "".join(re.findall(r"\s*\S+", demo.EVALUATION_TEXT.read_text(encoding="utf-8"))[:PROMPT_WORDS])
     prompt = tokenizer(opening, return_tensors="pt").input_ids.to(small.device)
     print(f"\n3. generate {SAMPLE_TOKENS} tokens, greedy, after this opening:\n\n{opening}")
