@@ -2,8 +2,8 @@
 
 Importing this package registers the compressed families with the Auto classes, the quantizer "modegpt", and the
 keyword `compression_config` of `from_pretrained` (unless the environment sets OPTIMUM_MODEGPT_NO_PATCH=1). torch and
-transformers take seconds to import, so the package leaves that to whoever uses them: a public name is imported when
-it is first used, and each registration happens as soon as its part of transformers is imported.
+transformers take seconds to import, so the package imports them lazily: a public name is imported when it is first
+used, and each registration happens as soon as its part of transformers is imported.
 """
 
 from importlib import import_module
@@ -118,7 +118,7 @@ _NAMES_BY_MODULE = {
     "recovery.recover": ("Recovery", "recover"),
     "report": ("Report",),
 }
-"""Where `__getattr__` finds the public names; for type checkers, the imports above say the same."""
+"""The public names by the module that defines them, for `__getattr__`; type checkers read the imports above."""
 _MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}
 
 

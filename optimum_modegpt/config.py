@@ -17,7 +17,7 @@ class ModeGPTConfig(Recipe, QuantizationConfigMixin):  # pyright: ignore[reportI
     __doc__ = Recipe.__doc__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModeGPTConfig:
-        """A shallow copy: from_pretrained copies its arguments several times, and a dataset may be large."""
+        """Return a shallow copy: `from_pretrained` copies its arguments several times, and a dataset may be large."""
         return copy.copy(self)
 
     def __iter__(self) -> Generator[tuple[str, Any]]:

@@ -1,1 +1,1 @@
-"""Where transformers, Optimum and the shell meet the walk: keyword, quantizer, commands."""
+"""Integration with transformers, Optimum and the command line."""

@@ -1,4 +1,4 @@
-"""Compression while a model is loaded: the arguments for transformers, and a class that needs no patched keyword."""
+"""Compress a model while it is loaded, through the arguments of transformers or a class without a patched keyword."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from optimum_modegpt.modeling.modegpt_family import is_compressed
 
 
 def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a `from_pretrained` with `compression_config` in the place where transformers looks.
+    """Return the arguments of a `from_pretrained` with `compression_config` renamed to `quantization_config`.
 
     Raises:
-        InvalidConfig: when both keywords are given.
+        InvalidConfig: both keywords are given.
     """
     rest = {key: value for key, value in arguments.items() if key != "compression_config"}
     config = arguments.get("compression_config")
@@ -26,14 +26,14 @@ def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:
         return rest
     if rest.get("quantization_config") is not None:
         raise InvalidConfig(
-            "compression_config and quantization_config were both given. To compress and quantise, compress and save "
+            "found both compression_config and quantization_config. To compress and quantise, compress and save "
             "first, then load the result with quantization_config."
         )
     return {**rest, "quantization_config": as_config(config)}
 
 
 class ModeGPTModelForCausalLM:
-    """Loads compressed language models, or compresses dense ones while they are loaded; needs no patched keyword."""
+    """A class that loads compressed language models, or compresses dense ones on loading, without a patched keyword."""
 
     @classmethod
     def from_pretrained(
@@ -44,28 +44,29 @@ class ModeGPTModelForCausalLM:
         checkpoint: Checkpoint | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
-        """A compressed model.
+        """Load or create a compressed model.
 
         Args:
             pretrained_model_name_or_path: name or folder; "demo" is the embedded dense model, whose own text then
-                stands in for the default dataset.
-            args: handed on to `AutoModelForCausalLM.from_pretrained`.
+                replaces the default dataset.
+            args: passed on to `AutoModelForCausalLM.from_pretrained`.
             compression_config: a `ModeGPTConfig` or a dict of its fields, for a dense model; None for a compressed one.
-            checkpoint: where finished blocks are written, and taken over from a run that was interrupted; with one a
-                model may be larger than memory. The result keeps its weights there: `checkpoint.remove()` when it is
-                saved.
-            kwargs: handed on to `AutoModelForCausalLM.from_pretrained`.
+            checkpoint: folder for finished blocks, from which an interrupted run is resumed. With a checkpoint, a model
+                may be larger than memory. The result keeps its weights there: call `checkpoint.remove()` after the
+                result is saved.
+            kwargs: passed on to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            InvalidConfig: a dense model without `compression_config`, or a checkpoint for a compressed one.
-            AlreadyCompressed: a compressed one with it.
-            CheckpointError: the checkpoint is that of another compression, or in use, or cannot be written.
+            InvalidConfig: the model is dense and `compression_config` is missing, or it is compressed and a checkpoint
+                is given.
+            AlreadyCompressed: the model is compressed and `compression_config` is given.
+            CheckpointError: the checkpoint belongs to another compression, is in use, or cannot be written.
         """
         source = Source.of_arguments(pretrained_model_name_or_path, kwargs)
         if compression_config is None:
             _check_compressed(source)
             if checkpoint is not None:
-                raise InvalidConfig("checkpoint keeps the work of a compression; a compressed model is only loaded.")
+                raise InvalidConfig("found a checkpoint for a compressed model; checkpoints are only for compressions.")
         else:
             compression_config = default_dataset(as_config(compression_config), source)
         arguments = with_quantization_config({**kwargs, "compression_config": compression_config})

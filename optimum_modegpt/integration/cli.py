@@ -1,6 +1,6 @@
 """The command line: `optimum-cli modegpt` and `python -m optimum_modegpt`.
 
-Only a command that runs imports torch and transformers; help and mistakes in the arguments are answered at once.
+torch and transformers are imported only when a command runs, so help and argument errors are printed at once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BUG = "This looks like a bug. Please report it with the traceback above."
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations, and reports an error in one line with the help of the command that was called."""
+    """An argument parser without abbreviations, which reports an error in one line and names the help to read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(FAILED, f"error: {message}\nsee {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Parse the arguments of a command; argparse alone would leave unknown ones to the parser of all commands."""
+        """Parse the arguments of a command, and report unknown ones here instead of in the parser of all commands."""
         if self._subparsers is not None:
             return super().parse_known_args(args, namespace)
         self._check_options(args)
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
         return options, unknown
 
     def _check_options(self, words: Sequence[str]) -> None:
-        """Report an unknown option before a missing one, which may be the same, mistyped."""
+        """Report an unknown option before a missing one: a mistyped option causes both errors."""
         known = self._option_string_actions
         for word in words[: words.index("--")] if "--" in words else words:
             option = word.partition("=")[0]
@@ -60,9 +60,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
-    """Run one command and return its exit code: 0, or that of the command; 2 for any error, 130 for Ctrl-C or SIGTERM.
+    """Run one command and return its exit code: 2 for any error, 130 for Ctrl-C or SIGTERM, else that of the command.
 
-    No exception but Ctrl-C with --debug leaves this function: Python would exit with 1, the code of a broken threshold.
+    No exception leaves this function, except Ctrl-C with --debug: Python would exit with 1, the code of a threshold
+    that is not met.
     """
     replace_characters(sys.stdout, sys.stderr)
     options = build_parser(program).parse_args(arguments)
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         print(f"\nInterrupted. {str(interrupt) or 'No files were written.'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader, such as `head`, has closed the pipe. Python must not report that once more at exit.
+        # The reader, such as `head`, has closed the pipe. Keep Python from reporting that again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -83,8 +84,8 @@ def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 
 
 def _run(options: Namespace) -> int:
-    """Import a command, which takes seconds, and run it."""
-    for library in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which logs the kernels it lacks
+    """Import a command and run it; the import takes seconds."""
+    for library in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which logs missing kernels
         logging.getLogger(library).setLevel(logging.ERROR)
     command = import_module(f"optimum_modegpt.integration.commands.{options.command}")
     from optimum_modegpt.integration.commands.common import quiet_bars
@@ -97,7 +98,7 @@ def _run(options: Namespace) -> int:
 def interrupted_by_sigterm() -> Iterator[None]:
     """End a command on SIGTERM as on Ctrl-C, so that its unfinished files are removed.
 
-    Processes that work together end at once instead: one that waits for the others does not handle signals.
+    In a distributed run, SIGTERM ends each process at once: a process that waits for the others handles no signals.
     """
     is_main = threading.current_thread() is threading.main_thread()
     is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
@@ -112,7 +113,7 @@ def interrupted_by_sigterm() -> Iterator[None]:
 
 
 def _report(error: Exception, debug: bool) -> None:
-    """Print an error in one line; with its traceback if it is asked for, or if the error looks like a bug."""
+    """Print an error in one line, after its traceback if `debug` is set or if the error looks like a bug."""
     import torch
 
     message = str(error) or type(error).__name__
@@ -125,7 +126,7 @@ def _report(error: Exception, debug: bool) -> None:
 
 
 def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
-    """Return the parser of all commands; `command` of its result is the name of the one to run."""
+    """Return the parser of all commands; it stores the name of the command to run as `command`."""
     parser = Parser(program, description="Compress, evaluate and compare language models with MoDeGPT.")
     parser.set_defaults(program=program)
     verbs = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -1,6 +1,6 @@
-"""Registers `optimum-cli modegpt`; installed as optimum/commands/register/register_modegpt.py.
+"""The registration of `optimum-cli modegpt`; installed as optimum/commands/register/register_modegpt.py.
 
-optimum-cli imports this file whatever the command is, so it imports nothing that takes time or may be missing.
+optimum-cli imports this file for every command, so it imports nothing that is slow or may be missing.
 """
 
 from argparse import REMAINDER, ArgumentParser
@@ -9,18 +9,18 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class ModeGPTCommand(BaseOptimumCLICommand):
-    """Hands all of its arguments to the package's own command line."""
+    """A command that passes all of its arguments to the package's own command line."""
 
     COMMAND = CommandInfo(name="modegpt", help="Compress, evaluate and compare language models with MoDeGPT.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        """Takes every argument as it is, options included."""
+        """Accept every argument unchanged, options included."""
         parser.prefix_chars = ""
         parser.add_argument("arguments", nargs=REMAINDER)
 
     def run(self) -> None:
-        """The command line of the package."""
+        """Run the package's command line and exit with its code."""
         from optimum_modegpt.integration.cli import main
 
         arguments = getattr(self.args, "arguments", None)

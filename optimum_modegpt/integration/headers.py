@@ -1,4 +1,4 @@
-"""Shapes of the tensors of a checkpoint, read from the headers of its safetensors files alone."""
+"""Read the types and shapes of a model's tensors from the headers of its safetensors files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optimum_modegpt.modeling.modegpt_files import weight_files
 
 
 def read_headers(source: Source) -> dict[str, TensorHeader]:
-    """The tensors of a model by name.
+    """Return the headers of a model's tensors by name.
 
     Raises:
         EvaluationError: the model has no readable safetensors.
@@ -30,13 +30,13 @@ def read_headers(source: Source) -> dict[str, TensorHeader]:
 
 
 def weight_bytes(folder: Path) -> int | None:
-    """Size of the safetensors files of the model in a folder; None where they are not there."""
+    """Return the size of the safetensors files of the model in a folder; None if it has none."""
     files = weight_files(folder)
     return sum(file.stat().st_size for file in files) if files else None
 
 
 def stored_bytes(source: Source) -> int | None:
-    """`weight_bytes` of a model that was loaded, from its folder or through the cache of the Hub."""
+    """Return `weight_bytes` of a model that was loaded from a folder or through the cache of the Hub."""
     config = cached_file(source.path, CONFIG_NAME, **{**source.hub, "local_files_only": True})
     return None if config is None else weight_bytes(Path(config).parent)
 
@@ -51,7 +51,7 @@ def _local(folder: Path) -> dict[str, TensorHeader]:
         except SafetensorError as error:
             raise ValueError(f"{path} is cut off or damaged ({error}). Save or download it again.") from error
     if not found:
-        raise FileNotFoundError(f"{folder} holds none, or they are empty.")
+        raise FileNotFoundError(f"{folder} contains none, or they are empty.")
     return found
 
 

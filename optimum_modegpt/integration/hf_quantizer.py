@@ -1,4 +1,4 @@
-"""The hook in `from_pretrained`: registered as a quantizer, it compresses once and leaves no trace of itself."""
+"""The hook in `from_pretrained`: a quantizer that compresses a model once and then removes its own configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.utils import logging
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 
-# This module is imported while transformers is, so what needs models is imported when it is called.
+# transformers imports this module during its own import, so modules that need models are imported in functions.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ _CHECKPOINT: ContextVar[Checkpoint | None] = ContextVar("modegpt_checkpoint", de
 
 @contextmanager
 def kept_in(checkpoint: Checkpoint | None) -> Iterator[None]:
-    """What is compressed while it is loaded inside keeps its finished blocks there."""
+    """Use this checkpoint for a compression that `from_pretrained` starts inside the context."""
     token = _CHECKPOINT.set(checkpoint)
     try:
         yield
@@ -36,9 +36,9 @@ def kept_in(checkpoint: Checkpoint | None) -> Iterator[None]:
 
 
 class ModeGPTHfQuantizer(HfQuantizer):
-    """Compresses a dense model right after its weights are loaded.
+    """A quantizer that compresses a dense model right after its weights are loaded.
 
-    What is saved later is an ordinary model: nothing is left that says it was ever quantised.
+    The result is saved as an ordinary model: it has no quantization configuration.
     """
 
     requires_calibration = False
@@ -52,44 +52,44 @@ class ModeGPTHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The result is an ordinary model."""
+        """Return True: the result is an ordinary model."""
         return True
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The result is an ordinary model."""
+        """Return True: the result is an ordinary model."""
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuses what would compress tensors that are not there.
+        """Raise an error if the weights will not be in the memory of one device, or if the caller did not ask for this.
 
         Raises:
-            InvalidConfig: for weights on disk or on the meta device, for more than one device, and where the model's
-                own files ask to be compressed.
+            InvalidConfig: weights go to disk or to the meta device, or to more than one device, or the compression is
+                requested by the model's own config.json.
         """
         if self.pre_quantized:
             raise InvalidConfig(
-                "config.json of this model has a quantization_config that asks to be compressed, with a text and a "
-                "recipe of its choice. Only the caller can ask: take it out, and pass compression_config."
+                "config.json of this model has a quantization_config that requests a compression, with its own dataset "
+                "and settings. Only the caller can request one: remove it, and pass compression_config."
             )
         places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
         if places & {"disk", "meta"}:
             raise InvalidConfig(
-                f"device_map puts weights on {', '.join(sorted(places & {'disk', 'meta'}))}, where they cannot be "
-                "compressed. Leave device_map out: only one block at a time needs the accelerator. A model larger than "
-                "memory: `optimum-cli modegpt compress MODEL --output DIR`, or ModeGPTModelForCausalLM with a "
-                "checkpoint, leave weights in their files."
+                f"device_map puts weights on {', '.join(sorted(places & {'disk', 'meta'}))}, and they cannot be "
+                "compressed there. Omit device_map: only one block at a time needs the accelerator. For a model larger "
+                "than memory, use `optimum-cli modegpt compress MODEL --output DIR`, or ModeGPTModelForCausalLM with a "
+                "checkpoint: they leave weights in their files."
             )
         if len(places) > 1 or places & {"balanced", "balanced_low_0", "sequential"}:
             raise InvalidConfig(
-                "device_map spreads the model over several devices, and the hooks that move its activations would be "
-                "lost. Load it on one device or leave device_map out, save the result, and spread that."
+                "device_map dispatches the model across several devices, and a compression would lose the hooks that "
+                "move its activations. Load it on one device or omit device_map, save the result, and dispatch that."
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Refuse a model that cannot be compressed: transformers calls this before it downloads any weights.
+        """Raise an error for a model that cannot be compressed; transformers calls this before it downloads weights.
 
         Raises:
-            UnsupportedModel, AlreadyCompressed: by the `model_type` of the configuration.
+            UnsupportedModel, AlreadyCompressed: the `model_type` of the configuration is unknown or compressed.
         """
         from optimum_modegpt.architectures import check_model_type
 
@@ -97,10 +97,10 @@ class ModeGPTHfQuantizer(HfQuantizer):
         return config
 
     update_tp_plan = update_attn_implementation
-    """transformers 5.16 calls this one at the same place."""
+    """The method that transformers 5.16 calls at this point instead."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        # transformers builds the model on the meta device, and that would hold for token ids too.
+        # transformers builds the model on the meta device; without this, token ids would be made there too.
         with torch.device("cpu"):
             self.windows = self.quantizer.prepare(model.config, None, self._source(model))
 
@@ -108,7 +108,7 @@ class ModeGPTHfQuantizer(HfQuantizer):
         from optimum_modegpt.integration.reading import check_loaded
 
         if self.windows is None:
-            raise RuntimeError("the weights were loaded without the step that reads the calibration text.")
+            raise RuntimeError("the weights were loaded before the calibration text was read.")
         self._check_placement(model)
         source = self._source(model)
         check_loaded(source, model)
@@ -128,7 +128,7 @@ class ModeGPTHfQuantizer(HfQuantizer):
         return being_loaded() or Source.of_model(model)
 
     def _check_placement(self, model: PreTrainedModel) -> None:
-        """device_map="auto" is resolved only while the weights are loaded, so it is checked once more."""
+        """Check the device map again: device_map="auto" is resolved only while the weights are loaded."""
         placement = getattr(model, "hf_device_map", None)
         if placement:
             self.validate_environment(device_map=placement)

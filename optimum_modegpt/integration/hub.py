@@ -1,4 +1,4 @@
-"""Results on the Hub: a folder goes up whole, in one commit, with its card; what fails leaves the folder as it was."""
+"""Upload results to the Hub: a folder with its card in one commit. A failed upload leaves the folder unchanged."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, who
 logger = logging.get_logger(__name__)
 
 KEPT_REPORT = "_modegpt_report"
-"""Attribute of a model that was compressed in this process: the `Report` that is saved with it."""
+"""Attribute of a model that was compressed in this process; it holds the `Report` to save with the model."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Where a result goes on the Hub, and how.
+    """Destination and options of an upload to the Hub.
 
     Args:
-        repo_id: "user/name", or "name" for the user's own; created where it does not exist.
-        private: whether a repository that is created is private; None takes the account's default.
-        revision: branch to commit to, created where it does not exist, or a pull request such as "refs/pr/1".
+        repo_id: "user/name", or "name" in the user's own namespace; created if it does not exist.
+        private: whether a new repository is private; None uses the account's default.
+        revision: branch to commit to, created if it does not exist, or a pull request such as "refs/pr/1".
         create_pr: whether to open a pull request instead.
-        token: access token; None takes the one that is logged in.
-        commit_message: one line; chosen where it is None.
-        commit_description: text of the commit, or of the pull request.
-        tags: tags for the card, beside its own.
+        token: access token; None uses that of the logged-in user.
+        commit_message: one line; None uses a default message.
+        commit_description: description of the commit or of the pull request.
+        tags: tags to add to those of the card.
     """
 
     repo_id: str
@@ -66,48 +66,48 @@ class Upload:
     tags: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Refuses what cannot work, before hours of work; nothing is created.
+        """Raise an error if the upload cannot succeed, before hours of work; create nothing.
 
         Raises:
-            OutputError: the name is none, nobody is logged in, the Hub cannot be reached, the token only reads, or the
-                namespace is another's and no pull request was asked for.
+            OutputError: the name is invalid, nobody is logged in, the Hub cannot be reached, the token is read-only, or
+                the namespace belongs to somebody else and no pull request was requested.
         """
         try:
             validate_repo_id(self.repo_id)
             user = HfApi(token=self.token).whoami()
-        except Exception as error:  # the Hub's library has many, and lets those of its HTTP client through
-            raise OutputError(f"nothing can be pushed to {self.repo_id!r}: {_reason(error)}") from error
+        except Exception as error:  # huggingface_hub raises many kinds, and those of its HTTP client
+            raise OutputError(f"cannot push to {self.repo_id!r}: {_reason(error)}") from error
         if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise OutputError(
-                f"nothing can be pushed to {self.repo_id!r}: the token only reads. Log in with one that may write."
+                f"cannot push to {self.repo_id!r}: the token is read-only. Log in with a token that has write access."
             )
         namespace, slash, _ = self.repo_id.partition("/")
         known = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
         if slash and not self.create_pr and namespace.lower() not in (name.lower() for name in known):
             raise OutputError(
-                f"nothing can be pushed to {self.repo_id!r}: this token is that of {', '.join(known)}. Choose another "
-                "name, or open a pull request: create_pr=True, on the command line --create-pr."
+                f"cannot push to {self.repo_id!r}: this token belongs to {', '.join(known)}. Choose another name, or "
+                "open a pull request with create_pr=True, on the command line --create-pr."
             )
 
     def push(self, folder: Path, variant: str | None = None) -> CommitInfo:
-        """Uploads a compressed model that was saved in `folder`, with its card, in one commit.
+        """Upload a compressed model that was saved in `folder`, with its card, in one commit.
 
-        Only files that belong to a model go up. Weights in the repository that would be read beside these, or in their
-        place, are deleted with the same commit. A README on the Hub that a person wrote stays.
+        Only files that belong to a model are uploaded. The same commit deletes weights in the repository that would be
+        loaded together with these, or instead of them. A README on the Hub that a person wrote is kept.
 
         Raises:
-            OutputError: the folder is no complete compressed model; nothing was sent.
-            UploadError: the Hub refused it, or could not be reached; the folder is as it was.
-            KeyboardInterrupt: interrupted; the message says the same.
+            OutputError: the folder is not a complete compressed model; nothing was uploaded.
+            UploadError: the Hub rejected the upload or could not be reached; the folder is unchanged.
+            KeyboardInterrupt: interrupted; the message has the same content.
         """
         check_complete(folder, variant)
         return self._send(folder, variant)
 
     def push_saved(self, save: Callable[[Path], Any]) -> CommitInfo:
-        """Lets `save` write a model into a temporary folder and uploads it; the folder stays where the upload fails.
+        """Save a model with `save` into a temporary folder and upload it; keep the folder if the upload fails.
 
         Raises:
-            OutputError, UploadError, KeyboardInterrupt: as `check` and `push`.
+            OutputError, UploadError, KeyboardInterrupt: as in `check` and `push`.
         """
         self.check()
         folder = Path(tempfile.mkdtemp(prefix="modegpt-"))
@@ -122,7 +122,7 @@ class Upload:
         return commit
 
     def _send(self, folder: Path, variant: str | None = None) -> CommitInfo:
-        """The upload of a complete folder; whatever fails, the message names the folder and how to go on."""
+        """Upload a complete folder; the message of every error names the folder and how to resume."""
         api = HfApi(token=self.token)
         try:
             repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
@@ -133,7 +133,7 @@ class Upload:
             files = [path for path in published(folder, variant) if has_card or path.name != CARD]
             added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
             stale = set(filter(weights_of(variant).fullmatch, names)) - {one.path_in_repo for one in added}
-            # `upload_folder` may make several commits of it, and people would load half a model between them.
+            # `upload_folder` may split the upload into several commits; until the last, the model would be incomplete.
             return api.create_commit(
                 repo_id,
                 [*added, *map(CommitOperationDelete, sorted(stale))],
@@ -144,11 +144,11 @@ class Upload:
             )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"{self.repo_id} was not updated.\n{self._resume(folder)}") from None
-        except Exception as error:  # the Hub's library has many, and lets those of its HTTP client through
+        except Exception as error:  # huggingface_hub raises many kinds, and those of its HTTP client
             raise UploadError(f"{self.repo_id} was not updated: {_reason(error)}\n{self._resume(folder)}") from error
 
     def _write_card(self, folder: Path, api: HfApi, repo_id: str, *, there: bool) -> bool:
-        """Writes the card with the tags asked for; whether it is to be uploaded, and takes no words of a person's."""
+        """Write the card with the requested tags; return whether to upload it: not if it would replace a person's."""
         path = write_card(folder, repo_id)
         if not is_ours(path.read_text(encoding="utf-8")):
             return True
@@ -162,17 +162,17 @@ class Upload:
         card.save(path)
         if text is None or is_ours(text) or is_template(text):
             return True
-        logger.warning("%s has a README.md of its own, which stays; the card written here is not uploaded.", repo_id)
+        logger.warning("%s has a README.md that a person wrote; the generated card is not uploaded.", repo_id)
         return False
 
     def _resume(self, folder: Path) -> str:
         words = ["hf", "upload", self.repo_id, str(folder)]
         words += ["--private"] * bool(self.private) + ["--create-pr"] * self.create_pr
         words += [] if self.revision is None else ["--revision", self.revision]
-        return f"The finished model is in {folder}, complete. To go on: {shlex.join(words)}"
+        return f"The complete model is in {folder}. To resume: {shlex.join(words)}"
 
 
-# -------------------------------------------------------------------------------------------------- what is published
+# -------------------------------------------------------------------------------------------------- files to publish
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -191,44 +191,43 @@ OTHER_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, CARD, REPORT, EVALUATION, PI
 
 
 def published(folder: Path, variant: str | None = None) -> list[Path]:
-    """The files of a folder that are of a compressed model, by their known names: nothing else is ever uploaded.
+    """Return the files of a folder that have known names of a compressed model; no other file is ever uploaded.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError: it holds no compressed model.
+        OSError, ValueError, KeyError, TypeError, AttributeError: the folder has no compressed model.
     """
     known = (path for pattern in (*TOKENIZER_FILES, *OTHER_FILES) for path in folder.glob(pattern))
     found = {*known, *_named_files(folder, variant), *_code(folder, folder / TOKENIZER_CONFIG_FILE)}
-    # A link may lead anywhere.
+    # A link may point to any file.
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
 
 def check_complete(folder: Path, variant: str | None = None) -> None:
-    """Refuses a folder that would not load by name.
+    """Raise an error if a folder would not load after an upload.
 
     Raises:
-        OutputError: it is no compressed model, or lacks weights or code that it names.
+        OutputError: the folder is not a compressed model, or lacks weights or code that it names.
     """
     try:
         missing = sorted(path.name for path in _named_files(folder, variant) - set(published(folder, variant)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
-            f"{folder} is no compressed model that could be uploaded: {type(error).__name__} {error}"
+            f"{folder} is not a compressed model that can be uploaded: {type(error).__name__} {error}"
         ) from error
     if missing:
         raise OutputError(
-            f"{folder} lacks {', '.join(missing)}, or has links in their place; nothing was uploaded. Save the model "
-            "again."
+            f"{folder} lacks {', '.join(missing)}, or has links instead; nothing was uploaded. Save the model again."
         )
 
 
 def weights_of(variant: str | None) -> re.Pattern[str]:
-    """The names that a save gives to weights and their index."""
+    """Return a pattern of the names under which weights and their index are saved."""
     part = re.escape(f".{variant}") if variant else ""
     return re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
 
 
 def _named_files(folder: Path, variant: str | None) -> set[Path]:
-    """Configuration, weights and code that a saved model names."""
+    """Return the configuration, weights and code that a saved model names."""
     config = folder / CONFIG_NAME
     if not json.loads(config.read_text(encoding="utf-8"))["auto_map"]:
         raise ValueError(f"{CONFIG_NAME} names no code")
@@ -238,18 +237,18 @@ def _named_files(folder: Path, variant: str | None) -> set[Path]:
 
 
 def _code(folder: Path, file: Path) -> set[Path]:
-    """The code that the `auto_map` of a file names, and what that imports from beside it."""
+    """Return the code files that the `auto_map` of a file names, and the modules that they import from its folder."""
     if not file.is_file():
         return set()
     auto_map: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
     names = [name for value in auto_map.values() for name in (value if isinstance(value, list) else [value]) if name]
-    # "owner/name--module.Class" lies in another repository.
+    # "owner/name--module.Class" is in another repository.
     code = {folder / f"{name.partition('.')[0]}.py" for name in names if "--" not in name}
     return code | {Path(other) for one in code if one.is_file() for other in get_relative_import_files(one)}
 
 
 def _reason(error: Exception) -> str:
-    """What the Hub said, or what happened on the way to it, in one line."""
+    """Return the response of the Hub, or the error that prevented one, in one line."""
     chain = [error] if isinstance(error, HfHubHTTPError) or error.__cause__ is None else [error, error.__cause__]
     return " ".join(" ".join(str(one) or type(one).__name__ for one in chain).split())
 
@@ -258,7 +257,7 @@ def _reason(error: Exception) -> str:
 
 
 class Companion:
-    """What this package adds to `save_pretrained` and `push_to_hub` of compressed models: report and card."""
+    """The additions to `save_pretrained` and `push_to_hub` of compressed models: report and card."""
 
     @staticmethod
     def save(
@@ -271,15 +270,15 @@ class Companion:
         variant: str | None,
         **kwargs: Any,
     ) -> None:
-        """Weights, configuration and code as always; then report and card.
+        """Save weights, configuration and code as usual, then the report and the card.
 
-        The report is that of a compression in this process, or the one beside a model that was loaded from a folder and
-        not changed, which takes its evaluation along too.
+        The report is that of a compression in this process. For a model that was loaded from a folder and not changed,
+        it is the one in that folder, and the evaluation there is copied too.
         """
         folder = Path(save_directory)
         hub = {key: kwargs.pop(key) for key in Upload.__dataclass_fields__ if push_to_hub and key in kwargs}
         save_plainly(folder, is_main_process, variant=variant, **kwargs)
-        if not is_main_process or not (folder / CONFIG_NAME).is_file():  # given a file, transformers saves nothing
+        if not is_main_process or not (folder / CONFIG_NAME).is_file():  # the path is a file: nothing was saved
             return
         try:
             if KEPT_REPORT in vars(model):
@@ -287,7 +286,7 @@ class Companion:
             elif model.name_or_path and (source := Path(model.name_or_path)).is_dir() and not source.samefile(folder):
                 take_along(source, folder)
             write_card(folder)
-        except Exception as error:  # of whatever lies in the folder: the model is saved, and hours of training go on
+        except Exception as error:  # any file of the folder may be invalid; a training run that saves must continue
             logger.warning("%s is saved, but not its card: %s: %s", folder, type(error).__name__, error)
         if push_to_hub:
             names = {"repo_id": folder.resolve().name, "tags": tuple(model.model_tags or ()), **hub}
@@ -297,7 +296,7 @@ class Companion:
     def push(
         model: PreTrainedModel, repo_id: str, *, max_shard_size: Any = "50GB", tags: Any = None, **hub: Any
     ) -> CommitInfo:
-        """As transformers' own, with our card in place of its template."""
+        """Push a model as transformers does, with our card instead of its template."""
         given = (tags,) if isinstance(tags, str) else tuple(tags or ())
         upload = Upload(repo_id, tags=(*(model.model_tags or ()), *given), **hub)
         return upload.push_saved(lambda folder: model.save_pretrained(folder, max_shard_size=max_shard_size))

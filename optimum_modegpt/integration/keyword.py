@@ -11,7 +11,7 @@ KEYWORDS = {"compression_config", "quantization_config"}
 def install_keyword(model_class: Any) -> None:
     """Add the keyword to `from_pretrained` of `PreTrainedModel`; calling it again changes nothing.
 
-    transformers has no other way to add a keyword. The Auto classes and `pipeline` pass it on to this one method.
+    transformers has no other way to add a keyword. The Auto classes and `pipeline` pass it on to this method.
     """
     inner = model_class.from_pretrained.__func__
     if hasattr(inner, "accepts_compression_config"):
@@ -21,7 +21,7 @@ def install_keyword(model_class: Any) -> None:
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         if not KEYWORDS & kwargs.keys():
             return inner(cls, pretrained_model_name_or_path, *args, **kwargs)
-        # Imported here: this module is imported while transformers is.
+        # Imported here because transformers imports this module during its own import.
         from optimum_modegpt.integration.auto import with_quantization_config
         from optimum_modegpt.integration.source import Source, loading
 

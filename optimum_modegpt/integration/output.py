@@ -1,4 +1,4 @@
-"""A result folder appears whole or not at all, and takes the place of nothing but a result of ours."""
+"""Atomic writes of output folders. Only folders that hold nothing but a compressed model are overwritten."""
 
 from __future__ import annotations
 
@@ -23,34 +23,37 @@ logger = logging.getLogger(__name__)
 OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jinja")
 OWN_NAMES = ("README.md", "ranks.png", ".gitattributes")
 ATTEMPTS = 5
-"""How often a run with --overwrite tries to take a place that another run takes at the same moment."""
+"""How often a run with --overwrite tries to move its result into place while another run writes the same folder."""
 
 
 def check_output(folder: Path, *, overwrite: bool, used: Iterable[Path] = ()) -> None:
-    """Refuses a folder that cannot or must not be written; `used` is what the run reads or writes besides.
+    """Raise an error if a folder cannot or must not be written; `used` are the other paths that the run uses.
 
     Raises:
-        OutputError: the folder is a file, holds what is in use, or is not empty and no result to be overwritten.
+        OutputError: the folder is a file, the working folder or a folder in use, or it is not empty and may not be
+            overwritten.
     """
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file; --output needs a folder.")
+        raise OutputError(f"{folder} is a file; expected a folder as --output.")
     place = folder.resolve()
     if place == Path.cwd():
-        raise OutputError(f"{folder} is the folder that this runs in; choose another --output.")
+        raise OutputError(f"{folder} is the working folder; choose another --output.")
     for path in used:
         if place == path.resolve():
-            raise OutputError(f"{folder} is what this run reads (model, text or tokenizer); choose another --output.")
+            raise OutputError(f"{folder} is an input of this run (model, text or tokenizer); choose another --output.")
         if place in path.resolve().parents:
-            raise OutputError(f"{folder} holds {path}, which this run uses; choose another --output.")
+            raise OutputError(f"{folder} contains {path}, which this run uses; choose another --output.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise OutputError(f"{folder} exists and is not empty; choose another --output, or replace it with --overwrite.")
+        raise OutputError(
+            f"{folder} exists and is not empty; choose another --output, or overwrite it with --overwrite."
+        )
     _check_ours(folder, folder)
 
 
 def _check_ours(folder: Path, name: Path) -> None:
-    """Refuses to delete a folder that is anything but a compressed model; `name` is what the user calls it."""
+    """Raise an error if a folder to delete is not only a compressed model; `name` is its path in the message."""
     try:
         model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -61,13 +64,13 @@ def _check_ours(folder: Path, name: Path) -> None:
     if foreign := sorted(path.name for path in folder.iterdir() if not is_own(path)):
         more = ", …" if len(foreign) > 5 else ""
         raise OutputError(
-            f"{name} holds what no compressed model has: {', '.join(foreign[:5])}{more}. --overwrite will not delete "
-            "it; move it away, or choose another --output."
+            f"{name} contains files that are not part of a compressed model: {', '.join(foreign[:5])}{more}. Move "
+            "them, or choose another --output."
         )
 
 
 def is_own(path: Path) -> bool:
-    """Whether this is what a saved model has: a file of one, or the folder of a tokenizer's chat templates."""
+    """Return whether a path can belong to a saved model: a file, or the folder of a tokenizer's chat templates."""
     if path.is_symlink():
         return False
     if path.is_dir():
@@ -77,32 +80,34 @@ def is_own(path: Path) -> bool:
 
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """What the system refuses while a result is written into `folder` is an error of the disk, not of the program.
+    """Report a failure to write a result as an error of the disk, not of the program.
 
     Raises:
-        OutputError: with what the system said.
+        OutputError: `folder` cannot be written; the message quotes the operating system.
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for it
-        raise OutputError(f"{folder} cannot be written: {error}\nMake room and run the same again.") from error
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a failed write
+        raise OutputError(
+            f"{folder} cannot be written: {error}\nFree disk space and run the same command again."
+        ) from error
 
 
 def workshop_of(folder: Path) -> Checkpoint:
-    """Returns the hidden folder next to `folder` where a command works until its result is complete, with its lock."""
+    """Return the hidden folder next to `folder`, with its lock, in which a command builds its result."""
     return Checkpoint(folder.with_name(f".{folder.name}.checkpoint"))
 
 
 @contextmanager
 def replacing(folder: Path, *, overwrite: bool, workshop: Path) -> Iterator[Path]:
-    """Yields a new empty folder that takes the place of `folder` at the end.
+    """Yield a new empty folder that replaces `folder` at the end.
 
-    It is made in `workshop`, a folder on the same disk. The next run finds what a killed run left there (see
-    `taken_back`). On an error the new folder is deleted, and `folder` is as it was before. If another run has taken the
-    place of `folder` meanwhile, the finished result is kept next to it.
+    The new folder is made in `workshop`, which is on the same disk. If a run is killed, the next run cleans up the
+    workshop (see `taken_back`). On an error the new folder is deleted, and `folder` is unchanged. If another run has
+    written `folder` meanwhile, the finished result is kept next to it.
 
     Raises:
-        OutputError: the place cannot be written, or was taken meanwhile.
+        OutputError: `folder` cannot be written, or another run wrote it meanwhile.
     """
     folder = folder.resolve()
     partial = workshop / RESULT
@@ -116,7 +121,7 @@ def replacing(folder: Path, *, overwrite: bool, workshop: Path) -> Iterator[Path
 
 
 def taken_back(workshop: Path, folder: Path) -> None:
-    """Puts right what a run that was killed left: `folder` is what it was before, or the new result."""
+    """Clean up after a killed run, so that `folder` is the old result or the complete new one."""
     shutil.rmtree(workshop / RESULT, ignore_errors=True)
     if (old := workshop / REPLACED).exists() and not folder.exists():
         old.rename(folder)
@@ -130,7 +135,7 @@ def _make(partial: Path, folder: Path) -> None:
 
 
 def _place(partial: Path, folder: Path, mark: str, *, overwrite: bool) -> None:
-    """Moves the finished result to its place, or beside it where the place may not be taken."""
+    """Move the finished result to `folder`, or next to it if `folder` may not be replaced."""
     error: OSError | None = None
     for _ in range(ATTEMPTS if overwrite else 1):
         try:
@@ -142,15 +147,17 @@ def _place(partial: Path, folder: Path, mark: str, *, overwrite: bool) -> None:
             error = lost
     kept = folder.with_name(f"{folder.name}.finished-{mark}")
     partial.rename(kept)
-    reason = error if isinstance(error, OutputError) else f"{folder} was taken while this run was at work ({error})."
+    reason = (
+        error if isinstance(error, OutputError) else f"{folder} was written by another run in the meantime ({error})."
+    )
     raise OutputError(f"{reason}\nThe finished model is kept in {kept}") from error
 
 
 def _swap(partial: Path, folder: Path, overwrite: bool) -> None:
-    """One try; a rename never takes the place of a folder that is not empty."""
+    """Try once to move the result; a rename never replaces a folder that is not empty."""
     old = partial.with_name(REPLACED)
     with suppress(OSError):
-        folder.rmdir()  # only where it is empty
+        folder.rmdir()  # only if it is empty
     if not overwrite or not folder.exists():
         partial.rename(folder)
         return
@@ -163,10 +170,10 @@ def _swap(partial: Path, folder: Path, overwrite: bool) -> None:
     try:
         partial.rename(folder)
     except BaseException:
-        # Another run's result may stand there by now.
+        # Another run may have written its result meanwhile.
         shutil.rmtree(old) if folder.exists() else old.rename(folder)
         raise
     try:
         shutil.rmtree(old)
-    except OSError as error:  # it is still open somewhere, on a disk of the network
-        logger.warning("what %s was before could not be deleted, all of it: %s", folder, error)
+    except OSError as error:  # a file is still open, as on a network disk
+        logger.warning("the old version of %s could not be deleted completely: %s", folder, error)

@@ -1,6 +1,6 @@
-"""Text for terminals: without control characters, and with replacements for characters that the stream cannot encode.
+"""Text for terminals: control characters and characters that the stream cannot encode are escaped.
 
-A model's own text must not act as a command to the terminal, and printing must not fail after the work is done.
+Text that a model wrote must not act as a command to the terminal, and printing must not fail after the work is done.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ def printable(text: str) -> str:
 
 
 def one_line(value: Any) -> str:
-    """Return a value in one line, so that it cannot pass for a line of ours."""
+    """Return a value in one line, so that it cannot imitate another line of the output."""
     return printable(str(value).replace("\n", "\\n"))
 
 
 def replace_characters(*streams: TextIO) -> None:
     """Let these streams escape the characters that they cannot encode, as in `\\u51fa`, instead of raising an error.
 
-    Logging and progress bars write to the same streams. Streams without an encoding, such as those of notebooks, take
+    Logging and progress bars write to the same streams. Streams without an encoding, such as those of notebooks, accept
     any character.
     """
     for stream in streams:

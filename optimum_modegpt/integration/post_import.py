@@ -13,10 +13,10 @@ Action = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, action: Action) -> None:
-    """Call `action` with the module `name`: now if it is imported already, else right after its import.
+    """Call `action` with the module `name`: now if the module is imported already, else right after its import.
 
-    A module that is never imported costs nothing. If its import fails, the action waits for the next one. The action
-    runs inside the import, when modules that import `name` themselves may be half initialised: it must not need them.
+    A module that is never imported costs nothing. If an import fails, the action runs after the next one. The action
+    runs inside the import. It must not need modules that import `name`: they may be only partly initialised.
     """
     if module := sys.modules.get(name):
         action(module)
@@ -27,7 +27,7 @@ def when_imported(name: str, action: Action) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules that have an action, with the finders that follow, and wraps their loaders."""
+    """A finder that finds the modules with an action through the other finders, and wraps their loaders."""
 
     def __init__(self) -> None:
         self.actions: dict[str, Action] = {}
@@ -43,7 +43,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Loader(Loader):
-    """Loads a module with its own loader, and calls its action."""
+    """A loader that loads a module with its original loader, then calls its action."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader

@@ -1,4 +1,4 @@
-"""`ModeGPTQuantizer`: compression of a model that is loaded already, with the face of Optimum's quantizers."""
+"""`ModeGPTQuantizer`: compression of a loaded model, with the interface of Optimum's quantizers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from optimum_modegpt.walk.state import Base
 
 
 class ModeGPTQuantizer:
-    """Compresses loaded models; `report` says what the last compression did.
+    """A quantizer that compresses loaded models; `report` is the report of the last compression.
 
     Args:
-        config: a `ModeGPTConfig` or a dict of its fields; without one, the fields can be given by name.
-        fields: fields of `ModeGPTConfig`; they replace those of `config`.
+        config: a `ModeGPTConfig` or a dict of its fields; None uses the defaults.
+        fields: fields of `ModeGPTConfig`; they override those of `config`.
     """
 
     def __init__(self, config: ModeGPTConfig | Mapping[str, Any] | None = None, **fields: Any) -> None:
@@ -46,26 +46,24 @@ class ModeGPTQuantizer:
         progress: bool = True,
         **hub: Any,
     ) -> PreTrainedModel:
-        """Compresses `model` in place and returns it; on any error it is left as it was.
+        """Compress `model` in place and return it; on any error it is unchanged.
 
         Args:
             model: a dense causal language model, in memory.
-            tokenizer: object or name; None takes the configuration's, else that of the model's name. One that differs
+            tokenizer: object or name; None uses the configuration's, else that of the model's name. One that differs
                 from the model's own is refused, unless the configuration has `allow_foreign_tokenizer`.
-            device: where to compute, one block at a time; None takes the accelerator where there is one.
-            checkpoint: where finished blocks are written, and taken over from a run that was interrupted. The result
-                keeps its weights there: `checkpoint.remove()` when it is saved.
+            device: device on which blocks are computed, one at a time; None uses an accelerator if one is available.
+            checkpoint: folder for finished blocks, from which an interrupted run is resumed. The result keeps its
+                weights there: call `checkpoint.remove()` after the result is saved.
             progress: whether to show progress bars.
-            hub: arguments of the `from_pretrained` that loaded the model (revision, token, cache_dir, subfolder, …);
-                its tokenizer is read with the same.
+            hub: arguments of the `from_pretrained` that loaded the model (revision, token, cache_dir, subfolder, …),
+                to load its tokenizer.
 
         Raises:
-            ModeGPTError: what cannot be done, before the model is touched.
+            ModeGPTError: the model cannot be compressed; the model is unchanged.
         """
         if not isinstance(model, PreTrainedModel):
-            raise InvalidConfig(
-                f"expected a PreTrainedModel, loaded, found {type(model).__name__} {str(model)[:40]!r}."
-            )
+            raise InvalidConfig(f"expected a loaded PreTrainedModel, found {type(model).__name__} {str(model)[:40]!r}.")
         source = Source.of_model(model, hub)
         windows = self.prepare(model.config, tokenizer, source)
         self.compress_with(model, windows, device=device, source=source, checkpoint=checkpoint, progress=progress)
@@ -74,7 +72,7 @@ class ModeGPTQuantizer:
     compress_model = quantize_model
 
     def prepare(self, model_config: Any, tokenizer: Any, source: Source) -> TokenWindows:
-        """Everything that can fail before the weights are there: is the model known, is there enough text?"""
+        """Check the model type and read the calibration windows, before the weights are loaded."""
         check_model_type(model_config.model_type)
         self.tokenizer, record = find_tokenizer(self.config, tokenizer, source)
         windows = calibrate(self.config, self.tokenizer, model_config, source)
@@ -90,7 +88,7 @@ class ModeGPTQuantizer:
         checkpoint: Checkpoint | None = None,
         progress: bool = True,
     ) -> Report:
-        """Compresses `model` in place with calibration windows that `prepare` has read; see `compress`."""
+        """Compress `model` in place with calibration windows that `prepare` has read; see `compress`."""
         card = source.card()
         self.report = compress(
             model,
@@ -106,9 +104,9 @@ class ModeGPTQuantizer:
         return self.report
 
     def save(self, model: PreTrainedModel, save_dir: str | Path, tokenizer: Any = None) -> None:
-        """Writes weights, configuration, code files, tokenizer, `report.json` and the model card.
+        """Write weights, configuration, code files, tokenizer, `report.json` and the model card.
 
-        Without `tokenizer` the one that the calibration used is saved, where it used one.
+        Without `tokenizer`, the tokenizer of the calibration is saved, if any.
         """
         folder = Path(save_dir)
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
@@ -128,40 +126,40 @@ class ModeGPTQuantizer:
         token: str | bool | None = None,
         commit_message: str | None = None,
     ) -> CommitInfo:
-        """Saves as `save` does, in a temporary folder, and uploads it in one commit, which it returns.
+        """Save as `save` does into a temporary folder, upload that in one commit, and return the commit.
 
         Args:
-            model: what was compressed.
-            repo_id: "user/name"; created where it does not exist.
+            model: the compressed model.
+            repo_id: "user/name"; created if it does not exist.
             tokenizer: as in `save`.
-            private: whether a repository that is created is private; None takes the account's default.
-            revision: branch to commit to, created where it does not exist, or a pull request such as "refs/pr/1".
+            private: whether a new repository is private; None uses the account's default.
+            revision: branch to commit to, created if it does not exist, or a pull request such as "refs/pr/1".
             create_pr: whether to open a pull request instead.
-            token: access token; None takes the one that is logged in.
-            commit_message: one line; chosen where it is None.
+            token: access token; None uses that of the logged-in user.
+            commit_message: one line; None uses a default message.
 
         Raises:
-            OutputError: the upload cannot work, and nothing was done.
-            UploadError: it failed; the message says where the finished folder is and how to go on.
+            OutputError: the upload cannot succeed; nothing was uploaded.
+            UploadError: the upload failed; the message names the finished folder and how to resume.
         """
         upload = Upload(repo_id, private, revision, create_pr, token, commit_message)
         return upload.push_saved(lambda folder: self.save(model, folder, tokenizer))
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as a dict, safe for JSON."""
+        """Return the configuration as a dict, safe for JSON."""
         return self.config.to_dict()
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> ModeGPTQuantizer:
-        """The inverse of `to_dict`."""
+        """Create a quantizer from a dict; the inverse of `to_dict`."""
         return cls(config_dict)
 
 
 def as_config(config: Any, **fields: Any) -> ModeGPTConfig:
-    """A `ModeGPTConfig` from one, or from a dict with or without `quant_method`; `fields` replace its own.
+    """Return a `ModeGPTConfig` from one, or from a dict with or without `quant_method`; `fields` override its own.
 
     Raises:
-        InvalidConfig: for anything else, and for unknown fields.
+        InvalidConfig: `config` is of another type, or a field is unknown.
     """
     if isinstance(config, ModeGPTConfig):
         own = {name: getattr(config, name) for name in ModeGPTConfig.__dataclass_fields__}

@@ -1,4 +1,4 @@
-"""Load models strictly: a checkpoint that is broken or incomplete is refused with one message."""
+"""Load models strictly: broken or incomplete weights are refused with one message."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from optimum_modegpt.modeling.modegpt_files import check_sizes, refuse, weight_f
 logger = logging.getLogger(__name__)
 
 MOST_NAMES = 5
-"""Of tensors that are ignored, in a warning of one line."""
+"""Maximum number of ignored tensors that a warning names."""
 NO_WEIGHTS = (
-    "\nA model is config.json with model.safetensors, or with shards and their index. Save or download it again."
+    "\nExpected config.json with model.safetensors, or with shards and their index. Save or download the model again."
 )
 
 
 @contextmanager
 def readable(source: Source) -> Iterator[None]:
-    """Whatever transformers raises inside for a model that is broken or edited becomes one message.
+    """Report any error of transformers for a broken or edited model as one message.
 
     Raises:
-        UnsupportedModel: with the model and the reason.
+        UnsupportedModel: the model cannot be loaded; the message names it and the reason.
     """
     try:
         yield
@@ -48,46 +48,46 @@ def readable(source: Source) -> Iterator[None]:
 
 
 def load_config(source: Source) -> Any:
-    """The configuration of a model.
+    """Load the configuration of a model.
 
     Raises:
-        OSError: it cannot be found or reached.
-        UnsupportedModel: transformers does not know it, or it was edited into something that is none.
+        OSError: the configuration cannot be found or reached.
+        UnsupportedModel: transformers does not know the model, or its configuration was edited and is invalid.
     """
     source.check_path()
     try:
         with readable(source):
-            # Before transformers makes anything of them: some families list their blocks as they are read.
+            # Checked before transformers uses the sizes: some families build a list of blocks while they are read.
             check_sizes(PreTrainedConfig.get_config_dict(source.path, **source.arguments())[0])
             config = AutoConfig.from_pretrained(source.path, **source.arguments())
     except OSError as error:
         found = (
             "has no readable config.json"
             if Path(source.path).is_dir()
-            else "is no folder here and could not be read from the Hub"
+            else "is not a local folder and could not be read from the Hub"
         )
         raise OSError(f"{source.name!r} {found}: {error}{source.cache_report()}") from error
     if getattr(config, "modegpt", None) is not None and not is_compressed(config.model_type):
         raise UnsupportedModel(
             f"{source.name!r}: config.json was edited. It has the record of a compressed model, but model_type "
-            f"{config.model_type!r} in place of one that starts with modegpt_. Save or download it again."
+            f"{config.model_type!r} instead of one that starts with modegpt_. Save or download it again."
         )
     return config
 
 
 def load_model(source: Source, dtype: str) -> Any:
-    """Load a causal language model into host memory, with every tensor read from its checkpoint.
+    """Load a causal language model into host memory, with every tensor read from its weight files.
 
     Raises:
-        OSError: its weights cannot be found or reached.
-        UnsupportedModel: it is no causal language model, or its checkpoint lacks tensors or has others of its shapes.
+        OSError: the weights cannot be found or reached.
+        UnsupportedModel: the model is not a causal language model, or tensors are missing or have wrong shapes.
     """
     transformers_logging.set_verbosity_error()
     source.check_path()
     with readable(source):
-        weight_files(Path(source.path))  # an index that leads out of its folder is refused
+        weight_files(Path(source.path))  # refuses an index that points outside its folder
         try:
-            # Tensors of the wrong shape are let through, so that `check_loaded` can name all of them.
+            # Tensors of the wrong shape are accepted here, so that `check_loaded` can name all of them.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source.arguments()
             )
@@ -114,19 +114,19 @@ def check_loaded(
     missing: Iterable[str] = (),
     mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]] = (),
 ) -> None:
-    """Refuse a loaded model if transformers initialised tensors at random that its checkpoint lacks.
+    """Raise an error if transformers initialised tensors of a model at random because its weight files lack them.
 
-    transformers marks every parameter that it has read. The marks also tell of the model below an adapter, and inside
-    `from_pretrained`, where the lists of its loading report are not available.
+    transformers marks every parameter that it has read. The marks also cover the model below an adapter, and are
+    available inside `from_pretrained`, unlike the lists of the loading report.
 
     Args:
-        source: where the model comes from, for the message.
+        source: the source of the model, for the message.
         model: as `from_pretrained` returns it.
         missing: `missing_keys` of the loading report.
-        mismatched: `mismatched_keys` of the loading report: name, shape in the checkpoint, shape in the model.
+        mismatched: `mismatched_keys` of the loading report: name, shape in the file, shape in the model.
 
     Raises:
-        UnsupportedModel: with the names of the tensors.
+        UnsupportedModel: tensors are missing or have wrong shapes; the message names them.
     """
     shapes = {name: (tuple(found), tuple(expected)) for name, found, expected in mismatched}
     unread = (name for name, each in model.named_parameters() if not getattr(each, "_is_hf_initialized", False))
@@ -138,10 +138,10 @@ def check_loaded(
 
 
 def pick_device(name: str) -> torch.device | None:
-    """The device of this name; None for "auto", which leaves the choice to `stages.compute_device`.
+    """Return the device of this name; None for "auto", which leaves the choice to `stages.compute_device`.
 
     Raises:
-        InvalidConfig: for a name that torch does not know, a device that is not there, or one that holds no numbers.
+        InvalidConfig: the name is unknown to torch, or the device is not available or stores no values.
     """
     if name == "auto":
         return None
@@ -150,8 +150,8 @@ def pick_device(name: str) -> torch.device | None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InvalidConfig(f"--device {name} cannot be used: {reason}. --device auto takes what is there.") from error
+        raise InvalidConfig(f"--device {name} cannot be used: {reason}. Use --device auto to choose one.") from error
     if device.type == "meta" or (device.type == "cpu" and device.index):
-        reason = "it holds no numbers" if device.type == "meta" else "there is one cpu, without a number"
-        raise InvalidConfig(f"--device {name} cannot be used: {reason}. --device auto takes what is there.")
+        reason = "it stores no values" if device.type == "meta" else "the cpu has no index"
+        raise InvalidConfig(f"--device {name} cannot be used: {reason}. Use --device auto to choose one.")
     return device

@@ -1,4 +1,4 @@
-"""Other people's README files on the Hub: which of them a card of ours may replace, and what of them stays."""
+"""Decide which README files on the Hub a model card may replace, and merge their front matter into the card."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 TEMPLATE = "This model card has been automatically generated."
-"""A sentence of the card that transformers writes for a model about which it knows nothing."""
+"""A sentence of the placeholder card that transformers writes."""
 TO_FILL = "[More Information Needed]"
 UNTOUCHED = 35
-"""The template has about forty places to be filled; a person who has filled some has written a card."""
+"""The template has about forty placeholders; if fewer than this remain, a person has filled in the card."""
 TRAINER = "This model card has been generated automatically according to the information the Trainer had access to"
-"""In a comment that asks to be removed by whoever has read the card of `Trainer`."""
+"""A sentence of the comment in the card of `Trainer`, which asks its readers to remove the comment."""
 PERSONS = ("license", "license_name", "license_link", "language")
-"""What a header that is there already knows better than we do."""
+"""The fields for which an existing front matter takes precedence over ours."""
 
 
 def is_template(text: str) -> bool:
-    """Whether nobody wrote this README: a header alone, the template of transformers, or the card of `Trainer`."""
+    """Return whether no person wrote a README: front matter alone, the template of transformers or of `Trainer`."""
     untouched = TEMPLATE in text and text.count(TO_FILL) >= UNTOUCHED
     return untouched or TRAINER in text or not ModelCard(text, ignore_metadata_errors=True).text.strip()
 
 
 def merge_header(card: ModelCard, there: str) -> None:
-    """Puts what the header of another README says, licence and tags for some, into that of a card."""
+    """Merge the front matter of another README, such as its licence and tags, into that of a card."""
     ours: Any = card.data
     theirs: dict[str, Any] = ModelCard(there, ignore_metadata_errors=True).data.to_dict()
     tags = [*(ours.tags or ()), *(theirs.get("tags") or ())]

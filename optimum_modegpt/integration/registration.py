@@ -1,7 +1,7 @@
-"""Everything that `import optimum_modegpt` registers, each part as soon as the module that it concerns is imported.
+"""The registrations of `import optimum_modegpt`; each runs as soon as the module that it changes is imported.
 
-torch and transformers take seconds to import, so this module imports neither. The actions run while transformers is
-being imported: they import only modules that are complete by then.
+torch and transformers take seconds to import, so this module imports neither. The registrations run while transformers
+is being imported, so they import only modules that are complete by then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_family import PREFIX
 
 NO_PATCH = "OPTIMUM_MODEGPT_NO_PATCH"
-"""Set to 1 before the import, this environment variable leaves `PreTrainedModel.from_pretrained` alone."""
+"""The environment variable that, set to 1 before the import, leaves `PreTrainedModel.from_pretrained` unpatched."""
 TARGETS = "peft.utils.constants"
 """The module with PEFT's tables of default target modules, by model type; PEFT has no function to extend them."""
 
@@ -33,7 +33,7 @@ def register() -> None:
 
 
 def _register_families(auto: ModuleType) -> None:
-    """Register every compressed family with `AutoConfig`; its module, once imported, registers its classes itself."""
+    """Register every compressed family with `AutoConfig`; the family's module registers its classes on import."""
     for model_type in (PREFIX + dense for dense in DENSE_TYPES):
         if model_type not in auto.CONFIG_MAPPING:
             auto.AutoConfig.register(model_type, _deferred_configuration(model_type, auto.CONFIG_MAPPING))
@@ -42,7 +42,7 @@ def _register_families(auto: ModuleType) -> None:
 def _deferred_configuration(compressed: str, mapping: Mapping[str, Any]) -> type:
     """Return a configuration class that imports the family's module, with its model classes, when it is first used.
 
-    It only makes objects of the family's own class, which then has taken its place in `AutoConfig`.
+    It creates only objects of the family's own class, which then has replaced it in `AutoConfig`.
     """
     from transformers import PreTrainedConfig
 
@@ -91,7 +91,7 @@ def _register_targets(constants: ModuleType) -> None:
 
 
 def _install_companion(common: ModuleType) -> None:
-    """Let compressed models save a report and a model card, which their files alone, as remote code, cannot write."""
+    """Let compressed models save a report and a model card; without the package, their remote code cannot."""
     from optimum_modegpt.integration.hub import Companion
 
     common.ModeGPTModelMixin.companion = Companion

@@ -1,4 +1,4 @@
-"""Where a model comes from, so that its tokenizer and its calibration text come from the same place."""
+"""The source of a model: its name or folder and Hub arguments, with which its tokenizer and data are read too."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from optimum_modegpt.evaluation.fidelity import tokenizer_differences
 logger = logging.getLogger(__name__)
 
 DEMO = "demo"
-"""The name of the embedded model, and of its text as a dataset."""
+"""The name of the embedded model, and of the dataset of its text."""
 SMALLEST_SHARE = 0.5
-"""A tokenizer with fewer tokens than this share of the model's vocabulary is probably another model's."""
+"""A tokenizer with fewer tokens than this fraction of the vocabulary probably belongs to another model."""
 CARD = "README.md"
 CARD_FIELDS = ("license", "license_name", "license_link", "language")
-"""What a card says that holds for a compressed model too."""
+"""The fields of a card that apply to the compressed model too."""
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -51,16 +51,16 @@ class Source:
 
     @classmethod
     def of_arguments(cls, name: Any, arguments: Mapping[str, Any]) -> Source:
-        """The source named by the arguments of a `from_pretrained`."""
+        """Create the source that the arguments of a `from_pretrained` name."""
         hub = {key: arguments[key] for key in HUB_ARGUMENTS if arguments.get(key) is not None}
         return cls(None if name is None else str(name), hub, arguments.get("trust_remote_code"))
 
     @classmethod
     def of_model(cls, model: Any, hub: Mapping[str, Any] | None = None) -> Source:
-        """The source of a model that is loaded already: the name it remembers, read with `hub`.
+        """Create the source of a loaded model from the name in its configuration, to be read with `hub`.
 
         Raises:
-            InvalidConfig: for an argument that says nothing about the Hub.
+            InvalidConfig: `hub` has an unknown argument.
         """
         hub = hub or {}
         known = {*HUB_ARGUMENTS, "trust_remote_code"}
@@ -70,25 +70,25 @@ class Source:
 
     @property
     def is_demo(self) -> bool:
-        """Whether this is the embedded model."""
+        """Return whether this is the embedded model."""
         return self.name in (DEMO, str(demo.MODEL_DIR))
 
     @property
     def path(self) -> str:
-        """What to give to a `from_pretrained`.
+        """Return the name or folder to pass to a `from_pretrained`.
 
         Raises:
-            CalibrationDataError: when the model does not know its name.
+            CalibrationDataError: the model's configuration has no name.
         """
         if self.name is None:
             raise CalibrationDataError(
-                "the model does not say where it was loaded from, so its tokenizer cannot be found; pass a tokenizer."
+                "the model's configuration names no source, so its tokenizer cannot be found; pass a tokenizer."
             )
         return str(demo.MODEL_DIR) if self.is_demo else self.name
 
     @property
     def _is_folder(self) -> bool:
-        """Whether the path is that of a folder; also of one that is gone, where no repository can have such a name."""
+        """Return whether the path is a folder; a missing path counts as one if no repository can have its name."""
         if Path(self.path).is_dir():
             return True
         try:
@@ -98,23 +98,23 @@ class Source:
         return False
 
     def check_path(self) -> None:
-        """Refuses a path that is none of a model.
+        """Raise an error if the path cannot be that of a model.
 
         Raises:
-            OSError: it is that of a file, or leads nowhere and is no name of the Hub.
+            OSError: the path is a file, or does not exist and cannot be a name on the Hub.
         """
         place = Path(self.path)
         if place.is_file():
-            raise OSError(f"{self.name!r} is a file; a model is a folder. Name {str(place.parent)!r}, if it holds one.")
+            raise OSError(f"{self.name!r} is a file; expected a model folder, perhaps {str(place.parent)!r}.")
         if self._is_folder and not place.is_dir():
             raise OSError(
-                f"{self.name!r} does not exist, and no model of the Hub can have such a name. Expected a folder with "
+                f"{self.name!r} does not exist, and no model on the Hub can have this name. Expected a folder with "
                 "config.json and weights, or a name such as user/model."
             )
 
     @property
     def base_model(self) -> str | None:
-        """The name that the record of a compressed model keeps; of a local folder only its last part."""
+        """Return the name to store in the record of a compressed model; for a local folder only its last part."""
         if self.is_demo:
             return DEMO
         if self.name is None or not self._is_folder:
@@ -124,7 +124,7 @@ class Source:
 
     @property
     def revision(self) -> str | None:
-        """The commit that was read, as far as it is known; else the branch or tag that was asked for."""
+        """Return the commit that was read if it is known, else the requested branch or tag."""
         revision = self.hub.get("revision")
         if self.name is None or self._is_folder:
             return revision
@@ -134,36 +134,36 @@ class Source:
         return known or revision
 
     def cache_report(self) -> str:
-        """Say which revisions of a model of the Hub are cached, and how to read from another place; "" for a folder."""
+        """Return which revisions of a model on the Hub are cached, and how to read others; "" for a folder."""
         if self._is_folder:
             return ""
         cache = Path(self.hub.get("cache_dir") or constants.HF_HUB_CACHE)
         if constants.is_offline_mode():
-            advice = "HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or set HF_HOME to another cache."
+            advice = "HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or set HF_HOME to another cache."
         elif not _can_be_written(cache):
-            advice = "The cache cannot be written to: set HF_HOME to a folder that can."
+            advice = "The cache is not writable. Set HF_HOME to a writable folder."
         else:
-            advice = "To read from the cache without the Hub, set HF_HUB_OFFLINE=1; HF_HOME is the folder of the cache."
+            advice = "To read only from the cache, set HF_HUB_OFFLINE=1; HF_HOME sets the folder of the cache."
         cached = _cached_revisions(cache / repo_folder_name(repo_id=self.path, repo_type="model"))
         return (
-            f"\nRevision asked for: {self.hub.get('revision') or constants.DEFAULT_REVISION}. In the cache {cache}: "
+            f"\nRequested revision: {self.hub.get('revision') or constants.DEFAULT_REVISION}. In the cache {cache}: "
             f"{', '.join(cached) or 'no revision of this model'}.\n{advice}"
         )
 
     def card(self) -> dict[str, Any]:
-        """Licence and language, as far as the card of the model states them.
+        """Return the licence and language that the model's card states.
 
-        No card, or one that cannot be read, is no reason to stop: then they are unknown.
+        A missing or unreadable card is no error: the licence and language are then unknown.
         """
         if self.name is None:
             return {}
         try:
             found = metadata_load(self._card_file()) or {}
         except (FileNotFoundError, EntryNotFoundError):
-            logger.info("%r has no card here, so its licence is not known.", self.base_model)
+            logger.info("%r has no model card, so its licence is unknown.", self.base_model)
             return {}
         except (OSError, ValueError, YAMLError) as error:
-            logger.warning("the card of %r cannot be read, so its licence is not known: %s", self.base_model, error)
+            logger.warning("the model card of %r cannot be read, so its licence is unknown: %s", self.base_model, error)
             return {}
         card = {key: found[key] for key in CARD_FIELDS if _is_text(found.get(key))}
         if (link := card.pop("license_link", None)) and (link := self._absolute(link)):
@@ -171,28 +171,28 @@ class Source:
         return card
 
     def _card_file(self) -> Path:
-        """The card's file, from the Hub where need be; it stands at the top also where the model is in a subfolder."""
+        """Return the card's file, downloaded if necessary; it is at the top level even for a model in a subfolder."""
         if self._is_folder:
             return Path(self.path) / CARD
         hub = {key: value for key, value in self.hub.items() if key != "subfolder"}
         return Path(hf_hub_download(self.path, CARD, **hub))
 
     def _absolute(self, link: str) -> str | None:
-        """A link of the card that holds elsewhere too; None where it leads into a local folder."""
+        """Return a link of the card as an absolute one; None if it points into a local folder."""
         if urlparse(link).scheme in ("http", "https"):
             return link
         return None if self._is_folder else hf_hub_url(self.path, link, revision=self.hub.get("revision"))
 
     def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for a `from_pretrained` that reads the same place."""
+        """Return keyword arguments for a `from_pretrained` that reads from the same source."""
         trust = {} if self.trust_remote_code is None else {"trust_remote_code": self.trust_remote_code}
         return {**self.hub, **trust}
 
     def tokenizer(self) -> Any:
-        """The tokenizer that lies beside the model.
+        """Load the tokenizer of the model.
 
         Raises:
-            CalibrationDataError: when there is none.
+            CalibrationDataError: the model has no tokenizer, or it cannot be loaded.
         """
         try:
             self.check_path()
@@ -200,12 +200,12 @@ class Source:
         except (OSError, ValueError) as error:
             raise CalibrationDataError(
                 f"no tokenizer could be loaded from {self.name!r}: {error} "
-                "Name one: tokenizer, on the command line --tokenizer."
+                "Pass a tokenizer, on the command line with --tokenizer."
             ) from error
 
 
 def _cached_revisions(folder: Path) -> list[str]:
-    """List the revisions in the cache folder of a repository: branches and tags with their commits, other commits."""
+    """List the revisions in a repository's cache folder: branches and tags with commits, then other commits."""
     refs = folder / "refs"
     named = {
         path.relative_to(refs).as_posix(): path.read_text(encoding="utf-8")
@@ -218,13 +218,13 @@ def _cached_revisions(folder: Path) -> list[str]:
 
 
 def _can_be_written(folder: Path) -> bool:
-    """Whether a folder can be written to, or made if it does not exist."""
+    """Return whether a folder is writable, or can be created if it does not exist."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     return existing.is_dir() and os.access(existing, os.W_OK)
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a field of a card is a string or several; YAML has other ideas of `no`, for one."""
+    """Return whether a field of a card is a string or a list of strings; YAML reads `no` as False, for example."""
     values = value if isinstance(value, list) else [value]
     return bool(values) and all(isinstance(each, str) and each for each in values)
 
@@ -234,7 +234,7 @@ _LOADING: ContextVar[Source | None] = ContextVar("modegpt_source", default=None)
 
 @contextmanager
 def loading(source: Source) -> Iterator[None]:
-    """While a `from_pretrained` runs: tells the quantizer hook what the caller asked for."""
+    """Pass the source to the quantizer hook while a `from_pretrained` runs inside the context."""
     token = _LOADING.set(source)
     try:
         yield
@@ -243,7 +243,7 @@ def loading(source: Source) -> Iterator[None]:
 
 
 def being_loaded() -> Source | None:
-    """The source of the `from_pretrained` that is running; None outside of one, or without our wrapper."""
+    """Return the source of the running `from_pretrained`; None outside of one, or without our wrapper."""
     return _LOADING.get()
 
 
@@ -254,8 +254,8 @@ def find_tokenizer(config: ModeGPTConfig, given: Any, source: Source) -> tuple[A
     no tokenizer was chosen.
 
     Raises:
-        CalibrationDataError: there is none, or the chosen one is not the model's own and the configuration does not
-            allow that.
+        CalibrationDataError: none can be loaded, or the chosen one differs from the model's own and the configuration
+            does not allow that.
     """
     chosen = given if given is not None else config.tokenizer
     if chosen is None:
@@ -276,7 +276,7 @@ def check_tokenizer(tokenizer: Any, source: Source, *, allow_foreign: bool) -> l
     Returns how they differ; None if the model has no readable tokenizer of its own.
 
     Raises:
-        CalibrationDataError: they differ, and that is not allowed.
+        CalibrationDataError: the tokenizers differ, and `allow_foreign` is False.
     """
     try:
         own = source.tokenizer()
@@ -289,9 +289,9 @@ def check_tokenizer(tokenizer: Any, source: Source, *, allow_foreign: bool) -> l
     differences = tokenizer_differences(own, tokenizer)
     if differences and not allow_foreign:
         raise CalibrationDataError(
-            f"the chosen tokenizer is not that of {source.name!r}. It differs in: {'; '.join(differences)}. Leave out "
+            f"the chosen tokenizer is not that of {source.name!r}. It differs in: {'; '.join(differences)}. Omit "
             "tokenizer (--tokenizer) to use the model's own, or set allow_foreign_tokenizer=True "
-            "(--allow-foreign-tokenizer) to use another on purpose."
+            "(--allow-foreign-tokenizer) to use another one."
         )
     if differences:
         logger.warning("the tokenizer is not that of %r. It differs in: %s.", source.name, "; ".join(differences))
@@ -309,30 +309,33 @@ def tokenizer_record(tokenizer: Any, name: str | None) -> dict[str, Any]:
 
 
 def _sha256(value: Any) -> str:
-    """The digest of a text, or of any other value as JSON."""
+    """Return the digest of a text, or of the JSON of any other value."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tokenizer_named(name: str, source: Source) -> Any:
-    """The tokenizer of this name or folder, read with the rights of a model's source.
+    """Load the tokenizer of this name or folder with the access token and cache of a model's source.
 
     Raises:
-        CalibrationDataError: when there is none.
+        CalibrationDataError: it cannot be loaded.
     """
     token = {key: source.hub[key] for key in ("token", "local_files_only", "cache_dir") if key in source.hub}
     return replace(source, name=name, hub=token).tokenizer()
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Warns of a tokenizer with more tokens than the model knows, or with far fewer.
+    """Warn about a tokenizer with more tokens than the model's vocabulary, or with far fewer.
 
-    More can be harmless, a padding token added later; an id that the model does not know is refused with the text.
+    More can be harmless, such as a padding token added later. Token ids outside the vocabulary are refused when the
+    text is tokenized.
     """
     known = len(tokenizer) if hasattr(tokenizer, "__len__") else vocab_size
     if not SMALLEST_SHARE * vocab_size <= known <= vocab_size:
         logger.warning(
-            "the tokenizer has %d tokens, the model knows %d: is it the one the model was made with?", known, vocab_size
+            "the tokenizer has %d tokens and the model's vocabulary %d; check that it is the model's tokenizer.",
+            known,
+            vocab_size,
         )
 
 
@@ -347,10 +350,10 @@ def _needs_tokenizer(dataset: Any) -> bool:
 def calibrate(
     config: ModeGPTConfig, tokenizer: Any, model_config: Any, source: Source, *, fewer: bool = False
 ) -> TokenWindows:
-    """The calibration windows of a model, read before anything is done to it; `fewer` as in `calibration_windows`.
+    """Read the calibration windows of a model before it is changed; `fewer` is that of `calibration_windows`.
 
     Raises:
-        CalibrationDataError, InvalidConfig: with what is wrong with the data or the length.
+        CalibrationDataError, InvalidConfig: the data or the sequence length is invalid.
     """
     text = model_config.get_text_config()
     context = context_of(model_config)
@@ -370,16 +373,16 @@ def calibrate(
 
 
 def dataset_hub(source: Source) -> dict[str, Any]:
-    """The Hub arguments that hold for a dataset too; revision, folder and cache are the model's."""
+    """Return the Hub arguments that apply to a dataset too; revision, folder and cache apply only to the model."""
     return {key: source.hub[key] for key in ("token", "local_files_only") if key in source.hub}
 
 
 def context_of(model_config: Any) -> int | None:
-    """The longest text a model reads, in tokens; None where it has no limit."""
+    """Return the context length of a model in tokens; None if it has no limit."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def default_dataset(config: ModeGPTConfig, source: Source) -> ModeGPTConfig:
-    """The configuration with the embedded text where the embedded model is compressed and no text was chosen."""
+    """Return the configuration, with the embedded text for the embedded model unless a dataset was chosen."""
     chosen = not isinstance(config.dataset, str) or config.dataset != ModeGPTConfig.dataset
     return config if chosen or not source.is_demo else replace(config, dataset=DEMO)

@@ -1,4 +1,4 @@
-"""What the commands print: results as text for people."""
+"""Format results as the text that the commands print."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from optimum_modegpt.evaluation.speed import Benchmark, Row, Size, Speed, Spread
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""Of types that safetensors calls otherwise."""
+"""Names of data types in torch, by their names in safetensors."""
 
 STREAMS = {"device": "the accelerator's memory", "host": "host memory", "files": "files"}
 
 
 def scores_table(result: dict[str, Any]) -> str:
-    """Perplexity and parameters; with a reference beside its own, and the distance from it."""
+    """Return perplexity and parameters as text; with a reference, also those of the reference and the distance."""
     rows = [f"{'perplexity':<16}{result['perplexity']:>14.4f}", f"{'parameters':<16}{result['parameters']:>14,}"]
     if "kl" in result:
         rows = [
@@ -37,10 +37,11 @@ def scores_table(result: dict[str, Any]) -> str:
 
 
 def tasks_table(scores: TaskScores, reference: TaskScores | None) -> str:
-    """Every metric of every task with its standard error, and the mean over tasks; beside a reference what is kept.
+    """Return every metric of every task with its standard error, and the mean over tasks, as text.
 
-    The error of a difference is that of two independent runs, so rather too large: both answer the same questions.
-    Kept is the model's score over the reference's, where higher is better; what guessing would score is not taken off.
+    With a reference, the table also shows differences and the kept fraction. The error of a difference assumes two
+    independent runs, so it is an upper estimate: both models answer the same questions. The kept fraction is the
+    model's score divided by the reference's, for metrics of which higher is better; chance level is not subtracted.
     """
     rows = [
         _task_row((task, metric), score, None if reference is None else reference[task][metric])
@@ -75,7 +76,7 @@ def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Rows as lines; the first `left` columns begin at one place, the others end there."""
+    """Return rows as lines, with the first `left` columns aligned to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (
         "  ".join(
@@ -88,7 +89,7 @@ def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
 
 
 def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
-    """Kept and dense widths by block and part, what was removed, and how; what was trained and measured since."""
+    """Return ranks by block and part, sparsity and compression record as text, then any recovery and measurements."""
     dtype = "" if found.dtype is None else f", {TORCH_NAMES.get(found.dtype, found.dtype)}"
     rows = [f"{found.model_type}, {found.parameters:,} parameters{dtype}"]
     if not found.blocks:
@@ -99,7 +100,7 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
         rows.append(f"{block.index:>5}" + "".join(f"{cell:>14}" for cell in cells))
     record = found.record or {}
     recipe = record["recipe"] if isinstance(record.get("recipe"), dict) else {}
-    asked = f" (asked for {recipe['sparsity']:.2%})" if isinstance(recipe.get("sparsity"), float) else ""
+    asked = f" (requested {recipe['sparsity']:.2%})" if isinstance(recipe.get("sparsity"), float) else ""
     rows.append(f"removed {found.sparsity:.2%} of the block projections{asked}")
     revision = record.get("base_revision")
     at = "" if revision is None else f" (revision {one_line(revision)})"
@@ -117,7 +118,7 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
 
 
 def _tokenizer_rows(calibration: dict[str, Any]) -> list[str]:
-    """The tokenizer of the calibration, with the digests of its vocabulary and chat template."""
+    """Return lines on the calibration's tokenizer, with the digests of its vocabulary and chat template."""
     digests = {"vocabulary": "vocabulary_sha256", "chat template": "chat_template_sha256"}
     found = [f"{name} {calibration[key]}" for name, key in digests.items() if key in calibration]
     if not found:
@@ -129,12 +130,12 @@ def _tokenizer_rows(calibration: dict[str, Any]) -> list[str]:
 
 
 def _opened(text: dict[str, Any]) -> str:
-    """How token windows of this record begin; empty where no token was put there."""
-    return "each window opened by BOS" if text.get("first_token") else ""
+    """Return how the token windows of a record begin; "" if no token was put first."""
+    return "each window starting with BOS" if text.get("first_token") else ""
 
 
 def _recovery_rows(record: dict[str, Any]) -> list[str]:
-    """How it was fine-tuned, a line; none where it was not."""
+    """Return one line on the fine-tuning; no line if the model was not fine-tuned."""
     recovered = record.get("recovered")
     if recovered is None:
         return []
@@ -144,7 +145,7 @@ def _recovery_rows(record: dict[str, Any]) -> list[str]:
 
 
 def _evaluation_rows(evaluation: dict[str, Any]) -> list[str]:
-    """What `evaluate --update-card` measured of these weights."""
+    """Return lines on the measurements of `evaluate --update-card` for these weights."""
     rows = [_text_row(entry) for entry in evaluation.get("texts", [])]
     for task, metrics in evaluation.get("tasks", {}).items():
         before = evaluation.get("reference_tasks", {}).get(task, {})
@@ -165,14 +166,14 @@ def _text_row(entry: dict[str, Any]) -> str:
 
 
 def estimate_table(found: Estimate) -> str:
-    """Memory, disk and work, in sums and parts."""
+    """Return the estimate of memory, disk and work as text, in sums and parts."""
     rows = [
-        "ESTIMATE from shapes alone; measured figures are in the report of a compression.",
+        "ESTIMATE from shapes alone; the report of a compression has the measured values.",
         f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
         f"{found.calibration_tokens:,} calibration tokens",
     ]
     if found.processes > 1:
-        rows.append(f"{found.processes} processes: host and files are those of all, device memory that of each")
+        rows.append(f"{found.processes} processes: host memory and files are totals, device memory is per process")
     for title, arrangement in (("with an accelerator", found.with_accelerator), ("without one", found.without)):
         needs, place = arrangement.needs, STREAMS[arrangement.streams]
         rows.append(f"{title}: streams in {place}, {arrangement.batch_size} windows at a time")
@@ -181,7 +182,9 @@ def estimate_table(found: Estimate) -> str:
         rows += _parts("files of streams", needs.files)
     rows += _parts("disk, while it runs", found.disk)
     if found.mapped_weights:
-        rows.append(f"weights stay in their files: {_bytes(found.mapped_weights)} that count as resident while in use")
+        rows.append(
+            f"weights stay in their files: {_bytes(found.mapped_weights)}, counted as resident memory while in use"
+        )
     passes = found.forward_passes
     rows.append(
         f"work: {sum(passes.values()):.1f} forward passes over the calibration tokens "
@@ -205,7 +208,7 @@ def _bytes(size: float) -> str:
 
 
 def benchmark_table(found: Benchmark) -> str:
-    """Every setting with what was measured there; beside a reference, how many times as fast the model is."""
+    """Return the measurements of every setting as text; with a reference, also the speed relative to it."""
     machine = found.machine
     paired = found.reference is not None
     columns = ("model", "reference", "times as fast") if paired else ("model",)
@@ -215,15 +218,15 @@ def benchmark_table(found: Benchmark) -> str:
         f"torch {machine['torch']}, transformers {machine['transformers']}",
         *(f"{name}: {_size(size)}" for name, size in (("model", found.model), ("reference", found.reference)) if size),
         _aligned([("batch × prompt", "run", "measure", *columns), *rows], left=3),
-        f"medians of {found.repeats} runs with {found.new_tokens} new tokens; in brackets the lowest and the highest",
-        f"peak memory: the weights, and how far the {found.memory_kind} rose in a run above what was taken before it",
+        f"medians of {found.repeats} runs with {found.new_tokens} new tokens; minimum and maximum in brackets",
+        f"peak memory: the weights, plus the increase of the {found.memory_kind} during a run over its level before",
     ]
     failures = [f"{_setting(row)} {failure}" for row in found.rows for failure in row.failures]
     return "\n".join([*lines, *failures, *found.notes])
 
 
 def _benchmark_rows(row: Row, paired: bool) -> list[tuple[str, ...]]:
-    """A line for each measure; the setting stands in the first."""
+    """Return one line per measure; the first also names the setting."""
     speeds = (row.model, row.reference) if paired else (row.model,)
     measures = [
         ("prefill tokens/s", row.prefill_ratio, lambda one: f"{one.prefill_tokens_per_second.median:,.1f}"),

@@ -194,7 +194,7 @@ def test_table_json_and_plot(folders: list[str], tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     data = json.loads((tmp_path / "speed.json").read_text())
     assert data["machine"]["torch"] == torch.__version__
-    assert f"how far the {data['memory_kind']} rose in a run" in shown
+    assert f"the increase of the {data['memory_kind']} during a run" in shown
     for name, folder in (("model", folders[0]), ("reference", folders[2])):
         stored = data[name]["disk_bytes"]
         assert stored == Path(folder, "model.safetensors").stat().st_size
@@ -222,7 +222,7 @@ def test_files_are_checked_before_work(
     folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(*folders, "--plot", tmp_path / "speed.txt") == 2
-    assert "names no picture format by its ending; expected one of" in capsys.readouterr().err
+    assert "has no suffix of a picture format; expected one of" in capsys.readouterr().err
     assert run(*folders, "--json", tmp_path / "missing" / "speed.json") == 2
     assert "does not exist" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

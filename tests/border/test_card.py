@@ -122,25 +122,25 @@ def test_the_figures_are_those_of_the_report(folder: Path) -> None:
     for block in report["blocks"]:
         cells = [f"{p['rank']} / {p['dense_rank']} | {p['relative_error']:.3f}" for p in block["parts"].values()]
         assert f"| {block['index']} | {' | '.join(cells)} |" in text
-    assert "Neither perplexity nor tasks nor speed were measured." in text
+    assert "Perplexity, downstream tasks and speed were not measured." in text
 
 
 def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(folder)]) == 0
-    assert "opened by BOS" not in card(folder).text + capsys.readouterr().out
+    assert "starting with BOS" not in card(folder).text + capsys.readouterr().out
     edit(folder / "config.json", lambda config: config["modegpt"]["calibration"].update(first_token="<s>"))
     add_evaluation(folder, evaluated(folder, "a.txt", 9.0, first_token="<|begin|>"))
     add_evaluation(folder, evaluated(folder, "b.txt", 9.0, first_token=None))
     text = card(folder).text
     assert re.search(
-        r"^\| calibration \| 8 × 32 tokens of `text.txt`.*, each window opened by BOS \|$", text, re.MULTILINE
+        r"^\| calibration \| 8 × 32 tokens of `text.txt`.*, each window starting with BOS \|$", text, re.MULTILINE
     )
-    assert "| `a.txt` | 4 × 32, each window opened by BOS |" in text
+    assert "| `a.txt` | 4 × 32, each window starting with BOS |" in text
     assert "| `b.txt` | 4 × 32 |" in text
     assert main(["inspect", str(folder)]) == 0
     printed = capsys.readouterr().out
-    assert "\ncalibrated with each window opened by BOS\n" in printed
-    assert "a.txt, 4 × 32 tokens, each window opened by BOS: perplexity 9.0000" in printed
+    assert "\ncalibrated with each window starting with BOS\n" in printed
+    assert "a.txt, 4 × 32 tokens, each window starting with BOS: perplexity 9.0000" in printed
     assert "b.txt, 4 × 32 tokens: perplexity 9.0000" in printed
 
 
@@ -184,7 +184,7 @@ def test_a_licence_that_is_not_stated_is_unknown(readme: str | None, folder: Pat
     edit(folder / "config.json", lambda config: config["modegpt"].update(base_card=found))
     write_card(folder)
     assert card(folder).data.license == "unknown"
-    assert "| licence | **not known**" in card(folder).text
+    assert "| licence | **unknown**" in card(folder).text
 
 
 def test_a_relative_link_of_a_folder_is_no_link(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_a_measurement_with_a_reference_gives_way_only_to_another(
     assert "| **5.00** | 4.00 | 0.1000 | 90.0 % |" in card(folder).text
     assert caplog.text == ""
     add_evaluation(folder, evaluated(folder, "one.txt", 7.0, first_token="<s>"))
-    assert "one.txt was measured with a reference before, which is kept" in caplog.text
+    assert "one.txt was already measured with a reference; that measurement is kept" in caplog.text
     add_evaluation(folder, evaluated(folder, "one.txt", 7.0, windows=9))
     kept, added = json.loads((folder / "evaluation.json").read_text())["texts"]
     assert (kept["perplexity"], kept["kl"], added["perplexity"]) == (5.0, 0.1, 7.0)
@@ -402,15 +402,15 @@ def test_a_model_with_another_head_claims_no_more_than_it_is(auto: Any, task: st
     model.save_pretrained(folder.parent / "head")
     text = card(folder.parent / "head").text
     assert f"| all parameters | {sum(each.numel() for each in model.parameters()):,} |" in text
-    assert "Make it again" not in text
+    assert "## Reproduce" not in text
     assert 'target_modules="all-linear"' + (f", {task})" if task else ")") in text
 
 
 def test_a_quantised_model_has_no_ordinary_layers(folder: Path) -> None:
-    assert "ordinary `nn.Linear`s" in card(folder).text
+    assert "ordinary `nn.Linear` modules" in card(folder).text
     edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
     text = write_card(folder).read_text(encoding="utf-8")
-    assert "ordinary `nn.Linear`s" not in text
+    assert "ordinary `nn.Linear` modules" not in text
     assert "| all parameters |" not in text
 
 
@@ -494,7 +494,7 @@ def test_what_is_left_is_logged_and_the_model_saved(folder: Path, tmp_path: Path
 
 def test_an_evaluation_does_not_replace_a_foreign_file(folder: Path) -> None:
     (folder / "evaluation.json").write_text("[]")
-    with pytest.raises(OutputError, match="no evaluation of ours"):
+    with pytest.raises(OutputError, match="was not written by this package"):
         add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
     assert (folder / "evaluation.json").read_text() == "[]"
 
@@ -574,7 +574,7 @@ def test_a_record_that_says_little_makes_a_card_that_says_little(tmp_path: Path)
     compressed("opt").save_pretrained(tmp_path)
     write_card(tmp_path)
     assert named(tmp_path) == "opt-modegpt"
-    assert "Make it again" not in card(tmp_path).text
+    assert "## Reproduce" not in card(tmp_path).text
     assert "None" not in card(tmp_path).text
 
 
@@ -592,6 +592,6 @@ def test_what_was_in_memory_is_no_argument_of_a_command(folder: Path) -> None:
 
 
 def test_a_dense_model_gets_no_card(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModel, match="holds a dense model"):
+    with pytest.raises(UnsupportedModel, match="contains a dense model"):
         write_card(save_dense(tmp_path))
     assert not (tmp_path / "README.md").exists()

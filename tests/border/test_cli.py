@@ -143,7 +143,7 @@ def test_every_field_is_a_flag_with_its_help(field: str, capsys: pytest.CaptureF
         ('{"sparsty": 0.3}', "unknown field 'sparsty' in the compression configuration. Did you mean 'sparsity'?"),
         ('{"sparsity": 30}', "for 30 % write sparsity=0.3"),
         ("sparsity: 0.3", "cannot be read as JSON"),
-        ("[1]", "holds a list; expected an object of fields"),
+        ("[1]", "contains a list; expected an object of fields"),
         (None, "cannot be read as JSON"),
     ],
 )
@@ -170,11 +170,11 @@ def test_a_full_folder_is_refused_before_any_work(tmp_path: Path, capsys: pytest
     (tmp_path / "note").touch()
     message = refusal(capsys, "compress", "no-such-model", "--output", tmp_path)
     assert message == (
-        f"error: {tmp_path} exists and is not empty; choose another --output, or replace it with --overwrite.\n"
+        f"error: {tmp_path} exists and is not empty; choose another --output, or overwrite it with --overwrite.\n"
     )
     message = refusal(capsys, "compress", "no-such-model", "--output", tmp_path, "--overwrite")
     assert "has no readable config.json; --overwrite deletes compressed models only" in message
-    assert "is a file; --output needs a folder" in refusal(capsys, "compress", "m", "--output", tmp_path / "note")
+    assert "is a file; expected a folder as --output" in refusal(capsys, "compress", "m", "--output", tmp_path / "note")
     assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
 
@@ -195,7 +195,7 @@ def test_what_a_run_uses_is_never_overwritten(
     assert "which this run uses" in refusal(capsys, *inside[used], *FLAGS)
     assert before <= {path.name for path in output.iterdir()}
     message = refusal(capsys, "compress", checkpoint, "--output", checkpoint, "--overwrite", *FLAGS)
-    assert "is what this run reads" in message
+    assert "is an input of this run" in message
 
 
 def test_overwrite_replaces_after_success_only(
@@ -278,7 +278,7 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", "nobody/nothing", "--debug"]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("Traceback")
-    assert "error: 'nobody/nothing' is no folder" in errors
+    assert "error: 'nobody/nothing' is not a local folder" in errors
 
 
 def test_a_defect_is_no_broken_threshold(
@@ -379,9 +379,9 @@ def test_a_tokenizer_of_another_size_is_a_warning(
     arguments = ["--dataset", str(text), "--max-windows", "1"]
     foreign = ["--tokenizer", str(tmp_path / "larger"), "--allow-foreign-tokenizer"]
     assert cli.main(["evaluate", str(checkpoint), *arguments, *foreign]) == 0
-    assert f"the tokenizer has {len(larger)} tokens, the model knows 260" in caplog.text
+    assert f"the tokenizer has {len(larger)} tokens and the model's vocabulary 260" in caplog.text
     assert cli.main(["evaluate", str(wide), *arguments]) == 0
-    assert f"the tokenizer has {len(tokenizer())} tokens, the model knows 600" in caplog.text
+    assert f"the tokenizer has {len(tokenizer())} tokens and the model's vocabulary 600" in caplog.text
 
 
 @pytest.mark.parametrize("flag", ["--batch-size", "--max-windows"])
@@ -428,7 +428,7 @@ def test_a_file_that_is_a_folder_is_refused_before_any_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
-    assert "sub is a folder; name the file to write" in refusal(capsys, *words, "sub")
+    assert "sub is a folder; expected a file to write" in refusal(capsys, *words, "sub")
 
 
 def test_the_next_step_is_ready_for_a_shell(tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_a_steep_sparsity_is_told_before_the_work(
 ) -> None:
     arguments = ["compress", checkpoint, "--output", tmp_path / "o", "--dataset", "nowhere.txt", *FLAGS]
     assert cli.main([str(word) for word in (*arguments, "--sparsity", sparsity)]) == 2
-    assert ("quality falls fast" in caplog.text and f"recover {tmp_path / 'o'}" in caplog.text) == warns
+    assert ("quality drops quickly" in caplog.text and f"recover {tmp_path / 'o'}" in caplog.text) == warns
 
 
 def test_the_table_has_a_legend(
@@ -477,7 +477,7 @@ def test_a_path_that_leads_nowhere_is_told_whoever_reads_it(
         ["benchmark", compressed, "--reference", gone],
     ):
         assert refusal(capsys, *words) == (
-            f"error: {str(gone)!r} does not exist, and no model of the Hub can have such a name. Expected a folder "
+            f"error: {str(gone)!r} does not exist, and no model on the Hub can have this name. Expected a folder "
             "with config.json and weights, or a name such as user/model.\n"
         )
     message = refusal(capsys, "evaluate", compressed, "--tokenizer", gone, "--dataset", text)
@@ -489,12 +489,12 @@ def test_a_file_for_a_folder_and_a_folder_for_a_file(
     compressed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = compressed / "config.json"
-    expected = f"error: {str(file)!r} is a file; a model is a folder. Name {str(compressed)!r}, if it holds one.\n"
+    expected = f"error: {str(file)!r} is a file; expected a model folder, perhaps {str(compressed)!r}.\n"
     for words in (["inspect", file], ["evaluate", file], ["compress", file, "--output", tmp_path / "o"]):
         assert refusal(capsys, *words) == expected
     message = refusal(capsys, "compress", compressed, "--output", tmp_path / "o", "--config", compressed)
     assert message == (
-        f"error: --config {compressed} is a folder; name a JSON file with fields of the configuration.\n"
+        f"error: --config {compressed} is a folder; expected a JSON file with fields of the configuration.\n"
     )
 
 
@@ -506,7 +506,7 @@ def test_a_folder_without_weights_is_told(
     for words in (["evaluate", bare, "--dataset", text, "--max-windows", 1], compress_words):
         message = refusal(capsys, *words)
         assert message.startswith(f"error: the weights of {str(bare)!r} could not be read: ")
-        assert message.endswith("or with shards and their index. Save or download it again.\n")
+        assert message.endswith("or with shards and their index. Save or download the model again.\n")
 
 
 def test_a_dataset_that_cannot_be_reached_names_the_flag(
@@ -579,7 +579,7 @@ def test_inspect_reads_no_weights(
     assert found["parameters"] == report.parameters.total_after
     printed = capsys.readouterr().out
     assert f"removed {report.achieved_sparsity:.2%} of the block projections" in printed
-    assert "of the block projections (asked for 30.00%)" in printed
+    assert "of the block projections (requested 30.00%)" in printed
     assert "\n  sparsity = 0.3\n" in printed
     assert printed.startswith(f"modegpt_llama, {found['parameters']:,} parameters, float32\n")
     for noise in ("None", "quant_method", "measured", "fine-tuned"):

@@ -371,7 +371,7 @@ def test_the_compressed_model_before_the_dense_one_is_refused(
     small, dense_folder = tmp_path / "small", folders[0]
     compressed("llama-gqa-tied").save_pretrained(small)
     assert run([small, dense_folder], prompts, "--max-kl", 9) == 2
-    assert f"the dense one comes first: compare {dense_folder} {small}" in capsys.readouterr().err
+    assert f"Name the dense one first: compare {dense_folder} {small}" in capsys.readouterr().err
 
 
 def test_a_broken_configuration_is_told_before_any_work(
@@ -417,7 +417,7 @@ def test_an_interrupted_run_names_the_file_that_stays(
 
     monkeypatch.setattr(PromptComparison, "to_dict", interrupted)
     assert run(folders, prompts, "--jsonl", file) == 130
-    assert capsys.readouterr().err.endswith(f"Interrupted. {file} holds the prompts that were measured.\n")
+    assert capsys.readouterr().err.endswith(f"Interrupted. {file} contains the prompts measured so far.\n")
     assert len(file.read_text().splitlines()) == 2
 
 

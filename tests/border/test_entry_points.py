@@ -150,7 +150,7 @@ def test_the_quantizer_refuses_a_compressed_model(compressed: Path, config: Mode
 
 @pytest.mark.parametrize("thing", ["Qwen/Qwen2.5-1.5B", None, torch.nn.Linear(2, 2)])
 def test_the_quantizer_refuses_what_is_no_model(thing: Any, config: ModeGPTConfig) -> None:
-    with pytest.raises(InvalidConfig, match=f"expected a PreTrainedModel, loaded, found {type(thing).__name__}"):
+    with pytest.raises(InvalidConfig, match=f"expected a loaded PreTrainedModel, found {type(thing).__name__}"):
         ModeGPTQuantizer(config).quantize_model(thing)
 
 
@@ -199,7 +199,7 @@ def test_missing_text_is_refused_before_weights_are_read(checkpoint: Path, tmp_p
 
 
 def test_both_keywords_are_refused(checkpoint: Path, config: ModeGPTConfig) -> None:
-    with pytest.raises(InvalidConfig, match="both given"):
+    with pytest.raises(InvalidConfig, match="found both"):
         AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=config, quantization_config=config)
 
 

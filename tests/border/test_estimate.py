@@ -228,6 +228,6 @@ def test_the_command_takes_what_compress_takes(
     assert f"host memory: needed {found['without_host_total'] / 2**20:,.1f} MiB" in capsys.readouterr().err
     assert cli.main(["estimate", *common, "--json", str(file), "--processes", "3"]) == 0
     assert json.loads(file.read_text())["processes"] == 3
-    assert "3 processes: host and files are those of all" in capsys.readouterr().out
+    assert "3 processes: host memory and files are totals" in capsys.readouterr().out
     assert cli.main(["estimate", *common, "--device", "nowhere"]) == 2
     assert "--device nowhere cannot be used" in capsys.readouterr().err

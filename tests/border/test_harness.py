@@ -382,7 +382,7 @@ def test_before_and_after(
     assert f"{after['value'] - before['value']:+.4f} ± " in row
     assert row.endswith(f"{after['value'] / before['value']:.1%}")
     assert "mean of 3" in table
-    assert f"card renewed: {place / 'README.md'}" in table
+    assert f"card updated: {place / 'README.md'}" in table
     kept = json.loads((place / "evaluation.json").read_text())
     assert (kept["tasks"], kept["reference_tasks"]) == (result["tasks"], result["reference_tasks"])
     assert "exact_match" in (place / "README.md").read_text()
@@ -394,7 +394,7 @@ def test_a_card_of_a_persons_own_is_left_alone_and_that_is_told(
     place = shutil.copytree(small, tmp_path / "own")
     (place / "README.md").write_text("Mine.")
     assert evaluate(place, "--tasks", "pick", "--include-path", folder, "--update-card") == 0
-    told = f"{place / 'README.md'} is your own and was left alone; the result stands in evaluation.json beside it."
+    told = f"{place / 'README.md'} is not a generated card and was not changed; the result is in evaluation.json."
     assert told in capsys.readouterr().out
     assert (place / "README.md").read_text() == "Mine."
     assert json.loads((place / "evaluation.json").read_text())["tasks"]["pick"]
@@ -423,10 +423,10 @@ def test_tasks_are_checked_before_the_model_is_loaded(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--limit", "3"], "--limit says nothing without --tasks"),
-        (["--num-fewshot", "0"], "--num-fewshot says nothing without --tasks"),
-        (["--tasks", "pick", "--max-windows", "3"], "--max-windows says nothing without --dataset"),
-        (["--update-card"], "--update-card writes into the folder of a compressed model"),
+        (["--limit", "3"], "--limit requires --tasks"),
+        (["--num-fewshot", "0"], "--num-fewshot requires --tasks"),
+        (["--tasks", "pick", "--max-windows", "3"], "--max-windows requires --dataset"),
+        (["--update-card"], "--update-card requires the folder of a compressed model"),
     ],
 )
 def test_flags_that_would_say_nothing(
@@ -450,7 +450,7 @@ def test_a_trial_does_not_go_into_a_card(small: Path, capsys: pytest.CaptureFixt
 def test_empty_names_are_refused(names: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         evaluate("model", "--tasks", names)
-    assert "names with commas between them" in capsys.readouterr().err
+    assert "names separated by commas" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------------------- the table

@@ -454,7 +454,7 @@ def test_adapters_are_pushed_as_adapters(hub: Hub, clients: Clients) -> None:
 
 def go_on(clients: Clients, message: str, home: str) -> Path:
     """Runs the command that a message advises; the folder that it names."""
-    command = re.search(r"^.*To go on: (hf upload .*)$", message, flags=re.MULTILINE)
+    command = re.search(r"^.*To resume: (hf upload .*)$", message, flags=re.MULTILINE)
     assert command, message
     words = command[1].split()
     done = clients.run([sys.executable, "-m", "huggingface_hub.cli.hf", *words[1:]], home)
@@ -490,7 +490,7 @@ def test_what_cannot_work_is_refused_before_anything_is_made(
     assert "--create-pr" in found["of another"][1]
     assert "Invalid user token" in found["wrong token"][1]
     assert found["code"] == 2
-    assert found["command"] == "error: nothing can be pushed to 'user/never': Invalid user token.\n"
+    assert found["command"] == "error: cannot push to 'user/never': Invalid user token.\n"
     assert not hub.repos.keys() & {"user/..wrong", "other/small", "user/new", "user/never"}
     assert not (clients.root / "user-never").exists()
 
@@ -579,5 +579,5 @@ def test_links_are_not_sent(tmp_path: Path) -> None:
 def test_a_dense_model_is_not_sent(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(OutputError, match="no compressed model"):
+    with pytest.raises(OutputError, match="not a compressed model"):
         Upload("user/name").push(tmp_path)

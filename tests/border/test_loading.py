@@ -252,7 +252,7 @@ def test_the_tokenizer_of_another_model_is_refused_or_allowed_on_purpose(
     named["PROMPTS"] = tmp_path / "prompts.txt"
     words = [named.get(word, word) for word in (*USES[use], "--tokenizer", tmp_path / "foreign")]
     message = refusal(capsys, *words)
-    assert f"It differs in: {difference}. Leave out" in message
+    assert f"It differs in: {difference}. Omit" in message
     assert "--allow-foreign-tokenizer" in message
     assert not (tmp_path / "out").exists()
     caplog.clear()
@@ -415,8 +415,8 @@ def test_a_revision_that_is_not_cached_is_named_with_those_that_are(compressed: 
     done = client(OFFLINE, **os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
     expected = (
-        f"\nRevision asked for: v2. In the cache {cache}: main (0123456).\n"
-        "HF_HUB_OFFLINE is set, so nothing is downloaded: unset it, or set HF_HOME to another cache.\n"
+        f"\nRequested revision: v2. In the cache {cache}: main (0123456).\n"
+        "HF_HUB_OFFLINE is set, so nothing is downloaded. Unset it, or set HF_HOME to another cache.\n"
     )
     assert done.stderr.count(expected) == 4
 
@@ -432,12 +432,12 @@ def test_a_cache_that_cannot_be_used_is_named(
     assert (
         Source("user/dense", {"cache_dir": cache})
         .cache_report()
-        .endswith("set HF_HUB_OFFLINE=1; HF_HOME is the folder of the cache.")
+        .endswith("set HF_HUB_OFFLINE=1; HF_HOME sets the folder of the cache.")
     )
     (tmp_path / "file").touch()
     report = Source("user/dense", {"cache_dir": tmp_path / "file" / "hub"}).cache_report()
     assert report.endswith(
-        f"Revision asked for: main. In the cache {tmp_path}/file/hub: no revision of this model.\n"
-        "The cache cannot be written to: set HF_HOME to a folder that can."
+        f"Requested revision: main. In the cache {tmp_path}/file/hub: no revision of this model.\n"
+        "The cache is not writable. Set HF_HOME to a writable folder."
     )
     assert Source(str(tmp_path)).cache_report() == ""

@@ -53,7 +53,7 @@ def test_tokenizers_of_every_kind_are_ours(tmp_path: Path) -> None:
     (folder / "additional_chat_templates" / "tools.jinja").touch()
     check_output(folder, overwrite=True)
     (folder / "additional_chat_templates" / "thesis.docx").touch()
-    with pytest.raises(OutputError, match="what no compressed model has: additional_chat_templates"):
+    with pytest.raises(OutputError, match="not part of a compressed model: additional_chat_templates"):
         check_output(folder, overwrite=True)
 
 
@@ -62,9 +62,9 @@ def test_tokenizers_of_every_kind_are_ours(tmp_path: Path) -> None:
     [
         ("dense", "is a model of type 'llama'"),
         ("broken", r"has no readable config\.json"),
-        ("folder", "what no compressed model has: checkpoints"),
-        ("file", "what no compressed model has: thesis.docx"),
-        ("link", "what no compressed model has: link.json"),
+        ("folder", "not part of a compressed model: checkpoints"),
+        ("file", "not part of a compressed model: thesis.docx"),
+        ("link", "not part of a compressed model: link.json"),
     ],
 )
 def test_anything_else_is_never_deleted(foreign: str, message: str, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_anything_else_is_never_deleted(foreign: str, message: str, tmp_path: Pa
 
 def test_what_came_in_meanwhile_is_not_deleted_and_the_work_is_kept(tmp_path: Path) -> None:
     folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"
-    words = r"(?s)what no compressed model has: thesis.docx.*kept in .*out\.finished-"
+    words = r"(?s)not part of a compressed model: thesis.docx.*kept in .*out\.finished-"
     with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, workshop=workshop) as partial:  # noqa: PT012
         result(partial, "new")
         (folder / "thesis.docx").touch()
@@ -97,7 +97,7 @@ def test_what_came_in_meanwhile_is_not_deleted_and_the_work_is_kept(tmp_path: Pa
 
 def test_the_second_of_two_runs_does_not_replace_the_first(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "out"
-    words = r"(?s)was taken while this run was at work.*kept in .*out\.finished-"
+    words = r"(?s)was written by another run in the meantime.*kept in .*out\.finished-"
     one, two = folder.with_name("one"), folder.with_name("two")
     with pytest.raises(OutputError, match=words), replacing(folder, overwrite=False, workshop=two) as second:  # noqa: PT012
         result(second, "second")
@@ -128,7 +128,7 @@ def test_a_lost_race_with_overwrite_is_tried_again(tmp_path: Path, monkeypatch: 
 
 def test_the_folder_of_the_run_is_no_place_for_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OutputError, match="is the folder that this runs in"):
+    with pytest.raises(OutputError, match="is the working folder"):
         check_output(Path("."), overwrite=True)
 
 

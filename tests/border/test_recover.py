@@ -443,7 +443,7 @@ def test_the_command_refuses_before_work(
     assert cli.main(["recover", str(teacher), *arguments]) == 2
     assert "expected a compressed model, found a dense one (llama)" in capsys.readouterr().err
     assert cli.main(["recover", str(small), "--dataset", str(text), "--output", str(small), "--overwrite"]) == 2
-    assert "is what this run reads" in capsys.readouterr().err
+    assert "is an input of this run" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

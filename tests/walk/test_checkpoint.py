@@ -363,7 +363,7 @@ def test_a_full_disk_while_the_result_is_saved_is_no_defect(
     with monkeypatch.context() as patch:
         patch.setattr(ModeGPTQuantizer, "save", full)
         assert cli.main(words) == 2
-    assert "No space left on device\nMake room and run the same again." in capsys.readouterr().err
+    assert "No space left on device\nFree disk space and run the same command again." in capsys.readouterr().err
     assert cli.main(words) == 0
 
 

@@ -390,7 +390,7 @@ def test_a_model_cannot_ask_to_be_compressed(tmp_path: Path, text: Path) -> None
     """It would name the text that is read, and the hours that it takes."""
     folder = save_dense(tmp_path / "dense")
     edit(folder, quantization_config={"quant_method": "modegpt", "dataset": str(text), "method": "paper"})
-    with pytest.raises(ValueError, match="Only the caller can ask"):
+    with pytest.raises(ValueError, match="Only the caller can request one"):
         AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -1,7 +1,7 @@
 """The arguments of the commands, one module for each command: `add` declares them.
 
-None of these modules imports torch or transformers, so help and mistakes in the arguments are answered at once. The
-modules of the same names in `optimum_modegpt.integration.commands` run the commands.
+None of these modules imports torch or transformers, so help and argument errors are printed at once. The modules of
+the same names in `optimum_modegpt.integration.commands` run the commands.
 """
 
 from optimum_modegpt.integration.arguments import (
@@ -16,4 +16,4 @@ from optimum_modegpt.integration.arguments import (
 )
 
 COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, estimate, demo)
-"""In the order in which the help lists them."""
+"""The modules of the commands, in the order in which the help lists them."""

@@ -13,28 +13,32 @@ BATCH_SIZES, PROMPT_LENGTHS = (1, 8), (128, 1024)
 
 def add(verbs: Any) -> None:
     """Declare the arguments."""
-    parser = verb(verbs, "benchmark", "How fast MODEL reads a prompt and writes, and what memory it takes.")
-    parser.add_argument("--reference", metavar="DENSE", help="model to take turns with; ratios are to it")
+    parser = verb(verbs, "benchmark", "Measure prefill speed, decode speed and memory of MODEL.")
+    parser.add_argument(
+        "--reference", metavar="DENSE", help="model to measure in alternation with MODEL; ratios are relative to it"
+    )
     add_reference_revision(parser)
-    parser.add_argument("--batch-sizes", type=counts, default=BATCH_SIZES, metavar="N,…", help="default 1,8")
+    parser.add_argument(
+        "--batch-sizes", type=counts, default=BATCH_SIZES, metavar="N,…", help="prompts per batch; default 1,8"
+    )
     parser.add_argument(
         "--prompt-lengths",
         type=counts,
         default=PROMPT_LENGTHS,
         metavar="N,…",
-        help="tokens, cut to the context; default 128,1024",
+        help="tokens, truncated to the context; default 128,1024",
     )
     parser.add_argument(
         "--new-tokens", type=count, default=NEW_TOKENS, metavar="N", help=f"decoding steps; default {NEW_TOKENS}"
     )
     parser.add_argument(
-        "--repeats", type=count, default=REPEATS, metavar="N", help=f"measurements of a setting; default {REPEATS}"
+        "--repeats", type=count, default=REPEATS, metavar="N", help=f"measurements per setting; default {REPEATS}"
     )
-    parser.add_argument("--compile", action="store_true", help="measure once more under torch.compile; takes minutes")
+    parser.add_argument("--compile", action="store_true", help="measure again under torch.compile; takes minutes")
     add_device(parser)
     files = parser.add_argument_group("files")
-    files.add_argument("--json", type=path, metavar="FILE", help="write all figures, machine and versions")
-    files.add_argument("--plot", type=path, metavar="FILE", help="draw the speeds; .png, .svg or .pdf")
+    files.add_argument("--json", type=path, metavar="FILE", help="write all measurements, the machine and versions")
+    files.add_argument("--plot", type=path, metavar="FILE", help="plot the speeds; .png, .svg or .pdf")
 
 
 def counts(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The arguments, and types of arguments, that several commands share."""
+"""The arguments and argument types that several commands share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 
 def add_access(parser: argparse.ArgumentParser, model: str) -> None:
-    """Add the flags for access to the argument `model`."""
+    """Add the flags for access to the model whose argument is called `model`."""
     parser.add_argument("--revision", metavar="R", help=f"branch, tag or commit of {model}")
     parser.add_argument("--token", metavar="T", help="access token of the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -27,7 +27,7 @@ def add_access(parser: argparse.ArgumentParser, model: str) -> None:
 
 
 def add_reference_revision(parser: argparse.ArgumentParser, flag: str = "--reference-revision") -> None:
-    """Add the flag that says which revision of the dense model is read."""
+    """Add the flag for the revision of the dense model."""
     text = "branch, tag or commit of DENSE"
     parser.add_argument(flag, dest="reference_revision", metavar="R", help=text)
 
@@ -38,15 +38,17 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a command that computes."""
-    parser.add_argument("--device", default="auto", help="where to compute; auto takes an accelerator if there is one")
+    """Add the flags for device and data type."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the weights; auto is that of the checkpoint"
+        "--device", default="auto", help="device to compute on; auto uses an accelerator if one is available"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="data type of the weights; auto keeps the stored one"
     )
 
 
 def add_tokenizer(parser: argparse.ArgumentParser, default: str) -> None:
-    """Add the flags that choose a tokenizer; `default` says which one is used without them."""
+    """Add the flags that choose a tokenizer; `default` describes the tokenizer that is used without them."""
     parser.add_argument("--tokenizer", metavar="NAME", help=f"name or folder; by default {default}")
     parser.add_argument(
         "--allow-foreign-tokenizer",
@@ -63,7 +65,7 @@ def count(text: str) -> int:
 
 
 def path(text: str) -> Path:
-    """Parse a path; an empty one would be the working folder."""
+    """Parse a path, and refuse an empty one: it would mean the working folder."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found nothing")
     return Path(text)

@@ -11,12 +11,16 @@ from optimum_modegpt.integration.arguments.configuration import add_configuratio
 def add(verbs: Any) -> None:
     """Declare the arguments."""
     parser = verb(verbs, "compress", "Compress MODEL and save it.")
-    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
-    parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
-    parser.add_argument("--fresh", action="store_true", help="throw away what an interrupted run of this has finished")
-    parser.add_argument("--ignore-estimate", action="store_true", help="go on where memory or disk seem too small")
-    parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report there")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result, to user/name on the Hub")
+    parser.add_argument(
+        "--output", type=path, required=True, metavar="DIR", help="folder to write; it appears only once complete"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="overwrite an existing result once compression succeeds"
+    )
+    parser.add_argument("--fresh", action="store_true", help="discard the checkpoint of an interrupted run")
+    parser.add_argument("--ignore-estimate", action="store_true", help="continue even if memory or disk seem too small")
+    parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report to this file")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to the Hub, as user/name")
     parser.add_argument("--private", action="store_true", help="make REPO private if it is new")
     parser.add_argument("--create-pr", action="store_true", help="upload as a pull request")
     add_configuration(parser)

@@ -20,12 +20,12 @@ COMMAND_LINE_TEXTS = {
     "allow_foreign_tokenizer": "accept a --tokenizer that differs from the model's own in vocabulary, special tokens "
     "or chat template, with a warning.",
 }
-"""Descriptions of the fields that take more in Python than on the command line."""
+"""Descriptions of the fields that accept more in Python than on the command line."""
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
     """Add a flag for every field of `ModeGPTConfig`, with its name, type and description."""
-    group = parser.add_argument_group("configuration", "Flags win over --config, which wins over the defaults.")
+    group = parser.add_argument_group("configuration", "Flags override --config, which overrides the defaults.")
     group.add_argument("--config", type=path, metavar="FILE", help="JSON file with any of these fields")
     texts, hints = field_texts(), typing.get_type_hints(Recipe)
     for field in dataclasses.fields(Recipe):
@@ -46,7 +46,7 @@ def field_texts() -> dict[str, str]:
 
 
 def _plain(text: str) -> str:
-    """Without the marks of code; a field that is None is a flag that is left out."""
+    """Return the text without code marks; a field that is None is worded as a flag that is left out."""
     words = " ".join(re.sub('[`"]', "", text).split())
     return re.sub(r"\bNone (?=takes|chooses|finds)", "left out, it ", words)
 
@@ -56,7 +56,7 @@ def _default(value: Any) -> str:
 
 
 def _reading(hint: Any) -> dict[str, Any]:
-    """How argparse reads a field of this type; None in a type means that the flag is left out."""
+    """Return the arguments with which argparse parses a field of this type; None means that the flag is left out."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [kind for kind in (typing.get_args(hint) if is_union else (hint,)) if kind is not type(None)]
     literals = [value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind)]

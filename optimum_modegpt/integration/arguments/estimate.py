@@ -10,10 +10,14 @@ from optimum_modegpt.integration.arguments.configuration import add_configuratio
 
 def add(verbs: Any) -> None:
     """Declare the arguments."""
-    parser = verb(verbs, "estimate", "Memory and work that compressing MODEL needs; loads no weights.")
-    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result there")
+    parser = verb(verbs, "estimate", "Estimate the memory and work of compressing MODEL without loading its weights.")
+    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result to this file")
     parser.add_argument(
-        "--processes", type=count, default=1, metavar="N", help="processes started together on this machine; default 1"
+        "--processes",
+        type=count,
+        default=1,
+        metavar="N",
+        help="number of processes that share the work on this machine; default 1",
     )
     add_configuration(parser)
     add_device(parser)

@@ -12,10 +12,19 @@ MOST_WINDOWS = 4096
 
 def add(verbs: Any) -> None:
     """Declare the arguments."""
-    parser = verb(verbs, "recover", "Fine-tune a compressed MODEL with LoRA, merge it and save the result.")
-    parser.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write; it appears whole")
-    parser.add_argument("--overwrite", action="store_true", help="replace the result that stands there, after success")
-    parser.add_argument("--teacher", dest="reference", metavar="DENSE", help="learn its predictions, not the text's")
+    parser = verb(verbs, "recover", "Fine-tune a compressed MODEL with LoRA, merge the adapters and save the result.")
+    parser.add_argument(
+        "--output", type=path, required=True, metavar="DIR", help="folder to write; it appears only once complete"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="overwrite an existing result once the command succeeds"
+    )
+    parser.add_argument(
+        "--teacher",
+        dest="reference",
+        metavar="DENSE",
+        help="distill this model's predictions instead of training on the text's tokens",
+    )
     add_reference_revision(parser, "--teacher-revision")
     parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
     parser.add_argument(
@@ -30,14 +39,16 @@ def add(verbs: Any) -> None:
         type=count,
         default=MOST_WINDOWS,
         metavar="N",
-        help="windows to take at most; default %(default)s",
+        help="maximum number of windows; default %(default)s",
     )
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="its peak; default 0.03 / sqrt(d_model)")
+    parser.add_argument(
+        "--learning-rate", type=float, metavar="X", help="peak learning rate; default 0.03 / sqrt(d_model)"
+    )
     for flag, kind, text in (
-        ("steps", count, "updates of the weights"),
+        ("steps", count, "optimizer steps"),
         ("batch-size", count, "windows per step"),
-        ("lora-rank", count, "rank of the adapters"),
-        ("seed", int, "of the choice and order of the windows and of the adapters' first values"),
+        ("lora-rank", count, "rank of the LoRA adapters"),
+        ("seed", int, "seed of the choice and order of the windows and of the initial adapters"),
     ):
         default = getattr(RecoveryConfig, flag.replace("-", "_"))
         parser.add_argument(f"--{flag}", type=kind, default=default, metavar="N", help=f"{text}; default %(default)s")

@@ -1,4 +1,4 @@
-"""The model card: README.md of a result folder, written from what lies there and from nothing else."""
+"""The model card: README.md of a result folder, written only from the files in that folder."""
 
 from optimum_modegpt.integration.card.contents import EVALUATION, REPORT, check_evaluation, weights_digest
 from optimum_modegpt.integration.card.write import (

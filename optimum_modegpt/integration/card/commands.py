@@ -1,4 +1,4 @@
-"""The commands and the Python of the card: what made the model, and what measured it."""
+"""Build the commands and the Python code of the card that compressed, fine-tuned and evaluated the model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optimum_modegpt.integration.card.contents import Contents
 from optimum_modegpt.integration.source import DEMO
 
 COLUMNS = 88
-"""Of a command on the page."""
+"""Maximum width of a line of a command on the card."""
 COMMAND = ("optimum-cli", "modegpt")
 RECOVERY = {
     "teacher": "teacher",
@@ -27,7 +27,7 @@ RECOVERY = {
     "lora_rank": "lora_rank",
     "seed": "seed",
 }
-"""Flags of `recover` by the keys of its record."""
+"""Flags of `recover`, by the keys of its record."""
 MODEL_FLAGS = ("reference", "reference_revision", "tokenizer", "allow_foreign_tokenizer", "batch_size", "dtype")
 TEXT_FLAGS = ("dataset_split", "text_column")
 KINDS = {"dataset": "file", "tokenizer": "folder", "reference": "folder", "include_path": "folder"}
@@ -37,7 +37,7 @@ KINDS = {"dataset": "file", "tokenizer": "folder", "reference": "folder", "inclu
 
 
 def choices(found: Contents) -> dict[str, Any]:
-    """The fields that make it again: sparsity and text, and whatever differs from the defaults."""
+    """Return the fields that reproduce the model: sparsity and dataset, and all that differ from the defaults."""
     recipe = found.record.get("recipe", {})
     return {
         field.name: recipe[field.name]
@@ -47,7 +47,7 @@ def choices(found: Contents) -> dict[str, Any]:
 
 
 def compress_command(found: Contents) -> str | None:
-    """The command that makes it again; None where a command line cannot name what was given."""
+    """Return the command that reproduces the model; None if an input was an object in memory or is unknown."""
     fields = choices(found)
     if not fields or found.base is None or any(str(value).startswith(IN_MEMORY) for value in fields.values()):
         return None
@@ -56,7 +56,7 @@ def compress_command(found: Contents) -> str | None:
 
 
 def compress_call(found: Contents) -> str | None:
-    """The same in Python; a dataset or tokenizer that was in memory stands there as a name."""
+    """Return Python code that reproduces the model; a variable replaces a dataset or tokenizer that was in memory."""
     fields = choices(found)
     if not fields or found.base is None or not found.is_causal:
         return None
@@ -72,13 +72,13 @@ def compress_call(found: Contents) -> str | None:
 
 
 def dense_choices(found: Contents) -> dict[str, Any]:
-    """How the dense model was loaded, as far as it is known."""
+    """Return the known arguments with which the dense model was loaded."""
     loading = {"revision": found.record.get("base_revision"), "dtype": found.record.get("dtype")}
     return {name: value for name, value in loading.items() if value is not None}
 
 
 def notes(found: Contents) -> list[str]:
-    """What has to be put in place of what the record can only describe."""
+    """Return which inputs the reader must replace, because the record only describes them."""
     fields, lines = choices(found), []
     if found.base != DEMO and not found.base_is_on_hub:
         lines.append(f"`{found.base}` was a folder: give its path.")
@@ -90,7 +90,7 @@ def notes(found: Contents) -> list[str]:
 
 
 def recover_command(found: Contents) -> str | None:
-    """The command that fine-tuned it; None where it was not, or a command line cannot name what was given."""
+    """Return the command that fine-tuned the model; None if there was none or an input cannot be named."""
     recovered = found.record.get("recovered", {})
     if not {"dataset", "steps"} <= recovered.keys() or recovered["dataset"].startswith(IN_MEMORY):
         return None
@@ -104,7 +104,7 @@ def recover_command(found: Contents) -> str | None:
 
 
 def evaluate_commands(found: Contents) -> list[str]:
-    """The commands that measured what the card shows."""
+    """Return the commands that made the measurements of the card."""
     commands = []
     for entry in found.evaluation.get("texts", []):
         if not entry["text"]["name"].startswith(IN_MEMORY):
@@ -141,12 +141,12 @@ def _text_flags(found: Contents, text: dict[str, Any], settings: dict[str, Any])
 
 
 def _is_embedded(found: Contents, text: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether this is the text that the command takes for the embedded model where none is named."""
+    """Return whether a text is the default text of the command for the embedded model."""
     return found.base == DEMO and text["name"] == demo.EVALUATION_TEXT.name and "dataset" not in settings
 
 
 def evaluate_notes(found: Contents) -> list[str]:
-    """What has to be put in place of paths, of which only the last part is kept."""
+    """Return which paths the reader must replace, because only their last part is kept."""
     every = [entry.get("settings", {}) for entry in found.evaluation.get("texts", [])]
     every += found.evaluation.get("task_settings", {}).values()
     named = {
@@ -162,7 +162,7 @@ def evaluate_notes(found: Contents) -> list[str]:
 
 
 def flags(values: dict[str, Any]) -> list[str]:
-    """Words of a command line; None and False are left out, and True is a flag without a value."""
+    """Return words of a command line; None and False are left out, and True is a flag without a value."""
     words = []
     for name, value in values.items():
         if value is not None and value is not False:
@@ -171,7 +171,7 @@ def flags(values: dict[str, Any]) -> list[str]:
 
 
 def shell(words: list[str]) -> str:
-    """A command for a shell, in lines that a page shows whole; a flag stays with its value."""
+    """Return a command for a shell, wrapped to the width of the card; a flag stays on the line of its value."""
     groups: list[list[str]] = [[]]
     for word in words:
         if word.startswith("--"):
@@ -186,5 +186,5 @@ def shell(words: list[str]) -> str:
 
 
 def literal(value: Any) -> str:
-    """A value as Python source."""
+    """Return a value as Python source."""
     return json.dumps(value) if isinstance(value, str) else repr(value)

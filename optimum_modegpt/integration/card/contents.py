@@ -1,4 +1,4 @@
-"""What lies in a result folder, as far as it is ours and whole."""
+"""Read the files of a result folder that this package wrote and that are complete."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "tex
 
 @dataclass(frozen=True)
 class Contents:
-    """What lies in a result folder."""
+    """The contents of a result folder."""
 
     config: Any
     record: dict[str, Any]
-    """What config.json says of the compression; of older ones, and of hand-made ones, keys may be missing."""
+    """The record of the compression in config.json; old or hand-written records may lack keys."""
     report: dict[str, Any] | None
     evaluation: dict[str, Any]
     weights_changed: bool | None
-    """Whether the weights are others than the compression made; None where that is not known."""
+    """Whether the weights differ from those that the compression produced; None if that is unknown."""
     stored_parameters: int | None
-    """As the weight files have them; None without such files, and where they are packed."""
+    """Number of parameters in the weight files; None without such files, or if they are packed."""
     weight_bytes: int | None
     has_tokenizer: bool
     repo_id: str | None = None
 
     @property
     def base(self) -> str | None:
-        """The dense model: a name of the Hub, "demo", or the last part of a folder's path."""
+        """Return the dense model: a name on the Hub, "demo", or the last part of a folder's path."""
         base = self.record.get("base_model")
         return base.rpartition("/")[2] or None if base is not None and base.startswith("/") else base
 
     @property
     def base_is_on_hub(self) -> bool:
-        """Whether `base` is a name of the Hub: of folders only the last part is kept, and they have no revision."""
+        """Return whether `base` is a name on the Hub; a folder is kept as its last part and has no revision."""
         return (
             self.base is not None
             and self.base != DEMO
@@ -64,50 +64,50 @@ class Contents:
 
     @property
     def sparsity(self) -> float | None:
-        """The achieved sparsity."""
+        """Return the achieved sparsity."""
         return self.record.get("achieved", {}).get("sparsity")
 
     @property
     def parameters(self) -> dict[str, int] | None:
-        """Numbers of parameters before and after the compression."""
+        """Return the numbers of parameters before and after the compression."""
         found = self.record.get("achieved", {}).get("parameters", {})
         return found if len(found) == len(shapes.RECORD["achieved"]["parameters"]) else None
 
     @property
     def compressed_name(self) -> str:
-        """What the card calls the model that the compression made: the name of the folder may be a temporary one."""
+        """Return the card's name for the result of the compression; the folder may have a temporary name."""
         base = re.sub(r"[^\w.-]+", "-", (self.base or "model").rpartition("/")[2])
         return f"{base}-modegpt" + ("" if self.sparsity is None else f"-{self.sparsity:.0%}".rstrip("%"))
 
     @property
     def name(self) -> str:
-        """What the card calls the model."""
+        """Return the card's name for the model."""
         return self.compressed_name + ("-recovered" if "recovered" in self.record else "")
 
     @property
     def architecture(self) -> str:
-        """Name of the saved class."""
+        """Return the name of the saved class."""
         return (self.config.architectures or [""])[0]
 
     @property
     def pipeline(self) -> str | None:
-        """The task of the saved class, as the Hub calls it."""
+        """Return the Hub's name for the task of the saved class."""
         return next((tag for ending, tag in PIPELINES.items() if self.architecture.endswith(ending)), None)
 
     @property
     def is_causal(self) -> bool:
-        """Whether this is the language model that the compression made, and no other head on its body."""
+        """Return whether the model has the language-model head, not another one."""
         return self.pipeline == "text-generation"
 
     @property
     def quantization(self) -> str | None:
-        """How it was quantised after the compression; None where it was not."""
+        """Return the method that quantised the model after the compression; None if it was not quantised."""
         found = getattr(self.config, "quantization_config", None)
         return shapes.text(str(found.get("quant_method"))) if isinstance(found, dict) else None
 
 
 def is_repo_id(name: str) -> bool:
-    """Whether a model of the Hub could have this name."""
+    """Return whether a model on the Hub can have this name."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -116,23 +116,23 @@ def is_repo_id(name: str) -> bool:
 
 
 def read(folder: Path, repo_id: str | None = None) -> Contents:
-    """What lies in the folder of a compressed model.
+    """Read the folder of a compressed model.
 
     Raises:
-        UnsupportedModel: there is none.
+        UnsupportedModel: the folder does not contain a compressed model.
     """
     config = load_config(Source(str(folder)))
     if not is_compressed(config.model_type):
-        raise UnsupportedModel(f"{folder} holds a dense model ({config.model_type}); a card is for compressed ones.")
+        raise UnsupportedModel(f"{folder} contains a dense model ({config.model_type}); expected a compressed one.")
     record = shapes.fitted(config.modegpt, shapes.RECORD) or {}
     report, evaluation = read_report(folder, config.modegpt), read_evaluation(folder)
-    digest = weights_digest(folder) if report or evaluation else None  # which reads all of them
+    digest = weights_digest(folder) if report or evaluation else None  # reads all weights
     bare = next(folder.glob("*.safetensors"), None) is None
     return Contents(
         config=config,
         record=record,
         report=report,
-        # Of other weights, from before a fine-tuning for one, it says nothing. Without weights it is taken at its word.
+        # An evaluation of other weights, as before a fine-tuning, is dropped. Without weight files, it is trusted.
         evaluation=evaluation if bare or digest == evaluation.get("weights_sha256") else {},
         weights_changed="recovered" in record or _changed(report, digest, bare),
         stored_parameters=stored_parameters(folder, config),
@@ -143,7 +143,7 @@ def read(folder: Path, repo_id: str | None = None) -> Contents:
 
 
 def _changed(report: dict[str, Any] | None, digest: str | None, bare: bool) -> bool | None:
-    """Whether weights of this digest are others than the report tells of; a bare report is taken at its word."""
+    """Return whether weights with this digest differ from those of the report; a report without weights is trusted."""
     if report is None:
         return None
     if bare:
@@ -153,24 +153,24 @@ def _changed(report: dict[str, Any] | None, digest: str | None, bare: bool) -> b
 
 
 def read_report(folder: Path, record: Any) -> dict[str, Any] | None:
-    """The report of the compression that `record` tells of; None where there is none, or that of another model."""
+    """Load the report of the compression in `record`; None if it is missing or belongs to another model."""
     if not (folder / REPORT).is_file():
         return None
     try:
         report = Report.load(folder / REPORT)
     except (OSError, EvaluationError, RecursionError) as error:
-        logger.warning("%s is left alone, and the card says nothing of it: %s", folder / REPORT, error)
+        logger.warning("%s is not changed, and the card does not include it: %s", folder / REPORT, error)
         return None
     told = (record.get("recipe"), record.get("calibration")) if isinstance(record, dict) else None
     return shapes.fitted(report.to_dict(), shapes.REPORT) if (report.config, report.calibration) == told else None
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """What was measured, of whatever weights; empty where nothing was, or where the file is none of ours."""
+    """Read the measurements, of any weights; empty if the file is missing or was not written by this package."""
     try:
         check_evaluation(folder)
     except OutputError as error:
-        logger.warning("%s The card says nothing of it.", error)
+        logger.warning("%s The card does not include it.", error)
         return {}
     if not (folder / EVALUATION).is_file():
         return {}
@@ -188,10 +188,10 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def check_evaluation(folder: Path) -> None:
-    """Refuses a file `evaluation.json` that another program wrote, or that is cut off.
+    """Raise an error if `evaluation.json` was written by another program or is cut off.
 
     Raises:
-        OutputError: with what to do.
+        OutputError: the file is invalid; the message says how to continue.
     """
     path = folder / EVALUATION
     if not path.exists():
@@ -202,13 +202,13 @@ def check_evaluation(folder: Path) -> None:
     except (OSError, ValueError, RecursionError):
         ours = False
     if not ours:
-        raise OutputError(f"{path} is no evaluation of ours, or cut off, and is left alone; move it away.")
+        raise OutputError(f"{path} was not written by this package or is cut off. It was not changed; move it.")
 
 
 def weights_digest(folder: Path) -> str | None:
-    """sha256 over names, types, shapes and values of the tensors in safetensors files; None where there are none.
+    """Return the sha256 of names, types, shapes and values of the tensors in safetensors files; None without files.
 
-    It does not depend on how the tensors are spread over files.
+    The digest does not depend on the distribution of the tensors over files.
     """
     found = {}
     for path in weight_files(folder):
@@ -221,7 +221,7 @@ def weights_digest(folder: Path) -> str | None:
 
 
 def stored_parameters(folder: Path, config: Any) -> int | None:
-    """Numbers in the weight files; None without such files, and where they are packed."""
+    """Return the number of parameters in the weight files; None without such files, or if they are packed."""
     if getattr(config, "quantization_config", None) or not weight_files(folder):
         return None
     tensors = read_headers(Source(str(folder))).values()

@@ -1,4 +1,4 @@
-"""The header of the card, which the Hub reads."""
+"""The front matter of the card, which the Hub reads."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from optimum_modegpt.integration.card.contents import Contents, is_repo_id
 
 TAGS = ["modegpt", "compressed", "structured-pruning", "low-rank"]
 TASK_SETTINGS = ("stderr", "num_fewshot", "samples", "version", "lm_eval")
-"""What belongs to the score of a task, as far as it is known."""
+"""The keys that describe the score of a task; keys may be missing."""
 
 
 def metadata(found: Contents) -> ModelCardData:
-    """The header of the card."""
+    """Return the front matter of the card."""
     card, recovered = found.record.get("base_card", {}), found.record.get("recovered", {})
     recovery = {"name": recovered.get("dataset"), "revision": recovered.get("revision")}
     datasets = [hub_dataset(text) for text in (found.record.get("calibration", {}), recovery)]
@@ -36,9 +36,10 @@ def metadata(found: Contents) -> ModelCardData:
 
 
 def relation(found: Contents) -> str | None:
-    """Of the Hub's relations (adapter, merge, quantized, finetune): the same model in fewer bytes, unless trained.
+    """Return the relation to the base model, of those that the Hub knows (adapter, merge, quantized, finetune).
 
-    None where it is not known whether the weights are those of the compression.
+    It is "quantized" for the weights of the compression, which are the same model in fewer bytes, and "finetune" for
+    changed weights. It is None if that is unknown.
     """
     if found.weights_changed is None:
         return None
@@ -46,16 +47,16 @@ def relation(found: Contents) -> str | None:
 
 
 def hub_dataset(text: dict[str, Any]) -> str | None:
-    """The id on the Hub of the dataset that a record of token windows names; None where it is none."""
+    """Return the Hub id of the dataset in a record of token windows; None if the dataset is not on the Hub."""
     name = text.get("name")
-    if text.get("revision") is None or name is None:  # only datasets of the Hub have one
+    if text.get("revision") is None or name is None:  # only datasets on the Hub have a revision
         return None
     name = HUB_DATASETS[name].path if name in HUB_DATASETS else name
     return name if is_repo_id(name) else None
 
 
 def perplexities(found: Contents) -> list[EvalResult]:
-    """The measured perplexities, as the Hub reads them: of one text that on most tokens, for it would merge them."""
+    """Return the perplexities for the Hub: for each text only that of most tokens, since the Hub merges them."""
     by_text: dict[Any, dict[str, Any]] = {}
     for entry in sorted(found.evaluation.get("texts", []), key=lambda entry: entry["text"].get("tokens", 0)):
         by_text[hub_dataset(entry["text"]) or entry["text"]["name"], entry["text"].get("split")] = entry
@@ -76,7 +77,7 @@ def perplexities(found: Contents) -> list[EvalResult]:
 
 
 def task_results(found: Contents) -> list[EvalResult]:
-    """The measured tasks, as the Hub reads them."""
+    """Return the scores on tasks for the Hub."""
     return [
         EvalResult(
             task_type="text-generation",

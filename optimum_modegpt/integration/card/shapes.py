@@ -1,4 +1,4 @@
-"""What a card believes of files that anyone may have written: values of the expected kinds, each in one line."""
+"""Filter untrusted files for the card: only values of the expected types are kept, each in one line."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from optimum_modegpt.config import ModeGPTConfig
 
 LARGEST = 2**63
 ANY = "*"
-"""Stands for every key of a mapping."""
+"""A key of a shape that matches every key of a mapping."""
 BREAKING = str.maketrans({"`": "'", "|": "¦", "<": "‹"})
-"""What would end a code span or a cell of a table, or begin HTML."""
+"""Replacements for characters that would end a code span or a table cell, or begin HTML."""
 
 
 def fitted(value: Any, shape: Any) -> Any:
-    """`value` as far as it has the shape; what has another is left out, and None is returned where nothing fits.
+    """Return the parts of `value` that match a shape, without the others; None if no part matches.
 
     Args:
+        value: any value, as read from JSON.
         shape: a dict of shapes by key, `ANY` for every key; a list of one shape; or a function that returns the value,
-            or None where it is of another kind.
+            or None if it is of another type.
     """
     if isinstance(shape, dict):
         return _mapping(value, shape) if isinstance(value, dict) else None
@@ -36,37 +37,37 @@ def _mapping(value: dict[Any, Any], shape: dict[str, Any]) -> dict[str, Any]:
 
 
 def text(value: Any) -> str | None:
-    """A string, in one line and without what Markdown would take for its own."""
+    """Return a string in one line, with characters of Markdown syntax replaced; None for another type."""
     return (" ".join(value.split()).translate(BREAKING) or None) if isinstance(value, str) else None
 
 
 def texts(value: Any) -> Any:
-    """A string or several."""
+    """Return a string or a list of strings; None for another type."""
     return fitted(value, [text]) if isinstance(value, list) else text(value)
 
 
 def number(value: Any) -> float | None:
-    """A number."""
+    """Return a number; None for another type."""
     return value if type(value) is float or (type(value) is int and abs(value) < LARGEST) else None
 
 
 def natural(value: Any) -> int | None:
-    """An integer of at least 1."""
+    """Return an integer of at least 1; None for another value."""
     return value if type(value) is int and 0 < value < LARGEST else None
 
 
 def whole(value: Any) -> int | None:
-    """An integer of at least 0."""
+    """Return an integer of at least 0; None for another value."""
     return value if value == 0 and type(value) is int else natural(value)
 
 
 def flag(value: Any) -> bool | None:
-    """True or False."""
+    """Return True or False; None for another type."""
     return value if isinstance(value, bool) else None
 
 
 def scalar(value: Any) -> Any:
-    """A string, a number or a truth value."""
+    """Return a string, a number or a boolean; None for another type."""
     return next((one for one in (text(value), number(value), flag(value)) if one is not None), None)
 
 
@@ -94,7 +95,7 @@ RECORD = {
         "distilled": flag,
     },
 }
-"""What config.json says of the compression."""
+"""The record of the compression in config.json."""
 REPORT = {
     "versions": {ANY: text},
     "device": text,
@@ -111,7 +112,7 @@ SETTINGS = {
     "batch_size": natural,
     "paths": [text],
 }
-"""How something was measured: flags of `evaluate`, and which of them named files or folders of the machine."""
+"""The settings of a measurement: flags of `evaluate`, and which of them named local files or folders."""
 SCORE = {
     **dict.fromkeys(("value", "stderr"), number),
     **dict.fromkeys(("num_fewshot", "samples"), whole),

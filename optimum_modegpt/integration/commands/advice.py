@@ -1,4 +1,4 @@
-"""The commands that a command advises to run next, ready for a shell."""
+"""Format the commands that a command suggests to run next, quoted for a shell."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from optimum_modegpt.integration.card.commands import flags
 YOUR_TEXT = "<your-text.txt>"
 YOUR_TOKEN = "<your-token>"
 NEW_FOLDER = "<new-folder>"
-"""Placeholders. They are quoted in a command: a shell would take them for redirections."""
+"""Placeholders. They are quoted in a command, because a shell would read them as redirections."""
 HARDWARE = ("device", "dtype")
 
 
 def advised(options: Namespace, *words: str, **more: Any) -> str:
-    """Returns a command with what a run like this one needs: the flags for access and hardware that were given.
+    """Return a command with the flags for access and hardware of this run.
 
     The access token is secret, so a placeholder is shown in its place.
 
     Args:
-        options: those of this run.
+        options: the options of this run.
         words: the command and its arguments.
-        more: its own flags by name, those of `None` left out.
+        more: flags of the command by name; `None` leaves a flag out.
     """
     given = {name: value for name in HARDWARE if (value := getattr(options, name, "auto")) != "auto"}
     token = YOUR_TOKEN if options.token is not None else None

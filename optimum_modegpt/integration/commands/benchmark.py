@@ -1,4 +1,4 @@
-"""`benchmark`: how fast a model reads and writes, beside a reference in the same run."""
+"""`benchmark`: measure prefill and decode speed of a model, alternating with a reference in the same run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from optimum_modegpt.plot import picture_formats, plot_speeds
 
 
 def run(options: Namespace) -> None:
-    """Measures and prints the table."""
+    """Measure the speed and print the table."""
     _check_files(options)
     source, dense = source_of(options), reference_of(options)
     model, reference = models_on(pick_device(options.device), options.dtype, source, dense)
@@ -48,18 +48,16 @@ def run(options: Namespace) -> None:
 
 
 def _stored(size: Any, source: Source | None) -> Any:
-    """A size with that of the model's files; None where there is no model."""
+    """Return a size with that of the model's files added; None without a model."""
     return None if source is None else replace(size, disk_bytes=stored_bytes(source))
 
 
 def _check_files(options: Namespace) -> None:
-    """Refuses, before any work, files that cannot be written."""
+    """Raise an error, before any work, if a file cannot be written."""
     for file in (options.json, options.plot):
         check_file(file)
     if options.plot is not None and options.plot.suffix.lstrip(".") not in (formats := picture_formats()):
-        raise OutputError(
-            f"{options.plot} names no picture format by its ending; expected one of {', '.join(formats)}."
-        )
+        raise OutputError(f"{options.plot} has no suffix of a picture format; expected one of {', '.join(formats)}.")
 
 
 def _draw(options: Namespace, found: Benchmark) -> None:

@@ -1,4 +1,4 @@
-"""The parts that several commands share: where models come from, progress bars, files that they write."""
+"""Helpers that several commands share: sources of models, progress bars, output files."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 
 def source_of(options: Namespace) -> Source:
-    """The model that the options name."""
+    """Return the source of the model that the options name."""
     return Source.of_arguments(options.model, {**vars(options), "trust_remote_code": options.trust_remote_code or None})
 
 
 def reference_of(options: Namespace) -> Source | None:
-    """Returns the dense model to compare with or to learn from; None if none is named.
+    """Return the source of the dense model to compare with or to distill from; None if none is named.
 
     Raises:
-        InvalidConfig: only its revision is given.
+        InvalidConfig: a revision is given without a model.
     """
     if options.reference is None and options.reference_revision is not None:
         raise InvalidConfig(
             f"found a revision of the dense model, {options.reference_revision!r}, but no dense model. Name it with "
-            "--reference, for recover with --teacher."
+            "--reference, or with --teacher for recover."
         )
     if options.reference is None:
         return None
@@ -54,18 +54,18 @@ def reference_of(options: Namespace) -> Source | None:
 def models_on(
     device: torch.device | None, dtype: str, source: Source, reference: Source | None
 ) -> tuple[PreTrainedModel, PreTrainedModel | None]:
-    """A model and its reference, loaded, on the device where they shall run."""
+    """Load a model and its reference onto the device on which they run."""
     device = compute_device(device, torch.device("cpu"))
     model = load_model(source, dtype).to(device)
     return model, None if reference is None else load_model(reference, dtype).to(device)
 
 
 def shared_tokenizer(name: str | None, source: Source, reference: Source | None, *, allow_foreign: bool = False) -> Any:
-    """The tokenizer of this name, else the model's own, else the reference's; all of them must agree.
+    """Load the tokenizer of this name, else the model's own, else the reference's; all of them must agree.
 
     Raises:
-        CalibrationDataError: there is none, or the named one is not the models' own, without `allow_foreign`.
-        EvaluationError: those of model and reference disagree.
+        CalibrationDataError: none can be loaded, or the named one differs from the models' own without `allow_foreign`.
+        EvaluationError: the tokenizers of model and reference disagree.
     """
     if name is not None:
         tokenizer = tokenizer_named(name, source)
@@ -79,7 +79,7 @@ def shared_tokenizer(name: str | None, source: Source, reference: Source | None,
             raise
         return reference.tokenizer()
     if reference is not None:
-        with suppress(CalibrationDataError):  # it has none
+        with suppress(CalibrationDataError):  # the reference has no tokenizer
             check_tokenizers(own, reference.tokenizer())
     return own
 
@@ -93,7 +93,7 @@ def shows_progress() -> bool:
 def quiet_bars() -> Iterator[None]:
     """Hide transformers' progress bars; show ours and those of downloads on a terminal, and plain lines in a log.
 
-    `HF_HUB_DISABLE_PROGRESS_BARS` switches all of them off.
+    `HF_HUB_DISABLE_PROGRESS_BARS` disables all of them.
     """
     switched_off = are_progress_bars_disabled()
     style = "nothing" if switched_off else "bars" if sys.stderr.isatty() else "lines"
@@ -107,21 +107,21 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
-        if switched_off:  # transformers' switch turns on the bars of the Hub too
+        if switched_off:  # enabling the bars of transformers also enables those of the Hub
             disable_progress_bars()
 
 
 def check_file(file: Path | None) -> None:
-    """Refuses a file that cannot be written, before any work."""
+    """Raise an error, before any work, if a file cannot be written."""
     if file is None:
         return
     if file.is_dir():
-        raise OutputError(f"{file} is a folder; name the file to write.")
+        raise OutputError(f"{file} is a folder; expected a file to write.")
     if not file.absolute().parent.is_dir():
         raise OutputError(f"{file} cannot be written: the folder {file.absolute().parent} does not exist.")
 
 
 def write_json(file: Path | None, data: dict[str, Any]) -> None:
-    """Writes a result where a file for it was named."""
+    """Write a result as JSON if a file is named."""
     if file is not None:
         file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

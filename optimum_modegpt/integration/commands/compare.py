@@ -1,4 +1,4 @@
-"""`compare`: a compressed model beside the dense one, prompt by prompt; thresholds decide the exit code."""
+"""`compare`: compare a compressed model with the dense one prompt by prompt; thresholds determine the exit code."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ from optimum_modegpt.integration.reading import load_config, pick_device
 from optimum_modegpt.integration.source import Source, check_vocabulary
 
 DEMO_PROMPTS, DEMO_WORDS = 64, 24
-"""Openings of pages of the embedded text that serve as prompts of the demo."""
+"""Number of prompts of the demo, and words in each: the first words of pages of the embedded text."""
 
 
 def run(options: Namespace) -> int:
-    """Prints the comparison and the thresholds; 1 where one is broken.
+    """Print the comparison and the thresholds; return 1 if a threshold is not met, else 0.
 
     Raises:
-        EvaluationError: a threshold cannot be judged; the comparison was printed and written all the same.
+        EvaluationError: a threshold cannot be evaluated; the comparison was printed and written nevertheless.
     """
     thresholds = Thresholds(options.max_kl, options.min_agreement, options.max_perplexity_ratio)
     _check_files(options.prompts, [options.html, options.jsonl, options.json])
     source, reference = source_of(options), reference_of(options)
     assert reference is not None
     prompts, device = _prompts(options.prompts, reference), pick_device(options.device)
-    # Before their tokenizers: transformers reads these by the configuration, and trips over a broken one.
+    # Loaded before the tokenizers: transformers reads those through the configuration and fails on a broken one.
     configs = [load_config(each) for each in (reference, source)]
     _check_order(options, *(getattr(config, "modegpt", None) is not None for config in configs))
     tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
@@ -75,21 +75,21 @@ def run(options: Namespace) -> int:
 
 
 def _check_order(options: Namespace, first_is_compressed: bool, second_is_compressed: bool) -> None:
-    """Refuses a compressed model before a dense one: every threshold would be held to the wrong model."""
+    """Raise an error if the models are in the wrong order: every threshold would apply to the dense model."""
     if first_is_compressed and not second_is_compressed:
         raise EvaluationError(
-            f"{options.reference} is a compressed model and {options.model} a dense one; the dense one comes first: "
+            f"{options.reference} is a compressed model and {options.model} a dense one. Name the dense one first: "
             f"{shlex.join(['compare', options.model, options.reference])}"
         )
 
 
 def _check_files(prompts: Path | None, written: list[Path | None]) -> None:
-    """Refuses files that cannot be written, and one file for two purposes."""
+    """Raise an error if a file cannot be written or is named for two purposes."""
     used = [] if prompts is None else [prompts.resolve()]
     for file in filter(None, written):
         check_file(file)
         if file.resolve() in used:
-            raise OutputError(f"{file} is named twice; prompts and each result need a file of their own.")
+            raise OutputError(f"{file} is named twice; prompts and each result need separate files.")
         used.append(file.resolve())
 
 
@@ -109,7 +109,7 @@ def _prompts(file: Path | None, reference: Source) -> list[Prompt]:
         return read_prompts(file)
     if not reference.is_demo:
         raise EvaluationError(
-            "--prompts is missing: name a .txt, .jsonl or .json file with prompts such as the model will be served."
+            "--prompts is missing. Name a .txt, .jsonl or .json file with prompts like those the model will receive."
         )
     pages = demo.EVALUATION_TEXT.read_text(encoding="utf-8").split("\n\n")[:DEMO_PROMPTS]
     return ["".join(re.findall(r"\s*\S+", page)[:DEMO_WORDS]) for page in pages]
@@ -117,10 +117,10 @@ def _prompts(file: Path | None, reference: Source) -> list[Prompt]:
 
 @contextmanager
 def _streaming(file: Path | None) -> Iterator[Callable[[PromptComparison], None] | None]:
-    """A function that writes a record as a line at once, for whoever follows the file.
+    """Yield a function that writes a record as a line and flushes it, so that the file can be followed.
 
     Raises:
-        KeyboardInterrupt: interrupted; the message names the file, which stays.
+        KeyboardInterrupt: interrupted; the message names the file, which is kept.
     """
     if file is None:
         yield None
@@ -129,4 +129,4 @@ def _streaming(file: Path | None) -> Iterator[Callable[[PromptComparison], None]
         try:
             yield lambda record: print(json.dumps(record.to_dict()), file=lines, flush=True)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{file} holds the prompts that were measured.") from None
+            raise KeyboardInterrupt(f"{file} contains the prompts measured so far.") from None

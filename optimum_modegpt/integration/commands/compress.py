@@ -1,4 +1,4 @@
-"""`compress`: makes a model smaller and saves it."""
+"""`compress`: compress a model and save it."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ LEGEND = (
     "part's fit"
 )
 STEEP = 0.4
-"""A sparsity from which the loss grows fast."""
+"""The sparsity above which quality drops quickly."""
 
 
 def run(options: Namespace) -> None:
-    """Compresses a model and saves it; the folder appears at the end, whole, and is uploaded where asked for.
+    """Compress a model, save it, and upload it if requested; the output folder appears only once complete.
 
-    Of processes that were started together, each computes with its share of the calibration; the first does the rest.
+    In a distributed run, each rank computes with its share of the calibration windows; rank 0 does everything else.
     """
     with processes.joined(pick_device(options.device)) as device:
         if not processes.is_first():
@@ -68,8 +68,8 @@ def run(options: Namespace) -> None:
 
 
 def compress_to(output: Path, options: Namespace, device: torch.device | None) -> Report:
-    """The work itself, with the options of `compress`."""
-    output = output.resolve()  # what is beside it is on its disk
+    """Compress a model into `output` with the options of `compress`."""
+    output = output.resolve()  # the folder next to it is on the same disk
     source = source_of(options)
     quantizer = _quantizer(options, source)
     check_file(options.report)
@@ -78,11 +78,11 @@ def compress_to(output: Path, options: Namespace, device: torch.device | None) -
         if options.fresh:
             checkpoint.remove()
         report = _placed(checkpoint, output, _request(options, source, quantizer))
-        processes.told(report is None)  # whether there is work for the others
+        processes.told(report is None)  # whether the other ranks take part
         if report is None:
             check_output(output, overwrite=options.overwrite, used=_used_paths(source, quantizer.config, options))
             report = _compress(output, options, quantizer, source, checkpoint, device)
-        processes.wait_for_all()  # where another has ended, the record still tells how to go on
+        processes.wait_for_all()  # if another rank has failed, the checkpoint is kept to resume from
         checkpoint.remove()
     if options.report is not None:
         shutil.copyfile(output / REPORT, options.report)
@@ -99,7 +99,7 @@ def _compress(
 ) -> Report:
     if quantizer.config.sparsity > STEEP:
         logger.warning(
-            "sparsity %g: beyond %g quality falls fast. Plan a fine-tuning afterwards: %s",
+            "sparsity %g: above %g quality drops quickly. Fine-tune afterwards: %s",
             quantizer.config.sparsity,
             STEEP,
             advised(
@@ -114,7 +114,7 @@ def _compress(
     if not options.ignore_estimate:
         found = estimate_of(source, quantizer.config, options.dtype, device)
         room = compute_device(device, torch.device("cpu"))
-        check_room(found, room, output, written=checkpoint.size)  # which is taken over
+        check_room(found, room, output, written=checkpoint.size)  # the checkpoint is reused
     with replacing(output, overwrite=options.overwrite, workshop=checkpoint.folder) as folder:
         windows = quantizer.prepare(load_config(source), None, source)
         model = load_model(source, options.dtype)
@@ -129,8 +129,8 @@ def _compress(
 
 
 def _take_part(options: Namespace, device: torch.device | None) -> None:
-    """What every process but the first does: it computes, and writes nothing."""
-    logging.getLogger("optimum_modegpt").setLevel(logging.ERROR)  # the first process warns
+    """Compute the share of a rank other than 0, which writes no result."""
+    logging.getLogger("optimum_modegpt").setLevel(logging.ERROR)  # rank 0 warns
     source = source_of(options)
     quantizer = _quantizer(options, source)
     with _unfinished_work(options.output.resolve()) as checkpoint:
@@ -146,7 +146,7 @@ def _quantizer(options: Namespace, source: Source) -> ModeGPTQuantizer:
 
 
 def _placed(checkpoint: Checkpoint, output: Path, request: dict[str, Any]) -> Report | None:
-    """The report of a run of this command that was killed when its result was in place already."""
+    """Return the report of an earlier run of this command that was killed after its result was in place."""
     progress, file = checkpoint.read(), output / REPORT
     if progress is None or not file.is_file() or progress.saved != {"report": _digest(file), "request": request}:
         return None
@@ -154,11 +154,11 @@ def _placed(checkpoint: Checkpoint, output: Path, request: dict[str, Any]) -> Re
 
 
 def _request(options: Namespace, source: Source, quantizer: ModeGPTQuantizer) -> dict[str, Any]:
-    """What was asked for, safe for JSON."""
+    """Return the request of the user, safe for JSON."""
     path = Path(source.path)
     model = str(path.resolve()) if path.exists() else source.path
     asked = {"model": model, "revision": source.revision, "dtype": options.dtype, **quantizer.config.to_dict()}
-    del asked["batch_size"]  # another may be asked for on the way
+    del asked["batch_size"]  # it may change when a run is resumed
     return json.loads(json.dumps(asked, default=str))
 
 
@@ -168,7 +168,7 @@ def _digest(file: Path) -> str:
 
 @contextmanager
 def _unfinished_work(output: Path) -> Iterator[Checkpoint]:
-    """Where it is kept until the result is at `output`; an interrupt inside says so, where anything is."""
+    """Yield the checkpoint of a result at `output`; the message of an interrupt names it if it has finished blocks."""
     checkpoint = workshop_of(output)
     try:
         yield checkpoint
@@ -182,21 +182,21 @@ def _unfinished_work(output: Path) -> Iterator[Checkpoint]:
 
 
 def _upload(options: Namespace) -> Upload | None:
-    """Where the result goes besides the folder.
+    """Return the upload that the options request; None if they request none.
 
     Raises:
-        InvalidConfig: it is said how to upload, but not where.
+        InvalidConfig: options of an upload are given without its destination.
     """
     if options.push_to_hub is not None:
         private = options.private or None
         return Upload(options.push_to_hub, private=private, create_pr=options.create_pr, token=options.token)
     if options.private or options.create_pr:
-        raise InvalidConfig("--private and --create-pr say how to upload; say where with --push-to-hub REPO.")
+        raise InvalidConfig("--private and --create-pr require --push-to-hub REPO.")
     return None
 
 
 def _next_step(options: Namespace) -> str:
-    """Returns the command that evaluates the result; a placeholder stands for a file with other text."""
+    """Return the command that evaluates the result, with a placeholder for a file of other text."""
     config = configuration(options)
     is_file = _is_file(config.dataset)
     command = advised(
@@ -217,7 +217,7 @@ def _is_file(dataset: Any) -> bool:
 
 
 def _used_paths(source: Source, config: ModeGPTConfig, options: Namespace) -> list[Path]:
-    """Files and folders that a compression reads, and the report that it writes."""
+    """Return the files and folders that a compression reads, and the report that it writes."""
     named = (source.path, config.dataset, config.tokenizer, options.config)
     read = [Path(each) for each in named if isinstance(each, str | Path) and Path(each).exists()]
     return read if options.report is None else [*read, options.report]

@@ -1,4 +1,4 @@
-"""The configuration that the flags and the file of `--config` give."""
+"""Build the configuration from the flags and the file of `--config`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from optimum_modegpt.errors import InvalidConfig
 
 
 def configuration(options: Namespace) -> ModeGPTConfig:
-    """The configuration: flags over the file over the defaults.
+    """Return the configuration: flags override the file, which overrides the defaults.
 
     Raises:
-        InvalidConfig: a file that cannot be read, an unknown field, a value that is out of range.
+        InvalidConfig: the file cannot be read, a field is unknown, or a value is out of range.
     """
     names = {field.name for field in dataclasses.fields(ModeGPTConfig)}
     flags = {name: value for name, value in vars(options).items() if name in names}
@@ -27,11 +27,11 @@ def _read_fields(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     if file.is_dir():
-        raise InvalidConfig(f"--config {file} is a folder; name a JSON file with fields of the configuration.")
+        raise InvalidConfig(f"--config {file} is a folder; expected a JSON file with fields of the configuration.")
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidConfig(f"--config {file} cannot be read as JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise InvalidConfig(f"--config {file} holds a {type(fields).__name__}; expected an object of fields.")
+        raise InvalidConfig(f"--config {file} contains a {type(fields).__name__}; expected an object of fields.")
     return fields

@@ -1,4 +1,4 @@
-"""`demo`: the whole job on the embedded model."""
+"""`demo`: run all steps on the embedded model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PROMPT_WORDS, SAMPLE_TOKENS = 12, 120
 
 
 def run(options: Namespace) -> None:
-    """The whole job on the embedded model: compress, save, reload, evaluate before and after, generate."""
+    """Compress the embedded model, save and reload it, evaluate it before and after, and generate text."""
     with tempfile.TemporaryDirectory() as folder:
         output = options.output or Path(folder) / "demo"
         print("1. compress the embedded model")
@@ -41,7 +41,7 @@ def run(options: Namespace) -> None:
 
 
 def _compare(folder: Path, options: Namespace) -> None:
-    """Reloads what was saved, and shows it beside the dense model."""
+    """Reload the saved model and compare it with the dense one."""
     small, dense = models_on(pick_device(options.device), "auto", Source(str(folder)), source_of(options))
     assert dense is not None
     tokenizer = Source(str(folder)).tokenizer()
@@ -61,7 +61,7 @@ def _compare(folder: Path, options: Namespace) -> None:
 
 
 def print_samples(small: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any) -> None:
-    """Print what both models write after the first words of the evaluation text."""
+    """Print the continuations that both models write to the first words of the evaluation text."""
     opening = "".join(re.findall(r"\s*\S+", demo.EVALUATION_TEXT.read_text(encoding="utf-8"))[:PROMPT_WORDS])
     prompt = tokenizer(opening, return_tensors="pt").input_ids.to(small.device)
     print(f"\n3. generate {SAMPLE_TOKENS} tokens, greedy, after this opening:\n\n{opening}")
@@ -74,11 +74,11 @@ def print_samples(small: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
 
 
 def verdict(result: dict[str, Any], speed: Benchmark, file_bytes: tuple[int | None, int | None]) -> list[str]:
-    """Return size, speed and quality of the compressed model next to the dense one, a line each.
+    """Return size, speed and quality of the compressed model compared with the dense one, one line each.
 
     Args:
         result: scores of both models on the same text.
-        speed: one row with both models.
+        speed: a benchmark whose first row has both models.
         file_bytes: size of the weights on disk, compressed and dense.
     """
     before, after = result["reference_parameters"], result["parameters"]
@@ -93,6 +93,6 @@ def verdict(result: dict[str, Any], speed: Benchmark, file_bytes: tuple[int | No
 
 
 def whole_sentences(text: str) -> str:
-    """The text up to the end of its last full sentence; all of it where there is none."""
+    """Return the text up to the end of its last full sentence; all of it if it has none."""
     found = re.match(r""".*(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?]["']?(?=\s|$)""", text, flags=re.DOTALL)
     return found.group() if found else text

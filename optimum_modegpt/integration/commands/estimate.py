@@ -1,4 +1,4 @@
-"""`estimate`: what compressing a model would take, without loading its weights."""
+"""`estimate`: estimate memory and work of a compression without loading the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from optimum_modegpt.integration.tables import estimate_table
 
 
 def run(options: Namespace) -> None:
-    """What compressing a model would take, without loading its weights."""
+    """Print the memory and work that a compression needs, without loading the weights."""
     check_file(options.json)
     source, device = source_of(options), pick_device(options.device)
     found = estimate_of(source, configuration(options), options.dtype, device, options.processes)
@@ -35,9 +35,9 @@ def estimate_of(
     device: torch.device | None = None,
     together: int | None = None,
 ) -> Estimate:
-    """What compressing a model would take when its weights are loaded as `dtype`; "auto" is as they are stored.
+    """Estimate the cost of compressing a model whose weights are loaded as `dtype`; "auto" is the stored type.
 
-    `together` is how many processes share the work; None means those that do so now.
+    `together` is the number of processes that share the work; None uses the current number of ranks.
     """
     model_config = load_config(source)
     check_model_type(model_config.model_type)

@@ -1,4 +1,4 @@
-"""`evaluate`: perplexity on a text, or tasks of lm-eval; with a reference also the distance from it."""
+"""`evaluate`: measure perplexity on a text or tasks of lm-eval, and the distance from a reference model."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ TASK_FLAGS = ("num_fewshot", "limit", "include_path")
 
 
 def run(options: Namespace) -> None:
-    """Perplexity on a text, scores on tasks, or both."""
+    """Measure perplexity on a text, scores on tasks, or both."""
     check_file(options.json)
     _check_flags(options)
     source, reference = source_of(options), reference_of(options)
     device, model_config = pick_device(options.device), load_config(source)
     if reference is not None:
-        load_config(reference)  # a name that leads nowhere is refused before anything is read
+        load_config(reference)  # refuses an invalid name before the text is read
     if options.update_card:
         _check_card(options, model_config)
     tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
@@ -68,39 +68,35 @@ def run(options: Namespace) -> None:
         folder = Path(options.model)
         add_evaluation(folder, result)
         if may_be_replaced(folder / CARD):
-            print(f"card renewed: {folder / CARD}")
+            print(f"card updated: {folder / CARD}")
         else:
-            print(f"{folder / CARD} is your own and was left alone; the result stands in {EVALUATION} beside it.")
+            print(f"{folder / CARD} is not a generated card and was not changed; the result is in {EVALUATION}.")
 
 
 def _check_flags(options: Namespace) -> None:
-    """Refuses what would say nothing.
+    """Raise an error for a flag that has no effect.
 
     Raises:
-        InvalidConfig: with the flag and the one that it needs.
+        InvalidConfig: a flag requires another one; the message names both.
     """
     idle, needed = (TASK_FLAGS, "tasks") if options.tasks is None else (TEXT_FLAGS, "dataset")
     if getattr(options, needed) is not None:
         return
     for name in idle:
         if getattr(options, name) is not None:
-            raise InvalidConfig(
-                f"--{name.replace('_', '-')} says nothing without --{needed}; add that or leave it out."
-            )
+            raise InvalidConfig(f"--{name.replace('_', '-')} requires --{needed}.")
 
 
 def _check_card(options: Namespace, model_config: Any) -> None:
     if not Path(options.model).is_dir() or not is_compressed(model_config.model_type):
-        raise InvalidConfig(
-            f"--update-card writes into the folder of a compressed model, which {options.model!r} is not."
-        )
+        raise InvalidConfig(f"--update-card requires the folder of a compressed model, found {options.model!r}.")
     check_evaluation(Path(options.model))
     if options.limit is not None:
-        raise InvalidConfig("--limit is for a trial, and a card shows whole tasks; leave out it or --update-card.")
+        raise InvalidConfig("--limit is for trials, and a card shows whole tasks. Omit --limit or --update-card.")
 
 
 def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
-    """How it is measured, for the command that a card shows; of paths only the last part."""
+    """Return the settings of the measurement for the command on a card; of paths only the last part."""
     named = {name: getattr(options, name) for name in ("tokenizer", "dataset", "include_path")}
     found = {name: value for name, value in named.items() if value is not None}
     paths = [name for name, value in found.items() if Path(value).exists()]
@@ -145,7 +141,7 @@ def _text_scores(
 def _task_scores(
     options: Namespace, source: Source, tasks: Tasks, tokenizer: Any, device: torch.device | None
 ) -> TaskScores:
-    """Of what was asked for, with this model alone in memory; of a group with a score of its own only that."""
+    """Return the scores of the requested names, with only this model in memory; a group may have its own score."""
     model, _ = models_on(device, options.dtype, source, None)
     found = harness(
         model,
@@ -173,7 +169,7 @@ def _records(found: TaskScores, reference: TaskScores | None) -> dict[str, Any]:
 def scores(
     model: PreTrainedModel, reference: PreTrainedModel | None, windows: TokenWindows, batch_size: int | None
 ) -> dict[str, Any]:
-    """Perplexity, scored positions and parameters; with a reference its own, KL divergence and top-1 agreement."""
+    """Return perplexity, positions and parameters; with a reference also its own, KL and top-1 agreement."""
     if reference is None:
         found = dataclasses.asdict(perplexity(model, windows.tokens, batch_size=batch_size, progress=shows_progress()))
         return {**found, "parameters": count_parameters(model)}

@@ -1,4 +1,4 @@
-"""`inspect`: ranks, parameters, record and measurements of a compressed model, and its self-check."""
+"""`inspect`: show ranks, parameters, record and measurements of a compressed model, and run its self-check."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def run(options: Namespace) -> None:
-    """Show a compressed model's ranks, parameters, record and measurements; load it only to check it."""
+    """Show a compressed model's ranks, parameters, record and measurements; load it only for the self-check."""
     check_file(options.json)
     source = source_of(options)
     found = inspection(load_config(source), read_headers(source))
@@ -43,7 +43,7 @@ def run(options: Namespace) -> None:
 
 
 def _check(source: Source) -> SelfCheck:
-    """Load a model strictly and run the self-check on tokens from all over its vocabulary."""
+    """Load a model strictly and run the self-check on tokens spread over its vocabulary."""
     from optimum_modegpt.walk.self_check import PREFILL, STEPS, self_check  # imports the code of models
 
     model = load_model(source, "auto").eval()
@@ -52,5 +52,5 @@ def _check(source: Source) -> SelfCheck:
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
-    """What lies measured in a folder; its weights are read only to know whether they are the measured ones."""
+    """Return the measurements in a folder; weights are read only to check whether they were the measured ones."""
     return read(folder).evaluation if (folder / EVALUATION).is_file() else {}

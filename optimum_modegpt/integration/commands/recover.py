@@ -1,4 +1,4 @@
-"""`recover`: fine-tunes a compressed model for a little while, so that it gets back some of what it lost."""
+"""`recover`: fine-tune a compressed model briefly to regain part of the lost quality."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from optimum_modegpt.report import Report
 
 
 def run(options: Namespace) -> None:
-    """Fine-tunes a model and saves it; the folder appears at the end, whole.
+    """Fine-tune a model and save it; the output folder appears only once complete.
 
     Raises:
-        EvaluationError: nothing was gained on the held-out windows, so nothing was saved.
+        EvaluationError: the perplexity of the held-out windows did not improve, so nothing was saved.
     """
     source, teacher = source_of(options), reference_of(options)
     config = RecoveryConfig(**{name: getattr(options, name) for name in RecoveryConfig.__dataclass_fields__})
@@ -53,7 +53,7 @@ def _recover_to(
     device, model_config = pick_device(options.device), load_config(source)
     check_compressed(model_config)
     if teacher is not None:
-        load_config(teacher)  # a name that leads nowhere is refused before anything is read
+        load_config(teacher)  # refuses an invalid name before the text is read
     tokenizer, report = shared_tokenizer(None, source, teacher), _report(source)
     with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
         windows = calibrate(_text(options, model_config), tokenizer, model_config, source, fewer=True)
@@ -68,10 +68,10 @@ def _recover_to(
         )
         if not recovery.improved:
             raise EvaluationError(
-                f"fine-tuning did not help, so nothing was saved: the model began with perplexity "
-                f"{recovery.perplexity_before:.3f} on {recovery.held_out_windows} windows that were kept apart, and "
-                f"{recovery.steps} steps made it no better. Try a lower --learning-rate, more text, or text that is "
-                "more like what the model was trained on."
+                f"fine-tuning did not help, so nothing was saved. The model started with perplexity "
+                f"{recovery.perplexity_before:.3f} on {recovery.held_out_windows} held-out windows, and "
+                f"{recovery.steps} steps did not improve it. Try a lower --learning-rate, more text, or text that is "
+                "more similar to the training data of the model."
             )
         if report is not None:
             vars(model)[KEPT_REPORT] = report
@@ -82,7 +82,7 @@ def _recover_to(
 
 
 def _text(options: Namespace, model_config: Any) -> ModeGPTConfig:
-    """What to read, in the words of a compression."""
+    """Return the dataset to train on, as the configuration of a compression."""
     own = DEMO if model_config.modegpt.get("base_model") == DEMO else ModeGPTConfig.dataset
     return ModeGPTConfig(
         dataset=options.dataset or own,
@@ -95,7 +95,7 @@ def _text(options: Namespace, model_config: Any) -> ModeGPTConfig:
 
 
 def _report(source: Source) -> Report | None:
-    """The report of the compression, where it lies beside the model."""
+    """Load the report of the compression; None if the model comes without one."""
     file = cached_file(source.path, REPORT, _raise_exceptions_for_missing_entries=False, **source.hub)
     return None if file is None else Report.load(file)
 
@@ -106,7 +106,7 @@ def _used_paths(source: Source, teacher: Source | None, options: Namespace) -> l
 
 
 def _next_step(options: Namespace) -> str:
-    """Returns the command that evaluates the result; a placeholder stands for a file with other text."""
+    """Return the command that evaluates the result, with a placeholder for a file of other text."""
     is_file = options.dataset is not None and Path(options.dataset).exists()
     command = advised(
         options,
