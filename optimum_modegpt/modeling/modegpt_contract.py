@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
-"""Releases of transformers that the whole test suite passed on."""
+"""Releases of transformers that the whole test suite was run on."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names of the argument that holds the key-value cache. transformers 5.24 renamed the second to the first."""
