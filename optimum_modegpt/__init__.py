@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from optimum_modegpt.integration.registration import register
 
 if TYPE_CHECKING:
-    from optimum_modegpt.checkpoint import Checkpoint
     from optimum_modegpt.comparison.compare import compare
     from optimum_modegpt.comparison.monitor import CanaryMonitor
     from optimum_modegpt.comparison.page import comparison_page
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from optimum_modegpt.recovery.config import RecoveryConfig
     from optimum_modegpt.recovery.recover import Recovery, recover
     from optimum_modegpt.report import Report
+    from optimum_modegpt.walk.checkpoint import Checkpoint
 
 __version__ = version("optimum-modegpt")
 
@@ -86,7 +86,6 @@ __all__ = [
 ]
 
 _NAMES_BY_MODULE = {
-    "checkpoint": ("Checkpoint",),
     "comparison.compare": ("compare",),
     "comparison.monitor": ("CanaryMonitor",),
     "comparison.page": ("comparison_page",),
@@ -117,6 +116,7 @@ _NAMES_BY_MODULE = {
     "recovery.config": ("RecoveryConfig",),
     "recovery.recover": ("Recovery", "recover"),
     "report": ("Report",),
+    "walk.checkpoint": ("Checkpoint",),
 }
 """The public names by the module that defines them, for `__getattr__`; type checkers read the imports above."""
 _MODULES = {name: module for module, names in _NAMES_BY_MODULE.items() for name in names}

@@ -2,7 +2,7 @@
 
 import sys
 
-from optimum_modegpt.integration.cli import main
+from optimum_modegpt.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optimum_modegpt import processes
+from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Plan, plan_sparsity, total_weights
 from optimum_modegpt.allocation.sensitivity import plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
 from optimum_modegpt.architectures import Architecture, Block, resolve
+from optimum_modegpt.budget.sizes import SPARSITY_TOLERANCE, part_sizes
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.streams import Stream, check_dense, passed
-from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.calibration.streams import Stream, check_dense, map_stream
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
 from optimum_modegpt.errors import IllConditionedWarning, naming
@@ -32,14 +32,13 @@ from optimum_modegpt.modeling.modegpt_common import Widths
 from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS, Report
 from optimum_modegpt.stages import compute_device
+from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.checks import (
-    SPARSITY_TOLERANCE,
     check_plan,
     check_reading,
     check_request,
     check_result,
     check_tensors,
-    part_sizes,
 )
 from optimum_modegpt.walk.record import make_record, make_report, parameters_around
 from optimum_modegpt.walk.resume import finished_blocks, keep_block, keep_plan, known_plan, taken_over
@@ -120,7 +119,7 @@ def recovering(walk: Walk, name: str, work: Callable[[Walk], Result]) -> Result:
         try:
             return work(walk)
         except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error) or walk.batch_size == 1 or processes.count() > 1:
+            if not out_of_memory(error) or walk.batch_size == 1 or distributed.world_size() > 1:
                 raise
         # Only here is the memory free: while an error is handled its traceback holds the tensors.
         halved = walk.batch_size // 2
@@ -200,7 +199,7 @@ def measure_influences(walk: Walk) -> list[float]:
     for block in bar(walk.architecture.blocks, desc="influences", unit="block", shown=walk.progress):
         total = InfluenceSum()
         dense, arguments = block.on(walk.device), walk.front.on(block.index, walk.device)
-        stream = list(passed(partial(influenced, dense, arguments, total), walk.device, stream))
+        stream = list(map_stream(partial(influenced, dense, arguments, total), walk.device, stream))
         with naming(f"block {block.index}"):
             check_dense(stream, walk.front.windows)
             influences.append(total.value())

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from optimum_modegpt.decompositions.psd import exact, products_of, row_type, working
+from optimum_modegpt.decompositions.psd import accumulation_dtype, products_of, row_type, to_float64
 from optimum_modegpt.report import Stage
 
 SAMPLING_SECONDS = 0.02
@@ -42,12 +42,12 @@ def product_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     The rates are measured once per process.
     """
     # float64 products run on the host if the device does not support float64.
-    host = torch.device("cpu") if exact(torch.zeros((), device=device)).is_cpu else device
+    host = torch.device("cpu") if to_float64(torch.zeros((), device=device)).is_cpu else device
     with products_of(dtype):
         return {
             "own": _product_rate(device, dtype),
             "moments": _product_rate(device, row_type(device, dtype)),
-            "raised": _product_rate(device, working(dtype)),
+            "raised": _product_rate(device, accumulation_dtype(dtype)),
             "exact": _product_rate(host, torch.float64),
         }
 

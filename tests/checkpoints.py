@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tiny import dense, tokenizer
+from tiny_models import dense, tokenizer
 
 RECIPE: dict[str, Any] = {
     "sparsity": 0.3,

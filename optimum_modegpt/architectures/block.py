@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures.classes import FamilyClasses
-from optimum_modegpt.decompositions.psd import exact, raised
+from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.modeling import modegpt_common as modeling
 from optimum_modegpt.modeling.modegpt_family import Family
 
@@ -119,7 +119,7 @@ class Block:
 
     def mlp_rows(self) -> tuple[Tensor, ...]:
         """Rows of the MLP's input projections, (width, d_model [+ 1]) each: (gate, up) or one; float32 or wider."""
-        return tuple(_rows(linear, raised) for linear in self.mlp_inputs)
+        return tuple(_rows(linear, at_least_float32) for linear in self.mlp_inputs)
 
     def input_outputs(self, linear: nn.Linear) -> Tensor:
         """A projection's weight as (in [+ 1], out): inputs as rows, the bias as the last one; float64."""
@@ -215,6 +215,6 @@ class Block:
         modeling.install_linear(self.module, path, weight, bias)
 
 
-def _rows(linear: nn.Linear, to: Callable[[Tensor], Tensor] = exact) -> Tensor:
+def _rows(linear: nn.Linear, to: Callable[[Tensor], Tensor] = to_float64) -> Tensor:
     weight = to(linear.weight.detach())
     return weight if linear.bias is None else torch.cat((weight, to(linear.bias.detach())[:, None]), dim=1)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.architectures.block import Block
 from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.families import FAMILIES
-from optimum_modegpt.decompositions.psd import raised
+from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
 from optimum_modegpt.modeling.modegpt_common import count_heads
 from optimum_modegpt.modeling.modegpt_contract import check_attention
@@ -64,7 +64,7 @@ class Architecture:
     def head(self, device: torch.device) -> torch.Tensor:
         """The map (vocabulary, d_model) from the final norm's output to the logits, at least float32, on `device`."""
         matrix = cast(nn.Linear, self.model.get_output_embeddings()).weight
-        matrix = raised(matrix.detach().to(device))
+        matrix = at_least_float32(matrix.detach().to(device))
         projection = self._optional(self.family.head.projection) if self.family.head.projection else None
         return matrix if projection is None else matrix @ projection.weight.detach().to(matrix)
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from optimum_modegpt import processes
-from optimum_modegpt.decompositions.psd import raised
+from optimum_modegpt import distributed
+from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import NumericalError
 
 
@@ -20,7 +20,7 @@ class InfluenceSum:
 
     def add(self, before: Tensor, after: Tensor) -> None:
         """Add tokens, (…, d_model) each."""
-        cosine = torch.nn.functional.cosine_similarity(raised(before), raised(after), dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(at_least_float32(before), at_least_float32(after), dim=-1)
         self.total += float((1 - cosine).sum())
         self.tokens += cosine.numel()
 
@@ -30,7 +30,7 @@ class InfluenceSum:
         Raises:
             NumericalError: the residual stream is not finite.
         """
-        lost, tokens = float(processes.total(self.total)), int(processes.total(self.tokens))
+        lost, tokens = float(distributed.all_reduce(self.total)), int(distributed.all_reduce(self.tokens))
         if not math.isfinite(lost):
             raise NumericalError("the residual stream is not finite on the calibration text; check dtype and weights.")
         return lost / tokens

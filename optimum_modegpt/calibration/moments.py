@@ -9,10 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_modegpt import processes
+from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.decompositions.least_squares import LinearMoments
-from optimum_modegpt.decompositions.psd import cross_matrix, exact, gram_matrix, raised, row_type, working
+from optimum_modegpt.decompositions.psd import (
+    accumulation_dtype,
+    at_least_float32,
+    cross_matrix,
+    gram_matrix,
+    row_type,
+    to_float64,
+)
 
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
@@ -52,11 +59,15 @@ class LinearMomentSum:
         inputs, target = inputs.to(rows), target.to(rows)
         self.gram = _added(self.gram, gram_matrix(inputs))
         self.cross = _added(self.cross, cross_matrix(inputs, target))
-        self.energy = self.energy + exact(raised(target).square().sum())
+        self.energy = self.energy + to_float64(at_least_float32(target).square().sum())
 
     def value(self) -> LinearMoments:
         """Return the moments so far, over the tokens of all ranks."""
-        gram, cross, energy = processes.total(self.gram), processes.total(self.cross), processes.total(self.energy)
+        gram, cross, energy = (
+            distributed.all_reduce(self.gram),
+            distributed.all_reduce(self.cross),
+            distributed.all_reduce(self.energy),
+        )
         assert isinstance(gram, Tensor), "no tokens were added"
         assert isinstance(cross, Tensor)
         assert isinstance(energy, Tensor)
@@ -65,7 +76,7 @@ class LinearMomentSum:
 
 def _added(total: Tensor | float, product: Tensor) -> Tensor:
     """Add a product to the float64 sum in place, because a copy would be the largest tensor in memory."""
-    return total.add_(product.to(total.device)) if isinstance(total, Tensor) else exact(product)
+    return total.add_(product.to(total.device)) if isinstance(total, Tensor) else to_float64(product)
 
 
 @dataclass
@@ -77,13 +88,15 @@ class HeadMomentSum:
 
     def add(self, vectors: Tensor) -> None:
         """Add `vectors` (…, heads, d). The heads of a group are contiguous."""
-        grouped = raised(vectors).flatten(0, -3).unflatten(1, (self.groups, -1))  # (tokens, groups, heads / groups, d)
+        grouped = (
+            at_least_float32(vectors).flatten(0, -3).unflatten(1, (self.groups, -1))
+        )  # (tokens, groups, heads / groups, d)
         rows = grouped.transpose(0, 1).flatten(1, 2)  # (groups, tokens · heads / groups, d)
-        self.moment = self.moment + exact(rows.mT @ rows)
+        self.moment = self.moment + to_float64(rows.mT @ rows)
 
     def value(self) -> Tensor:
         """Return the moments so far, over the tokens of all ranks."""
-        moment = processes.total(self.moment)
+        moment = distributed.all_reduce(self.moment)
         assert isinstance(moment, Tensor)
         return moment
 
@@ -98,7 +111,7 @@ def token_weights(residual: Tensor, norm: nn.Module) -> Tensor:
 
     This is 1 / mean square of the residual (…, d_model), or 1 / variance for a LayerNorm.
     """
-    residual = raised(residual)
+    residual = at_least_float32(residual)
     centred = residual - residual.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else residual
     return centred.square().mean(-1).clamp_min(WEIGHT_FLOOR).reciprocal()
 
@@ -115,7 +128,7 @@ class SlopeSum:
     square: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
-        self.norm = copy.deepcopy(self.norm).to(working(self.norm.weight.dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        self.norm = copy.deepcopy(self.norm).to(accumulation_dtype(self.norm.weight.dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]
         with torch.no_grad():
             self.norm.weight.fill_(1)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
             if getattr(self.norm, "bias", None) is not None:
@@ -123,13 +136,13 @@ class SlopeSum:
 
     def add(self, dense: Tensor, compressed: Tensor) -> None:
         """Add tokens of both streams, (…, d_model)."""
-        target, source = (self.norm(raised(stream)).flatten(0, -2) for stream in (dense, compressed))
-        self.product = self.product + exact((source * target).sum(0))
-        self.square = self.square + exact(source.square().sum(0))
+        target, source = (self.norm(at_least_float32(stream)).flatten(0, -2) for stream in (dense, compressed))
+        self.product = self.product + to_float64((source * target).sum(0))
+        self.square = self.square + to_float64(source.square().sum(0))
 
     def value(self) -> Tensor:
         """Return the slopes (d_model,), with a ridge that keeps the slopes of nearly silent channels at 1."""
-        product, square = processes.total(self.product), processes.total(self.square)
+        product, square = distributed.all_reduce(self.product), distributed.all_reduce(self.square)
         assert isinstance(product, Tensor), "no tokens were added"
         assert isinstance(square, Tensor)
         ridge = (SLOPE_RIDGE * square.mean()).clamp_min(torch.finfo(square.dtype).tiny)
@@ -172,8 +185,11 @@ class AttentionCurvatureSum:
 
     def add(self, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> None:
         """Add `query` and `key` from `query_key_vectors`. `arguments` are the block's, for the rotary tables."""
-        cos, sin = (raised(table) for table in arguments["position_embeddings"])  # (1, length, d)
-        query, key = raised(query).transpose(1, 2), raised(key).transpose(1, 2)  # (batch, heads, length, d)
+        cos, sin = (at_least_float32(table) for table in arguments["position_embeddings"])  # (1, length, d)
+        query, key = (
+            at_least_float32(query).transpose(1, 2),
+            at_least_float32(key).transpose(1, 2),
+        )  # (batch, heads, length, d)
         query, turned = _rotate(query, cos[:, None], sin[:, None]), _rotate(key, cos[:, None], sin[:, None])
         length = query.shape[2]
         positions = torch.arange(length, device=query.device)
@@ -187,11 +203,11 @@ class AttentionCurvatureSum:
         ]
         frame = cos[0, rows], -sin[0, rows]
         moment = torch.stack([_turn_moments(scatter, *frame).sum(0) for scatter in groups])
-        self.curvature = self.curvature + exact(moment)
+        self.curvature = self.curvature + to_float64(moment)
 
     def value(self) -> Tensor:
         """Return F so far, over the tokens of all ranks, (groups, d, d)."""
-        curvature = processes.total(self.curvature)
+        curvature = distributed.all_reduce(self.curvature)
         assert isinstance(curvature, Tensor)
         return curvature
 

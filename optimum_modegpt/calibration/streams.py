@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture
-from optimum_modegpt.calibration.transfers import arriving, leaving, to_host
+from optimum_modegpt.calibration.transfers import offload, prefetch, to_host
+from optimum_modegpt.distributed import shard
 from optimum_modegpt.errors import CheckpointError, NumericalError
-from optimum_modegpt.processes import share
 
 Stream = list[Tensor]
 """The residual stream as batches, (batch, length, d_model) each."""
@@ -36,14 +36,14 @@ SUFFIX = ".stream"
 
 
 @dataclass(frozen=True)
-class Place:
+class StreamStorage:
     """Storage of streams: the memory of `device`, or files in `folder`, in which case `device` is the host."""
 
     device: torch.device
     folder: Path | None = None
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Place:
+    def of(cls, tensor: Tensor) -> StreamStorage:
         """Return the storage of `tensor`."""
         name = tensor.untyped_storage().filename
         return cls(tensor.device, Path(name).parent if name is not None and name.endswith(SUFFIX) else None)
@@ -54,7 +54,7 @@ class Place:
         Raises:
             CheckpointError: the disk is full or not writable.
         """
-        if self.folder is None or Place.of(tensor) == self:
+        if self.folder is None or StreamStorage.of(tensor) == self:
             return to_host(tensor) if self.device.type == "cpu" else tensor.to(self.device)
         try:
             return _in_file(tensor.detach().to(self.device).contiguous(), self.folder)
@@ -65,21 +65,21 @@ class Place:
             ) from error
 
 
-def kept(tensors: Iterable[Tensor], beside: Stream) -> Iterator[Tensor]:
+def store_like(tensors: Iterable[Tensor], beside: Stream) -> Iterator[Tensor]:
     """Move the tensors to the storage of the stream `beside`, in order. Yield each one after its copy has completed.
 
     Copies to host memory overlap with the computation of the next tensors. Writes to a file block it.
     """
-    place = next(map(Place.of, beside), Place(HOST))
-    return leaving(tensors) if place == Place(HOST) else map(place.keep, tensors)
+    place = next(map(StreamStorage.of, beside), StreamStorage(HOST))
+    return offload(tensors) if place == StreamStorage(HOST) else map(place.keep, tensors)
 
 
-def passed(
+def map_stream(
     function: Callable[..., Tensor], device: torch.device, stream: Stream, *others: Iterable[Tensor]
 ) -> Iterator[Tensor]:
     """Apply `function` to every batch of the streams on `device`, and store the results like the first stream."""
-    arrived = (arriving(each, device) for each in (stream, *others))
-    return kept(itertools.starmap(function, zip(*arrived, strict=True)), stream)
+    arrived = (prefetch(each, device) for each in (stream, *others))
+    return store_like(itertools.starmap(function, zip(*arrived, strict=True)), stream)
 
 
 def _in_file(tensor: Tensor, folder: Path) -> Tensor:
@@ -127,7 +127,7 @@ def check_dense(stream: Stream, windows: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Front:
+class BlockInputs:
     """Input of the first block, and the keyword arguments of every block for one window, which broadcast."""
 
     stream: Stream
@@ -160,7 +160,9 @@ class _Recorder(nn.Module):
         return stream
 
 
-def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Place, *, first: int = 0) -> Front:
+def enter(
+    architecture: Architecture, tokens: Tensor, batch_size: int, place: StreamStorage, *, first: int = 0
+) -> BlockInputs:
     """Run the model up to its first block on this rank's shard of `tokens` (windows, length), `batch_size` at a time.
 
     `first` is the index of the first window of `tokens` among the calibration windows.
@@ -177,10 +179,10 @@ def enter(architecture: Architecture, tokens: Tensor, batch_size: int, place: Pl
             assert stream is not None
             return stream
 
-        stream = [place.keep(run(batch)) for batch in share(tokens).split(batch_size) if len(batch)]
+        stream = [place.keep(run(batch)) for batch in shard(tokens).split(batch_size) if len(batch)]
         run(tokens[:1])
         arguments = [recorder.arguments for recorder in recorders]
-    return Front(stream, arguments, share(torch.arange(first, first + len(tokens))))
+    return BlockInputs(stream, arguments, shard(torch.arange(first, first + len(tokens))))
 
 
 def skipping_blocks(architecture: Architecture, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Copy tensors between the host and an accelerator, and overlap the copies with computation if the device can.
 
-Both iterators, `arriving` (prefetch) and `leaving` (offload), yield a tensor only after its copy has completed. Offload
+Both iterators, `prefetch` and `offload`, yield a tensor only after its copy has completed. Offload
 copies to pinned memory, so that the next prefetch of the tensor overlaps with computation. Copies from pageable memory,
 and to and from files, block the host instead.
 """
@@ -26,7 +26,7 @@ def overlaps(device: torch.device) -> bool:
 
 
 @functools.cache
-def copies(device: torch.device, direction: Literal["to", "from"]) -> torch.Stream:
+def copy_stream(device: torch.device, direction: Literal["to", "from"]) -> torch.Stream:
     """Return the only copy stream for this direction, because a stream cannot reuse memory freed in another stream.
 
     Copies in opposite directions do not wait for each other, because the bus transfers both at the same time.
@@ -34,7 +34,7 @@ def copies(device: torch.device, direction: Literal["to", "from"]) -> torch.Stre
     return torch.Stream(device=device)
 
 
-def arriving(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+def prefetch(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
     """Prefetch batches to `device`, in order. The copy of a batch overlaps with computation on the previous one.
 
     Copies use a separate stream. Computation waits only for the copy of its own batch, and the memory of a batch is not
@@ -43,7 +43,7 @@ def arriving(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor
     if not overlaps(device):
         yield from (batch.to(device) for batch in batches)
         return
-    copying, computing = copies(device, "to"), torch.accelerator.current_stream(device)
+    copying, computing = copy_stream(device, "to"), torch.accelerator.current_stream(device)
 
     def sent(batch: Tensor) -> tuple[Tensor, Any]:
         if batch.device == device:
@@ -59,7 +59,7 @@ def arriving(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor
         del batch  # free it while the next but one is copied
 
 
-def leaving(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+def offload(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
     """Offload tensors to host memory, in order. Each copy overlaps with the computation of the next tensors.
 
     A copy waits for the computation queued before it, and the memory of its source is not reused before the copy is
@@ -85,7 +85,7 @@ def _sent_home(tensor: Tensor) -> tuple[Tensor, Any]:
     device = tensor.device
     if not overlaps(device):
         return tensor.to("cpu"), None
-    copying, computing = copies(device, "from"), torch.accelerator.current_stream(device)
+    copying, computing = copy_stream(device, "from"), torch.accelerator.current_stream(device)
     copying.wait_event(computing.record_event())
     with copying:
         home = pinned(tensor).copy_(tensor, non_blocking=True)

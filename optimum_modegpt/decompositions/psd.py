@@ -28,7 +28,7 @@ GRAM_WIDTH = 1024
 additional small products cost."""
 
 
-def exact(x: Tensor) -> Tensor:
+def to_float64(x: Tensor) -> Tensor:
     """Return `x` in float64, on its own device if that supports float64, else on the CPU."""
     try:
         return x.to(torch.float64)
@@ -38,14 +38,14 @@ def exact(x: Tensor) -> Tensor:
         return x.cpu().to(torch.float64)
 
 
-def working(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of products over tokens of this dtype: float32 (exact for 16-bit numbers) or float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def raised(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """Return `x` in the dtype of products over tokens."""
-    return x.to(working(x.dtype))
+    return x.to(accumulation_dtype(x.dtype))
 
 
 @functools.cache
@@ -56,15 +56,15 @@ def row_type(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     bfloat16 qualifies, because weighted rows and residuals exceed the range of float16.
     """
     if dtype != torch.bfloat16:
-        return working(dtype)
+        return accumulation_dtype(dtype)
     # bfloat16 cannot represent 257. The layout is that of `_fill_gram`: transposed, into a part of a matrix.
     rows = torch.ones(257, 4, dtype=dtype, device=device)
     part = _empty_product(rows, rows)[:2, 2:]
     try:
         _multiply(rows[:, :2].T, rows[:, 2:], part)
     except RuntimeError:  # not implemented, or not for these dtypes: torch has no query for this
-        return working(dtype)
-    return dtype if part.eq(257).all() else working(dtype)
+        return accumulation_dtype(dtype)
+    return dtype if part.eq(257).all() else accumulation_dtype(dtype)
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def cross_matrix(rows: Tensor, targets: Tensor) -> Tensor:
 
 
 def _empty_product(left: Tensor, right: Tensor) -> Tensor:
-    return left.new_empty(left.shape[1], right.shape[1], dtype=working(left.dtype))
+    return left.new_empty(left.shape[1], right.shape[1], dtype=accumulation_dtype(left.dtype))
 
 
 def _multiply(left: Tensor, right: Tensor, result: Tensor) -> None:
@@ -185,7 +185,7 @@ def inverse(matrix: Tensor) -> Tensor:
     Devices without float64 also lack factorisations, so the host computes for them.
     """
     home = matrix.device
-    matrix = matrix.to(exact(matrix.new_zeros(())).device)
+    matrix = matrix.to(to_float64(matrix.new_zeros(())).device)
     require_finite(matrix)
     result, info = torch.linalg.cholesky_ex(matrix)
     if info.any():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optimum_modegpt.decompositions.psd import exact, require_finite, roots
+from optimum_modegpt.decompositions.psd import require_finite, roots, to_float64
 
 SINGULAR_FLOOR = 1e-7
 """Singular values below this fraction of the largest belong to directions without tokens. As roots of eigenvalues, they
@@ -70,4 +70,4 @@ def block_diagonal(bases: Tensor, repeats: int, *, ones: bool) -> Tensor:
     With `ones`, the last block is 1 for the constant input.
     """
     blocks = list(bases.repeat_interleave(repeats, dim=0))
-    return torch.block_diag(*blocks, *([exact(torch.ones(1, 1, device=bases.device))] if ones else []))
+    return torch.block_diag(*blocks, *([to_float64(torch.ones(1, 1, device=bases.device))] if ones else []))

@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.hf_quantizer import kept_in
 from optimum_modegpt.integration.quantizer import as_config
-from optimum_modegpt.integration.source import Source, default_dataset, loading
+from optimum_modegpt.loading.source import Source, default_dataset, loading
 from optimum_modegpt.modeling.modegpt_family import is_compressed
+from optimum_modegpt.walk.checkpoint import Checkpoint
 
 
 def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:

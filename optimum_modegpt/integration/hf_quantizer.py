@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optimum_modegpt.calibration.data import TokenWindows
-    from optimum_modegpt.checkpoint import Checkpoint
-    from optimum_modegpt.integration.source import Source
+    from optimum_modegpt.loading.source import Source
+    from optimum_modegpt.walk.checkpoint import Checkpoint
 
 _CHECKPOINT: ContextVar[Checkpoint | None] = ContextVar("modegpt_checkpoint", default=None)
 
@@ -105,7 +105,7 @@ class ModeGPTHfQuantizer(HfQuantizer):
             self.windows = self.quantizer.prepare(model.config, None, self._source(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        from optimum_modegpt.integration.reading import check_loaded
+        from optimum_modegpt.loading.models import check_loaded
 
         if self.windows is None:
             raise RuntimeError("the weights were loaded before the calibration text was read.")
@@ -123,7 +123,7 @@ class ModeGPTHfQuantizer(HfQuantizer):
         return model
 
     def _source(self, model: PreTrainedModel) -> Source:
-        from optimum_modegpt.integration.source import Source, being_loaded
+        from optimum_modegpt.loading.source import Source, being_loaded
 
         return being_loaded() or Source.of_model(model)
 

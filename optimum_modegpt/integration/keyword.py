@@ -23,7 +23,7 @@ def install_keyword(model_class: Any) -> None:
             return inner(cls, pretrained_model_name_or_path, *args, **kwargs)
         # Imported here because transformers imports this module during its own import.
         from optimum_modegpt.integration.auto import with_quantization_config
-        from optimum_modegpt.integration.source import Source, loading
+        from optimum_modegpt.loading.source import Source, loading
 
         arguments = with_quantization_config(kwargs)
         with loading(Source.of_arguments(pretrained_model_name_or_path, kwargs)):

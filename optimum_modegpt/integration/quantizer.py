@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.integration.hub import KEPT_REPORT, Upload
-from optimum_modegpt.integration.source import Source, calibrate, find_tokenizer
+from optimum_modegpt.hub.upload import KEPT_REPORT, Upload
+from optimum_modegpt.loading.source import Source, calibrate, find_tokenizer
 from optimum_modegpt.report import Report
+from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.state import Base
 
 

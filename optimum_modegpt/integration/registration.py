@@ -92,6 +92,6 @@ def _register_targets(constants: ModuleType) -> None:
 
 def _install_companion(common: ModuleType) -> None:
     """Let compressed models save a report and a model card; without the package, their remote code cannot."""
-    from optimum_modegpt.integration.hub import Companion
+    from optimum_modegpt.hub.upload import Companion
 
     common.ModeGPTModelMixin.companion = Companion

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
-from optimum_modegpt.calibration.streams import Stream, inputs_of, passed
+from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
@@ -46,7 +46,7 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
             mlp_sum.add(activations, block.down(activations) - (0 if block.down.bias is None else block.down.bias))
             return output
 
-        after = list(passed(observed, block.output.weight.device, stream))
+        after = list(map_stream(observed, block.output.weight.device, stream))
     return PublishedMoments(
         QueryKeyMoments(query_sum.value(), key_sum.value()), value_sum.value(), mlp_sum.value()
     ), after

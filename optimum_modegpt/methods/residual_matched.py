@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_modegpt import processes
+from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import (
     AttentionCurvatureSum,
@@ -28,13 +28,13 @@ from optimum_modegpt.calibration.moments import (
     token_weights,
     with_ones,
 )
-from optimum_modegpt.calibration.streams import Stream, inputs_of, kept, passed
-from optimum_modegpt.calibration.transfers import arriving
+from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, store_like
+from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import elimination_order, remaining
-from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, damp, inverse, raised
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, inverse
 from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
@@ -76,7 +76,7 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weight
     weights: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def sums() -> Iterator[Tensor]:
-        for hidden in arriving(stream, device):
+        for hidden in prefetch(stream, device):
             total = hidden + block.attend(block.attention_input(hidden), arguments)
             middle = block.after_attention(total)
             end = middle + block.down(block.mlp_hidden(block.mlp_input(middle)))
@@ -84,7 +84,7 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weight
             weights[1].append(token_weights(end, block.mlp_norm))
             yield from (total, end)
 
-    both = list(kept(sums(), stream))
+    both = list(store_like(sums(), stream))
     attention, mlp = both[::2], both[1::2]
     attention_weights, mlp_weights = (_with_mean_one(w) if weighted else None for w in weights)
     return DenseTargets(attention, mlp, attention_weights, mlp_weights, stream_after(block, mlp, block.after_mlp))
@@ -115,7 +115,7 @@ def compress_block(
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
 
     with naming("vo"):
-        heads = list(kept(head_outputs(student, compressed, arguments), compressed))
+        heads = list(store_like(head_outputs(student, compressed, arguments), compressed))
         moments = observe_output(student, compressed, heads, targets.attention, targets.attention_weights)
         value_output = cut_value_output(student, moments, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output)
@@ -127,7 +127,7 @@ def compress_block(
         mlp = refit_mlp(student, middle, targets, widths.mlp, config, keep_derivatives=keep_derivatives)
     student.install_mlp(mlp.rows, mlp.down)
     device = student.output.weight.device
-    sums = list(passed(lambda h: h + student.down(student.mlp_hidden(student.mlp_input(h))), device, middle))
+    sums = list(map_stream(lambda h: h + student.down(student.mlp_hidden(student.mlp_input(h))), device, middle))
 
     if not student.norm_first:
         match_norm(student.mlp_norm, targets.mlp, sums)
@@ -144,7 +144,7 @@ def match_norm(norm: Any, dense: Stream, compressed: Stream) -> None:
     if weight is None:
         return
     slope = SlopeSum(norm)
-    for target, source in zip(arriving(dense, weight.device), arriving(compressed, weight.device), strict=True):
+    for target, source in zip(prefetch(dense, weight.device), prefetch(compressed, weight.device), strict=True):
         slope.add(target, source)
     with torch.no_grad():
         weight.mul_(slope.value().to(weight))
@@ -166,20 +166,24 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
     bare, device = SlopeSum(norm).norm, head.device
     length = dense[0].shape[1]
     windows = sum(len(batch) for batch in dense)
-    stride = -(-int(processes.total(windows)) * length // gain_tokens(int(processes.total(windows)), length, len(head)))
+    stride = -(
+        -int(distributed.all_reduce(windows))
+        * length
+        // gain_tokens(int(distributed.all_reduce(windows)), length, len(head))
+    )
     samples = []
     for target, source in zip(dense, compressed, strict=True):
         for wanted, seen in zip(
             target[:, stride - 1 :: stride].to(device), source[:, stride - 1 :: stride].to(device), strict=True
         ):
-            distribution = (raised(dense_norm(wanted)) @ head.T).softmax(-1)
-            samples.append(SoftmaxSample(bare(raised(seen)), distribution))
+            distribution = (at_least_float32(dense_norm(wanted)) @ head.T).softmax(-1)
+            samples.append(SoftmaxSample(bare(at_least_float32(seen)), distribution))
     bias = getattr(norm, "bias", None)
-    gain = raised(norm.weight.detach())
-    bias = torch.zeros_like(gain) if bias is None else raised(bias.detach())
-    fitted, held_back = split_sample(samples, before=processes.before(windows), total=processes.total)
+    gain = at_least_float32(norm.weight.detach())
+    bias = torch.zeros_like(gain) if bias is None else at_least_float32(bias.detach())
+    fitted, held_back = split_sample(samples, before=distributed.exclusive_sum(windows), total=distributed.all_reduce)
     with torch.no_grad():
-        norm.weight.copy_(match_softmax(gain, bias, head, fitted, held_back, total=processes.total))
+        norm.weight.copy_(match_softmax(gain, bias, head, fitted, held_back, total=distributed.all_reduce))
 
 
 # query and key
@@ -192,13 +196,13 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
     windows = own
     if block.rotary:
         length = arguments["position_embeddings"][0].shape[1]
-        windows = curvature_windows(block, int(processes.total(own)), length) - processes.before(own)
+        windows = curvature_windows(block, int(distributed.all_reduce(own)), length) - distributed.exclusive_sum(own)
     query_sum, key_sum, curvature = (
         HeadMomentSum(block.kv_heads),
         HeadMomentSum(block.kv_heads),
         AttentionCurvatureSum(block),
     )
-    for batch in arriving(_first_windows(stream, windows), device):
+    for batch in prefetch(_first_windows(stream, windows), device):
         query, key = query_key_vectors(block, block.attention_input(batch))
         query_sum.add(query)
         if block.rotary:
@@ -227,11 +231,11 @@ def cut_query_key(
         error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
     pairs, errors = elimination.after(rank // 2)
-    pairs = processes.agreed(pairs)
+    pairs = distributed.broadcast(pairs)
     query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
-    kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
+    store_like = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
-    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, relative(errors.sum(), total.sum()))
+    return QueryKeyFactors(query_map @ query, key.gather(1, store_like), pairs, relative(errors.sum(), total.sum()))
 
 
 # value and output
@@ -240,7 +244,7 @@ def cut_query_key(
 def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
     """What the attention gives its output projection, (batch, length, heads · head_dim), on the block's device."""
     with inputs_of(block.output) as seen:
-        for hidden in arriving(stream, block.output.weight.device):
+        for hidden in prefetch(stream, block.output.weight.device):
             block.attend(block.attention_input(hidden), arguments)
             yield seen.pop()
 
@@ -251,10 +255,10 @@ def observe_output(
     """Moments of the output projection's input, with what is missing from the stream to the dense sum as the target."""
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
-    arrived = (arriving(each, device) for each in (stream, heads, targets))
+    arrived = (prefetch(each, device) for each in (stream, heads, targets))
     for index, (batch, head, target) in enumerate(zip(*arrived, strict=True)):
         weight = None if weights is None else weights[index]
-        moments.add(head, raised(target) - raised(batch), weight)
+        moments.add(head, at_least_float32(target) - at_least_float32(batch), weight)
     return moments.value()
 
 
@@ -289,7 +293,7 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
         return hidden + block.output(head)
 
-    return list(passed(total, block.output.weight.device, stream, heads))
+    return list(map_stream(total, block.output.weight.device, stream, heads))
 
 
 # mlp
@@ -299,9 +303,11 @@ def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Ten
     """Moments of the down projection's input, with what is missing to the dense sum as the target."""
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.down.bias is not None)
-    for index, (batch, target) in enumerate(zip(arriving(middle, device), arriving(targets, device), strict=True)):
+    for index, (batch, target) in enumerate(zip(prefetch(middle, device), prefetch(targets, device), strict=True)):
         weight = None if weights is None else weights[index]
-        moments.add(block.mlp_hidden(block.mlp_input(batch)), raised(target) - raised(batch), weight)
+        moments.add(
+            block.mlp_hidden(block.mlp_input(batch)), at_least_float32(target) - at_least_float32(batch), weight
+        )
     return moments.value()
 
 
@@ -336,7 +342,9 @@ def refit_mlp(
         return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
     own = sum(len(batch) for batch in middle)
     windows = max(1, REFIT_TOKENS // middle[0].shape[1])
-    sample = itertools.islice(_token_samples(student, middle, targets), max(0, windows - processes.before(own)))
+    sample = itertools.islice(
+        _token_samples(student, middle, targets), max(0, windows - distributed.exclusive_sum(own))
+    )
     samples = _kept_samples(sample, middle)
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
@@ -349,7 +357,7 @@ def refit_mlp(
             factors = _refit_inputs(student, factors, samples, config, keep_derivatives=keep_derivatives)
             moments = _hidden_moments(student, factors.rows, samples)
             factors = _refit_down(factors, moments, moments.ridge(config.output_ridge))
-    if windows < processes.total(own):
+    if windows < distributed.all_reduce(own):
         moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets))
         factors = _refit_down(factors, moments, moments.ridge(config.output_ridge))
     return factors
@@ -361,14 +369,14 @@ def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGP
     inverse_hessian = inverse(add_diagonal(moments.gram, ridge))
     best = inverse_hessian @ (moments.cross + ridge * down)
     order = elimination_order(inverse_hessian, best, moments.width - rank, protected=int(moments.ones))
-    return processes.agreed(order)
+    return distributed.broadcast(order)
 
 
 def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor) -> tuple[MLPFactors, LinearMoments]:
     """The factors, and the moments, without the channels of `order`."""
-    kept = remaining(order, moments.width)
-    rows, down = tuple(row[kept] for row in factors.rows), factors.down[moments.with_constant(kept)]
-    return MLPFactors(rows, down, factors.relative_error), moments.kept(kept)
+    store_like = remaining(order, moments.width)
+    rows, down = tuple(row[store_like] for row in factors.rows), factors.down[moments.with_constant(store_like)]
+    return MLPFactors(rows, down, factors.relative_error), moments.kept(store_like)
 
 
 def _refit_inputs(
@@ -387,8 +395,8 @@ def _refit_inputs(
         ridge=config.input_ridge,
         iterations=config.refit_iterations,
         keep_derivatives=keep_derivatives,
-        before=processes.before(len(samples)),
-        total=processes.total,
+        before=distributed.exclusive_sum(len(samples)),
+        total=distributed.all_reduce,
     )
     return replace(factors, rows=rows)
 
@@ -413,9 +421,9 @@ def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Itera
     assert targets.mlp_weights is not None
     biased = block.mlp_inputs[0].bias is not None
     device = block.output.weight.device
-    arrived = (arriving(each, device) for each in (middle, targets.mlp))
+    arrived = (prefetch(each, device) for each in (middle, targets.mlp))
     for batch, target, weight in zip(*arrived, targets.mlp_weights, strict=True):
-        inputs, missing = raised(block.mlp_input(batch)), raised(target) - raised(batch)
+        inputs, missing = at_least_float32(block.mlp_input(batch)), at_least_float32(target) - at_least_float32(batch)
         for seen, wanted, own in zip(inputs, missing, weight, strict=True):
             yield TokenSample(with_ones(seen) if biased else seen, wanted, own)
 
@@ -429,7 +437,7 @@ def _kept_samples(samples: Iterable[TokenSample], beside: Stream) -> list[TokenS
             weights.append(sample.weight)
             yield from (sample.inputs, sample.target)
 
-    both = list(kept(parts(), beside))
+    both = list(store_like(parts(), beside))
     return list(map(TokenSample, both[::2], both[1::2], weights))
 
 
@@ -438,7 +446,7 @@ def _kept_samples(samples: Iterable[TokenSample], beside: Stream) -> list[TokenS
 
 def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tensor]) -> Stream:
     """The stream that the sums of a part are, or become by the norm that follows them."""
-    return sums if block.norm_first else list(passed(post_norm, block.output.weight.device, sums))
+    return sums if block.norm_first else list(map_stream(post_norm, block.output.weight.device, sums))
 
 
 def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:
@@ -451,6 +459,7 @@ def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:
 
 def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:
     mean = float(
-        processes.total(sum(float(w.sum()) for w in weights)) / processes.total(sum(w.numel() for w in weights))
+        distributed.all_reduce(sum(float(w.sum()) for w in weights))
+        / distributed.all_reduce(sum(w.numel() for w in weights))
     )
     return [w / mean for w in weights]

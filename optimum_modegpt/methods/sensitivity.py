@@ -11,15 +11,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from optimum_modegpt import processes
+from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Sizes
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.calibration.moments import QueryKeyMoments
-from optimum_modegpt.calibration.streams import DENSE_ADVICE, Front, Stream, check_dense, kept, not_finite, passed
-from optimum_modegpt.calibration.transfers import arriving
+from optimum_modegpt.calibration.streams import (
+    DENSE_ADVICE,
+    BlockInputs,
+    Stream,
+    check_dense,
+    map_stream,
+    not_finite,
+    store_like,
+)
+from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
-from optimum_modegpt.decompositions.psd import exact, raised
+from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.progress import bar
@@ -97,8 +105,8 @@ class Sweeps:
     sizes: Sizes
     config: ModeGPTConfig
     ratios: tuple[float, ...]
-    moments: Front
-    divergence: Front
+    moments: BlockInputs
+    divergence: BlockInputs
     device: torch.device
 
     def measured(self, known: Curves, *, progress: bool) -> Iterator[Curves]:
@@ -122,7 +130,7 @@ class Sweeps:
             dense = block.on(self.device)
             self._pass(dense, self._targets(dense))
 
-    def _measure(self, sweep: range, passed: Callable[[], Any]) -> Curves:
+    def _measure(self, sweep: range, map_stream: Callable[[], Any]) -> Curves:
         """The curves of these blocks; `passed` is called after every block that what they are cut to has passed."""
         cuts: list[tuple[int, str, float]] = []
         outputs: Stream = []
@@ -131,15 +139,15 @@ class Sweeps:
             dense, arguments = block.on(self.device), self.divergence.on(block.index, self.device)
             _advance(outputs, dense, arguments)
             if block.index in sweep:
-                targets, entering = self._targets(dense), list(arriving(self.divergence.stream, self.device))
+                targets, entering = self._targets(dense), list(prefetch(self.divergence.stream, self.device))
                 with naming(f"block {block.index}"):
-                    outputs += kept(self._cut(dense, targets, entering, cuts), self.divergence.stream)
+                    outputs += store_like(self._cut(dense, targets, entering, cuts), self.divergence.stream)
                 self._pass(dense, targets)
                 reference = list(self.divergence.stream)
             else:
                 _advance(reference, dense, arguments)
                 self._check(dense, reference, self.divergence)
-            passed()
+            map_stream()
         tail = self.architecture.tail(self.device)
         divergences = _divergences(tail, reference, outputs, len(cuts))
         if not all(map(math.isfinite, divergences)):
@@ -160,7 +168,7 @@ class Sweeps:
         self._check(dense, self.divergence.stream, self.divergence)
 
     @staticmethod
-    def _check(dense: Block, stream: Stream, front: Front) -> None:
+    def _check(dense: Block, stream: Stream, front: BlockInputs) -> None:
         with naming(f"block {dense.index}"):
             check_dense(stream, front.windows)
 
@@ -238,7 +246,7 @@ def _cutter(
 
 
 def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
-    return passed(partial(block.forward, arguments=arguments), block.output.weight.device, stream)
+    return map_stream(partial(block.forward, arguments=arguments), block.output.weight.device, stream)
 
 
 def _advance(stream: Stream, block: Block, arguments: dict[str, Any]) -> None:
@@ -251,23 +259,23 @@ def _check_logits(tail: nn.Sequential, reference: Stream, windows: Tensor) -> No
     """Refuses logits of the dense model that are not finite, in all processes if one of them finds any."""
     logits = (tail(window[None].to(cast(nn.Linear, tail[-1]).weight.device)) for batch in reference for window in batch)
     found = (not_finite([each], number[None]) for each, number in zip(logits, windows, strict=True))
-    for window in processes.each(next(filter(None, found), None)):
+    for window in distributed.all_gather_object(next(filter(None, found), None)):
         if window is not None:
             raise NumericalError(f"the dense model's logits are not finite on {window}. {DENSE_ADVICE}")
 
 
 def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, variants: int) -> list[float]:
     """Mean KL(reference ‖ output) of the next-token distributions in nats per token, for every variant in `outputs`."""
-    tokens = processes.total(sum(dense.shape[:2].numel() for dense in reference))
+    tokens = distributed.all_reduce(sum(dense.shape[:2].numel() for dense in reference))
     head = cast(nn.Linear, tail[-1])
     rows, device = max(1, LOGITS_AT_ONCE // head.out_features), head.weight.device
-    sums = [exact(torch.zeros((), device=device))] * variants
+    sums = [to_float64(torch.zeros((), device=device))] * variants
     for batch, dense in enumerate(reference):
         chunks = [outputs[variant * len(reference) + batch].flatten(0, 1).split(rows) for variant in range(variants)]
         for index, chunk in enumerate(dense.flatten(0, 1).split(rows)):
-            expected = raised(tail(chunk.to(device))).log_softmax(-1)
+            expected = at_least_float32(tail(chunk.to(device))).log_softmax(-1)
             for variant in range(variants):
-                found = raised(tail(chunks[variant][index].to(device))).log_softmax(-1)
+                found = at_least_float32(tail(chunks[variant][index].to(device))).log_softmax(-1)
                 divergence = nn.functional.kl_div(found, expected, reduction="sum", log_target=True)
-                sums[variant] = sums[variant] + exact(divergence)
-    return (processes.total(torch.stack(sums)) / tokens).cpu().tolist()
+                sums[variant] = sums[variant] + to_float64(divergence)
+    return (distributed.all_reduce(torch.stack(sums)) / tokens).cpu().tolist()

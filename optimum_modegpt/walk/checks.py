@@ -9,43 +9,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from optimum_modegpt import processes
-from optimum_modegpt.allocation.plan import Plan, Sizes, head_step, largest_sparsity, mlp_step, part_size
-from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt import distributed
+from optimum_modegpt.allocation.plan import Plan, Sizes
+from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.budget.sizes import check_reachable
 from optimum_modegpt.calibration.data import describe_degenerate
 from optimum_modegpt.calibration.streams import DENSE_ADVICE, Stream, check_dense, not_finite, skipping_blocks
-from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel, naming
 from optimum_modegpt.modeling.adoption import built
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
 from optimum_modegpt.walk.state import Walk
 
-SPARSITY_TOLERANCE = 0.005
-"""A plan that misses the requested sparsity by more is a warning."""
 DISTINCT_SHARE = 0.9
 """A smaller share of distinct calibration windows is a warning."""
 READING_TOLERANCE = 1e-3
 """Largest relative difference between the own forward pass of a block, or of the head, and our reading of it."""
 HEAD_TOKENS = 16
 """Tokens whose logits are compared: the head acts on each alike, and those of a whole window can take gigabytes."""
-
-
-def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
-    """What can be cut where: dense widths, weights per unit of width, grids."""
-
-    def sizes(block: Block) -> dict[str, Any]:
-        dense, d_model, cap = block.dense_widths, block.down.out_features, config.max_sparsity
-        head_unit = (block.heads + block.kv_heads) * d_model
-        mlp_unit = (len(block.mlp_inputs) + 1) * d_model
-        qk_step = head_step(dense.qk, config.round_to, pairs=block.rotary)
-        vo_step = head_step(dense.vo, config.round_to, pairs=False)
-        return {
-            "mlp": part_size(dense.mlp, mlp_unit, mlp_step(dense.mlp, config.round_to), cap),
-            "qk": part_size(dense.qk, head_unit, qk_step, cap),
-            "vo": part_size(dense.vo, head_unit, vo_step, cap),
-        }
-
-    return [sizes(block) for block in architecture.blocks]
 
 
 def check_request(walk: Walk) -> None:
@@ -58,10 +38,10 @@ def check_request(walk: Walk) -> None:
             f"set sequence_length to {context} or less."
         )
     check_reachable(config, walk.sizes)
-    if len(tokens) < processes.count():
+    if len(tokens) < distributed.world_size():
         raise CalibrationDataError(
-            f"{len(tokens)} calibration windows cannot be shared among {processes.count()} processes; start at most "
-            f"{len(tokens)}, or calibrate on more windows with num_samples."
+            f"{len(tokens)} calibration windows cannot be divided among {distributed.world_size()} processes; start at "
+            f"most {len(tokens)}, or calibrate on more windows with num_samples."
         )
     if (distinct := len(tokens.unique(dim=0))) < DISTINCT_SHARE * len(tokens):
         walk.warn(
@@ -75,15 +55,6 @@ def check_request(walk: Walk) -> None:
         walk.warn(
             f"only {tokens.numel()} calibration tokens for an MLP width of {widest}: the moments are rank deficient. "
             f"Use at least {widest} tokens, better {4 * widest}."
-        )
-
-
-def check_reachable(config: ModeGPTConfig, sizes: Sizes) -> None:
-    """Refuses a sparsity above what the widths allow."""
-    if (limit := largest_sparsity(sizes)) + SPARSITY_TOLERANCE < config.sparsity:
-        raise InvalidConfig(
-            f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
-            f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
         )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from optimum_modegpt import processes
+from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.budget.work import Extent, product_seconds, work_of
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.methods.work import Extent, product_seconds, work_of
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
 from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, count_parameters
 from optimum_modegpt.stages import product_rates
@@ -71,7 +71,7 @@ def make_report(
         device=str(walk.device),
         batch_size=walk.batch_size,
         streams=walk.streams,
-        processes=processes.count(),
+        processes=distributed.world_size(),
         **walk.measured(),
         warnings=tuple(walk.warnings),
         self_check={} if walk.self_check is None else dataclasses.asdict(walk.self_check),
@@ -82,7 +82,7 @@ def make_report(
 def floor_seconds(walk: Walk, plan: Plan) -> dict[str, dict[str, float]]:
     """By stage and step, how long this process's share of the matrix products takes at the rate of the device."""
     tokens, config = walk.calibration.tokens, walk.config
-    windows = -(-len(tokens) // processes.count())
+    windows = -(-len(tokens) // distributed.world_size())
     length, dtype = tokens.shape[1], walk.architecture.model.dtype
     extent = Extent(windows, length, walk.batch_size * length, dtype.itemsize)
     rates = product_rates(walk.device, dtype)

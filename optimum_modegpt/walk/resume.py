@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_modegpt import processes
+from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.streams import Stream, in_batches
-from optimum_modegpt.checkpoint import Progress, fingerprint
 from optimum_modegpt.errors import ProcessError
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.modeling.modegpt_common import Widths
 from optimum_modegpt.report import Stage
+from optimum_modegpt.walk.checkpoint import Progress, fingerprint
 from optimum_modegpt.walk.record import versions
 from optimum_modegpt.walk.state import Walk
 
@@ -62,11 +62,11 @@ def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
         "attention": model.config._attn_implementation,
         **{f"configuration, {name}": value for name, value in configuration.items()},
         "plan": plan,
-        "processes": processes.count(),
+        "processes": distributed.world_size(),
         **own,
         **{
             f"process {number}, {name}": value
-            for number, other in enumerate(processes.each(own)[1:], start=2)
+            for number, other in enumerate(distributed.all_gather_object(own)[1:], start=2)
             for name, value in other.items()
         },
     }
@@ -74,10 +74,10 @@ def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
 
 def check_alike(read: dict[str, str]) -> None:
     """Refuses processes that have not read the same."""
-    for number, other in enumerate(processes.each(read), start=1):
+    for number, other in enumerate(distributed.all_gather_object(read), start=1):
         if different := [name for name in read if other[name] != read[name]]:
             raise ProcessError(
-                f"processes {processes.index() + 1} and {number} have not read the same {' and '.join(different)}; on "
+                f"processes {distributed.rank() + 1} and {number} have not read the same {' and '.join(different)}; on "
                 "all machines model, revision and text have to be the same."
             )
 

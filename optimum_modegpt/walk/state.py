@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_modegpt import processes
+from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Sizes
 from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.budget.placement import Arrangement, Free, Needs, Streams, arrange, finished_size
+from optimum_modegpt.budget.work import Extent, Shapes, shapes_of
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.calibration.streams import Front, Place, check_dense, enter, in_batches
-from optimum_modegpt.checkpoint import Checkpoint
+from optimum_modegpt.calibration.streams import BlockInputs, StreamStorage, check_dense, enter, in_batches
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods import sensitivity
-from optimum_modegpt.methods.placement import Arrangement, Free, Needs, Streams, arrange, finished_size
-from optimum_modegpt.methods.work import Extent, Shapes, shapes_of
 from optimum_modegpt.stages import StageClock
+from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.self_check import SelfCheck
 
 logger = logging.getLogger(__name__)
@@ -64,10 +64,10 @@ class Walk:
     """Windows per forward pass; halved where memory does not suffice."""
     streams: Streams = field(init=False)
     """Where the residual streams are kept, and `place`, the same as a place."""
-    place: Place = field(init=False)
+    place: StreamStorage = field(init=False)
     keep_derivatives: bool = field(init=False)
     """Whether there is room for what the refit of gate and up would compute again in every iteration."""
-    front: Front = field(default_factory=lambda: Front([], []))
+    front: BlockInputs = field(default_factory=lambda: BlockInputs([], []))
     """What enters the first block; nothing before the calibration tokens were embedded."""
     budget: sensitivity.Budget | None = None
     curves: sensitivity.Curves = field(default_factory=dict)
@@ -81,12 +81,14 @@ class Walk:
         self.shapes = shapes_of(self.architecture)
         arrangement = arranged(self)
         host = torch.device("cpu")
-        files = Place(host, Path(tempfile.gettempdir()) if self.checkpoint is None else self.checkpoint.folder)
-        self.batch_size = min(processes.each(arrangement.batch_size))  # one for all, for a run that is taken up again
+        files = StreamStorage(host, Path(tempfile.gettempdir()) if self.checkpoint is None else self.checkpoint.folder)
+        self.batch_size = min(
+            distributed.all_gather_object(arrangement.batch_size)
+        )  # one for all, for a run that is taken up again
         self.streams, self.keep_derivatives = arrangement.streams, arrangement.keep_derivatives
-        self.place = {"device": Place(self.device), "host": Place(host), "files": files}[self.streams]
+        self.place = {"device": StreamStorage(self.device), "host": StreamStorage(host), "files": files}[self.streams]
 
-    def enter(self, tokens: Tensor, *, first: int = 0) -> Front:
+    def enter(self, tokens: Tensor, *, first: int = 0) -> BlockInputs:
         """Returns the input of the first block for these calibration windows; `first` is the number of the first.
 
         Raises:
@@ -135,5 +137,5 @@ def arranged(walk: Walk) -> Arrangement:
         accelerated=walk.device.type != "cpu",
         free=Free.beside(walk.device),
         besides=Needs(files=held) if on_host else Needs(device=held),
-        processes=processes.count(),
+        processes=distributed.world_size(),
     )

@@ -31,6 +31,7 @@ from optimum_modegpt.allocation.plan import Plan, Sizes, total_weights
 from optimum_modegpt.allocation.sensitivity import plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.architectures import resolve
+from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.calibration.data import (
     TokenWindows,
     calibration_windows,
@@ -38,7 +39,6 @@ from optimum_modegpt.calibration.data import (
     resolve_sequence_length,
 )
 from optimum_modegpt.compress import compress
-from optimum_modegpt.walk.checks import part_sizes
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5)

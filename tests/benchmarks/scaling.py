@@ -36,14 +36,14 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt.budget.estimate import estimate, on_meta
+from optimum_modegpt.budget.preflight import check_resources
 from optimum_modegpt.calibration.data import TokenWindows
-from optimum_modegpt.checkpoint import Checkpoint
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import NotEnoughRoom
-from optimum_modegpt.evaluation.estimate import estimate, on_meta
-from optimum_modegpt.evaluation.room import check_room
 from optimum_modegpt.report import count_parameters
 from optimum_modegpt.stages import compute_device
+from optimum_modegpt.walk.checkpoint import Checkpoint
 
 BASE: dict[str, Any] = {"width": 256, "blocks": 2, "vocabulary": 1024}
 LLAMAS: dict[str, dict[str, Any]] = {
@@ -159,7 +159,7 @@ def in_own_process(case: dict[str, Any], place: Path | None) -> dict[str, Any]:
         sizes, device = {"parameters": count_parameters(model)}, device_of(case)
         try:
             if "free" not in case:
-                check_room(estimate(model, config_of(case), case["length"], device=device), device, Path(folder))
+                check_resources(estimate(model, config_of(case), case["length"], device=device), device, Path(folder))
         except NotEnoughRoom as error:
             return {**case, **sizes, "refused": str(error)}
         save_random(case, Path(folder))

@@ -1,0 +1,38 @@
+"""The sizes of the parts of every block, and the largest sparsity that they allow."""
+
+from __future__ import annotations
+
+from optimum_modegpt.allocation.plan import PartSize, Sizes, head_step, largest_sparsity, mlp_step, part_size
+from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import InvalidConfig
+
+SPARSITY_TOLERANCE = 0.005
+"""A plan that misses the requested sparsity by more is a warning."""
+
+
+def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
+    """Return dense width, weights per unit of width and grid of allowed widths, by block and part."""
+
+    def sizes(block: Block) -> dict[str, PartSize]:
+        dense, d_model, cap = block.dense_widths, block.down.out_features, config.max_sparsity
+        head_unit = (block.heads + block.kv_heads) * d_model
+        mlp_unit = (len(block.mlp_inputs) + 1) * d_model
+        qk_step = head_step(dense.qk, config.round_to, pairs=block.rotary)
+        vo_step = head_step(dense.vo, config.round_to, pairs=False)
+        return {
+            "mlp": part_size(dense.mlp, mlp_unit, mlp_step(dense.mlp, config.round_to), cap),
+            "qk": part_size(dense.qk, head_unit, qk_step, cap),
+            "vo": part_size(dense.vo, head_unit, vo_step, cap),
+        }
+
+    return [sizes(block) for block in architecture.blocks]
+
+
+def check_reachable(config: ModeGPTConfig, sizes: Sizes) -> None:
+    """Refuses a sparsity above what the widths allow."""
+    if (limit := largest_sparsity(sizes)) + SPARSITY_TOLERANCE < config.sparsity:
+        raise InvalidConfig(
+            f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "
+            f"round_to={config.round_to!r} at most {limit:.3f} can be removed from this model."
+        )

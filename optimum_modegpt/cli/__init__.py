@@ -1,0 +1,1 @@
+"""The command line: `optimum-cli modegpt` and `python -m optimum_modegpt`."""

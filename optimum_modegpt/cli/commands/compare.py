@@ -1,0 +1,132 @@
+"""`compare`: compare a compressed model with the dense one prompt by prompt; thresholds determine the exit code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from optimum_modegpt import demo
+from optimum_modegpt.cli.arguments.compare import BROKEN
+from optimum_modegpt.cli.commands.common import (
+    check_file,
+    models_on,
+    reference_of,
+    shared_tokenizer,
+    shows_progress,
+    source_of,
+    write_json,
+)
+from optimum_modegpt.comparison.compare import compare as compare_models
+from optimum_modegpt.comparison.page import comparison_page
+from optimum_modegpt.comparison.prompts import Prompt, read_prompts
+from optimum_modegpt.comparison.records import Comparison, PromptComparison
+from optimum_modegpt.comparison.thresholds import Check, Thresholds
+from optimum_modegpt.errors import EvaluationError, OutputError
+from optimum_modegpt.loading.models import load_config, pick_device
+from optimum_modegpt.loading.source import Source, check_vocabulary
+
+DEMO_PROMPTS, DEMO_WORDS = 64, 24
+"""Number of prompts of the demo, and words in each: the first words of pages of the embedded text."""
+
+
+def run(options: Namespace) -> int:
+    """Print the comparison and the thresholds; return 1 if a threshold is not met, else 0.
+
+    Raises:
+        EvaluationError: a threshold cannot be evaluated; the comparison was printed and written nevertheless.
+    """
+    thresholds = Thresholds(options.max_kl, options.min_agreement, options.max_perplexity_ratio)
+    _check_files(options.prompts, [options.html, options.jsonl, options.json])
+    source, reference = source_of(options), reference_of(options)
+    assert reference is not None
+    prompts, device = _prompts(options.prompts, reference), pick_device(options.device)
+    # Loaded before the tokenizers: transformers reads those through the configuration and fails on a broken one.
+    configs = [load_config(each) for each in (reference, source)]
+    _check_order(options, *(getattr(config, "modegpt", None) is not None for config in configs))
+    tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
+    check_vocabulary(tokenizer, configs[-1].get_text_config().vocab_size)
+    model, dense = models_on(device, options.dtype, source, reference)
+    assert dense is not None
+    with _streaming(options.jsonl) as on_record:
+        found = compare_models(
+            model,
+            dense,
+            tokenizer,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            on_record=on_record,
+            progress=shows_progress(),
+        )
+    print(found.summary())
+    try:
+        checks = found.check(thresholds)
+    except EvaluationError:
+        _write(options, found, ())
+        raise
+    for check in checks:
+        print(check)
+    _write(options, found, checks)
+    return 0 if all(check.held for check in checks) else BROKEN
+
+
+def _check_order(options: Namespace, first_is_compressed: bool, second_is_compressed: bool) -> None:
+    """Raise an error if the models are in the wrong order: every threshold would apply to the dense model."""
+    if first_is_compressed and not second_is_compressed:
+        raise EvaluationError(
+            f"{options.reference} is a compressed model and {options.model} a dense one. Name the dense one first: "
+            f"{shlex.join(['compare', options.model, options.reference])}"
+        )
+
+
+def _check_files(prompts: Path | None, written: list[Path | None]) -> None:
+    """Raise an error if a file cannot be written or is named for two purposes."""
+    used = [] if prompts is None else [prompts.resolve()]
+    for file in filter(None, written):
+        check_file(file)
+        if file.resolve() in used:
+            raise OutputError(f"{file} is named twice; prompts and each result need separate files.")
+        used.append(file.resolve())
+
+
+def _write(options: Namespace, found: Comparison, checks: tuple[Check, ...]) -> None:
+    names = {"model": options.model, "reference": options.reference}
+    outcomes = [
+        {"measure": each.measure, "found": each.found, "allowed": each.allowed, "held": each.held} for each in checks
+    ]
+    write_json(options.json, {**names, "thresholds": outcomes, **found.to_dict()})
+    if options.html is not None:
+        options.html.write_text(comparison_page(found, checks, **names), encoding="utf-8")
+        print(f"page: {options.html}")
+
+
+def _prompts(file: Path | None, reference: Source) -> list[Prompt]:
+    if file is not None:
+        return read_prompts(file)
+    if not reference.is_demo:
+        raise EvaluationError(
+            "--prompts is missing. Name a .txt, .jsonl or .json file with prompts like those the model will receive."
+        )
+    pages = demo.EVALUATION_TEXT.read_text(encoding="utf-8").split("\n\n")[:DEMO_PROMPTS]
+    return ["".join(re.findall(r"\s*\S+", page)[:DEMO_WORDS]) for page in pages]
+
+
+@contextmanager
+def _streaming(file: Path | None) -> Iterator[Callable[[PromptComparison], None] | None]:
+    """Yield a function that writes a record as a line and flushes it, so that the file can be followed.
+
+    Raises:
+        KeyboardInterrupt: interrupted; the message names the file, which is kept.
+    """
+    if file is None:
+        yield None
+        return
+    with file.open("w", encoding="utf-8") as lines:
+        try:
+            yield lambda record: print(json.dumps(record.to_dict()), file=lines, flush=True)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{file} contains the prompts measured so far.") from None

@@ -1,0 +1,120 @@
+"""`recover`: fine-tune a compressed model briefly to regain part of the lost quality."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+from optimum_modegpt.cli.commands.advice import YOUR_TEXT, advised
+from optimum_modegpt.cli.commands.common import (
+    models_on,
+    reference_of,
+    shared_tokenizer,
+    shows_progress,
+    source_of,
+)
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.hub.card import REPORT
+from optimum_modegpt.hub.output import check_output, replacing, saving, taken_back, workshop_of
+from optimum_modegpt.hub.upload import KEPT_REPORT
+from optimum_modegpt.loading.models import load_config, pick_device
+from optimum_modegpt.loading.source import DEMO, Source, calibrate
+from optimum_modegpt.recovery.config import RecoveryConfig
+from optimum_modegpt.recovery.recover import Recovery, check_compressed, recover
+from optimum_modegpt.report import Report
+
+
+def run(options: Namespace) -> None:
+    """Fine-tune a model and save it; the output folder appears only once complete.
+
+    Raises:
+        EvaluationError: the perplexity of the held-out windows did not improve, so nothing was saved.
+    """
+    source, teacher = source_of(options), reference_of(options)
+    config = RecoveryConfig(**{name: getattr(options, name) for name in RecoveryConfig.__dataclass_fields__})
+    output = options.output.resolve()  # the folder next to it is on the same disk
+    workshop = workshop_of(output)
+    with workshop.alone():
+        taken_back(workshop.folder, output)
+        check_output(output, overwrite=options.overwrite, used=_used_paths(source, teacher, options))
+        recovery = _recover_to(output, workshop.folder, source, teacher, config, options)
+    print(recovery.summary())
+    print(f"saved in {options.output}")
+    print(_next_step(options))
+
+
+def _recover_to(
+    output: Path, workshop: Path, source: Source, teacher: Source | None, config: RecoveryConfig, options: Namespace
+) -> Recovery:
+    device, model_config = pick_device(options.device), load_config(source)
+    check_compressed(model_config)
+    if teacher is not None:
+        load_config(teacher)  # refuses an invalid name before the text is read
+    tokenizer, report = shared_tokenizer(None, source, teacher), _report(source)
+    with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
+        windows = calibrate(_text(options, model_config), tokenizer, model_config, source, fewer=True)
+        model, dense = models_on(device, options.dtype, source, teacher)
+        recovery = recover(
+            model,
+            windows,
+            teacher=dense,
+            config=config,
+            teacher_name=teacher.base_model if teacher else None,
+            progress=shows_progress(),
+        )
+        if not recovery.improved:
+            raise EvaluationError(
+                f"fine-tuning did not help, so nothing was saved. The model started with perplexity "
+                f"{recovery.perplexity_before:.3f} on {recovery.held_out_windows} held-out windows, and "
+                f"{recovery.steps} steps did not improve it. Try a lower --learning-rate, more text, or text that is "
+                "more similar to the training data of the model."
+            )
+        if report is not None:
+            vars(model)[KEPT_REPORT] = report
+        with saving(output):
+            tokenizer.save_pretrained(folder)
+            model.save_pretrained(folder)
+    return recovery
+
+
+def _text(options: Namespace, model_config: Any) -> ModeGPTConfig:
+    """Return the dataset to train on, as the configuration of a compression."""
+    own = DEMO if model_config.modegpt.get("base_model") == DEMO else ModeGPTConfig.dataset
+    return ModeGPTConfig(
+        dataset=options.dataset or own,
+        dataset_split=options.dataset_split,
+        text_column=options.text_column,
+        num_samples=options.num_samples,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+    )
+
+
+def _report(source: Source) -> Report | None:
+    """Load the report of the compression; None if the model comes without one."""
+    file = cached_file(source.path, REPORT, _raise_exceptions_for_missing_entries=False, **source.hub)
+    return None if file is None else Report.load(file)
+
+
+def _used_paths(source: Source, teacher: Source | None, options: Namespace) -> list[Path]:
+    named = (source.path, teacher.path if teacher else None, options.dataset)
+    return [Path(name) for name in named if name is not None and Path(name).exists()]
+
+
+def _next_step(options: Namespace) -> str:
+    """Return the command that evaluates the result, with a placeholder for a file of other text."""
+    is_file = options.dataset is not None and Path(options.dataset).exists()
+    command = advised(
+        options,
+        *("evaluate", str(options.output)),
+        reference=options.reference,
+        reference_revision=options.reference_revision,
+        dataset=YOUR_TEXT if is_file else options.dataset,
+        text_column=None if is_file else options.text_column,
+        sequence_length=options.sequence_length,
+    )
+    return f"next, on text that was not trained on: {command}"

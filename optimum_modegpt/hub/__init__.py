@@ -1,0 +1,1 @@
+"""Result folders and the Hub: atomic output, the model card, uploads."""

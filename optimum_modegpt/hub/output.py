@@ -1,0 +1,179 @@
+"""Atomic writes of output folders. Only folders that hold nothing but a compressed model are overwritten."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
+from optimum_modegpt.errors import OutputError
+from optimum_modegpt.modeling.modegpt_family import is_compressed
+from optimum_modegpt.walk.checkpoint import REPLACED, RESULT, Checkpoint, parents_made
+
+logger = logging.getLogger(__name__)
+
+OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jinja")
+OWN_NAMES = ("README.md", "ranks.png", ".gitattributes")
+ATTEMPTS = 5
+"""How often a run with --overwrite tries to move its result into place while another run writes the same folder."""
+
+
+def check_output(folder: Path, *, overwrite: bool, used: Iterable[Path] = ()) -> None:
+    """Raise an error if a folder cannot or must not be written; `used` are the other paths that the run uses.
+
+    Raises:
+        OutputError: the folder is a file, the working folder or a folder in use, or it is not empty and may not be
+            overwritten.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; expected a folder as --output.")
+    place = folder.resolve()
+    if place == Path.cwd():
+        raise OutputError(f"{folder} is the working folder; choose another --output.")
+    for path in used:
+        if place == path.resolve():
+            raise OutputError(f"{folder} is an input of this run (model, text or tokenizer); choose another --output.")
+        if place in path.resolve().parents:
+            raise OutputError(f"{folder} contains {path}, which this run uses; choose another --output.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(
+            f"{folder} exists and is not empty; choose another --output, or overwrite it with --overwrite."
+        )
+    _check_ours(folder, folder)
+
+
+def _check_ours(folder: Path, name: Path) -> None:
+    """Raise an error if a folder to delete is not only a compressed model; `name` is its path in the message."""
+    try:
+        model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        model_type = None
+    if not is_compressed(model_type):
+        found = f"has no readable {CONFIG_NAME}" if model_type is None else f"is a model of type {model_type!r}"
+        raise OutputError(f"{name} {found}; --overwrite deletes compressed models only. Choose another --output.")
+    if foreign := sorted(path.name for path in folder.iterdir() if not is_own(path)):
+        more = ", …" if len(foreign) > 5 else ""
+        raise OutputError(
+            f"{name} contains files that are not part of a compressed model: {', '.join(foreign[:5])}{more}. Move "
+            "them, or choose another --output."
+        )
+
+
+def is_own(path: Path) -> bool:
+    """Return whether a path can belong to a saved model: a file, or the folder of a tokenizer's chat templates."""
+    if path.is_symlink():
+        return False
+    if path.is_dir():
+        return path.name == CHAT_TEMPLATE_DIR and all(one.suffix == ".jinja" and is_own(one) for one in path.iterdir())
+    return path.suffix in OWN_SUFFIXES or path.name in OWN_NAMES or path.stem == "vocab"
+
+
+@contextmanager
+def saving(folder: Path) -> Iterator[None]:
+    """Report a failure to write a result as an error of the disk, not of the program.
+
+    Raises:
+        OutputError: `folder` cannot be written; the message quotes the operating system.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors raises its own error for a failed write
+        raise OutputError(
+            f"{folder} cannot be written: {error}\nFree disk space and run the same command again."
+        ) from error
+
+
+def workshop_of(folder: Path) -> Checkpoint:
+    """Return the hidden folder next to `folder`, with its lock, in which a command builds its result."""
+    return Checkpoint(folder.with_name(f".{folder.name}.checkpoint"))
+
+
+@contextmanager
+def replacing(folder: Path, *, overwrite: bool, workshop: Path) -> Iterator[Path]:
+    """Yield a new empty folder that replaces `folder` at the end.
+
+    The new folder is made in `workshop`, which is on the same disk. If a run is killed, the next run cleans up the
+    workshop (see `taken_back`). On an error the new folder is deleted, and `folder` is unchanged. If another run has
+    written `folder` meanwhile, the finished result is kept next to it.
+
+    Raises:
+        OutputError: `folder` cannot be written, or another run wrote it meanwhile.
+    """
+    folder = folder.resolve()
+    partial = workshop / RESULT
+    with parents_made(workshop):
+        try:
+            _make(partial, folder)
+            yield partial
+            _place(partial, folder, uuid.uuid4().hex[:8], overwrite=overwrite)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def taken_back(workshop: Path, folder: Path) -> None:
+    """Clean up after a killed run, so that `folder` is the old result or the complete new one."""
+    shutil.rmtree(workshop / RESULT, ignore_errors=True)
+    if (old := workshop / REPLACED).exists() and not folder.exists():
+        old.rename(folder)
+
+
+def _make(partial: Path, folder: Path) -> None:
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error}") from error
+
+
+def _place(partial: Path, folder: Path, mark: str, *, overwrite: bool) -> None:
+    """Move the finished result to `folder`, or next to it if `folder` may not be replaced."""
+    error: OSError | None = None
+    for _ in range(ATTEMPTS if overwrite else 1):
+        try:
+            return _swap(partial, folder, overwrite)
+        except OutputError as refusal:
+            error = refusal
+            break
+        except OSError as lost:
+            error = lost
+    kept = folder.with_name(f"{folder.name}.finished-{mark}")
+    partial.rename(kept)
+    reason = (
+        error if isinstance(error, OutputError) else f"{folder} was written by another run in the meantime ({error})."
+    )
+    raise OutputError(f"{reason}\nThe finished model is kept in {kept}") from error
+
+
+def _swap(partial: Path, folder: Path, overwrite: bool) -> None:
+    """Try once to move the result; a rename never replaces a folder that is not empty."""
+    old = partial.with_name(REPLACED)
+    with suppress(OSError):
+        folder.rmdir()  # only if it is empty
+    if not overwrite or not folder.exists():
+        partial.rename(folder)
+        return
+    folder.rename(old)
+    try:
+        _check_ours(old, folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    try:
+        partial.rename(folder)
+    except BaseException:
+        # Another run may have written its result meanwhile.
+        shutil.rmtree(old) if folder.exists() else old.rename(folder)
+        raise
+    try:
+        shutil.rmtree(old)
+    except OSError as error:  # a file is still open, as on a network disk
+        logger.warning("the old version of %s could not be deleted completely: %s", folder, error)

@@ -1,0 +1,302 @@
+"""Upload results to the Hub: a folder with its card in one commit. A failed upload leaves the folder unchanged."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
+from transformers.utils.hub import CHAT_TEMPLATE_DIR
+
+from optimum_modegpt.errors import OutputError, UploadError
+from optimum_modegpt.hub.card import (
+    CARD,
+    EVALUATION,
+    PICTURE,
+    REPORT,
+    is_ours,
+    save_report,
+    take_along,
+    write_card,
+)
+from optimum_modegpt.hub.readme import is_template, merge_header
+from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, whole_name
+
+logger = logging.get_logger(__name__)
+
+KEPT_REPORT = "_modegpt_report"
+"""Attribute of a model that was compressed in this process; it holds the `Report` to save with the model."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Destination and options of an upload to the Hub.
+
+    Args:
+        repo_id: "user/name", or "name" in the user's own namespace; created if it does not exist.
+        private: whether a new repository is private; None uses the account's default.
+        revision: branch to commit to, created if it does not exist, or a pull request such as "refs/pr/1".
+        create_pr: whether to open a pull request instead.
+        token: access token; None uses that of the logged-in user.
+        commit_message: one line; None uses a default message.
+        commit_description: description of the commit or of the pull request.
+        tags: tags to add to those of the card.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    token: str | bool | None = None
+    commit_message: str | None = None
+    commit_description: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """Raise an error if the upload cannot succeed, before hours of work; create nothing.
+
+        Raises:
+            OutputError: the name is invalid, nobody is logged in, the Hub cannot be reached, the token is read-only, or
+                the namespace belongs to somebody else and no pull request was requested.
+        """
+        try:
+            validate_repo_id(self.repo_id)
+            user = HfApi(token=self.token).whoami()
+        except Exception as error:  # huggingface_hub raises many kinds, and those of its HTTP client
+            raise OutputError(f"cannot push to {self.repo_id!r}: {_reason(error)}") from error
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise OutputError(
+                f"cannot push to {self.repo_id!r}: the token is read-only. Log in with a token that has write access."
+            )
+        namespace, slash, _ = self.repo_id.partition("/")
+        known = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
+        if slash and not self.create_pr and namespace.lower() not in (name.lower() for name in known):
+            raise OutputError(
+                f"cannot push to {self.repo_id!r}: this token belongs to {', '.join(known)}. Choose another name, or "
+                "open a pull request with create_pr=True, on the command line --create-pr."
+            )
+
+    def push(self, folder: Path, variant: str | None = None) -> CommitInfo:
+        """Upload a compressed model that was saved in `folder`, with its card, in one commit.
+
+        Only files that belong to a model are uploaded. The same commit deletes weights in the repository that would be
+        loaded together with these, or instead of them. A README on the Hub that a person wrote is kept.
+
+        Raises:
+            OutputError: the folder is not a complete compressed model; nothing was uploaded.
+            UploadError: the Hub rejected the upload or could not be reached; the folder is unchanged.
+            KeyboardInterrupt: interrupted; the message has the same content.
+        """
+        check_complete(folder, variant)
+        return self._send(folder, variant)
+
+    def push_saved(self, save: Callable[[Path], Any]) -> CommitInfo:
+        """Save a model with `save` into a temporary folder and upload it; keep the folder if the upload fails.
+
+        Raises:
+            OutputError, UploadError, KeyboardInterrupt: as in `check` and `push`.
+        """
+        self.check()
+        folder = Path(tempfile.mkdtemp(prefix="modegpt-"))
+        try:
+            save(folder)
+            check_complete(folder)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        commit = self._send(folder)
+        shutil.rmtree(folder)
+        return commit
+
+    def _send(self, folder: Path, variant: str | None = None) -> CommitInfo:
+        """Upload a complete folder; the message of every error names the folder and how to resume."""
+        api = HfApi(token=self.token)
+        try:
+            repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+            if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/pr/"):
+                api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+            names = api.list_repo_files(repo_id, revision=self.revision)
+            has_card = self._write_card(folder, api, repo_id, there=CARD in names)
+            files = [path for path in published(folder, variant) if has_card or path.name != CARD]
+            added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+            stale = set(filter(weights_of(variant).fullmatch, names)) - {one.path_in_repo for one in added}
+            # `upload_folder` may split the upload into several commits; until the last, the model would be incomplete.
+            return api.create_commit(
+                repo_id,
+                [*added, *map(CommitOperationDelete, sorted(stale))],
+                commit_message=self.commit_message or "Upload compressed model",
+                commit_description=self.commit_description,
+                revision=self.revision,
+                create_pr=self.create_pr,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self.repo_id} was not updated.\n{self._resume(folder)}") from None
+        except Exception as error:  # huggingface_hub raises many kinds, and those of its HTTP client
+            raise UploadError(f"{self.repo_id} was not updated: {_reason(error)}\n{self._resume(folder)}") from error
+
+    def _write_card(self, folder: Path, api: HfApi, repo_id: str, *, there: bool) -> bool:
+        """Write the card with the requested tags; return whether to upload it: not if it would replace a person's."""
+        path = write_card(folder, repo_id)
+        if not is_ours(path.read_text(encoding="utf-8")):
+            return True
+        card, text = ModelCard.load(path), None
+        data: Any = card.data
+        data.tags = list(dict.fromkeys([*(data.tags or ()), *self.tags]))
+        if there:
+            text = Path(api.hf_hub_download(repo_id, CARD, revision=self.revision)).read_text(encoding="utf-8")
+        if text is not None and not is_ours(text) and is_template(text):
+            merge_header(card, text)
+        card.save(path)
+        if text is None or is_ours(text) or is_template(text):
+            return True
+        logger.warning("%s has a README.md that a person wrote; the generated card is not uploaded.", repo_id)
+        return False
+
+    def _resume(self, folder: Path) -> str:
+        words = ["hf", "upload", self.repo_id, str(folder)]
+        words += ["--private"] * bool(self.private) + ["--create-pr"] * self.create_pr
+        words += [] if self.revision is None else ["--revision", self.revision]
+        return f"The complete model is in {folder}. To resume: {shlex.join(words)}"
+
+
+# -------------------------------------------------------------------------------------------------- files to publish
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tekken.json",
+    "merges.txt",
+    "vocab.*",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.jinja",
+    f"{CHAT_TEMPLATE_DIR}/*.jinja",
+)
+OTHER_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, CARD, REPORT, EVALUATION, PICTURE)
+
+
+def published(folder: Path, variant: str | None = None) -> list[Path]:
+    """Return the files of a folder that have known names of a compressed model; no other file is ever uploaded.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError, AttributeError: the folder has no compressed model.
+    """
+    known = (path for pattern in (*TOKENIZER_FILES, *OTHER_FILES) for path in folder.glob(pattern))
+    found = {*known, *_named_files(folder, variant), *_code(folder, folder / TOKENIZER_CONFIG_FILE)}
+    # A link may point to any file.
+    return sorted(path for path in found if path.is_file() and not path.is_symlink())
+
+
+def check_complete(folder: Path, variant: str | None = None) -> None:
+    """Raise an error if a folder would not load after an upload.
+
+    Raises:
+        OutputError: the folder is not a compressed model, or lacks weights or code that it names.
+    """
+    try:
+        missing = sorted(path.name for path in _named_files(folder, variant) - set(published(folder, variant)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(
+            f"{folder} is not a compressed model that can be uploaded: {type(error).__name__} {error}"
+        ) from error
+    if missing:
+        raise OutputError(
+            f"{folder} lacks {', '.join(missing)}, or has links instead; nothing was uploaded. Save the model again."
+        )
+
+
+def weights_of(variant: str | None) -> re.Pattern[str]:
+    """Return a pattern of the names under which weights and their index are saved."""
+    part = re.escape(f".{variant}") if variant else ""
+    return re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
+
+
+def _named_files(folder: Path, variant: str | None) -> set[Path]:
+    """Return the configuration, weights and code that a saved model names."""
+    config = folder / CONFIG_NAME
+    if not json.loads(config.read_text(encoding="utf-8"))["auto_map"]:
+        raise ValueError(f"{CONFIG_NAME} names no code")
+    weights = set(weight_files(folder, variant) or [folder / whole_name(variant)])
+    index = folder / index_name(variant)
+    return {config, *_code(folder, config), *weights, *({index} if folder / whole_name(variant) not in weights else ())}
+
+
+def _code(folder: Path, file: Path) -> set[Path]:
+    """Return the code files that the `auto_map` of a file names, and the modules that they import from its folder."""
+    if not file.is_file():
+        return set()
+    auto_map: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
+    names = [name for value in auto_map.values() for name in (value if isinstance(value, list) else [value]) if name]
+    # "owner/name--module.Class" is in another repository.
+    code = {folder / f"{name.partition('.')[0]}.py" for name in names if "--" not in name}
+    return code | {Path(other) for one in code if one.is_file() for other in get_relative_import_files(one)}
+
+
+def _reason(error: Exception) -> str:
+    """Return the response of the Hub, or the error that prevented one, in one line."""
+    chain = [error] if isinstance(error, HfHubHTTPError) or error.__cause__ is None else [error, error.__cause__]
+    return " ".join(" ".join(str(one) or type(one).__name__ for one in chain).split())
+
+
+# ------------------------------------------------------------------------------------ save_pretrained and push_to_hub
+
+
+class Companion:
+    """The additions to `save_pretrained` and `push_to_hub` of compressed models: report and card."""
+
+    @staticmethod
+    def save(
+        model: PreTrainedModel,
+        save_plainly: Callable[..., Any],
+        save_directory: Any,
+        is_main_process: bool,
+        push_to_hub: bool,
+        *,
+        variant: str | None,
+        **kwargs: Any,
+    ) -> None:
+        """Save weights, configuration and code as usual, then the report and the card.
+
+        The report is that of a compression in this process. For a model that was loaded from a folder and not changed,
+        it is the one in that folder, and the evaluation there is copied too.
+        """
+        folder = Path(save_directory)
+        hub = {key: kwargs.pop(key) for key in Upload.__dataclass_fields__ if push_to_hub and key in kwargs}
+        save_plainly(folder, is_main_process, variant=variant, **kwargs)
+        if not is_main_process or not (folder / CONFIG_NAME).is_file():  # the path is a file: nothing was saved
+            return
+        try:
+            if KEPT_REPORT in vars(model):
+                vars(model)[KEPT_REPORT] = save_report(folder, vars(model)[KEPT_REPORT])
+            elif model.name_or_path and (source := Path(model.name_or_path)).is_dir() and not source.samefile(folder):
+                take_along(source, folder)
+            write_card(folder)
+        except Exception as error:  # any file of the folder may be invalid; a training run that saves must continue
+            logger.warning("%s is saved, but not its card: %s: %s", folder, type(error).__name__, error)
+        if push_to_hub:
+            names = {"repo_id": folder.resolve().name, "tags": tuple(model.model_tags or ()), **hub}
+            Upload(**names).push(folder, variant)
+
+    @staticmethod
+    def push(
+        model: PreTrainedModel, repo_id: str, *, max_shard_size: Any = "50GB", tags: Any = None, **hub: Any
+    ) -> CommitInfo:
+        """Push a model as transformers does, with our card instead of its template."""
+        given = (tags,) if isinstance(tags, str) else tuple(tags or ())
+        upload = Upload(repo_id, tags=(*(model.model_tags or ()), *given), **hub)
+        return upload.push_saved(lambda folder: model.save_pretrained(folder, max_shard_size=max_shard_size))

@@ -1,0 +1,1 @@
+"""Load models strictly, from names, folders or the Hub, and register the classes with transformers."""

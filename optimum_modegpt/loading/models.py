@@ -1,0 +1,157 @@
+"""Load models strictly: broken or incomplete weights are refused with one message."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
+from optimum_modegpt.loading.source import Source
+from optimum_modegpt.modeling.modegpt_family import is_compressed
+from optimum_modegpt.modeling.modegpt_files import check_sizes, refuse, weight_files
+
+logger = logging.getLogger(__name__)
+
+MOST_NAMES = 5
+"""Maximum number of ignored tensors that a warning names."""
+NO_WEIGHTS = (
+    "\nExpected config.json with model.safetensors, or with shards and their index. Save or download the model again."
+)
+
+
+@contextmanager
+def readable(source: Source) -> Iterator[None]:
+    """Report any error of transformers for a broken or edited model as one message.
+
+    Raises:
+        UnsupportedModel: the model cannot be loaded; the message names it and the reason.
+    """
+    try:
+        yield
+    except (ModeGPTError, OSError, ImportError, torch.OutOfMemoryError):
+        raise
+    except SafetensorError as error:
+        raise UnsupportedModel(
+            f"{source.name!r} cannot be loaded: weights are cut off or damaged ({error}). Save or download it again."
+        ) from error
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise UnsupportedModel(f"{source.name!r} cannot be loaded: {reason}") from error
+
+
+def load_config(source: Source) -> Any:
+    """Load the configuration of a model.
+
+    Raises:
+        OSError: the configuration cannot be found or reached.
+        UnsupportedModel: transformers does not know the model, or its configuration was edited and is invalid.
+    """
+    source.check_path()
+    try:
+        with readable(source):
+            # Checked before transformers uses the sizes: some families build a list of blocks while they are read.
+            check_sizes(PreTrainedConfig.get_config_dict(source.path, **source.arguments())[0])
+            config = AutoConfig.from_pretrained(source.path, **source.arguments())
+    except OSError as error:
+        found = (
+            "has no readable config.json"
+            if Path(source.path).is_dir()
+            else "is not a local folder and could not be read from the Hub"
+        )
+        raise OSError(f"{source.name!r} {found}: {error}{source.cache_report()}") from error
+    if getattr(config, "modegpt", None) is not None and not is_compressed(config.model_type):
+        raise UnsupportedModel(
+            f"{source.name!r}: config.json was edited. It has the record of a compressed model, but model_type "
+            f"{config.model_type!r} instead of one that starts with modegpt_. Save or download it again."
+        )
+    return config
+
+
+def load_model(source: Source, dtype: str) -> Any:
+    """Load a causal language model into host memory, with every tensor read from its weight files.
+
+    Raises:
+        OSError: the weights cannot be found or reached.
+        UnsupportedModel: the model is not a causal language model, or tensors are missing or have wrong shapes.
+    """
+    transformers_logging.set_verbosity_error()
+    source.check_path()
+    with readable(source):
+        weight_files(Path(source.path))  # refuses an index that points outside its folder
+        try:
+            # Tensors of the wrong shape are accepted here, so that `check_loaded` can name all of them.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source.arguments()
+            )
+        except OSError as error:
+            advice = source.cache_report() or NO_WEIGHTS
+            raise OSError(f"the weights of {source.name!r} could not be read: {error}{advice}") from error
+    model, info = loaded
+    check_loaded(source, model, info["missing_keys"], info["mismatched_keys"])
+    if unexpected := sorted(info["unexpected_keys"]):
+        more = f" and {len(unexpected) - MOST_NAMES} more" if len(unexpected) > MOST_NAMES else ""
+        logger.warning(
+            "%r has tensors that %s does not use; they are ignored: %s%s.",
+            source.name,
+            type(model).__name__,
+            ", ".join(unexpected[:MOST_NAMES]),
+            more,
+        )
+    return model
+
+
+def check_loaded(
+    source: Source,
+    model: Any,
+    missing: Iterable[str] = (),
+    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]] = (),
+) -> None:
+    """Raise an error if transformers initialised tensors of a model at random because its weight files lack them.
+
+    transformers marks every parameter that it has read. The marks also cover the model below an adapter, and are
+    available inside `from_pretrained`, unlike the lists of the loading report.
+
+    Args:
+        source: the source of the model, for the message.
+        model: as `from_pretrained` returns it.
+        missing: `missing_keys` of the loading report.
+        mismatched: `mismatched_keys` of the loading report: name, shape in the file, shape in the model.
+
+    Raises:
+        UnsupportedModel: tensors are missing or have wrong shapes; the message names them.
+    """
+    shapes = {name: (tuple(found), tuple(expected)) for name, found, expected in mismatched}
+    unread = (name for name, each in model.named_parameters() if not getattr(each, "_is_hf_initialized", False))
+    problems = [f"missing: {name}" for name in sorted({*missing, *unread} - shapes.keys())]
+    for name, (found, expected) in sorted(shapes.items()):
+        problems.append(f"wrong shape: {name} is {found}, the configuration says {expected}")
+    with readable(source):
+        refuse(model, problems)
+
+
+def pick_device(name: str) -> torch.device | None:
+    """Return the device of this name; None for "auto", which leaves the choice to `stages.compute_device`.
+
+    Raises:
+        InvalidConfig: the name is unknown to torch, or the device is not available or stores no values.
+    """
+    if name == "auto":
+        return None
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidConfig(f"--device {name} cannot be used: {reason}. Use --device auto to choose one.") from error
+    if device.type == "meta" or (device.type == "cpu" and device.index):
+        reason = "it stores no values" if device.type == "meta" else "the cpu has no index"
+        raise InvalidConfig(f"--device {name} cannot be used: {reason}. Use --device auto to choose one.")
+    return device

@@ -1,0 +1,71 @@
+"""Compressing on a device whose tensors refuse to meet those of the host, with streams there and on the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import dense, tokens
+
+from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt.budget import placement
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.compress import compress
+
+PATHS = os.pathsep.join(path for path in sys.path if path)
+"""So that another process finds what this one does: the device stays for as long as a process runs."""
+PROGRAM = Path(__file__).parents[1] / "fake_device.py"
+
+pytest.importorskip("torch.utils.backend_registration", reason="this torch has no devices written in Python")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "free", "streams", "float64"),
+    [
+        ({}, 2**40, "device", True),
+        ({}, None, "host", False),
+        ({"method": "paper"}, 2**40, "device", False),
+    ],
+)
+def test_nothing_meets_what_is_elsewhere(recipe: dict[str, Any], free: int | None, streams: str, float64: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM), json.dumps([recipe, free, float64])],
+        env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["streams"] == streams
+    assert found["kept"] == (["elsewhere"] if streams == "device" else ["cpu"])
+    assert found["left"] == []
+    assert found["distance"] < 1e-3
+
+
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="this machine has no accelerator")
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("llama-gqa-tied", {}),
+        ("llama-gqa-tied", {"method": "paper"}),
+        ("opt-post-ln", {"allocation": "influence"}),
+    ],
+)
+def test_where_streams_are_kept_changes_nothing(
+    name: str, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, found = torch.accelerator.current_accelerator(), {}
+    for free, streams in ((2**40, "device"), (None, "host")):
+        monkeypatch.setattr(placement, "device_memory", lambda device, free=free: free)
+        model, config = dense(name), ModeGPTConfig(sparsity=0.3, batch_size=5, **recipe)
+        report = compress(model, config, TokenWindows(tokens(64, 24), {}), device=device, progress=False)
+        assert report.streams == streams
+        found[streams] = model.state_dict()
+    for key, tensor in found["device"].items():
+        assert torch.equal(found["host"][key], tensor), key

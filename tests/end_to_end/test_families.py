@@ -1,0 +1,56 @@
+"""The description of a family: every field is read, and a family is named in its own file only."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_models import FAMILIES, dense
+
+from optimum_modegpt.architectures import FAMILIES as KNOWN_FAMILIES
+from optimum_modegpt.architectures import resolve
+from optimum_modegpt.modeling import DENSE_TYPES, modegpt_family
+
+ROOT = Path(modegpt_family.__file__).parents[1]
+DESCRIPTIONS = (
+    modegpt_family.Family,
+    modegpt_family.Attention,
+    modegpt_family.MLP,
+    modegpt_family.Residual,
+    modegpt_family.Head,
+    modegpt_family.Projection,
+)
+
+
+def trees() -> Iterator[tuple[Path, ast.Module]]:
+    for path in ROOT.rglob("*.py"):
+        yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda each: each.__name__)
+def test_every_field_is_read(description: type) -> None:
+    read = {node.attr for _, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    roles = {"query", "key", "value", "output"}  # read by role too
+    assert {field.name for field in dataclasses.fields(description)} - roles <= read
+
+
+def test_a_family_is_named_in_its_own_file_only() -> None:
+    named = [
+        f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}"
+        for path, tree in trees()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and node.value in DENSE_TYPES and path.stem != f"modegpt_{node.value}"
+    ]
+    listed = [place for place in named if not place.startswith("modeling/__init__.py")]
+    assert listed == []
+    assert len(named) == len(DENSE_TYPES) == len(KNOWN_FAMILIES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_projections_are_all_matrices_of_a_block(name: str) -> None:
+    block = resolve(dense(name)).blocks[0]
+    matrices = {path for path, tensor in block.module.named_parameters() if tensor.ndim == 2}
+    assert matrices == {f"{projection.path}.weight" for projection in block.family.projections}

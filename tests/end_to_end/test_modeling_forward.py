@@ -1,0 +1,313 @@
+"""What the compressed classes compute: against dense ones, across attention kernels, dtypes and training."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VARIANTS, classes, compressed, dense, tokens
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from optimum_modegpt.modeling.adoption import become, built
+from optimum_modegpt.modeling.modegpt_common import Widths, adopt_attention, install_linear, install_rope_index
+
+EVERY = pytest.mark.parametrize("name", VARIANTS)
+FAMILY = pytest.mark.parametrize("name", FAMILIES)
+
+
+def adopt(model: PreTrainedModel, model_class: Any, config: Any) -> None:
+    become(model, built(model, model_class, config, {}))
+
+
+def blocks_of(model: PreTrainedModel, name: str) -> Any:
+    return model.base_model.get_submodule(classes(name)["AutoModel"].config_class.family.blocks)
+
+
+def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The stock model that computes the same: what was cut is zero, kept rotary pairs stand at their old place."""
+    family = model.config.family
+    twin = dense(name)
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("rope_index")}
+    prefix = f"{model.base_model_prefix}.{family.blocks}"
+    for index, block in enumerate(blocks_of(model, name)):
+        attention = block.get_submodule(family.attention.module)
+        reference = blocks_of(twin, name)[index]
+        head_dim, qk, vo = attention.head_dim, attention.qk_head_dim, attention.v_head_dim
+        heads, kv_heads = attention.q_proj.out_features // qk, attention.k_proj.out_features // qk
+        if attention.family.attention.rotary:
+            pairs = attention.rope_index.long()
+            kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)  # (kv_heads, qk)
+        else:
+            kept = torch.arange(qk).expand(kv_heads, -1)
+        rows = {
+            family.attention.query: _rows(kept.repeat_interleave(heads // kv_heads, 0), head_dim),
+            family.attention.key: _rows(kept, head_dim),
+            family.attention.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
+        } | {path: torch.arange(block.get_submodule(path).out_features) for path in family.mlp.inputs}
+        for path, places in rows.items():
+            for leaf, full in reference.get_submodule(path).named_parameters():
+                key = f"{prefix}.{index}.{path}.{leaf}"
+                state[key] = torch.zeros_like(full).index_copy(0, places, state[key])
+        columns = {
+            family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim),
+            family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features),
+        }
+        for path, places in columns.items():
+            key = f"{prefix}.{index}.{path}.weight"
+            full = reference.get_submodule(path).weight
+            state[key] = torch.zeros_like(full).index_copy(1, places, state[key])
+    twin.load_state_dict(state, strict=True)
+    return twin
+
+
+def _rows(kept: Tensor, head_dim: int) -> Tensor:
+    return (kept + head_dim * torch.arange(len(kept))[:, None]).flatten()
+
+
+def adopted(name: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A dense model, and a copy of it adopted at full width."""
+    reference = dense(name, **changes)
+    reference.set_attn_implementation("eager")  # the one that returns attention weights
+    model = copy.deepcopy(reference)
+    model_class = classes(name)["AutoModelForCausalLM"]
+    family = model_class.config_class.family
+    blocks = blocks_of(model, name)
+    for block in blocks:
+        adopt_attention(block.get_submodule(family.attention.module), model_class.attention_class)
+    head_dim, width = blocks[0].self_attn.head_dim, blocks[0].get_submodule(family.mlp.output).in_features
+    config = model_class.config_class.from_dense(
+        model.config, [Widths(head_dim, head_dim, width)] * len(blocks), {"format_version": 1}
+    )
+    adopt(model, model_class, config)
+    return reference, model
+
+
+@EVERY
+def test_narrow_model_equals_its_zero_padded_dense_twin(name: str) -> None:
+    model, ids = compressed(name), tokens()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    for attention in ("eager", "sdpa"):
+        twin = dense_twin(model, name)
+        twin.set_attn_implementation(attention)
+        model.set_attn_implementation(attention)
+        for attention_mask in (None, mask):
+            expected = twin(ids, attention_mask=attention_mask).logits
+            assert expected.std() > 0.5
+            torch.testing.assert_close(model(ids, attention_mask=attention_mask).logits, expected, atol=2e-5, rtol=1e-5)
+
+
+@EVERY
+def test_adoption_at_full_width_changes_nothing(name: str) -> None:
+    reference, model = adopted(name)
+    ids = tokens()
+    expected = reference(ids, output_attentions=True, output_hidden_states=True)
+    found = model(ids, output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    assert len(found.attentions) == len(found.hidden_states) - 1 == 3
+    for a, b in zip(found.attentions + found.hidden_states, expected.attentions + expected.hidden_states, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@EVERY
+def test_adoption_keeps_the_object_and_what_the_caller_set(name: str) -> None:
+    model_class = classes(name)["AutoModelForCausalLM"]
+    model = dense(name)
+    identity, storage = id(model), model.get_input_embeddings().weight.data_ptr()
+    model.generation_config.max_new_tokens = 5
+    model.get_input_embeddings().requires_grad_(False)
+    for block in blocks_of(model, name):
+        adopt_attention(block.self_attn, model_class.attention_class)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    attention = blocks_of(model, name)[0].self_attn
+    widths = [Widths(attention.head_dim, attention.head_dim, 48)] * 3
+    adopt(model, model_class, model_class.config_class.from_dense(model.config, widths, {"format_version": 1}))
+    assert id(model) == identity
+    assert type(model) is model_class
+    assert not model.training
+    assert model.generation_config.max_new_tokens == 5
+    assert model.get_input_embeddings().weight.data_ptr() == storage, "weights are moved, not copied"
+    tied = model.config.tie_word_embeddings
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+    assert not model.get_input_embeddings().weight.requires_grad
+    assert blocks_of(model, name)[0].self_attn.q_proj.weight.requires_grad
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_adoption_in_half_precision_saves_half_precision(tmp_path: Path) -> None:
+    name = "llama-gqa-tied"
+    model_class = classes(name)["AutoModelForCausalLM"]
+    dense(name).save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
+    for block in blocks_of(model, name):
+        adopt_attention(block.self_attn, model_class.attention_class)
+    adopt(
+        model,
+        model_class,
+        model_class.config_class.from_dense(model.config, [Widths(8, 8, 48)] * 3, {"format_version": 1}),
+    )
+    expected = model(tokens()).logits
+    assert model.dtype is model.config.dtype is expected.dtype is torch.bfloat16
+    model.save_pretrained(tmp_path / "small")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert again.dtype is torch.bfloat16
+    assert torch.equal(again(tokens()).logits, expected), "the rotary table stays in float32 on both ways"
+
+
+@FAMILY
+def test_adoption_takes_narrowed_blocks(name: str) -> None:
+    """As compression does it: the projections of a dense model are replaced one by one, then the class changes."""
+    target = compressed(name)
+    model = dense(name)
+    model_class, family = type(target), target.config.family
+    for block, source in zip(blocks_of(model, name), blocks_of(target, name), strict=True):
+        attention, wanted = block.get_submodule(family.attention.module), source.get_submodule(family.attention.module)
+        adopt_attention(attention, model_class.attention_class)
+        attention.set_widths(wanted.qk_head_dim, wanted.v_head_dim)
+        paths = [projection.path for projection in family.projections]
+        for path in paths:
+            linear = source.get_submodule(path)
+            install_linear(block, path, linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        if attention.family.attention.rotary:
+            install_rope_index(attention, wanted.rope_index.clone())
+    ids = tokens()
+    half_done = model(ids).logits
+    adopt(
+        model,
+        model_class,
+        model_class.config_class.from_dense(model.config, target.config.widths(), {"format_version": 1}),
+    )
+    assert torch.equal(model(ids).logits, half_done)
+    target.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(target(ids).logits, half_done)
+
+
+@EVERY
+def test_kernels_agree(name: str) -> None:
+    model, ids = compressed(name), tokens(3, 14)
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    model.set_attn_implementation("sdpa")
+    expected = model(ids, attention_mask=mask).logits[mask.bool()]
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected, atol=3e-5, rtol=1e-5)
+
+
+@FAMILY
+def test_flash_kernels_get_one_width(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is not here; what it would be given is, and eager attention stands in for it."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    model, ids = compressed(name), tokens()
+    model.set_attn_implementation("eager")
+    expected = model(ids).logits
+    windows, seen = [], []
+
+    def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        seen.append((query.shape[-1], key.shape[-1], value.shape[-1]))
+        windows.append(kwargs["sliding_window"])
+        length = query.shape[2]
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        window = kwargs.pop("sliding_window") or length
+        bias = torch.where((distance >= 0) & (distance < window), 0.0, float("-inf"))
+        return eager_attention_forward(module, query, key, value, bias, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", kernel)
+    model.config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+    widest = [max(width.qk, width.vo) for width in model.config.widths()]
+    assert seen == [(width, width, width) for width in widest]
+    assert (
+        windows
+        == {
+            "llama-gqa-tied": [None] * 3,
+            "mistral-window": [6] * 3,
+            "qwen2-mixed-window": [None, 6, None],
+            "opt": [None] * 3,
+        }[name]
+    )
+
+
+def test_a_stray_window_in_a_llama_configuration_is_ignored_as_in_the_dense_class() -> None:
+    model = compressed("llama-gqa-tied", sliding_window=3)
+    assert blocks_of(model, "llama-gqa-tied")[0].self_attn.attention_window is None
+
+
+@EVERY
+def test_training_reaches_every_parameter(name: str) -> None:
+    model, ids = compressed(name), tokens()
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+
+    model.train()
+    plain = gradients()
+    # Softmax forgets what is added to all keys, so a key bias has none but rounding.
+    assert all(grad.abs().max() > 1e-6 for key, grad in plain.items() if not key.endswith("k_proj.bias"))
+    # Its name since transformers 5.20.
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    checkpointed = gradients()
+    for key, grad in plain.items():
+        torch.testing.assert_close(checkpointed[key], grad, atol=1e-6, rtol=1e-5)
+
+
+@FAMILY
+def test_compiled_whole_equals_eager_mode(name: str) -> None:
+    model, ids = compressed(name), tokens()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        torch._dynamo.reset()
+        found = torch.compile(model, backend="eager", fullgraph=True)(ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@EVERY
+def test_copies_and_casts(name: str) -> None:
+    model, ids = compressed(name), tokens()
+    expected = model(ids).logits
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(ids).logits, expected)
+    assert clone.config == model.config
+    assert clone.config is not model.config
+    for dtype in (torch.bfloat16, torch.float16):
+        clone = copy.deepcopy(model).half() if dtype is torch.float16 else copy.deepcopy(model).to(dtype)
+        indices = [buffer for key, buffer in clone.named_buffers() if key.endswith("rope_index")]
+        assert all(buffer.dtype is torch.int32 for buffer in indices)
+        found = clone(ids).logits
+        assert found.dtype is dtype
+        error = (found.float() - expected).norm() / expected.norm()
+        assert error < (0.1 if dtype is torch.bfloat16 else 0.02)
+
+
+@FAMILY
+def test_resized_embeddings(name: str) -> None:
+    model, ids = compressed(name), tokens()
+    expected = model(ids).logits
+    model.resize_token_embeddings(270, mean_resizing=False)
+    found = model(ids).logits
+    assert found.shape[-1] == 270
+    torch.testing.assert_close(found[..., :260], expected)
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (
+        model.config.tie_word_embeddings
+    )
+
+
+@EVERY
+def test_a_new_model_is_initialised_like_a_dense_one(name: str) -> None:
+    config = compressed(name).config
+    model = classes(name)["AutoModelForCausalLM"](config)
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            spread = module.weight.std().item()
+            assert spread == pytest.approx(0.02, rel=0.3), path
+            assert module.bias is None or not module.bias.any(), path

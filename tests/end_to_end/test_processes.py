@@ -1,0 +1,330 @@
+"""Several processes, each with its share of the calibration, come to what one alone comes to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import save_dense, save_text
+from safetensors.torch import load_file
+from tiny_models import FAMILIES, dense, tokens
+
+from optimum_modegpt import ModeGPTConfig, Report, distributed
+from optimum_modegpt import checkpoint as module
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.cli import main as cli
+from optimum_modegpt.compress import compress
+from optimum_modegpt.errors import NumericalError
+from optimum_modegpt.methods import residual_matched, sensitivity
+from optimum_modegpt.walk import resume
+from optimum_modegpt.walk.checkpoint import Checkpoint
+
+WINDOWS, LENGTH, PROCESSES = 14, 24, 3
+"""Shares of 5, 5 and 4 windows."""
+
+PATHS = os.pathsep.join(path for path in sys.path if path)
+"""So that other processes find what this one does."""
+
+KINDS = ("out", "err")
+"""Of what a process prints."""
+
+SECONDS = 300
+"""None of them lives longer."""
+
+JOBS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in (*FAMILIES, "opt-post-ln", "llama-mqa-biases")},
+    "influence": ("llama-gqa-tied", {"allocation": "influence"}),
+    "paper": ("qwen2", {"method": "paper"}),
+    "paper-opt": ("opt", {"method": "paper", "allocation": "uniform"}),
+}
+
+
+def run(job: str) -> tuple[Any, Report]:
+    """A model in float64 and its report; budgets so small that some processes have no part in them."""
+    name, recipe = JOBS[job]
+    model = dense(name).double()
+    config = ModeGPTConfig(sparsity=0.3, batch_size=2, **recipe)
+    windows = TokenWindows(tokens(WINDOWS, LENGTH), {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(residual_matched, "REFIT_TOKENS", 7 * LENGTH)
+        patch.setattr(residual_matched, "GAIN_TOKENS", 3 * WINDOWS)
+        patch.setattr(sensitivity, "DIVERGENCE_WINDOWS", 2)
+        return model, compress(model, config, windows, progress=False)
+
+
+def work(folder: Path) -> None:
+    """What each of the processes does."""
+    with distributed.joined(torch.device("cpu")):
+        for job in JOBS:
+            model, report = run(job)
+            torch.save(model.state_dict(), folder / f"{job}-{os.environ['RANK']}.pt")
+            if distributed.is_first():
+                report.save(folder / f"{job}.json")
+
+
+def run_together(count: int, folder: Path, commands: list[list[str]]) -> list[list[tuple[int, str, str]]]:
+    """Of each of the commands, one after the other: (exit code, output, errors) of processes that work together on it.
+
+    They are forks of one that has imported everything, which takes far longer than most of what they do.
+    """
+    done = subprocess.run(
+        [sys.executable, __file__, str(count), str(folder), json.dumps(commands)],
+        env={**os.environ, "PYTHONPATH": PATHS},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [
+        [
+            (code, *((folder / f"{number}.{rank}.{kind}").read_text() for kind in KINDS))
+            for rank, code in enumerate(codes)
+        ]
+        for number, codes in enumerate(json.loads(done.stdout))
+    ]
+
+
+def fork_all(count: int, folder: Path, commands: list[list[str]]) -> None:
+    """Does each command with `count` forks of this process, then prints their exit codes."""
+    codes = []
+    for number, words in enumerate(commands):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        children = []
+        for rank in range(count):
+            if not (child := os.fork()):
+                signal.alarm(SECONDS)
+                os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                for stream, kind in enumerate(KINDS, start=1):
+                    os.dup2(os.open(folder / f"{number}.{rank}.{kind}", os.O_CREAT | os.O_WRONLY), stream)
+                sys.exit(ended(words[0], words[1], words[2:]) if words else work(folder))
+            children.append(child)
+        codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+    print(json.dumps(codes))
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    for code, _, errors in run_together(PROCESSES, folder, [[]])[0]:
+        assert code == 0, errors[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_they_come_to_what_one_comes_to(job: str, together: Path) -> None:
+    model, report = run(job)
+    found = Report.load(together / f"{job}.json")
+    assert found.processes == PROCESSES
+    assert [{name: part.rank for name, part in block.parts.items()} for block in found.blocks] == [
+        {name: part.rank for name, part in block.parts.items()} for block in report.blocks
+    ]
+    assert found.sensitivity_budget == report.sensitivity_budget
+    for name, curve in report.sensitivities.items():
+        assert torch.allclose(torch.tensor(found.sensitivities[name]), torch.tensor(curve), rtol=1e-6)
+    assert found.influences == pytest.approx(report.influences, rel=1e-9)
+    for rank in range(PROCESSES):
+        state = torch.load(together / f"{job}-{rank}.pt")
+        assert state.keys() == model.state_dict().keys()
+        for name, expected in model.state_dict().items():
+            difference = (state[name] - expected).double().norm() / expected.double().norm().clamp_min(1e-30)
+            assert difference <= 1e-6, (rank, name, float(difference))
+
+
+def test_the_budgets_leave_some_without_a_part(together: Path) -> None:
+    budget = Report.load(together / "opt.json").sensitivity_budget
+    assert budget["divergence_windows"] < PROCESSES
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command but for the folder of the result."""
+    folder = tmp_path_factory.mktemp("dense")
+    checkpoint, text = save_dense(folder / "model"), save_text(folder / "text.txt")
+    flags = ["--sparsity", "0.3", "--num-samples", "8", "--sequence-length", "32", "--device", "cpu"]
+    return ["compress", str(checkpoint), "--dataset", str(text), *flags, "--output"]
+
+
+@pytest.fixture(scope="module")
+def launched(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The result of two processes, alone in its folder, and what they printed."""
+    output = tmp_path_factory.mktemp("launched") / "small"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "optimum_modegpt"]
+    environment = {**os.environ, "PYTHONPATH": PATHS}
+    done = subprocess.run(
+        [*launcher, *words, str(output)], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output, done.stdout
+
+
+def test_the_first_process_saves_and_prints(words: list[str], launched: tuple[Path, str], tmp_path: Path) -> None:
+    output, printed = launched
+    assert printed.count("saved in") == 1
+    assert "on cpu, 2 processes" in printed
+    assert [path.name for path in output.parent.iterdir()] == ["small"]
+    assert Report.load(output / "report.json").processes == 2
+    assert cli.main([*words, str(tmp_path / "alone")]) == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (output, tmp_path / "alone"))
+    for name, tensor in other.items():
+        assert (one[name] - tensor).double().norm() <= 1e-4 * tensor.double().norm(), name
+
+
+MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
+    "none": (Checkpoint, "remove", lambda *_: False),
+    "error": (residual_matched, "compress_block", lambda student, *_: student.index == 1),
+    "in a block": (residual_matched, "compress_block", lambda student, *_: student.index == 1),
+    "in a sweep": (
+        Checkpoint,
+        "keep_plan",
+        lambda _, plan, measured, __: not plan and len(measured["sensitivities"]) > 3,
+    ),
+    "at the streams": (Checkpoint, "_write_tensors", lambda _, path, __: path.name.startswith("streams-00002")),
+    "at the record": (Checkpoint, "_write_manifest", lambda self: self.finished == 2),
+    "when placed": (Checkpoint, "remove", lambda self: self.progress.saved is not None),
+    "while the first saves": (sys.modules["optimum_modegpt.compress"], "make_report", lambda *_: True),
+    "another model": (resume, "fingerprint", lambda _: True),
+}
+"""Where a process ends: before this call, with such arguments."""
+
+ENDS = [("error", 1), ("in a block", 0), ("in a sweep", 1), ("at the streams", 1), ("at the record", 0)]
+"""A moment, and which of two processes."""
+
+
+def ended(moment: str, failing: str, words: list[str]) -> int:
+    """The command, where one process finds an error that the others do not, or is killed."""
+    target, name, when = MOMENTS[moment]
+    original = getattr(target, name)
+
+    def planted(*args: Any, **kwargs: Any) -> Any:
+        if os.environ["RANK"] == failing and when(*args):
+            if moment == "another model":
+                return "another"
+            if moment == "error":
+                raise NumericalError("planted")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "STREAM_SECONDS", 0)
+        patch.setattr(target, name, planted)
+        return cli.main(words)
+
+
+@pytest.fixture(scope="module")
+def broken_off(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Any, Path]]:
+    """By moment and process: how the processes ended; the folder, after the same command was run again."""
+    printed, folders = tmp_path_factory.mktemp("printed"), [tmp_path_factory.mktemp("output") for _ in ENDS]
+    commands = []
+    for (moment, failing), folder in zip(ENDS, folders, strict=True):
+        commands += [
+            [moment, str(failing), *words, str(folder / "small")],
+            ["none", "0", *words, str(folder / "small")],
+        ]
+    results = run_together(2, printed, commands)
+    for code, _, errors in (each for again in results[1::2] for each in again):
+        assert code == 0, errors[-3000:]
+    return dict(zip(ENDS, zip(results[::2], folders, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_where_one_ends_all_do(end: tuple[str, int], broken_off: Any) -> None:
+    moment, failing = end
+    for rank, (code, output, errors) in enumerate(broken_off[end][0]):
+        assert output == ""
+        if rank != failing:
+            assert code == cli.FAILED
+            assert "error: another process of this run has ended" in errors
+        elif moment == "error":
+            assert code == cli.FAILED
+            assert "error: block 1: planted" in errors
+        else:
+            assert code == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_same_command_goes_on(end: tuple[str, int], broken_off: Any, launched: tuple[Path, str]) -> None:
+    folder = broken_off[end][1]
+    assert [path.name for path in folder.iterdir()] == ["small"]
+    assert Report.load(folder / "small" / "report.json").stages[0].name == "earlier runs"
+    found, expected = (load_file(path / "model.safetensors") for path in (folder / "small", launched[0]))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_is_read_is_the_same_everywhere(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "printed").mkdir()
+    command = [*words, str(tmp_path / "output" / "small")]
+    (results,) = run_together(2, tmp_path / "printed", [["another model", "1", *command]])
+    assert [code for code, _, _ in results] == [cli.FAILED, cli.FAILED]
+    assert "processes 1 and 2 have not read the same model" in results[0][2]
+    assert not (tmp_path / "output").exists()
+
+
+def test_unfinished_work_is_for_as_many_processes_as_began_it(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "printed").mkdir()
+    command = [*words, str(tmp_path / "output" / "small")]
+    run_together(2, tmp_path / "printed", [["error", "0", *command]])
+    assert cli.main(command) == cli.FAILED
+    assert "processes was 2, now it is 1" in capsys.readouterr().err
+    assert cli.main([*command, "--fresh"]) == 0
+
+
+@pytest.mark.parametrize(("moment", "failing"), [("when placed", 0), ("while the first saves", 1)])
+def test_where_the_result_is_in_its_place_the_rest_is_put_away(
+    moment: str, failing: int, words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "printed").mkdir()
+    command = [*words, str(tmp_path / "output" / "small")]
+    commands = [[moment, str(failing), *command], ["none", "0", *command]]
+    killed, again = run_together(2, tmp_path / "printed", commands)
+    assert killed[failing][0] == -signal.SIGKILL
+    assert [code for code, _, _ in again] == [0, 0], again
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["small"]
+
+
+def test_a_launch_that_is_none_is_refused(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert cli.main([*words, str(tmp_path / "small")]) == cli.FAILED
+    assert "Start them with torchrun or accelerate launch" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ one process
+
+
+def test_a_process_alone_gets_back_what_it_gave() -> None:
+    windows = tokens(3, 4)
+    with distributed.joined(None) as device:
+        assert device is None
+        assert distributed.shard(windows) is windows
+        assert distributed.all_reduce(windows) is windows
+        assert distributed.broadcast(windows) is windows
+        assert (
+            distributed.all_reduce(2),
+            distributed.exclusive_sum(3),
+            distributed.world_size(),
+            distributed.is_first(),
+        ) == (2, 0, 1, True)
+
+
+if __name__ == "__main__":
+    fork_all(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))

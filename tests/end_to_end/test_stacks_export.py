@@ -1,0 +1,75 @@
+"""Exported by torch: programs and ONNX files of any batch and length, run by torch and onnxruntime."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, compressed, tokens
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+FAMILY = pytest.mark.parametrize("name", FAMILIES)
+SIZES = [(1, 31), (3, 9)]
+"""Batch and length of what the exports are run on, none of them that of the example."""
+
+
+def inputs(batch: int, length: int) -> dict[str, Tensor]:
+    """Token ids with padding on the left, two more of it in each row."""
+    padding = torch.arange(length) < 2 * torch.arange(batch)[:, None] % length
+    ids = tokens(batch, length).masked_fill(padding, 0)
+    return {"input_ids": ids, "attention_mask": (~padding).long()}
+
+
+@torch.no_grad()
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Of what is no padding: (tokens, vocabulary)."""
+    return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
+
+
+@cache
+def exported(name: str) -> tuple[Any, ExportedProgram]:
+    """A model, and its program for token ids and mask of any batch and length up to the context's."""
+    model = compressed(name)
+    batch, length = Dim("batch", max=64), Dim("length", min=2, max=64)
+    sizes = {0: batch, 1: length}
+    program = torch.export.export(
+        model,
+        (),
+        {**inputs(2, 8), "use_cache": False},
+        dynamic_shapes={"input_ids": sizes, "attention_mask": sizes, "use_cache": None},
+    )
+    return model, program
+
+
+@FAMILY
+def test_exported_saved_and_reloaded(name: str, tmp_path: Path) -> None:
+    model, program = exported(name)
+    torch.export.save(program, tmp_path / "model.pt2")
+    again = torch.export.load(tmp_path / "model.pt2").module()
+    for size in SIZES:
+        batch = inputs(*size)
+        expected = logits(model, batch)
+        torch.testing.assert_close(logits(program.module(), batch), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(logits(again, batch), logits(program.module(), batch))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "opt"])
+def test_onnx_file_in_onnxruntime(name: str, tmp_path: Path) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
+    import onnxruntime
+
+    (model, program), path = exported(name), tmp_path / "model.onnx"
+    torch.onnx.export(program, f=path, dynamo=True, output_names=["logits"], verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert {one.name for one in session.get_inputs()} == {"input_ids", "attention_mask"}
+    for size in SIZES:
+        batch = inputs(*size)
+        (found,) = session.run(None, {key: value.numpy() for key, value in batch.items()})
+        assert found.shape == (*size, 260)
+        found = torch.from_numpy(found)[batch["attention_mask"].bool()]
+        torch.testing.assert_close(found, logits(model, batch), atol=1e-4, rtol=0)

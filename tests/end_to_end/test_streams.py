@@ -1,0 +1,204 @@
+"""Residual streams give the same bits wherever they are kept, and leave nothing behind."""
+
+from __future__ import annotations
+
+import resource
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from tiny_models import FAMILIES, dense, tokens
+
+from optimum_modegpt import ModeGPTConfig, Report
+from optimum_modegpt import checkpoint as checkpoints
+from optimum_modegpt.budget.estimate import estimate
+from optimum_modegpt.calibration import transfers
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.streams import StreamStorage, store_like
+from optimum_modegpt.compress import compress
+from optimum_modegpt.errors import CheckpointError
+from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.walk.checkpoint import Checkpoint
+
+HOST = torch.device("cpu")
+RECIPES: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in FAMILIES},
+    "influence": {"name": "llama-gqa-tied", "allocation": "influence"},
+    "paper": {"name": "opt-post-ln", "method": "paper"},
+}
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No machine has less."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0, total=2**30))
+
+
+@pytest.fixture
+def spilled(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
+    """The folder of every tensor that is kept; the folder has no files, whenever one looks."""
+    folders: list[Path | None] = []
+    original = StreamStorage.keep
+
+    def keep(place: StreamStorage, tensor: torch.Tensor) -> torch.Tensor:
+        found = original(place, tensor)
+        folders.append(StreamStorage.of(found).folder)
+        assert folders[-1] is None or not list(folders[-1].glob("*.stream"))
+        return found
+
+    monkeypatch.setattr(StreamStorage, "keep", keep)
+    return folders
+
+
+def run(name: str, checkpoint: Checkpoint | None = None, **recipe: Any) -> dict[str, torch.Tensor]:
+    return run_with_report(name, checkpoint, **recipe)[0]
+
+
+def run_with_report(
+    name: str, checkpoint: Checkpoint | None = None, **recipe: Any
+) -> tuple[dict[str, torch.Tensor], Report]:
+    model = dense(name)
+    config = ModeGPTConfig(**{"sparsity": 0.3, "batch_size": 5, "refit_iterations": 2, **recipe})
+    report = compress(model, config, TokenWindows(tokens(12, 24), {}), checkpoint=checkpoint, progress=False)
+    return dict(model.state_dict()), report
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
+def test_files_give_the_bits_of_memory(
+    recipe: dict[str, Any], spilled: list[Path | None], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    expected = run(**recipe)
+    assert set(spilled) == {None}
+    spilled.clear()
+    request.getfixturevalue("little_memory")
+    assert_same(run(**recipe, checkpoint=Checkpoint(tmp_path / "kept")), expected)
+    assert set(spilled) == {tmp_path / "kept"}
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), {"name": "opt-post-ln"}], ids=[*RECIPES, "opt-post-ln"])
+def test_what_is_on_its_way_is_never_read(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, waited = run(**recipe), 0
+
+    def sent(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        home = torch.full_like(tensor, torch.nan)
+
+        def synchronize() -> None:
+            nonlocal waited
+            waited += 1
+            home.copy_(tensor)
+
+        return home, types.SimpleNamespace(synchronize=synchronize)
+
+    monkeypatch.setattr(transfers, "_sent_home", sent)
+    assert_same(run(**recipe), expected)
+    assert waited
+
+
+@pytest.mark.parametrize("starts_with", [0, 2**40])
+def test_a_run_goes_on_with_other_memory_and_the_recorded_batch_size(
+    starts_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "STREAM_SECONDS", 0)
+    original = residual_matched.compress_block
+
+    def dies(student: Any, *args: Any, **kwargs: Any) -> Any:
+        if student.index == 2:
+            raise KeyboardInterrupt
+        return original(student, *args, **kwargs)
+
+    def has(available: int) -> None:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=available))
+
+    has(starts_with)
+    expected, whole = run_with_report("qwen2", batch_size=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(residual_matched, "compress_block", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run("qwen2", Checkpoint(tmp_path / "kept"), batch_size=None)
+    has(2**40 - starts_with)
+    found, resumed = run_with_report("qwen2", Checkpoint(tmp_path / "kept"), batch_size=None)
+    assert_same(found, expected)
+    assert {whole.streams, resumed.streams} == {"host", "files"}
+    assert whole.batch_size == resumed.batch_size == (12 if starts_with else 1)
+
+
+def test_without_a_checkpoint_files_are_in_the_systems_folder_and_hold_the_finished_blocks_too(
+    spilled: list[Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    expected = run("llama-mha", allocation="uniform")
+    request.getfixturevalue("little_memory")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    spilled.clear()
+    found = run("llama-mha", allocation="uniform")
+    assert set(spilled) == {tmp_path}
+    assert_same(found, expected)
+    for name, tensor in found.items():
+        assert StreamStorage.of(tensor).folder == (tmp_path if ".layers." in name else None), name
+    found["model.layers.0.mlp.down_proj.weight"].zero_()  # they can be trained
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_is_kept_is_what_was_given(dtype: torch.dtype, tmp_path: Path) -> None:
+    given = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = StreamStorage(HOST, tmp_path).keep(given)
+    assert found.dtype == dtype
+    assert torch.equal(found, given)
+    assert StreamStorage.of(found).keep(found) is found
+    (turned,) = store_like([given[1:].mT], [found])  # neither contiguous nor whole
+    assert torch.equal(turned, given[1:].mT)
+    assert StreamStorage.of(turned) == StreamStorage(HOST, tmp_path)
+    assert next(store_like([given], [given])) is given
+
+
+@contextmanager
+def full_disk(largest: int) -> Iterator[None]:
+    """The system refuses to write larger files."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(little_memory: None, tmp_path: Path) -> None:
+    message = r"kept cannot hold the residual streams: .*\n.*rerun the same command"
+    with full_disk(4096), pytest.raises(CheckpointError, match=message):
+        run("llama-mha", Checkpoint(tmp_path / "kept"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("recipe", [{}, {"allocation": "uniform"}, {"method": "paper"}], ids=str)
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
+def test_the_estimate_counts_the_files(
+    recipe: dict[str, Any], little_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak, original = 0, StreamStorage.keep
+
+    def keep(place: StreamStorage, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal peak
+        found = original(place, tensor)
+        maps = [
+            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if ".stream" in line
+        ]
+        peak = max(peak, sum(int(end, 16) - int(start, 16) for start, end in maps))
+        return found
+
+    monkeypatch.setattr(StreamStorage, "keep", keep)
+    model = dense("llama-mha", num_hidden_layers=4)
+    config = ModeGPTConfig(num_samples=8, batch_size=2, **recipe)
+    expected = sum(estimate(model, config, 64).without.needs.files.values())
+    windows = TokenWindows(tokens(8, 64), {})
+    compress(model, config, windows, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
+    assert 1 / 1.2 < peak / expected < 1.2

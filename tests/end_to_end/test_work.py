@@ -1,0 +1,95 @@
+"""The floor: what a compression computes, counted as it runs, against what it has to compute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+
+import pytest
+import torch
+from tiny_models import fill
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt.architectures import resolve
+from optimum_modegpt.budget.work import Extent, Work, product_seconds, shapes_of, work_of
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.compress import compress
+from optimum_modegpt.decompositions.psd import products_of
+from optimum_modegpt.stages import StageClock, product_rates
+
+WINDOWS, LENGTH = 8, 64
+SHAPE = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=352,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_hidden_layers=2,
+    vocab_size=64,
+    max_position_embeddings=LENGTH,
+)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Multiply-adds of all products by the stage that they were computed in, filled while a compression runs."""
+    counts: dict[str, float] = {}
+    timed = StageClock.stage
+
+    @contextmanager
+    def stage(clock: StageClock, name: str) -> Iterator[None]:
+        with FlopCounterMode(display=False) as counter, timed(clock, name):
+            yield
+        counts[name] = counter.get_total_flops() / 2
+
+    monkeypatch.setattr(StageClock, "stage", stage)
+    return counts
+
+
+@pytest.mark.parametrize("refit_iterations", [0, 4])
+# Solves and factorisations are not among the products that are counted.
+@pytest.mark.parametrize("allocation", ["uniform", "influence", "sensitivity"])
+def test_products_are_near_the_floor(allocation: str, refit_iterations: int, counted: dict[str, float]) -> None:
+    model = fill(AutoModelForCausalLM.from_config(SHAPE))
+    tokens = torch.randint(64, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
+    config = ModeGPTConfig(sparsity=0.3, allocation=allocation, refit_iterations=refit_iterations, round_to=8)
+    shapes = shapes_of(resolve(model))
+    report = compress(model, config, TokenWindows(tokens, {}), progress=False)
+    ranks, variants = [block.parts["mlp"].rank for block in report.blocks], sum(map(len, report.sensitivities.values()))
+    extent = Extent(WINDOWS, LENGTH, WINDOWS * LENGTH, 4)
+    floor = work_of(shapes, config, extent, mlp_ranks=ranks, variants=variants)
+    assert (allocation == "uniform") == (not floor["allocate"])
+    for stage, name in (("allocate", f"allocate ({allocation})"), ("decompose", "decompose")):
+        needed = sum(work.total - work.exact for work in floor[stage].values())
+        # A block that stays as it is, as the first may, takes less.
+        assert 0.6 * needed <= counted[name] <= 1.7 * needed, stage
+    timed = {stage.name: stage.floor for stage in report.stages}
+    assert timed["decompose"].keys() == floor["decompose"].keys()
+    assert all(seconds > 0 for seconds in timed["decompose"].values())
+
+
+def test_several_precisions_take_their_own_time() -> None:
+    work, rates = Work(own=6, moments=3, raised=4, exact=1), {"own": 3, "moments": 3, "raised": 2, "exact": 0.5}
+    assert product_seconds(work, rates) == 7
+    assert (work + work).total == 2 * work.total == 28
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_precision_has_a_rate(dtype: torch.dtype) -> None:
+    rates = product_rates.__wrapped__(torch.device("cpu"), dtype)
+    assert rates.keys() == {field.name for field in fields(Work)}
+    assert min(rates.values()) > 0
+
+
+def test_16_bit_models_let_products_round_and_others_do_not() -> None:
+    units = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [unit.fp32_precision for unit in units]
+    with products_of(torch.float32):
+        assert [unit.fp32_precision for unit in units] == before
+    with products_of(torch.bfloat16):
+        assert [unit.fp32_precision for unit in units] == ["tf32", "bf16"]
+    with products_of(torch.float16):
+        assert [unit.fp32_precision for unit in units] == ["tf32", before[1]]
+    assert [unit.fp32_precision for unit in units] == before

@@ -1,0 +1,429 @@
+"""Every way to ask for compression gives the same model, and refuses the same things."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import RECIPE, save_dense, save_text
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, dense, tokenizer, tokens
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    pipeline,
+)
+
+from optimum_modegpt import (
+    AlreadyCompressed,
+    CalibrationDataError,
+    InvalidConfig,
+    ModeGPTConfig,
+    ModeGPTModelForCausalLM,
+    ModeGPTQuantizer,
+    UnsupportedModel,
+)
+from optimum_modegpt.integration.keyword import install_keyword
+from optimum_modegpt.loading.source import Source, default_dataset
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def config(text: Path) -> ModeGPTConfig:
+    return ModeGPTConfig(dataset=str(text), **RECIPE)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dense(tmp_path_factory.mktemp("dense"))
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path, config: ModeGPTConfig) -> PreTrainedModel:
+    """The model that the quantizer makes of one that is loaded already."""
+    return ModeGPTQuantizer(config).quantize_model(LlamaForCausalLM.from_pretrained(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory, expected: PreTrainedModel) -> Path:
+    folder = tmp_path_factory.mktemp("compressed")
+    expected.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def fields(config: ModeGPTConfig, **more: Any) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != "quant_method"} | more
+
+
+def from_pipeline(name: Path, config: ModeGPTConfig) -> PreTrainedModel:
+    return pipeline("text-generation", model=str(name), model_kwargs={"compression_config": config}).model
+
+
+def from_quantizer(name: Path, config: ModeGPTConfig) -> PreTrainedModel:
+    quantizer = ModeGPTQuantizer.from_dict(ModeGPTQuantizer(**fields(config)).to_dict())
+    return quantizer.compress_model(AutoModelForCausalLM.from_pretrained(name), tokenizer())
+
+
+ENTRY_POINTS = {
+    "Auto class, keyword": lambda n, c: AutoModelForCausalLM.from_pretrained(n, compression_config=c),
+    "Auto class, dict": lambda n, c: AutoModelForCausalLM.from_pretrained(n, compression_config=fields(c)),
+    "Auto class, both keywords, one None": lambda n, c: AutoModelForCausalLM.from_pretrained(
+        n, compression_config=None, quantization_config=c
+    ),
+    "concrete class, keyword": lambda n, c: LlamaForCausalLM.from_pretrained(n, compression_config=c),
+    "quantization_config": lambda n, c: AutoModelForCausalLM.from_pretrained(n, quantization_config=c),
+    "quantization_config, dict": lambda n, c: LlamaForCausalLM.from_pretrained(
+        n, quantization_config=fields(c, quant_method="modegpt")
+    ),
+    "own class": lambda n, c: ModeGPTModelForCausalLM.from_pretrained(n, compression_config=c),
+    "own class, dict": lambda n, c: ModeGPTModelForCausalLM.from_pretrained(n, compression_config=fields(c)),
+    "pipeline": from_pipeline,
+    "quantizer from a dict, alias, tokenizer object": from_quantizer,
+}
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS.values(), ids=ENTRY_POINTS.keys())
+def test_every_entry_point_gives_the_same_model(
+    entry: Any, checkpoint: Path, config: ModeGPTConfig, expected: PreTrainedModel
+) -> None:
+    model = entry(checkpoint, config)
+    assert type(model) is type(expected)
+    assert model.config.modegpt == expected.config.modegpt
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
+@pytest.mark.parametrize("keyword", ["compression_config", "quantization_config"])
+def test_no_trace_of_quantisation_is_left(
+    keyword: str, checkpoint: Path, config: ModeGPTConfig, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **{keyword: config})
+    assert not hasattr(model, "hf_quantizer")
+    assert not hasattr(model, "quantization_method")
+    assert not hasattr(model.config, "quantization_config")
+    assert not hasattr(model.config, "_is_quantized")
+    assert not model.training
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert not {"quantization_config", "compression_config"} & saved.keys()
+    assert model.to(torch.bfloat16).dtype is torch.bfloat16  # refused by transformers for quantised models
+
+
+def test_a_saved_model_reloads_by_name(checkpoint: Path, compressed: Path, expected: PreTrainedModel) -> None:
+    for reload in (AutoModelForCausalLM, ModeGPTModelForCausalLM):
+        model = reload.from_pretrained(compressed)
+        with torch.no_grad():
+            assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, ModeGPTModelForCausalLM])
+def test_a_compressed_model_is_not_compressed_again(loader: Any, compressed: Path, config: ModeGPTConfig) -> None:
+    with pytest.raises(AlreadyCompressed, match="already compressed"):
+        loader.from_pretrained(compressed, compression_config=config)
+
+
+def test_the_quantizer_refuses_a_compressed_model(compressed: Path, config: ModeGPTConfig) -> None:
+    model = AutoModelForCausalLM.from_pretrained(compressed)
+    with pytest.raises(AlreadyCompressed):
+        ModeGPTQuantizer(config).quantize_model(model)
+
+
+@pytest.mark.parametrize("thing", ["Qwen/Qwen2.5-1.5B", None, torch.nn.Linear(2, 2)])
+def test_the_quantizer_refuses_what_is_no_model(thing: Any, config: ModeGPTConfig) -> None:
+    with pytest.raises(InvalidConfig, match=f"expected a loaded PreTrainedModel, found {type(thing).__name__}"):
+        ModeGPTQuantizer(config).quantize_model(thing)
+
+
+def test_an_unknown_family_is_refused_before_its_weights_are_read(tmp_path: Path, config: ModeGPTConfig) -> None:
+    small = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)
+    GPT2LMHeadModel(small).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"not weights")
+    with pytest.raises(UnsupportedModel, match=r"'gpt2' is not supported; known: llama, mistral, opt, qwen2"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=config)
+
+
+def loaders(name: Path, config: ModeGPTConfig) -> list[Callable[[], Any]]:
+    """Every way to compress while loading, ready to be called."""
+    entries = [entry for title, entry in ENTRY_POINTS.items() if not title.startswith("quantizer")]
+    return [partial(entry, name, config) for entry in entries]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_that_transformers_made_up_are_not_compressed(name: str, tmp_path: Path, config: ModeGPTConfig) -> None:
+    folder = save_dense(tmp_path, name)
+    lost = "model.decoder.layers.2.fc1.weight" if name == "opt" else "model.layers.2.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for load in loaders(folder, config) if name == FAMILIES[0] else loaders(folder, config)[:1]:
+        # UnsupportedModel is a ValueError; `pipeline` raises one of its own that quotes it.
+        with pytest.raises(ValueError, match=rf"cannot be loaded: .*\n *missing: {lost}\n *The folder is incomplete"):
+            load()
+
+
+def test_weights_of_another_shape_are_not_compressed(tmp_path: Path, config: ModeGPTConfig) -> None:
+    folder = save_dense(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.zeros(3, 32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModel, match=r"model\.embed_tokens\.weight"):
+        AutoModelForCausalLM.from_pretrained(folder, compression_config=config, ignore_mismatched_sizes=True)
+
+
+def test_missing_text_is_refused_before_weights_are_read(checkpoint: Path, tmp_path: Path) -> None:
+    folder = save_dense(tmp_path)
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(CalibrationDataError, match=r"nowhere.txt"):
+        AutoModelForCausalLM.from_pretrained(folder, compression_config={"dataset": "nowhere.txt"})
+
+
+def test_both_keywords_are_refused(checkpoint: Path, config: ModeGPTConfig) -> None:
+    with pytest.raises(InvalidConfig, match="found both"):
+        AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=config, quantization_config=config)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sparsity": 30}, r"sparsity=0\.3"),
+        ({"sparsty": 0.3}, "Did you mean 'sparsity'"),
+        ({"quant_method": "gptq"}, "gptq"),
+        (0.3, "found float"),
+    ],
+)
+def test_a_bad_configuration_is_refused(given: Any, message: str, checkpoint: Path) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=given)
+
+
+def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path, config: ModeGPTConfig) -> None:
+    folder = save_dense(tmp_path)
+    stored = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**stored, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    )
+    with pytest.raises(ValueError, match="quantized with GPTQConfig"):
+        AutoModelForCausalLM.from_pretrained(folder, compression_config=config)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ({"model": "cpu", "lm_head": "disk"}, "disk"),
+        ({"": "meta"}, "meta"),
+        ({"model": "cpu", "lm_head": 0}, "several devices"),
+    ],
+)
+def test_weights_that_are_elsewhere_are_refused(
+    device_map: dict[str, Any], message: str, checkpoint: Path, config: ModeGPTConfig
+) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=config, device_map=device_map)
+
+
+def test_automatic_placement_on_disk_points_to_the_command(
+    checkpoint: Path, config: ModeGPTConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidConfig, match=r"weights on disk(.|\n)*optimum-cli modegpt compress MODEL --output DIR"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            compression_config=config,
+            device_map="auto",
+            max_memory={"cpu": 40_000},
+            offload_folder=tmp_path,
+        )
+
+
+def test_one_device_by_device_map(checkpoint: Path, config: ModeGPTConfig, expected: PreTrainedModel) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=config, device_map={"": "cpu"})
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
+def test_own_class_refuses_a_dense_model_without_a_configuration(checkpoint: Path) -> None:
+    with pytest.raises(InvalidConfig, match="is a dense model"):
+        ModeGPTModelForCausalLM.from_pretrained(checkpoint)
+
+
+def test_a_failing_compression_leaves_the_callers_model_alone(checkpoint: Path, config: ModeGPTConfig) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CalibrationDataError):
+        ModeGPTQuantizer(config, num_samples=10_000).quantize_model(model)
+    assert type(model) is LlamaForCausalLM
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+
+@pytest.mark.parametrize(
+    ("loader", "keyword"),
+    [
+        (AutoModelForCausalLM, "compression_config"),
+        (AutoModelForCausalLM, "quantization_config"),
+        (LlamaForCausalLM, "compression_config"),
+        (LlamaForCausalLM, "quantization_config"),
+        (ModeGPTModelForCausalLM, "compression_config"),
+    ],
+)
+def test_the_tokenizer_is_read_with_the_callers_arguments(
+    loader: Any,
+    keyword: str,
+    tmp_path: Path,
+    config: ModeGPTConfig,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_dense(tmp_path / "inner")
+    asked: list[tuple[str, dict[str, Any]]] = []
+    original = AutoTokenizer.from_pretrained
+
+    def listen(name: str, **arguments: Any) -> Any:
+        asked.append((name, arguments))
+        return original(name, **arguments)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", listen)
+    given = {
+        "revision": "a-branch",
+        "token": "a-token",
+        "cache_dir": str(tmp_path / "cache"),
+        "subfolder": "inner",
+        "local_files_only": True,
+    }
+    loader.from_pretrained(tmp_path, **{keyword: config}, **given)
+    ((name, arguments),) = asked
+    assert name == str(tmp_path)
+    assert {key: arguments[key] for key in given} == given
+
+
+def test_the_quantizer_reads_the_tokenizer_with_the_callers_arguments(
+    tmp_path: Path, config: ModeGPTConfig, expected: PreTrainedModel
+) -> None:
+    save_dense(tmp_path / "inner")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
+    with pytest.raises(CalibrationDataError, match="no tokenizer could be loaded"):
+        ModeGPTQuantizer(config).quantize_model(model)
+    with pytest.raises(InvalidConfig, match="unknown argument 'subfoldr'"):
+        ModeGPTQuantizer(config).quantize_model(model, subfoldr="inner")
+    ModeGPTQuantizer(config).quantize_model(model, subfolder="inner")
+    assert model.config.modegpt["achieved"] == expected.config.modegpt["achieved"]
+
+
+def test_the_record_names_the_commit_that_was_read(tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    for name, content in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
+        file = tmp_path / "models--me--model" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(content)
+    cache = {"cache_dir": str(tmp_path)}
+    assert Source("me/model", cache).revision == commit
+    assert Source("me/model", {**cache, "revision": "other"}).revision == "other"
+    assert Source(str(tmp_path), {"revision": "other"}).revision == "other"
+
+
+def test_the_embedded_model_brings_its_own_text() -> None:
+    assert default_dataset(ModeGPTConfig(), Source("demo")).dataset == "demo"
+    assert default_dataset(ModeGPTConfig(dataset="c4"), Source("demo")).dataset == "c4"
+    assert default_dataset(ModeGPTConfig(), Source("me/model")).dataset == "wikitext2"
+
+
+def test_a_folder_is_recorded_by_its_last_part(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    assert Source(str(tmp_path)).base_model == tmp_path.name
+    assert Source("me/model").base_model == "me/model"
+    assert Source("demo").base_model == "demo"
+    assert Source(str(tmp_path / "demo")).base_model == "./demo"  # not the embedded one
+
+
+def test_ready_tokens_need_no_tokenizer(tmp_path: Path, config: ModeGPTConfig) -> None:
+    dense("llama-gqa-tied").save_pretrained(tmp_path)
+    windows = tokens(batch=8, length=32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=fields(config, dataset=windows))
+    assert model.config.modegpt["recipe"]["dataset"].startswith("in memory: Tensor")
+    encoded = fields(config, dataset=[{"input_ids": row} for row in windows.tolist()])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=encoded)
+    assert again.config.modegpt["calibration"]["sha256"] == model.config.modegpt["calibration"]["sha256"]
+    with pytest.raises(CalibrationDataError, match="no tokenizer could be loaded"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=config)
+
+
+def test_the_configuration_names_a_tokenizer(
+    tmp_path: Path, checkpoint: Path, config: ModeGPTConfig, expected: PreTrainedModel
+) -> None:
+    dense("llama-gqa-tied").save_pretrained(tmp_path)
+    for chosen in (str(checkpoint), tokenizer()):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=fields(config, tokenizer=chosen))
+        with torch.no_grad():
+            assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
+def test_a_model_from_nowhere_needs_a_tokenizer(config: ModeGPTConfig) -> None:
+    with pytest.raises(CalibrationDataError, match="pass a tokenizer"):
+        ModeGPTQuantizer(config).quantize_model(dense("llama-gqa-tied"))
+
+
+# ------------------------------------------------------------------------------------------------ quantizer and keyword
+
+
+def test_the_quantizer_saves_everything(checkpoint: Path, config: ModeGPTConfig, tmp_path: Path) -> None:
+    quantizer = ModeGPTQuantizer(config, sparsity=0.2)
+    model = quantizer.quantize_model(AutoModelForCausalLM.from_pretrained(checkpoint), progress=False)
+    quantizer.save(model, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "report.json"} <= names
+    assert {"modegpt_common.py", "modegpt_llama.py"} <= names
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["requested_sparsity"] == 0.2
+    assert report.pop("weight_bytes") == (tmp_path / "model.safetensors").stat().st_size
+    assert len(report.pop("weights_sha256")) == 64
+    assert report.items() <= json.loads(json.dumps(quantizer.report.to_dict())).items()
+    assert report["base_model"] == checkpoint.name
+
+
+def test_the_keyword_is_installed_once() -> None:
+    before = PreTrainedModel.from_pretrained.__func__
+    install_keyword(PreTrainedModel)
+    assert PreTrainedModel.from_pretrained.__func__ is before
+
+
+def test_the_keyword_can_be_switched_off(checkpoint: Path, config: ModeGPTConfig) -> None:
+    code = f"""
+from transformers import LlamaForCausalLM, PreTrainedModel
+before = PreTrainedModel.from_pretrained.__func__
+from optimum_modegpt import ModeGPTModelForCausalLM
+assert PreTrainedModel.from_pretrained.__func__ is before
+config = {fields(config)!r}
+try:
+    LlamaForCausalLM.from_pretrained({str(checkpoint)!r}, compression_config=config)
+except TypeError as error:
+    assert "compression_config" in str(error)
+else:
+    raise SystemExit("the keyword was accepted")
+for loader, keyword in ((ModeGPTModelForCausalLM, "compression_config"), (LlamaForCausalLM, "quantization_config")):
+    model = loader.from_pretrained({str(checkpoint)!r}, **{{keyword: {{**config, "quant_method": "modegpt"}}}})
+    assert model.config.model_type == "modegpt_llama"
+"""
+    environment = {**os.environ, "OPTIMUM_MODEGPT_NO_PATCH": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

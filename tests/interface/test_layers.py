@@ -1,0 +1,315 @@
+"""Imports point down: which part of the package may know which, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "optimum_modegpt"
+ROOT = Path(__file__).parents[2] / PACKAGE
+
+LAYERS = (
+    ("errors",),
+    ("recipe",),
+    ("decompositions", "allocation", "config", "report"),
+    ("stages", "architectures", "distributed", "kv_cache", "progress"),
+    ("calibration",),
+    ("methods",),
+    ("budget",),
+    ("walk",),
+    ("compress",),
+    ("evaluation", "export", "plot", "demo"),
+    ("comparison", "recovery"),
+    ("loading",),
+    ("hub",),
+    ("integration",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+"""What an import may reach: layers above its target's, and the module or package itself."""
+
+BESIDE = "modeling"
+MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "loading", "hub", "integration", "cli")
+"""The compressed classes are outside the layers; these may use them."""
+DESCRIPTION = f"{PACKAGE}.modeling.modegpt_family"
+"""The description of families, which imports nothing. Every part may use it."""
+
+READING = ("data", "sources", "hub_datasets", "tokenization", "token_ids")
+"""The modules of `calibration` that read text; they know nothing of models."""
+
+ONLY = {
+    "errors": (),
+    "recipe": (f"{PACKAGE}.errors",),
+    "allocation": (),
+    "decompositions": ("torch", f"{PACKAGE}.errors", f"{PACKAGE}.decompositions"),
+    "modeling": ("torch", "transformers"),
+    **dict.fromkeys(
+        (f"calibration.{name}" for name in READING),
+        (f"{PACKAGE}.config", f"{PACKAGE}.errors", *(f"{PACKAGE}.calibration.{name}" for name in READING)),
+    ),
+}
+"""All that these may import of ours and of others, beside the standard library; ours is not limited where none is named
+and the layers allow it. `modeling` is remote code as well: it finds its own files by relative imports alone."""
+
+DRAWN_ON_DEMAND = ("report", "plot")
+"""The one import upwards: `Report.plot()` fetches what draws it when it is called."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: the module it stands in, its line, what it names in full, and how it is written."""
+
+    module: str
+    line: int
+    target: str
+    relative: bool
+    deferred: bool
+
+    @property
+    def source(self) -> str:
+        """The module or package below the root that the import stands in."""
+        return self.module.partition(".")[0]
+
+    @property
+    def ours(self) -> str | None:
+        """The module or package below the root that is imported; None for other packages."""
+        root, _, rest = self.target.partition(".")
+        return (rest.partition(".")[0] or "__init__") if root == PACKAGE else None
+
+
+def imports_of(root: Path) -> Iterator[Import]:
+    """Every import of the package at `root`, deferred ones and those under TYPE_CHECKING included."""
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        package = [PACKAGE, *parts[:-1]]
+        parts = parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+        deferred = {id(inner) for function in functions for inner in ast.walk(function)}
+        for node in ast.walk(tree):
+            for target, relative in _targets(node, package, root):
+                yield Import(".".join(parts), getattr(node, "lineno", 0), target, relative, id(node) in deferred)
+
+
+def _targets(node: ast.AST, package: list[str], root: Path) -> Iterator[tuple[str, bool]]:
+    if isinstance(node, ast.Import):
+        yield from ((alias.name, False) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = package[: len(package) - node.level + 1] if node.level else []
+        module = ".".join((*base, *([node.module] if node.module else [])))
+        for alias in node.names:
+            # `from package import name` may name a module or something in the package's own file.
+            below = root.joinpath(*module.split(".")[1:], alias.name)
+            names_module = module.split(".")[0] == PACKAGE and (below.is_dir() or below.with_suffix(".py").is_file())
+            yield (f"{module}.{alias.name}" if names_module else module), bool(node.level)
+    elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        name = getattr(node.func, "attr", getattr(node.func, "id", None))
+        if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+            yield node.args[0].value, node.args[0].value.startswith(".")
+
+
+def violations(root: Path) -> list[str]:
+    """What points the wrong way, a line each."""
+    found = [_unplaced(path.relative_to(root)) for path in sorted(root.iterdir())]
+    found += [_violation(one) for one in imports_of(root)]
+    return [line for line in found if line]
+
+
+def _unplaced(path: Path) -> str | None:
+    name = path.with_suffix("").name
+    is_code = path.suffix == ".py" or (path.suffix == "" and not name.startswith(("__", ".")) and "." not in path.name)
+    placed = {BESIDE, *(one for layer in LAYERS for one in layer)}
+    return f"{path}: has no place in LAYERS" if is_code and path.name != "py.typed" and name not in placed else None
+
+
+def _violation(one: Import) -> str | None:
+    place = f"{one.module}:{one.line} imports {one.target}"
+    if one.ours is None:
+        return f"{place}: not among what it may use" if _is_foreign(one) else None
+    if one.source == BESIDE:
+        return (
+            None if one.relative and one.ours == BESIDE else f"{place}: remote code imports its own files, relatively"
+        )
+    if one.relative:
+        return f"{place}: relative"
+    if _is_limited(one):
+        return f"{place}: not among what it may use"
+    if one.ours == BESIDE:
+        return (
+            None
+            if one.source in MODELING_USERS or one.target.startswith(DESCRIPTION)
+            else f"{place}: only {', '.join(MODELING_USERS)} use it"
+        )
+    if one.source == one.ours or (one.deferred and (one.source, one.ours) == DRAWN_ON_DEMAND):
+        return None
+    return None if _layer(one.ours) < _layer(one.source) else f"{place}: upwards or sideways"
+
+
+def _is_foreign(one: Import) -> bool:
+    """Whether another package is imported where only named ones may be."""
+    root = one.target.partition(".")[0]
+    limits = [allowed for name, allowed in ONLY.items() if one.source == name]
+    return root not in sys.stdlib_module_names and any(root not in allowed for allowed in limits)
+
+
+def _is_limited(one: Import) -> bool:
+    """Whether one of our modules is imported where only named ones of ours may be."""
+    limits = [allowed for name, allowed in ONLY.items() if name in (one.source, one.module)]
+    named = [[name for name in allowed if name.startswith(PACKAGE)] for allowed in limits]
+    return any(names and not one.target.startswith(tuple(names)) for names in named)
+
+
+def _layer(name: str) -> int:
+    return next((index for index, layer in enumerate(LAYERS) if name in layer), -1)
+
+
+# --------------------------------------------------------------------------------------------------------- the package
+
+
+def test_imports_point_down():
+    assert violations(ROOT) == []
+
+
+def test_every_module_is_read():
+    modules = {one.module for one in imports_of(ROOT)}
+    assert {"compress", "decompositions.psd", "modeling.modegpt_common", "cli.main"} <= modules
+    assert len(modules) > 30
+
+
+def test_the_exception_is_still_needed():
+    assert any((one.source, one.ours) == DRAWN_ON_DEMAND for one in imports_of(ROOT))
+
+
+# ------------------------------------------------------------------------------------------------------- planted trees
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    """A package with one legal import a layer, and `files` over it."""
+    legal = {
+        "errors.py": "import enum",
+        "decompositions/__init__.py": "",
+        "decompositions/psd.py": f"import torch\nfrom {PACKAGE}.errors import X",
+        "decompositions/rotary.py": f"from {PACKAGE}.decompositions.psd import X",
+        "allocation/plan.py": "import math",
+        "report.py": f"def plot():\n    from {PACKAGE}.plot import draw",
+        "recipe.py": f"import dataclasses\nfrom {PACKAGE}.errors import X",
+        "config.py": f"import transformers\nfrom {PACKAGE}.recipe import X",
+        "stages.py": f"from {PACKAGE}.report import Stage",
+        "modeling/modegpt_common.py": "import torch\nimport transformers.x",
+        "modeling/modegpt_llama.py": "from .modegpt_common import X\nfrom . import modegpt_common",
+        "architectures/block.py": f"from {PACKAGE}.modeling import modegpt_common",
+        "calibration/data.py": f"import datasets\nfrom {PACKAGE}.config import X",
+        "calibration/moments.py": f"from {PACKAGE}.architectures import block",
+        "methods/published.py": f"from {PACKAGE}.calibration.moments import X",
+        "compress.py": f"from {PACKAGE}.methods import published\nfrom {PACKAGE}.stages import StageClock",
+        "plot.py": f"from {PACKAGE}.report import X",
+        "evaluation/perplexity.py": f"from {PACKAGE}.errors import X",
+        "cli/main.py": f"import datasets\nfrom {PACKAGE}.compress import compress",
+        "__init__.py": f"from {PACKAGE}.cli.main import main",
+        "__main__.py": f"import {PACKAGE}.cli.main",
+        "py.typed": "",
+    }
+    for name, text in (legal | files).items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return root
+
+
+def test_legal_tree_has_no_violation(tmp_path):
+    assert violations(plant(tmp_path, {})) == []
+
+
+PLANTED = {
+    "up, at the top of a file": ("compress.py", f"from {PACKAGE}.cli.main import main"),
+    "up, inside a function": ("compress.py", f"def f():\n    from {PACKAGE}.cli import main"),
+    "up, for types only": ("config.py", f"if TYPE_CHECKING:\n    from {PACKAGE}.compress import Walk"),
+    "up, as a plain import": ("methods/published.py", f"import {PACKAGE}.compress"),
+    "up, as an attribute of the package": ("methods/published.py", f"from {PACKAGE} import compress"),
+    "up, to the package itself": ("calibration/data.py", f"from {PACKAGE} import __version__"),
+    "up, by name at run time": ("methods/published.py", f'importlib.import_module("{PACKAGE}.compress")'),
+    "up, from a package's own file": ("methods/__init__.py", f"from {PACKAGE}.compress import Walk"),
+    "the allowed import upwards, but when the file is read": ("report.py", f"from {PACKAGE}.plot import draw"),
+    "sideways": ("decompositions/psd.py", f"from {PACKAGE}.allocation.plan import Plan"),
+    "sideways, of single files": ("report.py", f"from {PACKAGE}.config import ModeGPTConfig"),
+    "sideways, near the top": ("evaluation/perplexity.py", f"from {PACKAGE}.demo import x"),
+    "architectures to calibration": ("architectures/block.py", f"from {PACKAGE}.calibration.data import x"),
+    "errors know somebody": ("errors.py", f"from {PACKAGE}.config import x"),
+    "decompositions know the configuration": ("decompositions/psd.py", f"from {PACKAGE}.config import x"),
+    "decompositions know transformers": ("decompositions/psd.py", "import transformers"),
+    "decompositions know numpy": ("decompositions/psd.py", "def f():\n    from numpy import array"),
+    "allocation knows torch": ("allocation/plan.py", "from torch import Tensor"),
+    "errors know torch": ("errors.py", "import torch.cuda"),
+    "the recipe knows transformers": ("recipe.py", "import transformers"),
+    "calibration data know the architectures": ("calibration/data.py", f"from {PACKAGE}.architectures import block"),
+    "modeling knows ours": ("modeling/modegpt_llama.py", f"from {PACKAGE}.errors import ModeGPTError"),
+    "modeling imports its own files absolutely": (
+        "modeling/modegpt_llama.py",
+        f"from {PACKAGE}.modeling import modegpt_common",
+    ),
+    "modeling leaves its folder": ("modeling/modegpt_llama.py", "from ..errors import ModeGPTError"),
+    "modeling knows safetensors": ("modeling/modegpt_llama.py", "import safetensors"),
+    "calibration knows modeling": ("calibration/moments.py", f"from {PACKAGE}.modeling import modegpt_common"),
+    "evaluation knows modeling": ("evaluation/perplexity.py", f"from {PACKAGE}.modeling import modegpt_common"),
+    "relative": ("methods/published.py", "from .factors import x"),
+    "a module without a place": ("utils.py", ""),
+    "a package without a place": ("helpers/things.py", ""),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), PLANTED.values(), ids=list(PLANTED))
+def test_planted_violation_is_caught(name, text, tmp_path):
+    assert len(violations(plant(tmp_path, {name: text}))) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- text files
+
+
+def opened_without_encoding(source: str) -> list[int]:
+    """The lines that open, read or write a text file and leave its encoding to the machine."""
+    return [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and _is_text(node) and not any(key.arg == "encoding" for key in node.keywords)
+    ]
+
+
+def _is_text(call: ast.Call) -> bool:
+    """Whether a call works on a text file, by its name; a mode with a `b` is for bytes, and `os.open` has no mode."""
+    name, owner = getattr(call.func, "attr", None), getattr(call.func, "value", None)
+    if name in ("read_text", "write_text"):
+        return True
+    is_open = getattr(call.func, "id", None) == "open" or (name == "open" and getattr(owner, "id", None) != "os")
+    modes = [
+        value for each in (*call.args, *(k.value for k in call.keywords)) for value in [getattr(each, "value", "")]
+    ]
+    return is_open and not any(isinstance(mode, str) and "b" in mode and len(mode) <= 3 for mode in modes)
+
+
+def test_text_files_are_opened_with_an_encoding():
+    lines = {
+        str(path.relative_to(ROOT)): opened_without_encoding(path.read_text(encoding="utf-8"))
+        for path in ROOT.rglob("*.py")
+    }
+    assert len(lines) > 50
+    assert {path: found for path, found in lines.items() if found} == {}
+
+
+def test_a_text_file_without_encoding_is_found():
+    source = """
+open("a")
+Path("a").open("w")
+file.read_text()
+file.write_text("b")
+open("a", "rb")
+Path("a").open(mode="wb")
+os.open("a", os.O_WRONLY)
+open("a", encoding="utf-8")
+file.write_text("b", encoding="utf-8")
+"""
+    assert opened_without_encoding(source) == [2, 3, 4, 5]

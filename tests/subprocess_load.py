@@ -1,0 +1,62 @@
+"""Models loaded in a fresh process, by the package or, without it, by the code in their folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tiny_models import tokens
+
+import optimum_modegpt
+
+# Reads jobs [{folder, auto, dtype, out, save}] and writes the outputs of each model.
+WORKER = """
+import json, sys
+jobs, trust = json.loads(sys.argv[1]), sys.argv[2] == "remote"
+if trust:
+    sys.modules["optimum_modegpt"] = None  # an import fails, installed or not
+else:
+    sys.path.insert(0, sys.argv[3])
+    import importlib
+    for family in ("llama", "mistral", "opt", "qwen2"):
+        importlib.import_module("optimum_modegpt.modeling.modegpt_" + family)
+import torch, transformers
+from safetensors.torch import save_file
+torch.set_num_threads(1)
+ids = torch.tensor(json.loads(sys.argv[4]))
+for job in jobs:
+    model = getattr(transformers, job["auto"]).from_pretrained(
+        job["folder"], dtype=getattr(torch, job["dtype"]), trust_remote_code=trust
+    )
+    assert type(model).__module__.startswith("transformers_modules." if trust else "optimum_modegpt."), type(model)
+    with torch.no_grad():
+        save_file({"out": model(ids)[0].contiguous()}, job["out"])
+    if "save" in job:
+        model.save_pretrained(job["save"])
+if trust:
+    assert not any(name.startswith("optimum_modegpt.") for name in sys.modules)
+    # The code of one repository must not serve the next.
+    assert "modegpt_llama" not in transformers.CONFIG_MAPPING
+    from transformers import pipeline
+    made = pipeline("text-generation", jobs[0]["folder"], trust_remote_code=True)("a", max_new_tokens=2)
+    assert made[0]["generated_text"].startswith("a")
+"""
+
+
+def run_worker(jobs: list[dict[str, Any]], kind: str, cache: Path) -> None:
+    """Runs the jobs in one fresh isolated process."""
+    package_root = str(Path(next(iter(optimum_modegpt.__path__))).parent)
+    environment = os.environ | {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", WORKER, json.dumps(jobs), kind, package_root, json.dumps(tokens().tolist())],
+        cwd=cache,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,259 @@
+"""The parts of a block, cut by both methods: nothing changes at full rank, nor where what is cut carries nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from laws import difference
+from tiny_models import dense, tokens
+from torch import Tensor
+
+from optimum_modegpt.architectures import Block, resolve
+from optimum_modegpt.calibration.streams import StreamStorage, enter
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.methods import published, residual_matched
+
+VARIANTS = pytest.mark.parametrize(
+    "name",
+    ["llama-gqa-tied", "llama-mqa-biases", "llama-mha", "mistral-window", "qwen2", "opt", "opt-post-ln", "opt-bare"],
+)
+METHODS = pytest.mark.parametrize("method", ["published", "residual matched"])
+CONFIG = ModeGPTConfig(refit_iterations=0)
+CPU = torch.device("cpu")
+
+
+class Case:
+    """The second block of a tiny model with what flows into it; `other` are tokens that nothing was fitted to."""
+
+    def __init__(self, name: str) -> None:
+        architecture = resolve(dense(name))
+        self.block: Block = architecture.blocks[1]
+        front, other = (
+            enter(architecture, tokens(6, 16, seed=seed), 3, StreamStorage(torch.device("cpu"))) for seed in (0, 1)
+        )
+        self.stream, self.other, self.arguments = front.stream, other.stream, front.on(1, CPU)
+
+    def cut(self, method: str, **ranks: int) -> tuple[Block, dict[str, float]]:
+        """A copy of the block with every part cut by `method` to the ranks given, or kept at full rank."""
+        widths = replace(self.block.dense_widths, **ranks)
+        student = self.block.student(CPU)
+        with torch.no_grad():
+            if method == "published":
+                moments, _ = published.observe(self.block, self.stream, self.arguments)
+                return student, published.compress_block(student, moments, widths, CONFIG)
+            targets = residual_matched.run_dense(self.block, self.stream, self.arguments)
+            errors, _ = residual_matched.compress_block(
+                student,
+                self.stream,
+                self.stream,
+                targets,
+                widths,
+                arguments=self.arguments,
+                config=CONFIG,
+                keep_derivatives=False,
+            )
+        return student, errors
+
+    def error(self, student: Block, stream: list[Tensor] | None = None) -> float:
+        """Relative difference of the two blocks' outputs."""
+        with torch.no_grad():
+            pairs = [
+                [b.forward(batch, self.arguments) for b in (student, self.block)] for batch in stream or self.stream
+            ]
+        return difference(*(torch.cat(outputs) for outputs in zip(*pairs, strict=True)))
+
+    def part(self, role: str) -> Any:
+        return self.block.module.get_submodule(getattr(self.block.family.attention, role))
+
+
+@VARIANTS
+@METHODS
+def test_full_rank_changes_nothing(name, method):
+    case = Case(name)
+    student, errors = case.cut(method)
+    assert case.error(student) < 1e-4
+    assert max(errors.values()) < 1e-3
+    if method == "published" and not name.startswith("opt-post"):  # 96 tokens see all there is
+        assert case.error(student, case.other) < 1e-3
+
+
+@VARIANTS
+@METHODS
+def test_value_bias_is_exact_at_any_rank(name, method):
+    case = Case(name)
+    with torch.no_grad():
+        case.part("value").weight.zero_()  # what is left of every value is its bias: one direction a group
+    student, errors = case.cut(method, vo=1)
+    assert errors["vo"] < 1e-3
+    assert case.error(student, case.other) < 1e-4
+    assert student.attention.v_proj.out_features == case.block.kv_heads
+
+
+@VARIANTS
+def test_output_stays_at_the_dense_one_on_the_new_basis_where_the_tokens_do_not_count(name):
+    case = Case(name)
+    block, config = case.block, ModeGPTConfig(output_ridge=1e12)
+    with torch.no_grad():
+        targets = residual_matched.run_dense(block, case.stream, case.arguments)
+        heads = residual_matched.head_outputs(block, case.stream, case.arguments)
+        moments = residual_matched.observe_output(block, case.stream, heads, targets.attention, None)
+        factors = residual_matched.cut_value_output(block, moments, 3, config)
+        bases = (factors.value @ torch.linalg.pinv(block.head_rows("value"))).mT  # (kv_heads, head_dim, 3)
+    dense_output = block.input_outputs(block.output)
+    rows = dense_output[:32].unflatten(0, (4, 8))  # (heads, head_dim, d_model)
+    expected = torch.linalg.pinv(bases.repeat_interleave(4 // block.kv_heads, dim=0)) @ rows
+    assert difference(factors.output[:12], expected.flatten(0, 1)) < 1e-6
+    assert difference(factors.output[12:], dense_output[32:]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama-mqa-biases", "opt"])
+def test_value_bias_that_is_folded_into_the_output_steers_no_basis(name):
+    case, errors, cuts = Case(name), [], []
+    for bias in (0.0, 100.0):
+        with torch.no_grad():
+            case.part("value").bias.fill_(bias)
+            moments, _ = published.observe(case.block, case.stream, case.arguments)
+            factors = published.cut_value_output(case.block, moments.values, 4)
+        errors.append(factors.relative_error)
+        cuts.append(factors.value[..., :-1].mT @ factors.value[..., :-1])  # free of signs
+        assert factors.value[..., -1].abs().max() == 0
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    assert difference(cuts[1], cuts[0]) < 1e-3
+
+
+@VARIANTS
+@METHODS
+def test_pairs_that_no_query_reads_go_without_loss(name, method):
+    case = Case(name)
+    silent = torch.tensor([1, 3, 5, 7])  # pairs 1 and 3 of 4, or single coordinates
+    with torch.no_grad():
+        query = case.part("query")
+        for parameter in (query.weight, query.bias):
+            if parameter is not None:
+                parameter.view(case.block.heads, 8, -1)[:, silent] = 0
+    student, errors = case.cut(method, qk=4)
+    assert errors["qk"] < 1e-3
+    assert case.error(student, case.other) < 1e-3
+    if student.rotary:
+        assert student.attention.rope_index.tolist() == [[0, 2]] * case.block.kv_heads
+
+
+@VARIANTS
+def test_twin_channels_go_without_loss(name):
+    case = Case(name)
+    with torch.no_grad():
+        for path in case.block.family.mlp.inputs:
+            linear = case.block.module.get_submodule(path)
+            for parameter in (linear.weight, linear.bias):
+                if parameter is not None:
+                    parameter[24:] = parameter[:24]
+    student, errors = case.cut("residual matched", mlp=24)
+    assert errors["mlp"] < 1e-2
+    assert case.error(student) < 1e-3
+    assert student.down.in_features == 24
+
+
+@VARIANTS
+@METHODS
+def test_dead_channels_go_without_loss(name, method):
+    case = Case(name)
+    dead = torch.arange(0, 48, 2)
+    with torch.no_grad():
+        linear = case.block.module.get_submodule(case.block.family.mlp.inputs[0])
+        linear.weight[dead] = 0  # SiLU(0) = ReLU(0) = 0
+        if linear.bias is not None:
+            linear.bias[dead] = 0
+    student, errors = case.cut(method, mlp=24)
+    assert errors["mlp"] < 1e-3
+    assert case.error(student) < 1e-4
+    if method == "published":
+        survivors = student.module.get_submodule(student.family.mlp.inputs[0]).weight
+        assert torch.equal(survivors, linear.weight[1::2])
+
+
+@VARIANTS
+def test_reported_error_is_that_of_the_block(name):
+    case = Case(name)
+    student, errors = case.cut("residual matched", vo=3, mlp=20)
+    with torch.no_grad():
+        targets = residual_matched.run_dense(case.block, case.stream, case.arguments)
+        assert targets.attention_weights is not None
+        assert targets.mlp_weights is not None
+        lost, total = [0.0, 0.0], [0.0, 0.0]
+        for index, batch in enumerate(case.stream):
+            after = batch + student.attend(student.attention_input(batch), case.arguments)
+            middle = student.after_attention(after)
+            end = middle + student.down(student.mlp_hidden(student.mlp_input(middle)))
+            for part, (wanted, found, start, weight) in enumerate(
+                (
+                    (targets.attention[index], after, batch, targets.attention_weights[index]),
+                    (targets.mlp[index], end, middle, targets.mlp_weights[index]),
+                )
+            ):
+                lost[part] += float((weight[..., None] * (wanted - found).square()).sum())
+                total[part] += float((weight[..., None] * (wanted - start).square()).sum())
+    for part, (a, b) in zip(("vo", "mlp"), zip(lost, total, strict=True), strict=True):
+        assert errors[part] == pytest.approx((a / b) ** 0.5, rel=1e-2)
+        assert errors[part] > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "opt", "opt-post-ln"])
+def test_reported_error_of_the_published_output_is_that_of_the_value_vectors(name):
+    case = Case(name)
+    with torch.no_grad():
+        moments, _ = published.observe(case.block, case.stream, case.arguments)
+        factors = published.cut_value_output(case.block, moments.values, 3)
+    assert 0.01 < factors.relative_error < 1
+    with torch.no_grad():
+        whole = published.cut_value_output(case.block, moments.values, 8)
+    assert whole.relative_error < 1e-6
+
+
+@VARIANTS
+def test_refit_makes_up_for_what_earlier_blocks_lost(name):
+    case = Case(name)
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)
+    drifted = [batch @ mixing for batch in case.stream]
+    student = case.block.student(CPU)
+    with torch.no_grad():
+        targets = residual_matched.run_dense(case.block, case.stream, case.arguments)
+        _, after = residual_matched.compress_block(
+            student,
+            case.stream,
+            drifted,
+            targets,
+            case.block.dense_widths,
+            arguments=case.arguments,
+            config=CONFIG,
+            keep_derivatives=False,
+        )
+        untouched = [case.block.forward(batch, case.arguments) for batch in drifted]
+    errors = [difference(torch.cat(result), torch.cat(targets.after)) for result in (after, untouched)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+@VARIANTS
+def test_dense_targets_are_those_of_the_blocks_own_forward_pass(name):
+    case = Case(name)
+    with torch.no_grad():
+        targets = residual_matched.run_dense(case.block, case.stream, case.arguments)
+        expected = [case.block.forward(batch, case.arguments) for batch in case.stream]
+    assert difference(torch.cat(targets.after), torch.cat(expected)) < 1e-6
+    for weights in (targets.attention_weights, targets.mlp_weights):
+        assert weights is not None
+        assert float(torch.cat(weights).mean()) == pytest.approx(1)
+
+
+@VARIANTS
+@METHODS
+def test_dense_block_is_left_as_it_was(name, method):
+    case = Case(name)
+    before = {key: value.clone() for key, value in case.block.module.state_dict().items()}
+    case.cut(method, qk=4, vo=3, mlp=20)
+    after = case.block.module.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -1,0 +1,186 @@
+"""Copies beside the computing: what waits for what, on a device that is simulated (a real one: test_accelerator)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from optimum_modegpt.calibration import transfers
+from optimum_modegpt.calibration.streams import map_stream
+from optimum_modegpt.calibration.transfers import LEAVING, offload, pinned_size, prefetch, to_host
+
+HOST, AWAY = torch.device("cpu"), torch.device("meta")
+
+
+class Event:
+    """What a queue was asked for until then; copies are done when the host waits for it, not before."""
+
+    def __init__(self, name: str, log: list[str], copies: list[Callable[[], Any]]) -> None:
+        self.name, self.log, self.copies = name, log, copies
+
+    def synchronize(self) -> None:
+        self.log.append(f"host waits for {self.name}")
+        for copy in self.copies:
+            copy()
+
+
+class Queue:
+    """A stream that notes what it is asked for."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log, self.events, self.copies = name, log, 0, []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: Any) -> None: ...
+
+    def record_event(self) -> Event:
+        event = Event(f"{self.name} {self.events}", self.log, self.copies)
+        self.log.append(event.name)
+        self.events, self.copies = self.events + 1, []
+        return event
+
+    def wait_event(self, event: Event) -> None:
+        self.log.append(f"{self.name} waits for {event.name}")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    noted: list[str] = []
+    queues, copy = {name: Queue(name, noted) for name in ("to", "from", "computing")}, torch.Tensor.copy_
+
+    def send(home: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
+        assert non_blocking
+        queues["from"].copies.append(lambda: copy(home, source))
+        return home
+
+    def hold(tensor: torch.Tensor, queue: Queue) -> None:
+        noted.append(f"hold {len(tensor)} for {queue.name}")
+
+    monkeypatch.setattr(transfers, "overlaps", lambda device: True)
+    monkeypatch.setattr(transfers, "copies", lambda device, direction: queues[direction])
+    monkeypatch.setattr(transfers, "pinned", torch.zeros_like)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: queues["computing"])
+    monkeypatch.setattr(torch.Tensor, "record_stream", hold)
+    monkeypatch.setattr(torch.Tensor, "copy_", send)
+    return noted
+
+
+def test_the_next_batch_is_sent_before_this_one_is_waited_for(log: list[str]) -> None:
+    for batch in prefetch((torch.ones(n) for n in (1, 2, 3)), AWAY):
+        assert batch.device == AWAY
+        log.append(f"compute {len(batch)}")
+    assert log == [
+        *("to 0", "to 1", "computing waits for to 0", "hold 1 for computing", "compute 1"),
+        *("to 2", "computing waits for to 1", "hold 2 for computing", "compute 2"),
+        *("computing waits for to 2", "hold 3 for computing", "compute 3"),
+    ]
+
+
+def computed(log: list[str], sizes: Iterable[int]) -> Iterator[torch.Tensor]:
+    """Tensors of these sizes, full of them; 0 is an error."""
+    for n in sizes:
+        if n == 0:
+            raise RuntimeError("it fails")
+        log.append(f"compute {n}")
+        yield torch.full((n,), float(n))
+
+
+def seen(log: list[str], sizes: Iterable[int]) -> Iterator[int]:
+    """The sizes of what comes to the host, all of it."""
+    for tensor in offload(computed(log, sizes)):
+        assert tensor.tolist() == [len(tensor)] * len(tensor)
+        log.append(f"see {len(tensor)}")
+        yield len(tensor)
+
+
+def test_what_leaves_is_seen_once_it_is_there_and_the_next_are_computed_meanwhile(log: list[str]) -> None:
+    assert list(seen(log, (1, 2, 3, 4))) == [1, 2, 3, 4]
+
+    def sent(n: int) -> tuple[str, ...]:
+        event = f"computing {n - 1}"
+        return f"compute {n}", event, f"from waits for {event}", f"from {n - 1}", f"hold {n} for from"
+
+    assert log == [
+        *(*sent(1), *sent(2), *sent(3), "host waits for from 0", "see 1"),
+        *(*sent(4), "host waits for from 1", "see 2"),
+        *("host waits for from 2", "see 3", "host waits for from 3", "see 4"),
+    ]
+
+
+def test_few_are_on_their_way(log: list[str]) -> None:
+    assert list(seen(log, range(1, 9))) == list(range(1, 9))
+    on_their_way = [
+        sum(line.startswith("hold") for line in log[:index]) - sum(line.startswith("host") for line in log[:index])
+        for index, line in enumerate(log)
+        if line.startswith("compute ")
+    ]
+    assert max(on_their_way) == LEAVING
+
+
+def test_an_error_drops_what_is_on_its_way(log: list[str]) -> None:
+    found = []
+    with pytest.raises(RuntimeError, match="it fails"):
+        found.extend(seen(log, (1, 2, 3, 0)))
+    assert found == [1]
+    assert [line for line in log if line.startswith(("hold", "host"))] == [
+        *(f"hold {n} for from" for n in (1, 2, 3)),
+        "host waits for from 0",
+    ]
+
+
+def test_alone_it_is_waited_for_at_once(log: list[str]) -> None:
+    assert to_host(torch.ones(2)).tolist() == [1, 1]
+    assert log[-1] == "host waits for from 0"
+
+
+def test_a_pass_keeps_streams_on_the_host_beside_the_computing(log: list[str]) -> None:
+    stream = [torch.full((n,), float(n)) for n in (1, 2, 3, 4)]
+    found = map_stream(lambda one, other: log.append("compute") or one + other, HOST, stream, stream)
+    assert [tensor.tolist() for tensor in found] == [[2 * n] * n for n in (1, 2, 3, 4)]
+    order = [line for line in log if line.startswith(("compute", "host"))]
+    assert order[:5] == [*(LEAVING + 1) * ["compute"], "host waits for from 0", "compute"]
+
+
+def test_each_direction_has_one_queue_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "Stream", lambda device: object())
+    monkeypatch.setattr(transfers, "copies", functools.cache(transfers.copies.__wrapped__))
+    assert transfers.copies(AWAY, "to") is transfers.copies(AWAY, "to")
+    assert transfers.copies(AWAY, "to") is not transfers.copies(AWAY, "from")
+
+
+def test_what_is_there_already_is_not_copied(log: list[str]) -> None:
+    batches = [torch.ones(n, device=AWAY) for n in (1, 2)]
+    assert [one is other for one, other in zip(prefetch(batches, AWAY), batches, strict=True)] == [True, True]
+    assert log == []
+
+
+def test_on_the_host_nothing_is_asked_for_ahead() -> None:
+    asked: list[int] = []
+
+    def batches() -> Iterator[torch.Tensor]:
+        for n in (1, 2, 3):
+            asked.append(n)
+            yield torch.ones(n)
+
+    for batch in prefetch(batches(), HOST):
+        assert asked[-1] == len(batch)
+    assert list(prefetch([], HOST)) == []
+    asked.clear()
+    for batch in offload(batches()):
+        assert asked[-1] == len(batch)
+    assert list(offload([])) == []
+
+
+def test_what_is_on_the_host_stays_what_it_is() -> None:
+    tensor = torch.ones(3)
+    assert to_host(tensor) is tensor
+
+
+@pytest.mark.parametrize(("size", "taken"), [(1, 1), (2, 2), (3, 4), (4096, 4096), (4097, 8192)])
+def test_pinned_memory_is_taken_in_powers_of_two(size: int, taken: int) -> None:
+    assert pinned_size(size) == taken
