@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from optimum_modegpt.modeling.modegpt_family import Widths
 
 TINY_HEAD_DIM = 32
 TINY_MLP_WIDTH = 512
@@ -40,8 +42,27 @@ class PartSize:
 
 Sizes = Sequence[Mapping[str, PartSize]]
 """One mapping part -> size per block."""
-Plan = list[dict[str, int]]
-"""One mapping part -> kept width per block."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The widths that every block keeps."""
+
+    widths: tuple[Widths, ...]
+
+    @classmethod
+    def from_list(cls, blocks: Iterable[Mapping[str, int]]) -> Plan:
+        """Create a plan from one mapping part -> kept width per block."""
+        return cls(tuple(Widths(**block) for block in blocks))
+
+    @classmethod
+    def dense(cls, sizes: Sizes) -> Plan:
+        """Return the plan that removes nothing."""
+        return cls.from_list({part: size.dense for part, size in block.items()} for block in sizes)
+
+    def to_list(self) -> list[dict[str, int]]:
+        """Return one mapping part -> kept width per block, safe for JSON."""
+        return [dict(vars(widths)) for widths in self.widths]
 
 
 def part_size(dense: int, weights_per_unit: int, step: int, max_sparsity: float) -> PartSize:
@@ -74,14 +95,14 @@ def total_weights(sizes: Sizes) -> int:
 
 def plan_sparsity(plan: Plan, sizes: Sizes) -> float:
     """Compute 1 − Σ new / Σ dense over the weights of the compressed projections of all blocks."""
-    kept = sum(
-        size.weights_per_unit * ranks[part]
-        for ranks, block in zip(plan, sizes, strict=True)
-        for part, size in block.items()
-    )
+    kept = 0
+    for widths, block in zip(plan.widths, sizes, strict=True):
+        for part, size in block.items():
+            kept += size.weights_per_unit * getattr(widths, part)
     return 1 - kept / total_weights(sizes)
 
 
 def largest_sparsity(sizes: Sizes) -> float:
     """Return the sparsity with every part at its floor."""
-    return plan_sparsity([{part: size.floor for part, size in block.items()} for block in sizes], sizes)
+    floors = Plan.from_list({part: size.floor for part, size in block.items()} for block in sizes)
+    return plan_sparsity(floors, sizes)

@@ -47,32 +47,35 @@ def plan_from_curves(curves: Curves, sizes: Sizes, sparsity: float) -> Plan:
         for (block, part), curve in curves.items()
         for step in _steps(block, part, sizes[block][part], lower_hull(curve))
     )
-    plan: Plan = [{part: size.dense for part, size in block.items()} for block in sizes]
+    kept = Plan.dense(sizes).to_list()
     left = sparsity * total_weights(sizes)
     blocked: dict[tuple[int, str], int] = {}
     for _, _, block, part, width in steps:
         if (block, part) in blocked:
             continue
-        removed = (plan[block][part] - width) * sizes[block][part].weights_per_unit
+        removed = (kept[block][part] - width) * sizes[block][part].weights_per_unit
         if removed <= left:
-            plan[block][part] = width
+            kept[block][part] = width
             left -= removed
         else:
             blocked[block, part] = width
-    return _finish(plan, blocked, sizes, left)
+    _take_nearest(kept, blocked, sizes, left)
+    return Plan.from_list(kept)
 
 
-def _finish(plan: Plan, blocked: Mapping[tuple[int, str], int], sizes: Sizes, left: float) -> Plan:
+def _take_nearest(
+    kept: list[dict[str, int]], blocked: Mapping[tuple[int, str], int], sizes: Sizes, left: float
+) -> None:
     """Take the blocked step that ends nearest to the target, if it ends nearer than taking none."""
 
     def miss(key: tuple[int, str]) -> float:
         block, part = key
-        return abs((plan[block][part] - blocked[key]) * sizes[block][part].weights_per_unit - left)
+        return abs((kept[block][part] - blocked[key]) * sizes[block][part].weights_per_unit - left)
 
     best = min(blocked, key=miss, default=None)
     if best is not None and miss(best) < left:
-        plan[best[0]][best[1]] = blocked[best]
-    return plan
+        block, part = best
+        kept[block][part] = blocked[best]
 
 
 def _steps(

@@ -39,17 +39,17 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
     a block could not remove are carried to the next block, and after the last one back through all of them. The total
     therefore stays near its target.
     """
-    plan: Plan = []
+    kept: list[dict[str, int]] = []
     carried = 0.0
     for target, block in zip(targets, sizes, strict=True):
-        ranks = {part: block[part].nearest(block[part].dense * (1 - target)) for part in ("qk", "vo")}
+        widths = {part: block[part].nearest(block[part].dense * (1 - target)) for part in ("qk", "vo")}
         wanted = target * sum(size.weights for size in block.values()) + carried
-        removed = sum((block[part].dense - rank) * block[part].weights_per_unit for part, rank in ranks.items())
-        ranks["mlp"], carried = _absorb(block["mlp"], block["mlp"].dense, wanted - removed)
-        plan.append(ranks)
-    for ranks, block in zip(reversed(plan), reversed(sizes), strict=True):
-        ranks["mlp"], carried = _absorb(block["mlp"], ranks["mlp"], carried)
-    return plan
+        removed = sum((block[part].dense - width) * block[part].weights_per_unit for part, width in widths.items())
+        widths["mlp"], carried = _absorb(block["mlp"], block["mlp"].dense, wanted - removed)
+        kept.append(widths)
+    for widths, block in zip(reversed(kept), reversed(sizes), strict=True):
+        widths["mlp"], carried = _absorb(block["mlp"], widths["mlp"], carried)
+    return Plan.from_list(kept)
 
 
 def _absorb(mlp: PartSize, width: int, weights: float) -> tuple[int, float]:

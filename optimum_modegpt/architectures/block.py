@@ -163,7 +163,7 @@ class Block:
 
     # ------------------------------------------------------------------------------------------------------- install
 
-    def student(self, device: torch.device) -> Block:
+    def compressible_copy(self, device: torch.device) -> Block:
         """A copy on `device` whose attention is of the compressed class at full width, ready for `install_*`."""
         copied = self._copied(device)
         modeling.adopt_attention(copied.attention, self.classes.attention_class)

@@ -44,6 +44,20 @@ class Architecture:
         return self._optional(self.family.head.norm)
 
     @property
+    def block_paths(self) -> list[str]:
+        """Return the paths of the blocks in the whole model."""
+        return [f"{self._base}{self.family.blocks}.{index}" for index in range(len(self.blocks))]
+
+    @property
+    def final_norm_path(self) -> str:
+        """Return the path of the final norm in the whole model."""
+        return f"{self._base}{self.family.head.norm}"
+
+    @property
+    def _base(self) -> str:
+        return "" if self.model.base_model is self.model else f"{self.model.base_model_prefix}."
+
+    @property
     def head_is_tied(self) -> bool:
         """Whether the head and the input embeddings share one tensor, whatever the configuration says."""
         modules = self.model.get_output_embeddings(), self.model.get_input_embeddings()

@@ -30,7 +30,7 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
 
 
 def check_reachable(config: ModeGPTConfig, sizes: Sizes) -> None:
-    """Refuses a sparsity above what the widths allow."""
+    """Raise if the sparsity is above the largest one that the widths allow."""
     if (limit := largest_sparsity(sizes)) + SPARSITY_TOLERANCE < config.sparsity:
         raise InvalidConfig(
             f"sparsity={config.sparsity} cannot be reached: with max_sparsity={config.max_sparsity} and "

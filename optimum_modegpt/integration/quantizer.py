@@ -20,7 +20,7 @@ from optimum_modegpt.hub.upload import KEPT_REPORT, Upload
 from optimum_modegpt.loading.source import Source, calibrate, find_tokenizer
 from optimum_modegpt.report import Report
 from optimum_modegpt.walk.checkpoint import Checkpoint
-from optimum_modegpt.walk.state import Base
+from optimum_modegpt.walk.request import Base
 
 
 class ModeGPTQuantizer:

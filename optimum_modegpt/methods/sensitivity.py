@@ -184,7 +184,7 @@ class Sweeps:
     def _students(self, dense: Block, targets: residual_matched.DenseTargets) -> Iterator[tuple[str, float, Block]]:
         """Copies of the block with one part cut, at every ratio: (part, sparsity, block)."""
         stream, arguments = self.moments.stream, self.moments.on(dense.index, self.device)
-        student = dense.student(self.device)
+        student = dense.compressible_copy(self.device)
         query_key = residual_matched.observe_query_key(student, stream, arguments)
         heads = residual_matched.head_outputs(student, stream, arguments)
         output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
@@ -196,7 +196,7 @@ class Sweeps:
                 least = min(ranks, default=size.dense)
                 cut = _cutter(part, student, (query_key, output, mlp), least, self.config)
                 for rank in sorted(ranks):
-                    variant = dense.student(self.device)
+                    variant = dense.compressible_copy(self.device)
                     cut(variant, rank)
                     yield part, 1 - rank / size.dense, variant
 

@@ -9,7 +9,6 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from .modegpt_contract import check_attention, check_loading, refuse_unread_cache
-from .modegpt_family import Family
+from .modegpt_family import Family, Widths
 from .modegpt_files import check_sizes, one_set_of_weights, readable_weights, refuse
 
 # What stands below a mixin: at run time a family's dense class.
@@ -31,15 +30,6 @@ else:
 
 FORMAT_VERSION = 1
 """Version of what stands in config.json; a reader refuses a newer one."""
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Inner widths of one block: query/key and value head dims, MLP width."""
-
-    qk: int
-    vo: int
-    mlp: int
 
 
 # --------------------------------------------------------------------------------------------------- configuration

@@ -133,3 +133,12 @@ class Family:
             *(Projection(path, "mlp", 0, "block") for path in mlp.inputs),
             Projection(mlp.output, "mlp", 1, "block"),
         )
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Inner widths of one block: query/key and value head dims, MLP width."""
+
+    qk: int
+    vo: int
+    mlp: int

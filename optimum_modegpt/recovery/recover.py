@@ -16,7 +16,7 @@ from optimum_modegpt.calibration.data import TokenWindows, describe_degenerate
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.perplexity import check_windows, perplexity
 from optimum_modegpt.recovery.config import RecoveryConfig
-from optimum_modegpt.walk.state import Base
+from optimum_modegpt.walk.request import Base
 
 logger = logging.getLogger(__name__)
 

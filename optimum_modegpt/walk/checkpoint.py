@@ -56,8 +56,8 @@ ROW = 512
 
 
 @dataclass
-class Progress:
-    """Progress of a compression. All fields are safe for JSON."""
+class Manifest:
+    """The progress of a compression. All fields are safe for JSON."""
 
     identity: dict[str, Any]
     """Settings that must be the same to resume the work."""
@@ -90,7 +90,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).absolute()
-        self.progress = Progress({})
+        self.manifest = Manifest({})
         self._lock = FileLock(self.folder.with_name(f"{self.folder.name}.lock"))
         self._streams_written = self._began = time.monotonic()
 
@@ -133,7 +133,7 @@ class Checkpoint:
             CheckpointError: another run uses the folder, or it is the checkpoint of another compression.
         """
         with self.alone():
-            self.progress = distributed.broadcast_object(
+            self.manifest = distributed.broadcast_object(
                 self._taken_over(dict(identity)) if distributed.is_first() else None
             )
             with self._as_a_member():
@@ -141,12 +141,12 @@ class Checkpoint:
                 yield self
             distributed.barrier()  # rank 0 may delete files that another rank has yet to open or to close
 
-    def _taken_over(self, identity: dict[str, Any]) -> Progress:
+    def _taken_over(self, identity: dict[str, Any]) -> Manifest:
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
-        self.progress = self._read(identity)
+        self.manifest = self._read(identity)
         self._tidy()
-        return self.progress
+        return self.manifest
 
     @contextmanager
     def _as_a_member(self) -> Iterator[None]:
@@ -199,7 +199,7 @@ class Checkpoint:
         """Return the size of the checkpoint on disk in bytes."""
         return sum(file.stat().st_size for file in self.folder.rglob("*"))
 
-    def read(self) -> Progress | None:
+    def read(self) -> Manifest | None:
         """Read the progress of an earlier run. Return None if nothing was finished.
 
         Raises:
@@ -209,25 +209,25 @@ class Checkpoint:
         if not path.is_file():
             return None
         try:
-            return Progress(**json.loads(path.read_text(encoding="utf-8")))
+            return Manifest(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}\n{ANEW}") from error
 
     def keep_saved(self, saved: dict[str, Any]) -> None:
         """Record that the result is completely written, with the data that identifies it."""
-        self.progress.saved = saved
+        self.manifest.saved = saved
         self._write_manifest()
 
     def keep_batch_size(self, windows: int) -> None:
         """Record the number of windows per forward pass from now on."""
-        self.progress.batch_size = windows
+        self.manifest.batch_size = windows
         self._write_manifest()
 
     # ----------------------------------------------------------------------------------------------------- the plan
 
     def keep_plan(self, plan: list[dict[str, int]] | None, measured: Mapping[str, Any], warnings: list[str]) -> None:
         """Write the measurements so far, and the plan made from them, if there already is one."""
-        self.progress.plan, self.progress.measured, self.progress.warnings = plan, dict(measured), list(warnings)
+        self.manifest.plan, self.manifest.measured, self.manifest.warnings = plan, dict(measured), list(warnings)
         self._write_manifest()
 
     # --------------------------------------------------------------------------------------------------- the blocks
@@ -235,7 +235,7 @@ class Checkpoint:
     @property
     def finished(self) -> int:
         """Return the number of blocks that need not be recomputed."""
-        return len(self.progress.errors)
+        return len(self.manifest.errors)
 
     def keep_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
         """Write a finished block and return it with the file's tensors on `home`, as memory maps if that is the CPU."""
@@ -268,7 +268,7 @@ class Checkpoint:
         before = self._streams(self.finished)
         self._write_tensors(self._streams(len(errors)), streams)
         distributed.barrier()
-        self.progress.errors, self.progress.warnings = list(errors), list(warnings)
+        self.manifest.errors, self.manifest.warnings = list(errors), list(warnings)
         self._write_manifest()
         distributed.barrier()
         before.unlink(missing_ok=True)
@@ -295,21 +295,21 @@ class Checkpoint:
     def _streams(self, blocks: int) -> Path:
         return self.folder / f"streams-{blocks:05}.process-{distributed.rank()}.safetensors"
 
-    def _read(self, identity: dict[str, Any]) -> Progress:
-        progress = self.read()
-        if progress is None:
-            return Progress(identity)
+    def _read(self, identity: dict[str, Any]) -> Manifest:
+        manifest = self.read()
+        if manifest is None:
+            return Manifest(identity)
         if differences := [
-            f"{name} was {progress.identity.get(name)!r}, now it is {value!r}"
+            f"{name} was {manifest.identity.get(name)!r}, now it is {value!r}"
             for name, value in identity.items()
-            if progress.identity.get(name) != value
+            if manifest.identity.get(name) != value
         ]:
             raise CheckpointError(
                 f"{self.folder} is the checkpoint of another compression:\n  "
                 + "\n  ".join(differences)
                 + f"\nTo resume, run it with the same settings. {ANEW}"
             )
-        return progress
+        return manifest
 
     def _tidy(self) -> None:
         """Delete the leftover files of a killed process."""
@@ -322,8 +322,8 @@ class Checkpoint:
         if not distributed.is_first():
             return
         now = time.monotonic()
-        self.progress.seconds, self._began = self.progress.seconds + now - self._began, now
-        text = json.dumps(dataclasses.asdict(self.progress), indent=1)
+        self.manifest.seconds, self._began = self.manifest.seconds + now - self._began, now
+        text = json.dumps(dataclasses.asdict(self.manifest), indent=1)
         self._replace(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _write_tensors(self, path: Path, tensors: Mapping[str, Tensor]) -> None:

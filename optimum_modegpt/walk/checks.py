@@ -1,4 +1,4 @@
-"""What is refused before it costs anything, and what is never let out."""
+"""Validate the input before compression, and the result of every block."""
 
 from __future__ import annotations
 
@@ -14,11 +14,19 @@ from optimum_modegpt.allocation.plan import Plan, Sizes
 from optimum_modegpt.architectures import Architecture
 from optimum_modegpt.budget.sizes import check_reachable
 from optimum_modegpt.calibration.data import describe_degenerate
-from optimum_modegpt.calibration.streams import DENSE_ADVICE, Stream, check_dense, not_finite, skipping_blocks
+from optimum_modegpt.calibration.streams import (
+    DENSE_ADVICE,
+    BlockInputs,
+    Stream,
+    check_dense,
+    not_finite,
+    skipping_blocks,
+)
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel, naming
 from optimum_modegpt.modeling.adoption import built
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
-from optimum_modegpt.walk.state import Walk
+from optimum_modegpt.walk.request import Request
+from optimum_modegpt.walk.state import State
 
 DISTINCT_SHARE = 0.9
 """A smaller share of distinct calibration windows is a warning."""
@@ -28,47 +36,46 @@ HEAD_TOKENS = 16
 """Tokens whose logits are compared: the head acts on each alike, and those of a whole window can take gigabytes."""
 
 
-def check_request(walk: Walk) -> None:
-    """Refuse or warn of whatever can be checked before anything is computed."""
-    tokens, config, model = walk.calibration.tokens, walk.config, walk.architecture.model
+def check_request(request: Request, state: State) -> None:
+    """Raise or warn of everything that can be checked before anything is computed."""
+    tokens, model = request.calibration.tokens, request.architecture.model
     context = getattr(model.config, "max_position_embeddings", None)
     if context is not None and tokens.shape[1] > context:
         raise CalibrationDataError(
             f"calibration windows have {tokens.shape[1]} tokens, the model's context is {context}; "
             f"set sequence_length to {context} or less."
         )
-    check_reachable(config, walk.sizes)
+    check_reachable(request.config, request.sizes)
     if len(tokens) < distributed.world_size():
         raise CalibrationDataError(
             f"{len(tokens)} calibration windows cannot be divided among {distributed.world_size()} processes; start at "
             f"most {len(tokens)}, or calibrate on more windows with num_samples."
         )
     if (distinct := len(tokens.unique(dim=0))) < DISTINCT_SHARE * len(tokens):
-        walk.warn(
+        state.warn(
             f"only {distinct} of the {len(tokens)} calibration windows differ: the text repeats itself, and the model "
             "will be good at nothing else. Calibrate on varied text like that which the model will see."
         )
-    if degenerate := describe_degenerate(walk.calibration):
-        walk.warn(degenerate)
-    widest = max(block["mlp"].dense for block in walk.sizes)
+    if degenerate := describe_degenerate(request.calibration):
+        state.warn(degenerate)
+    widest = max(block["mlp"].dense for block in request.sizes)
     if tokens.numel() < widest:
-        walk.warn(
+        state.warn(
             f"only {tokens.numel()} calibration tokens for an MLP width of {widest}: the moments are rank deficient. "
             f"Use at least {widest} tokens, better {4 * widest}."
         )
 
 
 def check_plan(plan: Plan, sizes: Sizes) -> None:
-    """A plan from outside must have every part of every block at an allowed width."""
-    if len(plan) != len(sizes):
-        raise InvalidConfig(f"the plan has {len(plan)} blocks, the model {len(sizes)}.")
-    for index, (ranks, block) in enumerate(zip(plan, sizes, strict=True)):
-        if set(ranks) != set(block):
-            raise InvalidConfig(f"plan, block {index}: parts {sorted(ranks)}, expected {sorted(block)}.")
+    """Raise if a plan of the caller has another number of blocks than the model, or a width that is not allowed."""
+    if len(plan.widths) != len(sizes):
+        raise InvalidConfig(f"the plan has {len(plan.widths)} blocks, the model {len(sizes)}.")
+    for index, (widths, block) in enumerate(zip(plan.widths, sizes, strict=True)):
         for part, size in block.items():
-            if ranks[part] not in size.widths():
+            width = getattr(widths, part)
+            if width not in size.widths():
                 raise InvalidConfig(
-                    f"plan, block {index}: {part} width {ranks[part]}; allowed are {size.dense} and the multiples of "
+                    f"plan, block {index}: {part} width {width}; allowed are {size.dense} and the multiples of "
                     f"{size.step} from {size.floor} up to it (round_to and max_sparsity of the configuration)."
                 )
 
@@ -93,34 +100,34 @@ def check_tensors(architecture: Architecture) -> None:
         )
 
 
-def check_reading(walk: Walk) -> None:
+def check_reading(request: Request, inputs: BlockInputs) -> None:
     """Compare every block's own forward pass with that of its compressed class at full width, and then the logits.
 
     One window is enough. A model that computes anything else than its family's classes would be compressed to a wrong
     model without an error. The blocks are compared one by one; the logits with those of the family's class in
     transformers, which show a difference in embeddings, masks and positions too.
     """
-    window = walk.front.stream[0][:1].to(walk.device)
-    for block in walk.architecture.blocks:
-        arguments = walk.front.on(block.index, walk.device)
-        own = block.on(walk.device).forward(window, arguments)
-        ours = block.student(walk.device).composed_forward(window, arguments)
+    window = inputs.stream[0][:1].to(request.device)
+    for block in request.architecture.blocks:
+        arguments = inputs.on(block.index, request.device)
+        own = block.on(request.device).forward(window, arguments)
+        ours = block.compressible_copy(request.device).composed_forward(window, arguments)
         with naming(f"block {block.index}"):
-            check_dense([own], walk.front.windows)
+            check_dense([own], inputs.windows)
         if (difference := _difference(own, ours)) is not None:
             raise UnsupportedModel(
-                f"{type(walk.architecture.model).__name__}, block {block.index} computes something else than its "
+                f"{type(request.architecture.model).__name__}, block {block.index} computes something else than its "
                 f"family's norm, attention, norm, MLP (relative difference {difference:.1e}); this variant is not "
                 "supported."
             )
         window = own
-    tail = walk.architecture.own_tail
+    tail = request.architecture.own_tail
     logits = tail(window[:, -1:].to(cast(Tensor, tail[-1].weight).device))
-    if (name := not_finite([logits], walk.front.windows)) is not None:
+    if (name := not_finite([logits], inputs.windows)) is not None:
         raise NumericalError(f"the dense model's logits are not finite on {name}. {DENSE_ADVICE}")
-    tokens = walk.calibration.tokens[:1, :HEAD_TOKENS]
-    _check_head(walk.architecture, tokens)
-    _check_model(walk.architecture, tokens)
+    tokens = request.calibration.tokens[:1, :HEAD_TOKENS]
+    _check_head(request.architecture, tokens)
+    _check_model(request.architecture, tokens)
 
 
 def _check_head(architecture: Architecture, tokens: Tensor) -> None:
@@ -178,7 +185,7 @@ def _difference(own: Tensor, ours: Tensor) -> float | None:
 
 
 def check_result(error: dict[str, float], compressed: Stream, windows: Tensor) -> None:
-    """Refuses a block whose fit or output is not finite; `windows` are the numbers of the stream's windows."""
+    """Raise if a block's fit or output is not finite. `windows` are the numbers of the stream's windows."""
     for part, value in error.items():
         if not math.isfinite(value):
             raise NumericalError(f"{part}: its fit is not finite; calibrate on more, and more varied, text.")

@@ -1,4 +1,4 @@
-"""What was done, for people and programs: the record in config.json, and the report."""
+"""Make the record in config.json and the report of a compression."""
 
 from __future__ import annotations
 
@@ -11,83 +11,90 @@ from typing import Any
 from torch import nn
 
 from optimum_modegpt import distributed
-from optimum_modegpt.allocation.plan import Plan
-from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.allocation.plan import Plan, total_weights
 from optimum_modegpt.budget.work import Extent, product_seconds, work_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
 from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, count_parameters
 from optimum_modegpt.stages import product_rates
-from optimum_modegpt.walk.state import Walk
+from optimum_modegpt.walk.request import Request
+from optimum_modegpt.walk.self_check import SelfCheck
+from optimum_modegpt.walk.state import State
 
 
-def parameters_around(architecture: Architecture, blocks: list[nn.Module], weights: int, achieved: float) -> Parameters:
-    """Parameters before and after, counted while both are there; `weights` are those of the dense projections."""
-    before = count_parameters(architecture.model)
-    dense = sum(count_parameters(block.module) for block in architecture.blocks)
+def parameters_around(request: Request, blocks: list[nn.Module], achieved: float) -> Parameters:
+    """Count the parameters before and after, while both models exist."""
+    weights = total_weights(request.sizes)
+    before = count_parameters(request.architecture.model)
+    dense = sum(count_parameters(block.module) for block in request.architecture.blocks)
     after = before - dense + sum(map(count_parameters, blocks))
     return Parameters(weights, round(weights * (1 - achieved)), before, after)
 
 
-def make_record(walk: Walk, achieved: float, parameters: Parameters) -> dict[str, Any]:
-    """What config.json says of the compression."""
+def make_record(request: Request, achieved: float, parameters: Parameters) -> dict[str, Any]:
+    """Return the record of the compression for config.json."""
     return {
         "format_version": FORMAT_VERSION,
-        "base_model": walk.base.model,
-        "base_revision": walk.base.revision,
-        "recipe": portable(walk.config),
-        "dtype": str(walk.architecture.model.dtype).removeprefix("torch."),
-        "calibration": dict(walk.calibration.record),
+        "base_model": request.base.model,
+        "base_revision": request.base.revision,
+        "recipe": portable(request.config),
+        "dtype": str(request.architecture.model.dtype).removeprefix("torch."),
+        "calibration": dict(request.calibration.record),
         "achieved": {"sparsity": achieved, "parameters": dataclasses.asdict(parameters)},
     }
 
 
 def make_report(
-    walk: Walk, plan: Plan, errors: list[dict[str, float]], achieved: float, parameters: Parameters
+    request: Request,
+    state: State,
+    plan: Plan,
+    errors: list[dict[str, float]],
+    achieved: float,
+    parameters: Parameters,
+    check: SelfCheck,
 ) -> Report:
-    """Everything that was done, for people and programs."""
-    blocks = tuple(
-        BlockReport(
-            index,
-            {
-                part: PartReport(ranks[part], size[part].dense, 1 - ranks[part] / size[part].dense, error[part])
-                for part in PARTS
-            },
-        )
-        for index, (ranks, size, error) in enumerate(zip(plan, walk.sizes, errors, strict=True))
-    )
-    floor = floor_seconds(walk, plan)
+    """Return the report of a finished compression."""
+    floor = floor_seconds(request, state, plan)
     return Report(
-        base_model=walk.base.model,
-        revision=walk.base.revision,
-        config=portable(walk.config),
-        requested_sparsity=walk.config.sparsity,
+        base_model=request.base.model,
+        revision=request.base.revision,
+        config=portable(request.config),
+        requested_sparsity=request.config.sparsity,
         achieved_sparsity=achieved,
         parameters=parameters,
-        blocks=blocks,
-        calibration=dict(walk.calibration.record),
-        stages=tuple(dataclasses.replace(stage, floor=floor.get(stage.name, {})) for stage in walk.clock.stages),
-        memory_kind=walk.clock.memory_kind,
-        device=str(walk.device),
-        batch_size=walk.batch_size,
-        streams=walk.streams,
+        blocks=tuple(_block_report(index, request, plan, error) for index, error in enumerate(errors)),
+        calibration=dict(request.calibration.record),
+        stages=tuple(dataclasses.replace(stage, floor=floor.get(stage.name, {})) for stage in state.clock.stages),
+        memory_kind=state.clock.memory_kind,
+        device=str(request.device),
+        batch_size=state.batch_size,
+        streams=state.streams,
         processes=distributed.world_size(),
-        **walk.measured(),
-        warnings=tuple(walk.warnings),
-        self_check={} if walk.self_check is None else dataclasses.asdict(walk.self_check),
+        **state.measurements.to_dict(),
+        warnings=tuple(state.warnings),
+        self_check=dataclasses.asdict(check),
         versions=versions(),
     )
 
 
-def floor_seconds(walk: Walk, plan: Plan) -> dict[str, dict[str, float]]:
-    """By stage and step, how long this process's share of the matrix products takes at the rate of the device."""
-    tokens, config = walk.calibration.tokens, walk.config
+def _block_report(index: int, request: Request, plan: Plan, errors: dict[str, float]) -> BlockReport:
+    parts = {}
+    for part in PARTS:
+        rank, dense = getattr(plan.widths[index], part), request.sizes[index][part].dense
+        parts[part] = PartReport(rank, dense, 1 - rank / dense, errors[part])
+    return BlockReport(index, parts)
+
+
+def floor_seconds(request: Request, state: State, plan: Plan) -> dict[str, dict[str, float]]:
+    """Return the least seconds of this rank's matrix products at the rate of the device, by stage and step."""
+    tokens, config = request.calibration.tokens, request.config
     windows = -(-len(tokens) // distributed.world_size())
-    length, dtype = tokens.shape[1], walk.architecture.model.dtype
-    extent = Extent(windows, length, walk.batch_size * length, dtype.itemsize)
-    rates = product_rates(walk.device, dtype)
-    ranks, variants = [ranks["mlp"] for ranks in plan], sum(map(len, walk.curves.values()))
-    stages = work_of(walk.shapes, config, extent, mlp_ranks=ranks, variants=variants)
+    length, dtype = tokens.shape[1], request.architecture.model.dtype
+    extent = Extent(windows, length, state.batch_size * length, dtype.itemsize)
+    rates = product_rates(request.device, dtype)
+    ranks = [widths.mlp for widths in plan.widths]
+    variants = sum(map(len, state.measurements.curves.values()))
+    stages = work_of(request.shapes, config, extent, mlp_ranks=ranks, variants=variants)
     names = {"allocate": f"allocate ({config.resolved_allocation})", "decompose": "decompose"}
     return {
         names[stage]: {step: product_seconds(work, rates) for step, work in steps.items()}
@@ -96,7 +103,7 @@ def floor_seconds(walk: Walk, plan: Plan) -> dict[str, dict[str, float]]:
 
 
 def portable(config: ModeGPTConfig) -> dict[str, Any]:
-    """The configuration for a record that travels: of local files and folders only the last part of the path."""
+    """Return the configuration for a record, with only the last part of the paths of local files and folders."""
     fields = config.to_dict()
     for name in ("dataset", "tokenizer"):
         if isinstance(fields[name], str) and os.path.exists(fields[name]):
@@ -105,5 +112,5 @@ def portable(config: ModeGPTConfig) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """What the numbers depend on."""
+    """Return the versions of the packages that the numbers depend on."""
     return {name: version(name) for name in ("torch", "transformers", "optimum-modegpt")}

@@ -1,4 +1,4 @@
-"""Going on after an interruption: what a checkpoint is given, and what is taken over from it."""
+"""Resume an interrupted compression from its checkpoint, and write finished work to it."""
 
 from __future__ import annotations
 
@@ -13,123 +13,128 @@ from torch import nn
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Block
-from optimum_modegpt.calibration.streams import Stream, in_batches
+from optimum_modegpt.calibration.streams import in_batches
 from optimum_modegpt.errors import ProcessError
-from optimum_modegpt.methods import sensitivity
-from optimum_modegpt.modeling.modegpt_common import Widths
+from optimum_modegpt.methods.method import CutBlock, StreamPair
 from optimum_modegpt.report import Stage
-from optimum_modegpt.walk.checkpoint import Progress, fingerprint
+from optimum_modegpt.walk.checkpoint import Manifest, fingerprint
 from optimum_modegpt.walk.record import versions
-from optimum_modegpt.walk.state import Walk
+from optimum_modegpt.walk.request import Request
+from optimum_modegpt.walk.state import Measurements, State
 
 
 @contextmanager
-def taken_over(walk: Walk, plan: Plan | None) -> Iterator[None]:
-    """The checkpoint, where there is one, opened for this compression; what was warned of before is warned of again."""
-    if walk.checkpoint is None:
+def resuming(request: Request, state: State) -> Iterator[None]:
+    """Open the checkpoint, if any, and restore batch size, measurements and warnings of the interrupted run."""
+    if request.checkpoint is None:
         yield
         return
-    with walk.checkpoint.opened(identity(walk, plan)) as checkpoint:
-        for message in checkpoint.progress.warnings:
-            walk.warn(message)
-        take_batch_size(walk, checkpoint.progress)
-        if checkpoint.progress.seconds:
-            walk.clock.stages.append(Stage("earlier runs", checkpoint.progress.seconds, 0))
+    with request.checkpoint.opened(identity(request)) as checkpoint:
+        manifest = checkpoint.manifest
+        for message in manifest.warnings:
+            state.warn(message)
+        _restore_batch_size(request, state, manifest)
+        if manifest.measured:
+            state.measurements = Measurements.from_dict(manifest.measured)
+        if manifest.seconds:
+            state.clock.stages.append(Stage("earlier runs", manifest.seconds, 0))
         yield
 
 
-def take_batch_size(walk: Walk, progress: Progress) -> None:
-    """That of the interrupted run, unless another is asked for now: it may have been too large."""
-    asked = walk.config.batch_size
-    if asked in (None, progress.asked_batch_size):
-        walk.batch_size = progress.batch_size or walk.batch_size
-    progress.batch_size, progress.asked_batch_size = walk.batch_size, asked or progress.asked_batch_size
+def _restore_batch_size(request: Request, state: State, manifest: Manifest) -> None:
+    """Use the batch size of the interrupted run, unless the user now asks for another one."""
+    asked = request.config.batch_size
+    if asked in (None, manifest.asked_batch_size):
+        state.batch_size = manifest.batch_size or state.batch_size
+    manifest.batch_size, manifest.asked_batch_size = state.batch_size, asked or manifest.asked_batch_size
 
 
-def identity(walk: Walk, plan: Plan | None) -> dict[str, Any]:
-    """What has to be the same for unfinished work to be taken over and end in the same bits, safe for JSON."""
-    model = walk.architecture.model
-    read = {
+def identity(request: Request) -> dict[str, Any]:
+    """Return the settings that must be equal for a run to resume and end bit-identical, safe for JSON."""
+    model, config = request.architecture.model, request.config
+    inputs = {
         "model": fingerprint(model),
-        "calibration": hashlib.sha256(walk.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
+        "calibration": hashlib.sha256(request.calibration.tokens.cpu().numpy().tobytes()).hexdigest(),
     }
-    check_alike(read)
-    own = {"device": walk.device.type, "threads": torch.get_num_threads(), "versions": versions()}
-    configuration = {name: value for name, value in walk.config.to_dict().items() if name != "batch_size"}
-    return {
-        **read,
-        "revision": walk.base.revision,
+    _check_equal_on_all_ranks(inputs)
+    settings: dict[str, Any] = {
+        **inputs,
+        "revision": request.base.revision,
         "attention": model.config._attn_implementation,
-        **{f"configuration, {name}": value for name, value in configuration.items()},
-        "plan": plan,
-        "processes": distributed.world_size(),
-        **own,
-        **{
-            f"process {number}, {name}": value
-            for number, other in enumerate(distributed.all_gather_object(own)[1:], start=2)
-            for name, value in other.items()
-        },
     }
+    for name, value in config.to_dict().items():
+        if name != "batch_size":
+            settings[f"configuration, {name}"] = value
+    settings["plan"] = None if request.plan is None else request.plan.to_list()
+    settings["processes"] = distributed.world_size()
+    machine = {"device": request.device.type, "threads": torch.get_num_threads(), "versions": versions()}
+    settings |= machine
+    for number, other in enumerate(distributed.all_gather_object(machine)[1:], start=2):
+        for name, value in other.items():
+            settings[f"process {number}, {name}"] = value
+    return settings
 
 
-def check_alike(read: dict[str, str]) -> None:
-    """Refuses processes that have not read the same."""
-    for number, other in enumerate(distributed.all_gather_object(read), start=1):
-        if different := [name for name in read if other[name] != read[name]]:
+def _check_equal_on_all_ranks(inputs: dict[str, str]) -> None:
+    """Raise if another rank has read another model or another text."""
+    for number, other in enumerate(distributed.all_gather_object(inputs), start=1):
+        if different := [name for name in inputs if other[name] != inputs[name]]:
             raise ProcessError(
                 f"processes {distributed.rank() + 1} and {number} have not read the same {' and '.join(different)}; on "
                 "all machines model, revision and text have to be the same."
             )
 
 
-def known_plan(walk: Walk) -> Plan | None:
-    """The plan of the interrupted run, None where it had none; what it measured for it is known from here on."""
-    if walk.checkpoint is None or not (measured := walk.checkpoint.progress.measured):
-        return None
-    for name, curve in measured["sensitivities"].items():
-        block, _, part = name.partition(".")
-        walk.curves[int(block), part] = [(sparsity, divergence) for sparsity, divergence in curve]
-    if budget := measured["sensitivity_budget"]:
-        walk.budget = sensitivity.Budget(**{**budget, "ratios": tuple(budget["ratios"])})
-    walk.influences = measured["influences"]
-    return walk.checkpoint.progress.plan
+def known_plan(request: Request) -> Plan | None:
+    """Return the caller's plan, or the plan of the interrupted run, or None if neither exists."""
+    if request.plan is not None or request.checkpoint is None or request.checkpoint.manifest.plan is None:
+        return request.plan
+    return Plan.from_list(request.checkpoint.manifest.plan)
 
 
-def keep_plan(walk: Walk, plan: Plan | None) -> None:
-    """Writes what was measured until now, and the plan where it is made."""
-    if walk.checkpoint is not None:
-        walk.checkpoint.keep_plan(plan, walk.measured(), walk.warnings)
+def keep_plan(request: Request, state: State, plan: Plan) -> None:
+    """Write the plan and its measurements to the checkpoint, if any."""
+    if request.checkpoint is not None:
+        request.checkpoint.keep_plan(plan.to_list(), state.measurements.to_dict(), state.warnings)
 
 
-def finished_blocks(walk: Walk, widths: list[Widths]) -> tuple[list[nn.Module], list[dict[str, float]], Stream, Stream]:
-    """The blocks that the interrupted run finished, their errors, and both streams after them."""
-    checkpoint, blocks, entering = walk.checkpoint, walk.architecture.blocks, walk.front.stream
+def keep_measurements(request: Request, state: State) -> None:
+    """Write the measurements so far to the checkpoint, if any."""
+    if request.checkpoint is not None:
+        request.checkpoint.keep_plan(None, state.measurements.to_dict(), state.warnings)
+
+
+def finished_blocks(
+    request: Request, state: State, plan: Plan
+) -> tuple[list[nn.Module], list[dict[str, float]], StreamPair]:
+    """Return the blocks that the interrupted run finished, their errors, and the streams after them."""
+    checkpoint, entering = request.checkpoint, state.inputs.stream
     if checkpoint is None or not checkpoint.finished:
-        return [], [], entering, entering
-    modules = [
-        checkpoint.restore_block(block.index, block.narrow(width), block.output.weight.device)
-        for block, width in zip(blocks[: checkpoint.finished], widths, strict=False)
-    ]
-    dense, compressed = checkpoint.streams(walk.place.keep)
-    before = in_batches(dense, walk.batch_size)
-    after = before if compressed is dense else in_batches(compressed, walk.batch_size)
-    return modules, list(checkpoint.progress.errors), before, after
+        return [], [], StreamPair(entering, entering)
+    modules = []
+    for block, widths in zip(request.architecture.blocks[: checkpoint.finished], plan.widths, strict=False):
+        home = block.output.weight.device
+        modules.append(checkpoint.restore_block(block.index, block.narrow(widths), home))
+    dense, compressed = checkpoint.streams(state.storage.keep)
+    dense_batches = in_batches(dense, state.batch_size)
+    compressed_batches = dense_batches if compressed is dense else in_batches(compressed, state.batch_size)
+    return modules, list(checkpoint.manifest.errors), StreamPair(dense_batches, compressed_batches)
 
 
 def keep_block(
-    walk: Walk, block: Block, module: nn.Module, errors: list[dict[str, float]], streams: tuple[Stream, Stream]
+    request: Request, state: State, block: Block, cut: CutBlock, errors: list[dict[str, float]]
 ) -> nn.Module:
-    """A finished block, back where the dense one is; written at once, where there is a checkpoint.
+    """Return the compressed block on the device of the dense one, and write it to the checkpoint, if any.
 
-    Where memory is too small for the streams, it is for the finished blocks: they go into files like them.
+    If memory is too small for the streams, it is too small for the finished blocks: they are stored in files too.
     """
-    home = block.output.weight.device
-    if walk.checkpoint is None:
-        module = module.to(home)
-        if walk.place.folder is not None and home == walk.place.device:
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.data = walk.place.keep(tensor.data)
+    home, module = block.output.weight.device, cut.block.module
+    if request.checkpoint is not None:
+        module = request.checkpoint.keep_block(block.index, module, home)
+        request.checkpoint.keep_streams(errors, state.warnings, cut.after.dense, cut.after.compressed)
         return module
-    module = walk.checkpoint.keep_block(block.index, module, home)
-    walk.checkpoint.keep_streams(errors, walk.warnings, *streams)
+    module = module.to(home)
+    if state.storage.folder is not None and home == state.storage.device:
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = state.storage.keep(tensor.data)
     return module

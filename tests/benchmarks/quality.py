@@ -218,13 +218,10 @@ def mlp_only(model: Any, config: ModeGPTConfig) -> Plan:
     sizes = part_sizes(resolve(model), config)
     mlps = sum(block["mlp"].weights for block in sizes)
     share = config.sparsity * total_weights(sizes) / mlps
-    return [
-        {
-            **{part: size.dense for part, size in block.items()},
-            "mlp": block["mlp"].nearest(block["mlp"].dense * (1 - share)),
-        }
-        for block in sizes
-    ]
+    kept = Plan.dense(sizes).to_list()
+    for widths, block in zip(kept, sizes, strict=True):
+        widths["mlp"] = block["mlp"].nearest(block["mlp"].dense * (1 - share))
+    return Plan.from_list(kept)
 
 
 def table(rows: list[Any], dense: float) -> str:

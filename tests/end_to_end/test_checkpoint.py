@@ -22,7 +22,6 @@ from tiny_models import FAMILIES, dense, tokens
 from torch import nn
 
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer
-from optimum_modegpt import checkpoint as module
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.compress import compress
@@ -30,6 +29,7 @@ from optimum_modegpt.errors import CheckpointError, IllConditionedWarning
 from optimum_modegpt.hub.output import taken_back
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.methods.sensitivity import Sweeps
+from optimum_modegpt.walk import checkpoint as module
 from optimum_modegpt.walk.checkpoint import REPLACED, RESULT, Checkpoint, fingerprint
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -299,7 +299,7 @@ def test_the_command_ends_well_where_it_was_killed_at_the_end(moment: str, tmp_p
     words = ["compress", str(model), "--dataset", str(text), *FLAGS, "--output"]
     script = (
         "import os, signal\n"
-        "from optimum_modegpt import checkpoint\n"
+        "from optimum_modegpt.walk import checkpoint\n"
         "from optimum_modegpt.cli import main as cli\n"
         "from optimum_modegpt.hub import output\n"
         "from optimum_modegpt.integration import quantizer\n"
@@ -392,7 +392,7 @@ def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
     words = ["compress", str(checkpoint), "--dataset", str(text), *FLAGS, "--output"]
     kept = tmp_path / ".small.checkpoint"
     script = (
-        "import time; from optimum_modegpt import checkpoint\n"
+        "import time; from optimum_modegpt.walk import checkpoint\n"
         "checkpoint.STREAM_SECONDS = 0\n"
         "keep = checkpoint.Checkpoint.keep_streams\n"
         "checkpoint.Checkpoint.keep_streams = lambda *args: (keep(*args), time.sleep(600))\n"

@@ -10,7 +10,7 @@ import torch
 from tiny_models import dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report
-from optimum_modegpt import checkpoint as checkpoints
+from optimum_modegpt.walk import checkpoint as checkpoints
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.streams import StreamStorage
 from optimum_modegpt.compress import compress

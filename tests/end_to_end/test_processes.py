@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from tiny_models import FAMILIES, dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report, distributed
-from optimum_modegpt import checkpoint as module
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import NumericalError
 from optimum_modegpt.methods import residual_matched, sensitivity
+from optimum_modegpt.walk import checkpoint as module
 from optimum_modegpt.walk import resume
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
@@ -194,7 +194,7 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     ),
     "at the streams": (Checkpoint, "_write_tensors", lambda _, path, __: path.name.startswith("streams-00002")),
     "at the record": (Checkpoint, "_write_manifest", lambda self: self.finished == 2),
-    "when placed": (Checkpoint, "remove", lambda self: self.progress.saved is not None),
+    "when placed": (Checkpoint, "remove", lambda self: self.manifest.saved is not None),
     "while the first saves": (sys.modules["optimum_modegpt.compress"], "make_report", lambda *_: True),
     "another model": (resume, "fingerprint", lambda _: True),
 }

@@ -15,7 +15,7 @@ import torch
 from tiny_models import FAMILIES, dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report
-from optimum_modegpt import checkpoint as checkpoints
+from optimum_modegpt.walk import checkpoint as checkpoints
 from optimum_modegpt.budget.estimate import estimate
 from optimum_modegpt.calibration import transfers
 from optimum_modegpt.calibration.data import TokenWindows

@@ -15,14 +15,13 @@ from tiny_models import VARIANTS, dense
 from transformers import AutoModelForCausalLM
 
 from optimum_modegpt import ModeGPTConfig, NotEnoughRoom, distributed
-from optimum_modegpt.architectures import resolve
 from optimum_modegpt.budget import placement, preflight
 from optimum_modegpt.budget.estimate import LIBRARIES, Estimate, estimate, on_meta
-from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.walk.checkpoint import Checkpoint
-from optimum_modegpt.walk.state import Base, Walk, arranged
+from optimum_modegpt.walk.prepare import prepare
+from optimum_modegpt.walk.state import place
 
 PLENTY = 2**40
 
@@ -151,20 +150,10 @@ def test_several_processes_arrange_themselves_as_was_predicted(
 ) -> None:
     has(monkeypatch, host=host)
     model, config, cpu = dense("llama-mha"), ModeGPTConfig(**RECIPE), torch.device("cpu")
-    architecture, windows = resolve(model), TokenWindows(torch.zeros(8, 32, dtype=torch.int64), {})
+    windows = TokenWindows(torch.zeros(8, 32, dtype=torch.int64), {})
     predicted = estimate(model, config, 32, device=cpu, processes=3).without
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    walk = Walk(
-        architecture,
-        config,
-        windows,
-        part_sizes(architecture, config),
-        cpu,
-        Base(),
-        Checkpoint(tmp_path / "kept"),
-        False,
-    )
-    taken = arranged(walk)
+    taken = place(prepare(model, config, windows, None, cpu, None, Checkpoint(tmp_path / "kept"), False))
     assert (taken.streams, taken.batch_size) == (predicted.streams, predicted.batch_size)
     assert predicted.streams == ("host" if host == PLENTY else "files")
     libraries = {"libraries": LIBRARIES}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -10,6 +11,7 @@ import pytest
 
 from optimum_modegpt.allocation.plan import (
     PartSize,
+    Plan,
     head_step,
     largest_sparsity,
     mlp_step,
@@ -19,6 +21,7 @@ from optimum_modegpt.allocation.plan import (
 )
 from optimum_modegpt.allocation.sensitivity import interpolate, lower_hull, plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
+from optimum_modegpt.modeling.modegpt_family import Widths
 
 INFLUENCES = {
     "falling": [0.9, 0.5, 0.3, 0.2, 0.1],
@@ -177,7 +180,7 @@ def block_sizes(blocks: int = 3, *, step: int = 8, mlp_step: int = 16, cap: floa
 def test_sparsity_counts_the_weights_of_all_parts():
     sizes = block_sizes(2)
     assert total_weights(sizes) == 2 * (352 * 384 + 2 * 64 * 512)
-    plan = [{"mlp": 176, "qk": 64, "vo": 64}, {"mlp": 352, "qk": 32, "vo": 64}]
+    plan = Plan.from_list([{"mlp": 176, "qk": 64, "vo": 64}, {"mlp": 352, "qk": 32, "vo": 64}])
     assert plan_sparsity(plan, sizes) == pytest.approx((176 * 384 + 32 * 512) / total_weights(sizes))
 
 
@@ -204,25 +207,23 @@ def test_total_is_met_within_half_a_step(sparsity, step, mlp_step, temperature):
     assert abs(plan_sparsity(plan, sizes) - sparsity) <= half / total_weights(sizes) + 1e-12
     _check_widths(plan, sizes)
     if sparsity == 0:
-        assert all(
-            ranks[part] == size.dense for ranks, block in zip(plan, sizes, strict=True) for part, size in block.items()
-        )
+        assert plan == Plan.dense(sizes)
 
 
 def test_parts_of_a_block_get_its_target():
     plan = plan_from_targets([0.25, 0.5], block_sizes(2, step=1, mlp_step=1))
-    assert plan == [{"qk": 48, "vo": 48, "mlp": 264}, {"qk": 32, "vo": 32, "mlp": 176}]
+    assert plan.to_list() == [{"qk": 48, "vo": 48, "mlp": 264}, {"qk": 32, "vo": 32, "mlp": 176}]
 
 
 def test_mlp_takes_what_the_heads_cannot():
     sizes = [{"mlp": PartSize(100, 10, 1, 1), "qk": PartSize(10, 10, 10, 10), "vo": PartSize(10, 10, 10, 10)}]
-    assert plan_from_targets([0.25], sizes) == [{"qk": 10, "vo": 10, "mlp": 70}]
+    assert plan_from_targets([0.25], sizes).to_list() == [{"qk": 10, "vo": 10, "mlp": 70}]
 
 
 def test_what_a_block_could_not_meet_is_carried_on():
     stiff = {part: PartSize(10, 10, 10, 10) for part in ("mlp", "qk", "vo")}
     soft = {"mlp": PartSize(100, 10, 1, 1), "qk": PartSize(10, 10, 10, 10), "vo": PartSize(10, 10, 10, 10)}
-    assert plan_from_targets([0.5, 0.25], [stiff, soft])[1]["mlp"] == 100 - 15 - 30
+    assert plan_from_targets([0.5, 0.25], [stiff, soft]).widths[1].mlp == 100 - 15 - 30
 
 
 # -------------------------------------------------------------------------------------------------- widths from curves
@@ -270,9 +271,16 @@ def test_between_points_the_hull_is_straight_and_beyond_the_last_it_goes_on():
 
 def cost(plan, curves, sizes) -> float:
     return sum(
-        interpolate(lower_hull(curve), 1 - plan[block][part] / sizes[block][part].dense)
+        interpolate(lower_hull(curve), 1 - getattr(plan.widths[block], part) / sizes[block][part].dense)
         for (block, part), curve in curves.items()
     )
+
+
+def changed(plan, block, part, width) -> Plan:
+    """Return the plan with another width of one part of one block."""
+    widths = list(plan.widths)
+    widths[block] = dataclasses.replace(widths[block], **{part: width})
+    return Plan(tuple(widths))
 
 
 def cheapest(curves, sizes, removed: float) -> float:
@@ -318,11 +326,11 @@ def test_unlike_parts_end_within_one_step_of_the_cheapest_plan(seed, sparsity):
     plan = plan_from_curves(curves, sizes, sparsity)
     removed, found = plan_sparsity(plan, sizes), cost(plan, curves, sizes)
     steps = (
-        cost([{**b, **({part: width} if i == block else {})} for i, b in enumerate(plan)], curves, sizes) - found
+        cost(changed(plan, block, part, width), curves, sizes) - found
         for block, parts in enumerate(sizes)
         for part, size in parts.items()
         for width in size.widths()
-        if plan[block][part] - size.step <= width < plan[block][part]
+        if getattr(plan.widths[block], part) - size.step <= width < getattr(plan.widths[block], part)
     )
     assert found <= cheapest(curves, sizes, removed) + max(steps, default=0.0) + 1e-12
     _check_widths(plan, sizes)
@@ -354,14 +362,14 @@ def test_equal_parts_are_cut_evenly():
     sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")} for _ in range(4)]
     curves = {(block, part): [(0.9, 1.0)] for block in range(4) for part in sizes[0]}
     plan = plan_from_curves(curves, sizes, 0.5)
-    assert {width for ranks in plan for width in ranks.values()} == {5}
+    assert set(plan.widths) == {Widths(5, 5, 5)}
 
 
 def test_nothing_to_remove_leaves_every_part_dense():
     sizes = block_sizes(2)
     curves = {(block, part): CURVES["flat"] for block in range(2) for part in sizes[0]}
     plan = plan_from_curves(curves, sizes, 0.0)
-    assert plan == [{part: size.dense for part, size in block.items()} for block in sizes]
+    assert plan == Plan.dense(sizes)
     assert plan_sparsity(plan, sizes) == 0
 
 
@@ -376,17 +384,17 @@ def test_more_than_the_floors_allow_ends_at_the_floors():
 def test_cheap_part_is_cut_and_dear_one_is_kept():
     sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")}]
     curves = {(0, "mlp"): [(0.9, 9.0)], (0, "qk"): [(0.9, 0.01)], (0, "vo"): [(0.9, 1.0)]}
-    assert plan_from_curves(curves, sizes, 0.4) == [{"mlp": 10, "qk": 1, "vo": 7}]
+    assert plan_from_curves(curves, sizes, 0.4).to_list() == [{"mlp": 10, "qk": 1, "vo": 7}]
 
 
 def test_divergence_counts_per_weight_not_per_unit_of_width():
     sizes = [{"mlp": PartSize(10, 30, 1, 1), "qk": PartSize(10, 1, 1, 1), "vo": PartSize(10, 1, 1, 1)}]
     curves = {(0, part): [(0.9, 1.0)] for part in sizes[0]}
-    assert plan_from_curves(curves, sizes, 90 / 320) == [{"mlp": 7, "qk": 10, "vo": 10}]
+    assert plan_from_curves(curves, sizes, 90 / 320).to_list() == [{"mlp": 7, "qk": 10, "vo": 10}]
 
 
 def _check_widths(plan, sizes):
-    for ranks, block in zip(plan, sizes, strict=True):
+    for ranks, block in zip(plan.to_list(), sizes, strict=True):
         assert set(ranks) == set(block)
         for part, size in block.items():
             assert ranks[part] in size.widths()

@@ -39,7 +39,7 @@ class Case:
     def cut(self, method: str, **ranks: int) -> tuple[Block, dict[str, float]]:
         """A copy of the block with every part cut by `method` to the ranks given, or kept at full rank."""
         widths = replace(self.block.dense_widths, **ranks)
-        student = self.block.student(CPU)
+        student = self.block.compressible_copy(CPU)
         with torch.no_grad():
             if method == "published":
                 moments, _ = published.observe(self.block, self.stream, self.arguments)
@@ -218,7 +218,7 @@ def test_refit_makes_up_for_what_earlier_blocks_lost(name):
     generator = torch.Generator().manual_seed(0)
     mixing = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)
     drifted = [batch @ mixing for batch in case.stream]
-    student = case.block.student(CPU)
+    student = case.block.compressible_copy(CPU)
     with torch.no_grad():
         targets = residual_matched.run_dense(case.block, case.stream, case.arguments)
         _, after = residual_matched.compress_block(

@@ -1,0 +1,71 @@
+"""The interface of a compression method: how it cuts a block, and how it fits the final norm after the last one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.calibration.streams import Stream
+from optimum_modegpt.modeling.modegpt_family import Widths
+
+
+@dataclass(frozen=True)
+class StreamPair:
+    """The residual stream at one position, through the dense blocks and through the compressed ones.
+
+    Both are the same object as long as nothing was cut, and for a method that has no compressed stream.
+    """
+
+    dense: Stream
+    compressed: Stream
+
+    @property
+    def equal(self) -> bool:
+        """Return whether both are the same stream."""
+        return self.compressed is self.dense
+
+
+@dataclass(frozen=True)
+class CutBlock:
+    """A compressed block, the relative error of each part, and the streams after the block."""
+
+    block: Block
+    errors: dict[str, float]
+    after: StreamPair
+
+
+class Method(Protocol):
+    """A compression method, created from a configuration."""
+
+    def cut_block(
+        self,
+        block: Block,
+        streams: StreamPair,
+        widths: Widths,
+        arguments: dict[str, Any],
+        *,
+        windows: Tensor,
+        keep_derivatives: bool,
+    ) -> CutBlock:
+        """Return a compressed copy of `block`, which is on the compute device and does not change.
+
+        Args:
+            block: the dense block.
+            streams: the streams at the block's input.
+            widths: the widths to keep.
+            arguments: the other arguments of the block's forward pass.
+            windows: the numbers of the calibration windows of `streams`, for error messages.
+            keep_derivatives: whether there is memory to keep the derivatives of the hidden channels.
+
+        Raises:
+            NumericalError: the dense output is not finite.
+        """
+        ...
+
+    def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
+        """Return the compressed model's final norm, or None if the model has none. The model does not change."""
+        ...

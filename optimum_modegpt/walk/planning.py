@@ -1,0 +1,97 @@
+"""Make the plan of a compression: measure the importance of blocks and parts, and choose the widths to keep."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from optimum_modegpt.allocation.plan import Plan, plan_sparsity
+from optimum_modegpt.allocation.sensitivity import plan_from_curves
+from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
+from optimum_modegpt.architectures import Block
+from optimum_modegpt.budget.sizes import SPARSITY_TOLERANCE
+from optimum_modegpt.calibration.influence import InfluenceSum
+from optimum_modegpt.calibration.streams import check_dense, map_stream
+from optimum_modegpt.errors import naming
+from optimum_modegpt.methods import sensitivity
+from optimum_modegpt.progress import bar
+from optimum_modegpt.walk.request import Request
+from optimum_modegpt.walk.resume import keep_measurements
+from optimum_modegpt.walk.state import State
+
+ENOUGH_WINDOWS = 4
+"""Fewer windows for the divergence of the sensitivities are a warning."""
+
+
+def make_plan(request: Request, state: State) -> Plan:
+    """Choose the widths by the configuration's allocation. A miss of the requested sparsity is a warning."""
+    config, sizes = request.config, request.sizes
+    if config.sparsity == 0:
+        return Plan.dense(sizes)
+    if config.resolved_allocation == "sensitivity":
+        measure_sensitivities(request, state)
+        plan = plan_from_curves(state.measurements.curves, sizes, config.sparsity)
+    elif config.resolved_allocation == "influence":
+        state.measurements.influences = measure_influences(request, state)
+        targets = influence_targets(
+            state.measurements.influences,
+            config.sparsity,
+            temperature=config.influence_temperature,
+            cap=config.max_sparsity,
+        )
+        plan = plan_from_targets(targets, sizes)
+    else:
+        plan = plan_from_targets(uniform_targets(len(sizes), config.sparsity), sizes)
+    achieved = plan_sparsity(plan, sizes)
+    if abs(achieved - config.sparsity) > SPARSITY_TOLERANCE:
+        state.warn(
+            f"the widths allowed by round_to={config.round_to!r} give a sparsity of {achieved:.4f}, "
+            f"not the requested {config.sparsity:.4f}."
+        )
+    return plan
+
+
+def measure_sensitivities(request: Request, state: State) -> None:
+    """Measure the divergence curve of every part of every block. Each sweep is written to the checkpoint."""
+    windows, blocks, measurements = len(request.calibration.tokens), len(request.sizes), state.measurements
+    budget = measurements.budget = sensitivity.budget(blocks, windows)
+    if budget.divergence_windows < min(ENOUGH_WINDOWS, windows // 3):
+        state.warn(
+            f"with {blocks} blocks the sensitivities are measured on {budget.divergence_windows} window(s) at "
+            f"{len(budget.ratios)} ratios, to stay near the cost of the rest; the plan is noisier for it."
+        )
+    for_moments, for_divergence = sensitivity.split(windows, budget)
+    sweeps = sensitivity.Sweeps(
+        request.architecture,
+        request.sizes,
+        request.config,
+        budget.ratios,
+        moments=state.embed(request, for_moments),
+        divergence=state.embed(request, for_divergence),
+        device=request.device,
+    )
+    for curves in sweeps.measured(measurements.curves, progress=request.show_progress):
+        measurements.curves |= curves
+        keep_measurements(request, state)
+
+
+def measure_influences(request: Request, state: State) -> list[float]:
+    """Measure the block influence of every block over all calibration windows (the paper's Eq. 10)."""
+    stream, influences = state.inputs.stream, []
+    for block in bar(request.architecture.blocks, desc="influences", unit="block", shown=request.show_progress):
+        total = InfluenceSum()
+        dense, arguments = block.on(request.device), state.inputs.on(block.index, request.device)
+        stream = list(map_stream(partial(_add_influence, total, dense, arguments), request.device, stream))
+        with naming(f"block {block.index}"):
+            check_dense(stream, state.inputs.windows)
+            influences.append(total.value())
+    return influences
+
+
+def _add_influence(total: InfluenceSum, block: Block, arguments: dict[str, Any], entering: Tensor) -> Tensor:
+    """Return the block's output, and add its influence on these tokens to `total`."""
+    output = block.forward(entering, arguments)
+    total.add(entering, output)
+    return output

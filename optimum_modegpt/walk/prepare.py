@@ -1,0 +1,50 @@
+"""Make the request of a compression from the arguments of `compress`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from transformers import PreTrainedModel
+
+from optimum_modegpt.allocation.plan import Plan, plan_sparsity
+from optimum_modegpt.architectures import resolve
+from optimum_modegpt.budget.sizes import part_sizes
+from optimum_modegpt.budget.work import shapes_of
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.stages import compute_device
+from optimum_modegpt.walk.checkpoint import Checkpoint
+from optimum_modegpt.walk.checks import check_plan, check_tensors
+from optimum_modegpt.walk.request import Base, Request
+
+
+def prepare(
+    model: PreTrainedModel,
+    config: ModeGPTConfig,
+    calibration: TokenWindows,
+    plan: Plan | None,
+    device: torch.device | str | None,
+    base: Base | None,
+    checkpoint: Checkpoint | None,
+    progress: bool,
+) -> Request:
+    """Resolve the model's family, and validate its tensors and the plan."""
+    architecture = resolve(model)
+    check_tensors(architecture)
+    sizes = part_sizes(architecture, config)
+    if plan is not None:
+        check_plan(plan, sizes)
+        config = dataclasses.replace(config, sparsity=plan_sparsity(plan, sizes))
+    return Request(
+        architecture=architecture,
+        config=config,
+        calibration=calibration,
+        sizes=sizes,
+        shapes=shapes_of(architecture),
+        device=compute_device(device, architecture.blocks[0].output.weight.device),
+        base=(base or Base()).completed(model),
+        plan=plan,
+        checkpoint=checkpoint,
+        show_progress=progress,
+    )
