@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from optimum_modegpt.errors import InvalidConfig
 
-METHODS = ("default", "paper")
+DEFAULT_ALLOCATIONS = {"default": "sensitivity", "paper": "influence"}
+"""The allocation that each method uses if none is requested."""
 ALLOCATIONS = ("sensitivity", "influence", "uniform")
 LARGEST_INTEGER = 2**63 - 1
 Config = TypeVar("Config")
@@ -105,7 +106,7 @@ class Recipe:
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
         self._check_fractions()
-        _one_of("method", self.method, METHODS)
+        _one_of("method", self.method, tuple(DEFAULT_ALLOCATIONS))
         if self.allocation is not None:
             _one_of("allocation", self.allocation, ALLOCATIONS)
         for name in ("num_samples", "refit_iterations", "seed"):
@@ -154,7 +155,7 @@ class Recipe:
     @property
     def resolved_allocation(self) -> str:
         """Return the allocation to use: the field, or the default of the method if the field is None."""
-        return self.allocation or ("influence" if self.method == "paper" else "sensitivity")
+        return self.allocation or DEFAULT_ALLOCATIONS[self.method]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and `quant_method`, safe for JSON.

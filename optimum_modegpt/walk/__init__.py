@@ -1,1 +1,1 @@
-"""What surrounds the walk of `compress`: its state, what is refused, what is kept for later, what is recorded."""
+"""The steps of `compress`: request, state, checks, planning, guards, checkpoint, record and self-check."""

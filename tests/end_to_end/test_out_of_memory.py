@@ -10,11 +10,11 @@ import torch
 from tiny_models import dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report
-from optimum_modegpt.walk import checkpoint as checkpoints
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.streams import StreamStorage
 from optimum_modegpt.compress import compress
 from optimum_modegpt.methods import residual_matched, sensitivity
+from optimum_modegpt.walk import checkpoint as checkpoints
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
 SEEN = "out of memory with batch_size={}; started again with {}."

@@ -15,7 +15,6 @@ import torch
 from tiny_models import FAMILIES, dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report
-from optimum_modegpt.walk import checkpoint as checkpoints
 from optimum_modegpt.budget.estimate import estimate
 from optimum_modegpt.calibration import transfers
 from optimum_modegpt.calibration.data import TokenWindows
@@ -23,6 +22,7 @@ from optimum_modegpt.calibration.streams import StreamStorage, store_like
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import CheckpointError
 from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.walk import checkpoint as checkpoints
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
 HOST = torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -173,6 +174,35 @@ def _layer(name: str) -> int:
 
 def test_imports_point_down():
     assert violations(ROOT) == []
+
+
+def circle_of(root: Path) -> list[str]:
+    """Return the modules of an import circle, deferred imports included, or an empty list."""
+    modules = {".".join(path.relative_to(root).with_suffix("").parts) for path in root.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for one in imports_of(root):
+        target = one.target.removeprefix(PACKAGE).lstrip(".") if one.ours is not None else ""
+        source, target = (name if name in modules else f"{name}.__init__" for name in (one.module, target))
+        if target in modules and target != source:
+            graph.setdefault(source, set()).add(target)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_modules_import_each_other():
+    assert circle_of(ROOT) == []
+
+
+def test_a_circle_inside_a_package_is_found(tmp_path):
+    files = {
+        "comparison/table.py": f"from {PACKAGE}.comparison.records import x",
+        "comparison/records.py": f"def f():\n    from {PACKAGE}.comparison.table import y",
+    }
+    assert violations(plant(tmp_path, files)) == []
+    assert set(circle_of(tmp_path)) == {"comparison.table", "comparison.records"}
 
 
 def test_every_module_is_read():
