@@ -11,6 +11,7 @@ give the latency.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
 from typing import Any
@@ -20,7 +21,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optimum_modegpt.comparison.greedy import Continuation, continuation, stops_of
+from optimum_modegpt.comparison.greedy import Continuation, continuation
 from optimum_modegpt.comparison.prompts import EncodedPrompt, Prompt, encode
 from optimum_modegpt.comparison.records import Comparison, Costs, Distances, PromptComparison, Quantiles, Written
 from optimum_modegpt.errors import EvaluationError
@@ -29,7 +30,6 @@ from optimum_modegpt.evaluation.perplexity import (
     by_position,
     check_ids,
     evaluating,
-    exponential,
     logits_of,
     nats_of,
     targets,
@@ -69,29 +69,61 @@ def compare(
         EvaluationError: the prompts or the models cannot be compared, or a result is not finite.
     """
     check_vocabularies(model, reference)
-    encoded = [encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
-    room = _room((model, reference), max_new_tokens)
-    _check_prompts(encoded, (model, reference), room)
+    models = {"model": model, "reference": reference}
+    encoded = _encode(prompts, tokenizer, models.values(), max_new_tokens)
     began = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    pair = _Pair(model, reference, tokenizer, max_new_tokens, room)
+    ends: Any = getattr(reference.generation_config, "eos_token_id", None)
+    records: list[PromptComparison] = []
+    measured: list[Distances] = []
+    generated: dict[str, list[Continuation]] = {"model": [], "reference": []}
     with evaluating(model, reference):
-        pair.warm_up(encoded[0])
+        for each in models.values():  # not measured: the first calls allocate memory and select kernels
+            continuation(each, encoded[0].ids, min(WARM_UP_TOKENS, max_new_tokens), ends)
         for index, prompt in enumerate(bar(encoded, desc="compare", unit="prompt", shown=progress)):
-            record = pair.record(index, prompt)
+            for name in ("reference", "model") if index % 2 else ("model", "reference"):
+                generated[name].append(continuation(models[name], prompt.ids, max_new_tokens, ends))
+            ours, theirs = generated["model"][-1], generated["reference"][-1]
+            measured.append(distances(model, reference, prompt.ids, theirs.tokens))
+            records.append(_record(index, prompt, tokenizer, ours, theirs, measured[-1]))
             if on_record is not None:
-                on_record(record)
-    return pair.comparison(began)
+                on_record(records[-1])
+    found = Distances(*(torch.cat(column) for column in zip(*measured, strict=True)))
+    perplexity, reference_perplexity, ratio = found.perplexities()
+    return Comparison(
+        prompts=len(records),
+        positions=len(found.kl),
+        **found.means(),
+        kl_of_prompts=found.kl_of_prompt(),
+        kl_of_continuations=float(found.kl[~found.in_prompt].mean()),
+        perplexity=perplexity,
+        reference_perplexity=reference_perplexity,
+        perplexity_ratio=ratio,
+        equal_continuations=sum(record.parting_token is None for record in records),
+        costs=_costs(model, generated["model"]),
+        reference_costs=_costs(reference, generated["reference"]),
+        setting={
+            "began": began,
+            "max_new_tokens": max_new_tokens,
+            "model_device": str(model.device),
+            "model_dtype": str(model.dtype).removeprefix("torch."),
+            "reference_device": str(reference.device),
+            "reference_dtype": str(reference.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        records=tuple(records),
+    )
 
 
-def distances(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -> Distances:
-    """Compare the predictions of both models on `ids` (tokens,), at tokens − 1 positions.
+def distances(model: PreTrainedModel, reference: PreTrainedModel, prompt: Tensor, continuation: Tensor) -> Distances:
+    """Compare the predictions of both models on the ids of a text, from its second token on.
 
-    The caller must set evaluation mode and inference mode.
+    The caller must set evaluation mode and inference mode. `prompt` and `continuation` have the shape (tokens,).
 
     Raises:
         EvaluationError: logits are not finite.
     """
-    batch = ids[None].to(model.device)
+    batch = torch.cat((prompt, continuation))[None].to(model.device)
     ours = logits_of(model, batch)
     theirs = logits_of(reference, batch.to(reference.device)).to(ours.device)
     found = Distances(
@@ -100,6 +132,7 @@ def distances(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -
         top5=by_position(_overlap, theirs, ours),
         nats=by_position(nats_of, targets(batch), ours),
         reference_nats=by_position(nats_of, targets(batch), theirs),
+        in_prompt=torch.arange(1, batch.shape[1]) < len(prompt),
     )
     if not found.kl.isfinite().all():
         raise EvaluationError("the divergence from the reference is not finite: logits overflow. Try another --dtype.")
@@ -107,148 +140,96 @@ def distances(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -
 
 
 def _overlap(reference: Tensor, logits: Tensor) -> Tensor:
+    """Return the share of the reference's most likely tokens among the model's, (positions,)."""
     top = min(TOP, logits.shape[-1])
-    first, second = (each.topk(top, dim=-1).indices for each in (reference, logits))  # (positions, top)
+    first = reference.topk(top, dim=-1).indices  # (positions, top)
+    second = logits.topk(top, dim=-1).indices
     return (first[:, :, None] == second[:, None, :]).sum(dim=(1, 2)) / top
 
 
 def parting(first: Sequence[Any], second: Sequence[Any]) -> int | None:
     """Return the index of the first item in which two sequences differ, or None if they are equal."""
-    differing = (index for index, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
-    return next(differing, None if len(first) == len(second) else min(len(first), len(second)))
+    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+        if one != other:
+            return index
+    return None if len(first) == len(second) else min(len(first), len(second))
 
 
-def _room(models: Iterable[PreTrainedModel], max_new_tokens: int) -> int | None:
-    """Return the maximum number of tokens of a prompt, or None if neither model has a limit."""
-    if max_new_tokens < 1:
-        raise EvaluationError(f"max_new_tokens must be at least 1, found {max_new_tokens}.")
-    contexts = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
-    context = min((each for each in contexts if each is not None), default=None)
-    if context is not None and max_new_tokens >= context:
+def _encode(
+    prompts: Sequence[Prompt], tokenizer: Any, models: Iterable[PreTrainedModel], max_new_tokens: int
+) -> list[EncodedPrompt]:
+    """Encode the prompts. Truncate those that do not fit both contexts together with their continuation."""
+    if not prompts:
+        raise EvaluationError("expected at least one prompt, found none.")
+    encoded = [encode(prompt, tokenizer, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    context = sys.maxsize
+    for model in models:
+        check_ids(model, torch.cat([prompt.ids for prompt in encoded]))
+        own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = min(context, own or context)
+    room = context - max_new_tokens
+    if room < 1:
         raise EvaluationError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context} tokens; lower it."
         )
-    return None if context is None else context - max_new_tokens
-
-
-def _check_prompts(encoded: Sequence[EncodedPrompt], models: Iterable[PreTrainedModel], room: int | None) -> None:
-    if not encoded:
-        raise EvaluationError("expected at least one prompt, found none.")
-    for model in models:
-        check_ids(model, torch.cat([prompt.ids for prompt in encoded]))
-    long = sum(room is not None and len(prompt.ids) > room for prompt in encoded)
+    long = [prompt for prompt in encoded if len(prompt.ids) > room]
     if long:
         logger.warning(
             "%d of %d prompts are longer than the %d tokens that the context holds in addition to the continuation; "
             "they were truncated to their last %d tokens.",
-            *(long, len(encoded), room, room),
+            *(len(long), len(encoded), room, room),
         )
+    for prompt in long:
+        prompt.cut_tokens = len(prompt.ids) - room
+        prompt.ids = prompt.ids[-room:]
+    return encoded
 
 
-class _Pair:
-    """Both models, with the sums over prompts that the records do not contain."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        reference: PreTrainedModel,
-        tokenizer: Any,
-        max_new_tokens: int,
-        room: int | None,
-    ) -> None:
-        self.models = {"model": model, "reference": reference}
-        self.tokenizer, self.max_new_tokens, self.room = tokenizer, max_new_tokens, room
-        self.stops = stops_of(reference)
-        self.records: list[PromptComparison] = []
-        self.written: dict[str, list[Continuation]] = {name: [] for name in self.models}
-        self.nats, self.scored = dict.fromkeys(self.models, 0.0), 0
-
-    def warm_up(self, prompt: EncodedPrompt) -> None:
-        """Run both models once without measuring, because the first calls allocate memory and select kernels."""
-        for model in self.models.values():
-            continuation(model, self._fitting(prompt), min(WARM_UP_TOKENS, self.max_new_tokens), self.stops)
-
-    def record(self, index: int, prompt: EncodedPrompt) -> PromptComparison:
-        """Compare both models on one prompt. The model that generates first alternates."""
-        ids = self._fitting(prompt)
-        order = ("reference", "model") if index % 2 else ("model", "reference")
-        new = {name: continuation(self.models[name], ids, self.max_new_tokens, self.stops) for name in order}
-        for name, each in new.items():
-            self.written[name].append(each)
-        found = distances(self.models["model"], self.models["reference"], torch.cat((ids, new["reference"].tokens)))
-        read = len(ids) - 1
-        nats = {"model": found.nats[:read], "reference": found.reference_nats[:read]}
-        self.scored += read
-        for name, each in nats.items():
-            self.nats[name] += float(each.sum())
-        sides = {name: self._side(new[name], nats[name]) for name in self.models}
-        record = PromptComparison(
-            index=index,
-            prompt=prompt.text,
-            prompt_tokens=len(ids),
-            cut_tokens=len(prompt.ids) - len(ids),
-            positions=len(found.kl),
-            kl=float(found.kl.mean()),
-            kl_max=float(found.kl.max()),
-            kl_of_prompt=float(found.kl[:read].mean()) if read else None,
-            kl_of_continuation=float(found.kl[read:].mean()),
-            kl_by_token=tuple(found.kl[read:].tolist()),
-            top1_agreement=float(found.top1.mean()),
-            top5_overlap=float(found.top5.mean()),
-            parting_token=parting(*(new[name].tokens.tolist() for name in self.models)),
-            parting_character=parting(*(sides[name].continuation for name in self.models)),
-            **sides,
-        )
-        self.records.append(record)
-        return record
-
-    def comparison(self, began: str) -> Comparison:
-        """Return the comparison over all records."""
-        perplexities = {
-            name: exponential(self.nats[name], self.scored) if self.scored else None for name in self.models
-        }
-        return Comparison(
-            records=tuple(self.records),
-            perplexity=perplexities["model"],
-            reference_perplexity=perplexities["reference"],
-            costs=_costs(self.models["model"], self.written["model"]),
-            reference_costs=_costs(self.models["reference"], self.written["reference"]),
-            setting={
-                "began": began,
-                "max_new_tokens": self.max_new_tokens,
-                **{
-                    f"{name}_{key}": str(getattr(self.models[name], key)).removeprefix("torch.")
-                    for name in self.models
-                    for key in ("device", "dtype")
-                },
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        )
-
-    def _fitting(self, prompt: EncodedPrompt) -> Tensor:
-        return prompt.ids if self.room is None else prompt.ids[-self.room :]
-
-    def _side(self, new: Continuation, nats: Tensor) -> Written:
-        return Written(
-            perplexity=exponential(float(nats.sum()), len(nats)) if len(nats) else None,
-            continuation=self.tokenizer.decode(new.tokens, skip_special_tokens=True),
-            tokens=len(new.tokens),
-            first_token_seconds=new.first_token_seconds,
-            seconds_per_token=new.seconds_per_token,
-        )
+def _record(
+    index: int, prompt: EncodedPrompt, tokenizer: Any, ours: Continuation, theirs: Continuation, found: Distances
+) -> PromptComparison:
+    perplexity, reference_perplexity, ratio = found.perplexities()
+    model = _written(tokenizer, ours, perplexity)
+    reference = _written(tokenizer, theirs, reference_perplexity)
+    of_continuation = found.kl[~found.in_prompt]
+    return PromptComparison(
+        index=index,
+        prompt=prompt.text,
+        prompt_tokens=len(prompt.ids),
+        cut_tokens=prompt.cut_tokens,
+        positions=len(found.kl),
+        **found.means(),
+        kl_of_prompt=found.kl_of_prompt(),
+        kl_of_continuation=float(of_continuation.mean()),
+        kl_by_token=tuple(of_continuation.tolist()),
+        parting_token=parting(ours.tokens.tolist(), theirs.tokens.tolist()),
+        parting_character=parting(model.continuation, reference.continuation),
+        model=model,
+        reference=reference,
+        perplexity_ratio=ratio,
+    )
 
 
-def _costs(model: PreTrainedModel, written: Sequence[Continuation]) -> Costs:
+def _written(tokenizer: Any, new: Continuation, perplexity: float | None) -> Written:
+    return Written(
+        perplexity=perplexity,
+        continuation=tokenizer.decode(new.tokens, skip_special_tokens=True),
+        tokens=len(new.tokens),
+        first_token_seconds=new.first_token_seconds,
+        seconds_per_token=new.seconds_per_token,
+    )
+
+
+def _costs(model: PreTrainedModel, generated: Sequence[Continuation]) -> Costs:
     weights = model.get_memory_footprint()
-    working = [each.working_bytes for each in written if each.working_bytes is not None]
-    per_token = [each.seconds_per_token for each in written if each.seconds_per_token is not None]
+    working = [each.working_bytes for each in generated if each.working_bytes is not None]
+    per_token = [each.seconds_per_token for each in generated if each.seconds_per_token is not None]
     return Costs(
         parameters=count_parameters(model),
         weight_bytes=weights,
-        cache_bytes_per_token=written[0].cache_bytes_per_token,
+        cache_bytes_per_token=generated[0].cache_bytes_per_token,
         peak_device_bytes=weights + max(working) if working else None,
-        first_token=_quantiles([each.first_token_seconds for each in written]),
+        first_token=_quantiles([each.first_token_seconds for each in generated]),
         per_token=_quantiles(per_token) if per_token else None,
     )
 

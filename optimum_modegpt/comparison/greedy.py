@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,20 +43,22 @@ class _Ticks(BaseStreamer):
         pass
 
 
-def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops: dict[str, Any]) -> Continuation:
-    """Generate a greedy continuation of `ids` (tokens,): the most likely token at each step.
-
-    `stops` contains the token ids that end or pad a text: eos_token_id and pad_token_id.
-    """
+def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, end_tokens: Any) -> Continuation:
+    """Generate a greedy continuation of `ids` (tokens,) until one of the end tokens."""
     batch = ids[None].to(model.device)
     ticks, clock = _Ticks(), StageClock(model.device)
-    before = clock.allocator.memory_allocated(model.device) if clock.allocator else 0
-    with clock.stage("generate") if clock.allocator else nullcontext():
-        start = time.perf_counter()
-        with _greedy(model, stops):
+    before = clock.in_use() if clock.allocator else 0
+    # `generate` takes every setting that a call omits from the model's own config, so that one is replaced.
+    own = model.generation_config
+    model.generation_config = GenerationConfig(return_dict_in_generate=True, eos_token_id=end_tokens, pad_token_id=0)
+    try:
+        with clock.stage("generate") if clock.allocator else nullcontext():
+            start = time.perf_counter()
             output: Any = model.generate(  # pyright: ignore[reportCallIssue]
                 batch, attention_mask=batch.new_ones(batch.shape), max_new_tokens=max_new_tokens, streamer=ticks
             )
+    finally:
+        model.generation_config = own
     _, first, *_ = ticks.times
     tokens = output.sequences[0, len(ids) :].cpu()
     return Continuation(
@@ -67,28 +68,3 @@ def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, stops
         cache_bytes_per_token=cache_bytes(cache_of(output)),
         working_bytes=clock.stages[-1].peak_memory - before if clock.stages else None,
     )
-
-
-@contextmanager
-def _greedy(model: PreTrainedModel, stops: dict[str, Any]) -> Iterator[None]:
-    """Replace the model's generation config by plain greedy decoding within the context.
-
-    The whole config is replaced, because `generate` reads from it every setting that a call omits, and two models may
-    differ in it.
-    """
-    own: Any = model.generation_config
-    model.generation_config = GenerationConfig(
-        do_sample=False, use_cache=True, return_dict_in_generate=True, bos_token_id=own.bos_token_id, **stops
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def stops_of(model: PreTrainedModel) -> dict[str, Any]:
-    """Return the `stops` of this model for `continuation`. If it has no pad token, the first end token is used."""
-    config: Any = model.generation_config
-    ends = config.eos_token_id
-    first = ends[0] if isinstance(ends, list) else ends
-    return {"eos_token_id": ends, "pad_token_id": first if config.pad_token_id is None else config.pad_token_id}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
-import queue
 import random
+import statistics
 import threading
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,52 +23,42 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from optimum_modegpt.comparison.compare import distances
-from optimum_modegpt.comparison.thresholds import Check, Thresholds
+from optimum_modegpt.comparison.thresholds import Thresholds
 from optimum_modegpt.errors import EvaluationError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.fidelity import check_vocabularies
 
 logger = logging.getLogger(__name__)
 
-MEANS = ("kl", "top1_agreement", "top5_overlap")
 CHANGING_ROPE = ("dynamic", "longrope")
 """Types of rotary embeddings that update their table in a forward pass, depending on the length of the text."""
-STATUS = {
-    "unchecked": "none was set",
-    "warming up": "not checked yet, too few requests were compared",
-    "held": "all held",
-}
-"""Descriptions of the statuses. `MonitorSummary.broken` describes the status "broken"."""
-Sink = Callable[[dict[str, Any]], None]
-Watcher = Callable[[Any, Sequence[Any], Mapping[str, Any]], None]
-"""Receives the result of `generate` and its arguments."""
+Sink = Callable[[dict[str, Any]], object]
 
 
-@dataclass(frozen=True)
+@dataclass
 class MonitorSummary:
-    """Results of a monitor so far. Means are over requests."""
+    """Results of a monitor so far. Means are over requests, and None before the first comparison."""
 
-    requests: int
+    requests: int = 0
     """Sequences served while the monitor was watching."""
-    compared: int
-    skipped: int
+    compared: int = 0
+    skipped: int = 0
     """Sampled requests that were skipped because the queue was full."""
-    waiting: int
+    waiting: int = 0
     """Sampled requests that are not compared yet."""
-    errors: int
+    errors: int = 0
     """Requests that could not be observed, compared or written to the sink. Each one was logged."""
-    last_error: str | None
-    kl: float | None
-    """Mean KL(reference ‖ model), in nats per position. This and the next four are None before the first comparison."""
-    kl_max: float | None
-    top1_agreement: float | None
-    top5_overlap: float | None
-    recent_kl: float | None
-    """Exponentially weighted mean with the span of the window: the newest request has weight 2 / (window + 1). The
-    thresholds apply to this and the next field."""
-    recent_agreement: float | None
-    status: Literal["unchecked", "warming up", "held", "broken"]
+    last_error: str | None = None
+    kl: float | None = None
+    """Mean KL(reference ‖ model), in nats per position."""
+    kl_max: float | None = None
+    top1_agreement: float | None = None
+    top5_overlap: float | None = None
+    recent_kl: float | None = None
+    recent_agreement: float | None = None
+    """Means over the last `window` compared requests. The thresholds apply to these two."""
+    status: Literal["unchecked", "warming up", "held", "broken"] = "unchecked"
     """"unchecked" without thresholds, "warming up" until `window` requests were compared."""
-    broken: tuple[str, ...]
+    broken: tuple[str, ...] = ()
     """Descriptions of the thresholds that are currently broken."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,8 +77,8 @@ class MonitorSummary:
             rows.append(
                 f"top-1 agreement {self.top1_agreement:.2%}, {self.recent_agreement:.2%} over the last requests"
             )
-        status = "; ".join(self.broken) if self.status == "broken" else STATUS[self.status]
-        return "\n".join([*rows, f"thresholds: {status}"])
+        rows.append(f"thresholds: {'; '.join(self.broken) or self.status}")
+        return "\n".join(rows)
 
 
 class CanaryMonitor:
@@ -103,15 +95,15 @@ class CanaryMonitor:
     not changed. However, the comparison uses the device: it runs two forward passes over each sampled request. If that
     matters, put the reference on another device or lower `fraction`. Create the monitor in the serving process, because
     threads do not survive a fork. Later errors do not reach the serving code. They are logged, counted and shown by
-    `summary`. If a monitor is garbage-collected without `close`, its thread ends and the waiting requests are dropped.
+    `summary`.
 
     Args:
         model: the served model, in evaluation mode.
         reference: the model that it replaced, in evaluation mode, on any device.
         fraction: fraction of requests to compare, sampled by the monitor's own random generator.
         seed: seed of that generator. The same seed samples the same requests of the same sequence.
-        window: span of the recent means in compared requests, and number of them before thresholds are checked.
-        queue_size: maximum number of waiting requests.
+        window: number of compared requests in the recent means, and before thresholds are checked.
+        queue_size: maximum number of requests that are not compared yet.
         thresholds: limits of the recent means: `max_kl` and `min_agreement`.
         sink: a file to append one JSON line per comparison to, or a function that receives each record.
 
@@ -134,26 +126,19 @@ class CanaryMonitor:
         thresholds: Thresholds | None = None,
         sink: Sink | str | Path | None = None,
     ) -> None:
-        _check_numbers(fraction, window, queue_size, thresholds)
+        self.thresholds = thresholds or Thresholds()
+        _check_numbers(fraction, window, queue_size, self.thresholds)
         _check_models(model, reference)
         self.model, self.reference = model, reference
-        self.fraction, self.window = fraction, window
-        self.thresholds = thresholds or Thresholds()
+        self.fraction, self.queue_size = fraction, queue_size
+        self._sink = _appending(Path(sink)) if isinstance(sink, str | Path) else sink
         self._random = random.Random(seed)
+        self._recent: deque[dict[str, Any]] = deque(maxlen=window)
+        self._summary = MonitorSummary(status="unchecked" if self.thresholds == Thresholds() else "warming up")
         self._lock = threading.Lock()
-        self._idle = threading.Condition(self._lock)
-        self._totals = _Totals(window)
-        self._requests = self._skipped = self._waiting = self._errors = 0
-        self._last_error: str | None = None
-        self._was_broken = self._closed = False
-        self._sink = _sink(sink)
-        self._queue_size = queue_size
-        # A SimpleQueue, because the garbage collector may call its `put` at any time.
-        self._queue: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
-        self._end = weakref.finalize(self, self._queue.put, None)
-        arguments = weakref.ref(self), self._queue
-        self._thread = threading.Thread(target=_work, args=arguments, name="modegpt-canary", daemon=True)
-        self._thread.start()
+        self._closed = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="modegpt-canary")
+        self._last: Future[None] | None = None
 
     def __enter__(self) -> CanaryMonitor:
         return self
@@ -164,8 +149,28 @@ class CanaryMonitor:
     @contextmanager
     def watching(self) -> Iterator[PreTrainedModel]:
         """Observe every call of `model.generate` within the context, including calls by a pipeline."""
-        with _watched(self.model, self._observe_call):
-            yield self.model
+        model: Any = self.model
+        generate, replaced = model.generate, vars(model).get("generate")
+        active = True
+
+        @functools.wraps(generate)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = generate(*args, **kwargs)
+            if active:
+                with self._counting_errors("a request could not be observed"):
+                    self._observe_call(output, *args, **kwargs)
+            return output
+
+        model.generate = watched
+        try:
+            yield model
+        finally:
+            active = False
+            # If other code has wrapped `generate` in the meantime, this wrapper stays inside theirs and does nothing.
+            if vars(model).get("generate") is watched:
+                del model.generate
+                if replaced is not None:
+                    model.generate = replaced
 
     def observe(
         self,
@@ -184,295 +189,164 @@ class CanaryMonitor:
                 own config supplies missing values.
         """
         with self._counting_errors("a request could not be observed"):
-            stops = _Stops.of(_generation_config(self.model, generation_config, {}))
-            self._observe(input_ids, output_ids, attention_mask, stops)
+            config = _merged_config(self.model, generation_config)
+            self._observe(input_ids, output_ids, attention_mask, config)
 
     def summary(self) -> MonitorSummary:
         """Return the results so far."""
         with self._lock:
-            totals, checks = self._totals, self._checks()
-            return MonitorSummary(
-                requests=self._requests,
-                compared=totals.count,
-                skipped=self._skipped,
-                waiting=self._waiting,
-                errors=self._errors,
-                last_error=self._last_error,
-                **totals.means(),
-                status=self._status(checks),
-                broken=tuple(str(check) for check in checks if not check.held),
-            )
+            return dataclasses.replace(self._summary)
 
     def flush(self) -> None:
         """Wait until every sampled request was compared."""
-        with self._idle:
-            self._idle.wait_for(lambda: self._waiting == 0)
+        if self._last is not None:
+            self._last.result()
 
     def close(self) -> None:
         """Compare the waiting requests, and end the thread. Later requests are not observed."""
         with self._lock:
             self._closed = True
-        self._end()
-        self._thread.join()
+        self._thread.shutdown()
 
     # -------------------------------------------------------------------------------------------- on the request's path
 
-    def _observe_call(self, output: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Observe the requests of one `generate` call from its output and arguments."""
-        with self._counting_errors("a request could not be observed"):
-            given = dict(zip(("inputs", "generation_config"), args, strict=False)) | dict(kwargs)
-            ids = _prompts(given)
-            config = _generation_config(self.model, given.pop("generation_config", None), given)
-            mask = _attention_mask(self.model, ids, given.get("attention_mask"), config)
-            self._observe(ids, getattr(output, "sequences", output), mask, _Stops.of(config))
+    def _observe_call(
+        self, output: Any, inputs: Any = None, generation_config: Any = None, *_: Any, **given: Any
+    ) -> None:
+        """Observe the requests of one `generate` call from its output and its arguments."""
+        ids = given.get("input_ids") if inputs is None else inputs
+        if ids is None or given.get("inputs_embeds") is not None:
+            raise EvaluationError(
+                "generate was called without token ids or with inputs_embeds; only prompts of token ids are compared."
+            )
+        model: Any = self.model
+        config = _merged_config(model, generation_config, **given)
+        mask = given.get("attention_mask")
+        if mask is None:  # inferred as `generate` does
+            model._prepare_special_tokens(config, device=ids.device)
+            mask = model._prepare_attention_mask_for_generation(ids, config, {})
+        self._observe(ids, getattr(output, "sequences", output), mask, config)
 
-    def _observe(self, input_ids: Tensor, output_ids: Tensor, attention_mask: Tensor | None, stops: _Stops) -> None:
-        repeats = len(output_ids) // len(input_ids)
-        for row in range(len(output_ids)):
+    def _observe(self, inputs: Tensor, outputs: Tensor, masks: Tensor | None, config: GenerationConfig) -> None:
+        repeats = len(outputs) // len(inputs)
+        for row in range(len(outputs)):
             with self._lock:
                 if self._closed:
                     return
-                number, self._requests = self._requests, self._requests + 1
+                number = self._summary.requests
+                self._summary.requests += 1
                 chosen = self._random.random() < self.fraction
             if chosen:
-                mask = None if attention_mask is None else attention_mask[row // repeats]
-                prompt, ids = input_ids[row // repeats].cpu(), output_ids[row].cpu()
-                self._put(_request(number, prompt, ids, mask, stops))
+                mask = None if masks is None else masks[row // repeats].cpu().bool()
+                prompt, answer = _split(inputs[row // repeats].cpu(), outputs[row].cpu(), mask, config)
+                self._submit(number, prompt, answer)
 
-    def _put(self, request: _Request) -> None:
+    def _submit(self, number: int, prompt: Tensor, answer: Tensor) -> None:
         with self._lock:
-            if self._closed:
-                return
-            if self._queue.qsize() >= self._queue_size:
-                self._skipped += 1
-                return
-            self._waiting += 1
-            self._queue.put(request)
+            if self._summary.waiting >= self.queue_size:
+                self._summary.skipped += 1
+            elif not self._closed:
+                self._summary.waiting += 1
+                self._last = self._thread.submit(self._compare, number, prompt, answer)
 
     # --------------------------------------------------------------------------------------------------- in the thread
 
-    def _handle(self, request: _Request) -> None:
-        with self._counting_errors(f"request {request.number} could not be compared"):
-            self._compare(request)
-        with self._idle:
-            self._waiting -= 1
-            self._idle.notify_all()
-
     @torch.inference_mode()
-    def _compare(self, request: _Request) -> None:
-        found = distances(self.model, self.reference, torch.cat((request.prompt, request.answer)))
-        record = {
-            "request": request.number,
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "prompt_tokens": len(request.prompt),
-            "answer_tokens": len(request.answer),
-            "kl": float(found.kl.mean()),
-            "kl_of_answer": float(found.kl[len(request.prompt) - 1 :].mean()),
-            "kl_max": float(found.kl.max()),
-            "top1_agreement": float(found.top1.mean()),
-            "top5_overlap": float(found.top5.mean()),
-        }
+    def _compare(self, number: int, prompt: Tensor, answer: Tensor) -> None:
+        with self._counting_errors(f"request {number} could not be compared"):
+            found = distances(self.model, self.reference, prompt, answer)
+            record = {
+                "request": number,
+                "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+                "prompt_tokens": len(prompt),
+                "answer_tokens": len(answer),
+                **found.means(),
+                "kl_of_answer": float(found.kl[~found.in_prompt].mean()),
+            }
+            self._add(record)
+            if self._sink is not None:
+                self._sink(record)
         with self._lock:
-            self._totals.add(record)
-            means, checks = self._totals.means(), self._checks()
-            status = self._status(checks)
-            crossed, self._was_broken = (status == "broken") != self._was_broken, status == "broken"
-        if crossed:
-            now = "a threshold is broken" if status == "broken" else "all thresholds hold again"
+            self._summary.waiting -= 1
+
+    def _add(self, record: dict[str, Any]) -> None:
+        """Add a record to the summary, and the recent means and the status to the record."""
+        with self._lock:
+            found = self._summary
+            found.compared += 1
+            self._recent.append(record)
+            for name in ("kl", "top1_agreement", "top5_overlap"):
+                mean = getattr(found, name) or 0.0
+                setattr(found, name, mean + (record[name] - mean) / found.compared)
+            found.kl_max = max(found.kl_max or 0.0, record["kl_max"])
+            found.recent_kl = statistics.fmean(each["kl"] for each in self._recent)
+            found.recent_agreement = statistics.fmean(each["top1_agreement"] for each in self._recent)
+            before, checks = found.status, self.thresholds.checks(found.recent_kl, found.recent_agreement)
+            if checks and len(self._recent) == self._recent.maxlen:
+                found.broken = tuple(str(check) for check in checks if not check.held)
+                found.status = "broken" if found.broken else "held"
+            record["recent_kl"], record["recent_agreement"] = found.recent_kl, found.recent_agreement
+            record["status"] = found.status
+        if record["status"] != before and "broken" in (record["status"], before):
+            now = "a threshold is broken" if before != "broken" else "all thresholds hold again"
             logger.warning("canary: %s over the last requests: %s", now, "; ".join(map(str, checks)))
-        self._sink({**record, **{key: means[key] for key in ("recent_kl", "recent_agreement")}, "status": status})
-
-    # ----------------------------------------------------------------------------------------------------------- shared
-
-    def _checks(self) -> tuple[Check, ...]:
-        if self._totals.count == 0:
-            return ()
-        return self.thresholds.checks(
-            {"kl": self._totals.recent("kl"), "top1_agreement": self._totals.recent("top1_agreement")}
-        )
-
-    def _status(self, checks: tuple[Check, ...]) -> Literal["unchecked", "warming up", "held", "broken"]:
-        if self.thresholds == Thresholds():
-            return "unchecked"
-        if self._totals.count < self.window:
-            return "warming up"
-        return "held" if all(check.held for check in checks) else "broken"
 
     @contextmanager
-    def _counting_errors(self, what: str) -> Iterator[None]:
+    def _counting_errors(self, action: str) -> Iterator[None]:
         """Log and count an error of the body, which `summary` reports, instead of raising it into the serving code."""
         try:
             yield
         except Exception as error:
             with self._lock:
-                self._errors += 1
-                self._last_error = f"{what}: {type(error).__name__}: {error}"
-            logger.warning("canary: %s", self._last_error, exc_info=error)
+                self._summary.errors += 1
+                self._summary.last_error = f"{action}: {type(error).__name__}: {error}"
+            logger.warning("canary: %s: %s", action, error, exc_info=error)
 
 
-def _work(monitor: weakref.ref[CanaryMonitor], requests: queue.SimpleQueue[_Request | None]) -> None:
-    """Handle requests until the monitor is closed or garbage-collected. The thread must not keep it alive."""
-    while (request := requests.get()) is not None and (living := monitor()) is not None:
-        living._handle(request)
-        del living
-
-
-@dataclass(frozen=True)
-class _Request:
-    number: int
-    prompt: Tensor
-    answer: Tensor
-
-
-def _request(number: int, prompt: Tensor, ids: Tensor, mask: Tensor | None, stops: _Stops) -> _Request:
-    answer = ids[len(prompt) :]
-    if len(answer) == 0 or not torch.equal(ids[: len(prompt)], prompt):
-        raise EvaluationError("output_ids must be the prompts followed by the answers, as generate returns them.")
-    read = prompt if mask is None else prompt[mask.cpu().bool()]
-    if len(read) == 0:
-        raise EvaluationError("the attention mask hides every token of a prompt; at least one token must be visible.")
-    return _Request(number, read, stops.until_end(answer))
-
-
-def _prompts(arguments: Mapping[str, Any]) -> Tensor:
-    """Return the token ids that `generate` reads if it is called with these arguments."""
-    given = (arguments.get(name) for name in ("inputs", "input_ids"))
-    ids = next((each for each in given if each is not None), None)
-    if ids is None or arguments.get("inputs_embeds") is not None:
-        raise EvaluationError(
-            "generate was called without token ids or with inputs_embeds; only prompts of token ids are compared."
-        )
-    return ids
-
-
-def _generation_config(model: Any, config: GenerationConfig | None, arguments: Mapping[str, Any]) -> GenerationConfig:
+def _merged_config(model: Any, config: GenerationConfig | None, **arguments: Any) -> GenerationConfig:
     """Merge the arguments of a `generate` call, its generation config and the model's, as `generate` does."""
     merged, _ = model._prepare_generation_config(config, **arguments)
     return merged
 
 
-def _attention_mask(model: Any, ids: Tensor, given: Tensor | None, config: GenerationConfig) -> Tensor:
-    """Return the attention mask of a `generate` call. If none was passed, infer it as `generate` does."""
-    if given is not None:
-        return given
-    model._prepare_special_tokens(config, device=ids.device)
-    return model._prepare_attention_mask_for_generation(ids, config, {})
+def _split(prompt: Tensor, ids: Tensor, mask: Tensor | None, config: GenerationConfig) -> tuple[Tensor, Tensor]:
+    """Split a served sequence into its prompt and its answer (tokens,), without the padding before and after them."""
+    answer = ids[len(prompt) :]
+    if len(answer) == 0 or not torch.equal(ids[: len(prompt)], prompt):
+        raise EvaluationError("output_ids must be the prompts followed by the answers, as generate returns them.")
+    if mask is not None:
+        prompt = prompt[mask]
+    if len(prompt) == 0:
+        raise EvaluationError("the attention mask hides every token of a prompt; at least one token must be visible.")
+    settings: Any = config
+    ends = settings.eos_token_id
+    ended = torch.isin(answer, torch.as_tensor([] if ends is None else ends).cpu()).nonzero()
+    if len(ended):
+        return prompt, answer[: int(ended[0]) + 1]
+    # The answer may have ended without an end token, for example at a stop string.
+    pad = settings.pad_token_id
+    written = [] if pad is None else (answer != pad).nonzero()
+    return prompt, answer[: int(written[-1]) + 1] if len(written) else answer
 
 
-@dataclass(frozen=True)
-class _Stops:
-    """The tokens that end an answer, and the token that pads an answer that ended early."""
+def _appending(file: Path) -> Sink:
+    """Return a function that appends a record to a file. It opens the file each time, so that it may be rotated."""
+    file.open("a", encoding="utf-8").close()  # raises an error early if the path is wrong
 
-    ends: Any
-    pad: int | None
+    def append(record: Mapping[str, Any]) -> None:
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(record) + "\n")
 
-    @classmethod
-    def of(cls, config: GenerationConfig) -> _Stops:
-        """Return the stop tokens of a complete generation config."""
-        return cls(config.eos_token_id, config.pad_token_id)
-
-    def until_end(self, answer: Tensor) -> Tensor:
-        """Return the answer up to and including the token that ended it, without the padding after it."""
-        ends = torch.as_tensor([] if self.ends is None else self.ends).cpu().flatten()
-        found = torch.isin(answer, ends).nonzero()
-        if len(found):
-            return answer[: int(found[0]) + 1]
-        # The answer may have ended without an end token, for example at a stop string.
-        written = answer.new_zeros(0) if self.pad is None else (answer != self.pad).nonzero()
-        return answer[: int(written[-1]) + 1] if len(written) else answer
-
-
-class _Watched:
-    """Replaces a model's `generate`, and passes its results to all watchers."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.generate: Any = model.generate
-        self.own = vars(model).get("generate")
-        self.watchers: list[Watcher] = []
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self.generate(*args, **kwargs)
-        for watcher in tuple(self.watchers):
-            watcher(output, args, kwargs)
-        return output
-
-
-_WATCHING = threading.Lock()
-
-
-@contextmanager
-def _watched(model: Any, watcher: Watcher) -> Iterator[None]:
-    """Call `watcher` after every `generate` within the context. Several contexts on one model may end in any order."""
-    with _WATCHING:
-        found = vars(model).get("generate")
-        watched = found if isinstance(found, _Watched) else _Watched(model)
-        watched.watchers.append(watcher)
-        model.generate = watched
-    try:
-        yield
-    finally:
-        with _WATCHING:
-            watched.watchers.remove(watcher)
-            # If other code has wrapped `generate` in the meantime, this wrapper stays inside theirs without watchers.
-            if not watched.watchers and vars(model).get("generate") is watched:
-                del model.generate
-                if watched.own is not None:
-                    model.generate = watched.own
-
-
-class _Totals:
-    """Running means of the records, and exponentially weighted means with bias correction."""
-
-    def __init__(self, window: int) -> None:
-        self.decay = 1 - 2 / (window + 1)
-        self.count, self.weight, self.kl_max = 0, 0.0, 0.0
-        self.sums: dict[str, float] = dict.fromkeys(MEANS, 0.0)
-        self.weighted: dict[str, float] = dict.fromkeys(MEANS, 0.0)
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.count += 1
-        self.weight = self.decay * self.weight + 1
-        self.kl_max = max(self.kl_max, record["kl_max"])
-        for key in self.sums:
-            self.sums[key] += record[key]
-            self.weighted[key] = self.decay * self.weighted[key] + record[key]
-
-    def recent(self, key: str) -> float | None:
-        return self.weighted[key] / self.weight if self.count else None
-
-    def means(self) -> dict[str, float | None]:
-        return {
-            **{key: total / self.count if self.count else None for key, total in self.sums.items()},
-            "kl_max": self.kl_max if self.count else None,
-            "recent_kl": self.recent("kl"),
-            "recent_agreement": self.recent("top1_agreement"),
-        }
-
-
-def _sink(given: Sink | str | Path | None) -> Sink:
-    """Return a function that appends records to a file.
-
-    It opens the file for each record, so that the file may be rotated. The file is opened once here, so that a wrong
-    path raises early.
-    """
-    if given is None or callable(given):
-        return given or (lambda record: None)
-
-    def append(*records: dict[str, Any]) -> None:
-        with Path(given).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-
-    append()
     return append
 
 
-def _check_numbers(fraction: float, window: int, queue_size: int, thresholds: Thresholds | None) -> None:
+def _check_numbers(fraction: float, window: int, queue_size: int, thresholds: Thresholds) -> None:
     if not 0 <= fraction <= 1:
         raise InvalidConfig(f"fraction must be in [0, 1], found {fraction}.")
     for name, value in (("window", window), ("queue_size", queue_size)):
         if value < 1:
             raise InvalidConfig(f"{name} must be at least 1, found {value}.")
-    if thresholds is not None and thresholds.max_perplexity_ratio is not None:
+    if thresholds.max_perplexity_ratio is not None:
         raise InvalidConfig("a monitor accepts max_kl and min_agreement; for max_perplexity_ratio use compare.")
 
 
@@ -481,13 +355,11 @@ def _check_models(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     for name, each in (("served model", model), ("reference", reference)):
         if each.training:
             raise EvaluationError(f"the {name} is in training mode; call its eval() first.")
-        if changing := sorted({kind for module in each.modules() for kind in _rope_types(module)} & {*CHANGING_ROPE}):
-            raise UnsupportedModel(
-                f"the {name} has rotary embeddings of type {changing[0]}: each forward pass may update their table, so "
-                "the monitor's thread would change concurrent answers. Use compare on a prompt file instead."
-            )
-
-
-def _rope_types(module: torch.nn.Module) -> Iterable[Any]:
-    found = getattr(module, "rope_type", None)
-    return found.values() if isinstance(found, dict) else [found]
+        for module in each.modules():
+            kinds = getattr(module, "rope_type", None)
+            for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+                if kind in CHANGING_ROPE:
+                    raise UnsupportedModel(
+                        f"the {name} has rotary embeddings of type {kind}: each forward pass may update their table, "
+                        "so the monitor's thread would change concurrent answers. Use compare on a prompt file instead."
+                    )

@@ -3,119 +3,97 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from optimum_modegpt.errors import EvaluationError
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or a conversation: messages with `role` and `content`."""
-KEYS = ("prompt", "text", "messages")
-"""Keys under which an object of a JSON file may contain its prompt."""
+SUFFIXES = (".txt", ".jsonl", ".json")
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncodedPrompt:
     """A prompt as the models read it: its text, after the chat template for a conversation, and its ids (tokens,)."""
 
     text: str
     ids: Tensor
+    cut_tokens: int = 0
+    """Number of tokens that were truncated at the beginning."""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
     """Read the prompts of a file.
 
-    A .txt file has one prompt per line, a .jsonl file one object with one of `KEYS` per line, and a .json file a list
-    of strings or such objects.
+    A .txt file has one prompt per line, a .jsonl file one string or one object with the key `prompt`, `text` or
+    `messages` per line, and a .json file a list of such strings or objects.
 
     Raises:
         EvaluationError: the file cannot be read, is empty, or contains an item that is not a prompt. The message names
             the line or item.
     """
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise EvaluationError(f"{path}: expected a file of prompts that ends in {', '.join(READERS)}.")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise EvaluationError(f"{path}: expected a file of prompts that ends in {', '.join(SUFFIXES)}.")
     try:
-        found = reader(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        items = _items(path.read_text(encoding="utf-8-sig"), suffix)
+    except (OSError, ValueError, RecursionError) as error:
         raise EvaluationError(f"{path} cannot be read as prompts: {error}") from error
-    except RecursionError as error:
-        raise EvaluationError(
-            f"{path} cannot be read as prompts: its lists and objects are nested too deeply."
-        ) from error
-    if not found:
+    if not items:
         raise EvaluationError(f"{path} contains no prompt.")
-    return [_prompt(item, f"{path}, {place}") for place, item in found]
+    return [_prompt(item, f"{path}, {place}") for place, item in items.items()]
+
+
+def _items(text: str, suffix: str) -> dict[str, Any]:
+    """Return a mapping place -> item of a file. A place is the number of a line or of an item in a list."""
+    if suffix == ".json":
+        found = json.loads(text)
+        if not isinstance(found, list):
+            raise ValueError(f"expected a list, found {type(found).__name__}")
+        return {f"item {number}": item for number, item in enumerate(found, 1)}
+    items: dict[str, Any] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                items[f"line {number}"] = json.loads(line) if suffix == ".jsonl" else line
+            except ValueError as error:
+                raise ValueError(f"line {number} is not valid JSON ({error})") from error
+    return items
+
+
+def _prompt(item: Any, place: str) -> Prompt:
+    found = item
+    if isinstance(item, dict):
+        found = item.get("prompt", item.get("text", item.get("messages")))
+    if isinstance(found, str):
+        return found
+    if found and isinstance(found, list) and found is not item and all(isinstance(each, dict) for each in found):
+        return found
+    expected = '{"prompt": text}, {"text": text}, {"messages": [{"role": …, "content": …}, …]} or a string'
+    raise EvaluationError(f"{place}: expected {expected}, found {json.dumps(item, ensure_ascii=False)[:80]}.")
 
 
 def encode(prompt: Prompt, tokenizer: Any, place: str) -> EncodedPrompt:
     """Encode a prompt as a server would: with special tokens, and a conversation with the generation prompt.
 
     Raises:
-        EvaluationError: the prompt is empty, or the tokenizer's chat template rejects the conversation. The message
-            names `place`.
+        EvaluationError: the prompt is empty, or the tokenizer's chat template is missing or rejects the conversation.
+            The message names `place`.
     """
-    is_text = isinstance(prompt, str)
-    text = prompt if is_text else _conversation(prompt, tokenizer, place)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=is_text, verbose=False)["input_ids"], dtype=torch.int64)
-    if not text.strip() or len(ids) == 0:
+    text = prompt
+    if not isinstance(text, str):
+        try:
+            text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise EvaluationError(f"{place} cannot be formatted with the chat template: {error}") from error
+    ids = tokenizer(text, add_special_tokens=text is prompt, verbose=False)["input_ids"]
+    if not text.strip() or not ids:
         raise EvaluationError(f"{place} is empty; a prompt needs at least one token.")
-    return EncodedPrompt(text, ids)
-
-
-def _conversation(messages: Any, tokenizer: Any, place: str) -> str:
-    from jinja2.exceptions import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise EvaluationError(
-            f"{place} is a conversation, but the tokenizer has no chat template. Use the tokenizer of a chat model, or "
-            "pass the prompt as text."
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError, KeyError) as error:
-        raise EvaluationError(f"{place}: the chat template rejects the conversation: {error}") from error
-
-
-Found = list[tuple[str, Any]]
-
-
-def _lines(text: str) -> Found:
-    return [(f"line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-
-
-def _objects(text: str) -> Found:
-    return [(place, _object(place, line)) for place, line in _lines(text)]
-
-
-def _object(place: str, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{place} is not valid JSON ({error})") from error
-
-
-def _items(text: str) -> Found:
-    items = json.loads(text)
-    if not isinstance(items, list):
-        raise ValueError(f"expected a list, found {type(items).__name__}")
-    return [(f"item {number}", item) for number, item in enumerate(items, 1)]
-
-
-READERS: dict[str, Callable[[str], Found]] = {".txt": _lines, ".jsonl": _objects, ".json": _items}
-
-
-def _prompt(item: Any, place: str) -> Prompt:
-    key = next((key for key in KEYS if key in item), None) if isinstance(item, dict) else None
-    prompt = item[key] if isinstance(item, dict) and key else item
-    if isinstance(prompt, str):
-        return prompt
-    if key == "messages" and isinstance(prompt, list) and prompt and all(isinstance(one, dict) for one in prompt):
-        return prompt
-    expected = '{"prompt": text}, {"text": text}, {"messages": [{"role": …, "content": …}, …]} or a string'
-    raise EvaluationError(f"{place}: expected {expected}, found {json.dumps(item, ensure_ascii=False)[:80]}.")
+    return EncodedPrompt(text, torch.tensor(ids, dtype=torch.int64))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from optimum_modegpt.comparison.thresholds import Check, Thresholds
+from optimum_modegpt.evaluation.perplexity import exponential
 
 
-@dataclass(frozen=True)
-class Distances:
-    """Differences of two models on the same tokens, by position: (positions,) in float64 on the CPU."""
+class Distances(NamedTuple):
+    """Differences of two models on the same tokens, by position: (positions,) on the CPU, in float64 but for a mask."""
 
     kl: Tensor
     """KL(reference ‖ model) over the whole vocabulary, in nats."""
@@ -26,6 +25,30 @@ class Distances:
     nats: Tensor
     reference_nats: Tensor
     """Negative log-likelihood of the next token."""
+    in_prompt: Tensor
+    """Whether the next token belongs to the prompt. Otherwise it belongs to the continuation."""
+
+    def means(self) -> dict[str, float]:
+        """Return the means over all positions, and the largest KL divergence."""
+        return {
+            "kl": float(self.kl.mean()),
+            "kl_max": float(self.kl.max()),
+            "top1_agreement": float(self.top1.mean()),
+            "top5_overlap": float(self.top5.mean()),
+        }
+
+    def kl_of_prompt(self) -> float | None:
+        """Return the mean KL divergence in prompts, or None if they have no positions."""
+        return float(self.kl[self.in_prompt].mean()) if self.in_prompt.any() else None
+
+    def perplexities(self) -> tuple[float | None, float | None, float | None]:
+        """Return the perplexity of the prompts for the model and the reference, and their ratio, or None for each."""
+        tokens = int(self.in_prompt.sum())
+        if tokens == 0:
+            return None, None, None
+        ours = exponential(float(self.nats[self.in_prompt].sum()), tokens)
+        theirs = exponential(float(self.reference_nats[self.in_prompt].sum()), tokens)
+        return ours, theirs, ours / theirs
 
 
 @dataclass(frozen=True)
@@ -70,15 +93,12 @@ class PromptComparison:
     """Index of the first character in which the texts of the continuations differ. None if they are equal."""
     model: Written
     reference: Written
-
-    @property
-    def perplexity_ratio(self) -> float | None:
-        """Return the model's perplexity divided by the reference's, or None for a prompt of one token."""
-        return _ratio(self.model.perplexity, self.reference.perplexity)
+    perplexity_ratio: float | None
+    """The model's perplexity divided by the reference's. None for a prompt of one token."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, safe for JSON."""
-        return {**dataclasses.asdict(self), "perplexity_ratio": self.perplexity_ratio}
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -109,112 +129,112 @@ class Costs:
 class Comparison:
     """Results of both models on all prompts. Means over positions count every position of every prompt once."""
 
-    records: tuple[PromptComparison, ...]
+    prompts: int
+    positions: int
+    kl: float
+    """Mean KL(reference ‖ model), in nats per position."""
+    kl_of_prompts: float | None
+    """Mean over the positions of the prompts. This and the perplexities are None if all prompts have one token."""
+    kl_of_continuations: float
+    """Mean over the positions of the reference's continuations."""
+    kl_max: float
+    """Largest value of any position."""
+    top1_agreement: float
+    """Fraction of positions at which both models have the same most likely token."""
+    top5_overlap: float
+    """Mean share of the reference's five most likely tokens that are among the model's five most likely."""
     perplexity: float | None
     reference_perplexity: float | None
-    """exp of the mean nats over all tokens of the prompts except each first one. None if all prompts have one token."""
+    """exp of the mean nats over all tokens of the prompts except each first one."""
+    perplexity_ratio: float | None
+    """The model's perplexity divided by the reference's."""
+    equal_continuations: int
+    """Number of prompts that both models continue with the same tokens."""
     costs: Costs
     reference_costs: Costs
     setting: dict[str, Any]
     """max_new_tokens, device and dtype of both models, versions, and the start time (UTC)."""
-
-    @property
-    def positions(self) -> int:
-        """Return the number of positions of all prompts."""
-        return sum(record.positions for record in self.records)
-
-    @property
-    def kl(self) -> float:
-        """Compute the mean KL(reference ‖ model), in nats per position."""
-        return self._mean(record.kl for record in self.records)
-
-    @property
-    def kl_of_prompts(self) -> float | None:
-        """Compute the mean KL divergence over the positions of the prompts. Return None if all have one token."""
-        read = [(record.kl_of_prompt, record.prompt_tokens - 1) for record in self.records]
-        known = [(kl, weight) for kl, weight in read if kl is not None]
-        return _weighted_mean(known) if known else None
-
-    @property
-    def kl_of_continuations(self) -> float:
-        """Compute the mean KL divergence over the positions of the reference's continuations."""
-        return statistics.fmean(kl for record in self.records for kl in record.kl_by_token)
-
-    @property
-    def kl_max(self) -> float:
-        """Return the largest KL(reference ‖ model) of any position, in nats."""
-        return max(record.kl_max for record in self.records)
-
-    @property
-    def top1_agreement(self) -> float:
-        """Compute the fraction of positions at which both models have the same most likely token."""
-        return self._mean(record.top1_agreement for record in self.records)
-
-    @property
-    def top5_overlap(self) -> float:
-        """Compute the mean share of the reference's five most likely tokens among the model's five most likely."""
-        return self._mean(record.top5_overlap for record in self.records)
-
-    @property
-    def perplexity_ratio(self) -> float | None:
-        """Return the model's perplexity divided by the reference's."""
-        return _ratio(self.perplexity, self.reference_perplexity)
-
-    @property
-    def equal_continuations(self) -> int:
-        """Return the number of prompts that both models continue with the same tokens."""
-        return sum(record.parting_token is None for record in self.records)
+    records: tuple[PromptComparison, ...]
 
     def worst_first(self) -> list[PromptComparison]:
         """Return the records sorted by decreasing mean KL divergence."""
         return sorted(self.records, key=lambda record: -record.kl)
 
     def check(self, thresholds: Thresholds) -> tuple[Check, ...]:
-        """Return a check for each limit that is set.
+        """Return a check of each limit that is set.
 
         Raises:
-            EvaluationError: a limit is set for a measure that is not available.
+            EvaluationError: the perplexity ratio has a limit, and all prompts have one token.
         """
-        return thresholds.checks(self.sums())
-
-    def summary(self) -> str:
-        """Return a short table of both models' results and the differences between them."""
-        from optimum_modegpt.comparison.table import table  # which imports this class
-
-        return table(self)
-
-    def sums(self) -> dict[str, Any]:
-        """Return everything except the records and the setting, safe for JSON."""
-        return {
-            "prompts": len(self.records),
-            "positions": self.positions,
-            "kl": self.kl,
-            "kl_of_prompts": self.kl_of_prompts,
-            "kl_of_continuations": self.kl_of_continuations,
-            "kl_max": self.kl_max,
-            "top1_agreement": self.top1_agreement,
-            "top5_overlap": self.top5_overlap,
-            "perplexity": self.perplexity,
-            "reference_perplexity": self.reference_perplexity,
-            "perplexity_ratio": self.perplexity_ratio,
-            "equal_continuations": self.equal_continuations,
-            "costs": dataclasses.asdict(self.costs),
-            "reference_costs": dataclasses.asdict(self.reference_costs),
-        }
+        return thresholds.checks(self.kl, self.top1_agreement, self.perplexity_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, safe for JSON."""
-        return {**self.sums(), "setting": self.setting, "records": [record.to_dict() for record in self.records]}
+        return {**dataclasses.asdict(self), "records": [record.to_dict() for record in self.records]}
 
-    def _mean(self, values: Iterable[float]) -> float:
-        return _weighted_mean(zip(values, (record.positions for record in self.records), strict=True))
+    def summary(self) -> str:
+        """Return a short table of both models' results and the differences between them."""
+        lines = [f"{'':<28}{'model':>14}{'reference':>14}{'ratio':>9}"]
+        for name, ours, theirs, ratio in self.rows():
+            lines.append(f"{name:<28}{ours:>14}{theirs:>14}{ratio:>9}")
+        differences = {
+            "KL divergence": f"{self.kl:.4f} nats per position, {self.kl_max:.3f} at the worst",
+            "  in prompts": "" if self.kl_of_prompts is None else f"{self.kl_of_prompts:.4f}",
+            "  in continuations": f"{self.kl_of_continuations:.4f}",
+            "top-1 agreement": f"{self.top1_agreement:.2%} of positions",
+            "top-5 overlap": f"{self.top5_overlap:.2%} of the reference's five most likely tokens",
+            "same continuation": f"{self.equal_continuations} of {_counted(self.prompts)}",
+            "compared on": self.extent(),
+        }
+        lines += [f"{name:<28}{text}" for name, text in differences.items() if text]
+        return "\n".join(lines)
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """Return the name, both models' values and their ratio, formatted, of each measure that both models have."""
+        ours, theirs = self.costs, self.reference_costs
+        measures: list[tuple[str, Any, Any, Callable[[Any], str]]] = [
+            ("perplexity of the prompts", self.perplexity, self.reference_perplexity, "{:.4f}".format),
+            ("parameters", ours.parameters, theirs.parameters, "{:,}".format),
+            ("weights", ours.weight_bytes, theirs.weight_bytes, size),
+            ("KV cache per token", ours.cache_bytes_per_token, theirs.cache_bytes_per_token, size),
+            ("peak device memory", ours.peak_device_bytes, theirs.peak_device_bytes, size),
+            ("time to first token", ours.first_token.median, theirs.first_token.median, milliseconds),
+            ("time to first token, p95", ours.first_token.p95, theirs.first_token.p95, milliseconds),
+        ]
+        if ours.per_token and theirs.per_token:
+            measures += [
+                ("time per further token", ours.per_token.median, theirs.per_token.median, milliseconds),
+                ("time per further token, p95", ours.per_token.p95, theirs.per_token.p95, milliseconds),
+            ]
+        rows = []
+        for name, first, second, form in measures:
+            if first is not None and second is not None:
+                rows.append((name, form(first), form(second), f"{first / second:.3f}" if second else ""))
+        return rows
+
+    def extent(self) -> str:
+        """Describe the amount of text, the devices and the dtypes of the comparison."""
+        devices = {self.setting["model_device"], self.setting["reference_device"]}
+        dtypes = {self.setting["model_dtype"], self.setting["reference_dtype"]}
+        return (
+            f"{_counted(self.prompts)}, {self.positions:,} positions; {' and '.join(sorted(devices))}, "
+            f"{' and '.join(sorted(dtypes))}, batch size 1"
+        )
 
 
-def _ratio(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first / second
+def size(number: float) -> str:
+    """Format a number of bytes in a suitable unit."""
+    if number < 1024:
+        return f"{number:,.0f} B"
+    if number < 2**20:
+        return f"{number / 2**10:.1f} KiB"
+    return f"{number / 2**20:.1f} MiB" if number < 2**30 else f"{number / 2**30:,.2f} GiB"
 
 
-def _weighted_mean(pairs: Iterable[tuple[float, float]]) -> float:
-    """Compute the weighted mean of (value, weight) pairs."""
-    known = list(pairs)
-    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known)
+def milliseconds(seconds: float) -> str:
+    """Format a time in seconds as milliseconds."""
+    return f"{1000 * seconds:,.2f} ms"
+
+
+def _counted(prompts: int) -> str:
+    return f"{prompts:,} prompt{'s' if prompts > 1 else ''}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from optimum_modegpt.errors import EvaluationError, InvalidConfig
@@ -48,33 +47,28 @@ class Thresholds:
     max_perplexity_ratio: float | None = None
 
     def __post_init__(self) -> None:
-        ranges = {"max_kl": math.inf, "min_agreement": 1.0, "max_perplexity_ratio": math.inf}
-        for name, most in ranges.items():
+        for name, most in (("max_kl", math.inf), ("min_agreement", 1.0), ("max_perplexity_ratio", math.inf)):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= most:
                 hint = f" Fractions, not percent: for {value} % write {value / 100:g}." if value > most else ""
                 raise InvalidConfig(f"{name} must be between 0 and {most:g}, found {value}.{hint}")
 
-    def checks(self, found: Mapping[str, float | None]) -> tuple[Check, ...]:
-        """Return a check for each limit that is set.
-
-        `found` contains the measured values under `kl`, `top1_agreement` and `perplexity_ratio`.
+    def checks(self, kl: float, agreement: float, perplexity_ratio: float | None = None) -> tuple[Check, ...]:
+        """Return a check of each limit that is set.
 
         Raises:
-            EvaluationError: a limit is set for a measure that is not available.
+            EvaluationError: the perplexity ratio has a limit but is None.
         """
-        limits = (
-            ("KL divergence", "kl", self.max_kl, False),
-            ("top-1 agreement", "top1_agreement", self.min_agreement, True),
-            ("perplexity ratio", "perplexity_ratio", self.max_perplexity_ratio, False),
-        )
-        chosen = [(measure, found.get(key), limit, least) for measure, key, limit, least in limits if limit is not None]
-        for measure, value, limit, _ in chosen:
-            if value is None:
+        found = []
+        if self.max_kl is not None:
+            found.append(Check("KL divergence", kl, self.max_kl, at_least=False))
+        if self.min_agreement is not None:
+            found.append(Check("top-1 agreement", agreement, self.min_agreement, at_least=True))
+        if self.max_perplexity_ratio is not None:
+            if perplexity_ratio is None:
                 raise EvaluationError(
-                    f"the limit {limit:g} of the {measure} cannot be checked: the measure needs prompts of at least "
-                    "two tokens."
+                    f"the limit {self.max_perplexity_ratio:g} of the perplexity ratio cannot be checked: it needs "
+                    "prompts of at least two tokens."
                 )
-        return tuple(
-            Check(measure, value, limit, least) for measure, value, limit, least in chosen if value is not None
-        )
+            found.append(Check("perplexity ratio", perplexity_ratio, self.max_perplexity_ratio, at_least=False))
+        return tuple(found)
