@@ -39,10 +39,9 @@ if TYPE_CHECKING:
     from optimum_modegpt.evaluation.speed import Benchmark, benchmark
     from optimum_modegpt.integration.auto import ModeGPTModelForCausalLM
     from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
-    from optimum_modegpt.plot import plot_ranks
     from optimum_modegpt.recovery.config import RecoveryConfig
     from optimum_modegpt.recovery.recover import Recovery, recover
-    from optimum_modegpt.report import Report
+    from optimum_modegpt.report import Report, plot_ranks
     from optimum_modegpt.walk.checkpoint import Checkpoint
 
 __version__ = version("optimum-modegpt")
@@ -112,10 +111,9 @@ _NAMES_BY_MODULE = {
     "evaluation.speed": ("Benchmark", "benchmark"),
     "integration.auto": ("ModeGPTModelForCausalLM",),
     "integration.quantizer": ("ModeGPTQuantizer",),
-    "plot": ("plot_ranks",),
     "recovery.config": ("RecoveryConfig",),
     "recovery.recover": ("Recovery", "recover"),
-    "report": ("Report",),
+    "report": ("Report", "plot_ranks"),
     "walk.checkpoint": ("Checkpoint",),
 }
 """The public names by the module that defines them, for `__getattr__`; type checkers read the imports above."""

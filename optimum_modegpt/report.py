@@ -7,9 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.plot import plot_kept
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PARTS = ("mlp", "qk", "vo")
 """The three pairs of matrices of a decoder block, in the order of the paper (types I, II, III)."""
@@ -171,11 +175,24 @@ class Report:
         ]
         return "\n".join(rows)
 
-    def plot(self, path: str | Path | None = None) -> Any:
-        """Plot the kept widths per block and part. See `optimum_modegpt.plot.plot_ranks`."""
-        from optimum_modegpt.plot import plot_ranks
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Plot the kept fraction of each part's width, block by block.
 
-        return plot_ranks(self, path)
+        The figure is also saved to `path`, if given. The file extension selects the format.
+
+        Raises:
+            ImportError: matplotlib is not installed. The message names the extra to install.
+        """
+        kept: dict[str, list[float]] = {part: [] for part in PARTS}
+        for block in self.blocks:
+            for part, found in block.parts.items():
+                kept[part].append(found.rank / found.dense_rank)
+        return plot_kept(kept, f"{self.base_model or 'model'}: {self.achieved_sparsity:.1%} removed", path)
+
+
+def plot_ranks(report: Report, path: str | Path | None = None) -> Figure:
+    """Plot the kept widths of a report. The same as `report.plot(path)`."""
+    return report.plot(path)
 
 
 def _cell(part: PartReport) -> str:

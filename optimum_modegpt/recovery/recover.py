@@ -93,32 +93,11 @@ def recover(
     training, held_out = _split(windows)
     if degenerate := describe_degenerate(windows):
         logger.warning(degenerate)
-    for each in filter(None, (model, teacher)):
-        check_windows(each, windows.tokens)
-    _check_teacher(model, teacher)
-    recovery = _train(model, teacher, training, held_out, config, progress)
-    if recovery.best_step:
-        name_of_teacher = (
-            teacher_name if teacher_name is not None or teacher is None else Base().completed(teacher).model
-        )
-        recovered = {
-            **_record(windows, config, recovery),
-            "learning_rate": config.peak_learning_rate(model.config),
-            "distilled": teacher is not None,
-            "teacher": name_of_teacher,
-        }
-        model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
-    return recovery
-
-
-def _train(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    training: Tensor,
-    held_out: Tensor,
-    config: RecoveryConfig,
-    progress: bool,
-) -> Recovery:
+    check_windows(model, windows.tokens)
+    if teacher is not None:
+        _check_teacher(model, teacher)
+        check_windows(teacher, windows.tokens)
+        teacher_name = teacher_name or Base().completed(teacher).model
     try:
         # Not at the top: peft is optional, and the Trainer takes seconds to import.
         from optimum_modegpt.recovery.training import train
@@ -126,17 +105,32 @@ def _train(
         raise ImportError("recovery requires peft and accelerate: pip install 'optimum-modegpt[recover]'") from error
     start = time.perf_counter()
     before = perplexity(model, held_out).perplexity
-    trained = train(model, teacher, training, held_out, before, config, progress)
-    return Recovery(
+    best = train(model, teacher, training, held_out, before, config, progress)
+    recovery = Recovery(
         perplexity_before=before,
         perplexity_after=perplexity(model, held_out).perplexity,
-        best_step=trained.best_step,
+        best_step=best.step,
         steps=config.steps,
-        tokens=trained.tokens,
-        trained_parameters=trained.parameters,
+        tokens=best.tokens,
+        trained_parameters=sum(parameter.numel() for parameter in best.adapter),
         held_out_windows=len(held_out),
         seconds=time.perf_counter() - start,
     )
+    if recovery.best_step:
+        recovered = {
+            "dataset": windows.record["name"],
+            **{key: windows.record[key] for key in ("split", "revision", "sha256", "windows", "sequence_length")},
+            **asdict(config),
+            "learning_rate": config.peak_learning_rate(model.config),
+            "best_step": recovery.best_step,
+            "tokens": recovery.tokens,
+            "held_out_perplexity": [recovery.perplexity_before, recovery.perplexity_after],
+            "distilled": teacher is not None,
+            "teacher": teacher_name,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optimum-modegpt")},
+        }
+        model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
+    return recovery
 
 
 def check_compressed(model_config: Any) -> None:
@@ -168,17 +162,14 @@ def _check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModel("the model has an adapter; merge or unload it first.")
     devices = {parameter.device for parameter in model.parameters()}
     if len(devices) > 1 or any(device.type == "meta" or device.index for device in devices):
-        places = ", ".join(sorted(map(str, devices)))
         raise UnsupportedModel(
-            f"the weights are on {places}; training needs all of them on one device, or on the first of several "
-            "accelerators (CUDA_VISIBLE_DEVICES selects it). Load the model without device_map."
+            f"the weights are on {', '.join(sorted(map(str, devices)))}; training needs all of them on one device, or "
+            "on the first of several accelerators (CUDA_VISIBLE_DEVICES selects it). Load the model without device_map."
         )
 
 
-def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
-    if teacher is None:
-        return
-    ours, theirs = (each.config.get_text_config().vocab_size for each in (model, teacher))
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    ours, theirs = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
     if ours != theirs:
         raise InvalidConfig(
             f"the teacher predicts {theirs} tokens, the model {ours}; the vocabularies must be equal. "
@@ -196,15 +187,3 @@ def _split(windows: TokenWindows) -> tuple[Tensor, Tensor]:
             "needs at least one more. Provide more text, or lower sequence_length."
         )
     return windows.tokens[:-held_out], windows.tokens[-held_out:]
-
-
-def _record(windows: TokenWindows, config: RecoveryConfig, recovery: Recovery) -> dict[str, Any]:
-    return {
-        "dataset": windows.record["name"],
-        **{key: windows.record[key] for key in ("split", "revision", "sha256", "windows", "sequence_length")},
-        **asdict(config),
-        "best_step": recovery.best_step,
-        "tokens": recovery.tokens,
-        "held_out_perplexity": [recovery.perplexity_before, recovery.perplexity_after],
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optimum-modegpt")},
-    }

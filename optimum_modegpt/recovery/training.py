@@ -6,33 +6,17 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.fidelity import divergence
-from optimum_modegpt.evaluation.perplexity import (
-    CHUNK_BYTES,
-    LOGITS_BYTES,
-    logits_of,
-    nats_of,
-    perplexity,
-    targets,
-)
+from optimum_modegpt.evaluation.perplexity import CHUNK_BYTES, LOGITS_BYTES, logits_of, nats_of, perplexity, targets
 from optimum_modegpt.evaluation.randomness import kept_random_state
 from optimum_modegpt.progress import bar
 from optimum_modegpt.recovery.config import RecoveryConfig
@@ -47,15 +31,6 @@ CHECKPOINTED_PARAMETERS = 500_000_000
 """Number of parameters from which activations are recomputed instead of kept, which takes a third more time."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Best step, number of tokens and number of parameters of a training."""
-
-    best_step: int
-    tokens: int
-    parameters: int
-
-
 def train(
     model: PreTrainedModel,
     teacher: PreTrainedModel | None,
@@ -64,35 +39,30 @@ def train(
     before: float,
     config: RecoveryConfig,
     progress: bool,
-) -> Trained:
-    """Train `model` in place. On an error, or if no step gives a perplexity below `before`, the model is unchanged.
+) -> BestStep:
+    """Train `model` in place on windows (windows, length), and return the best step.
 
-    Args:
-        model: a compressed model.
-        teacher: the teacher, see `recover`.
-        training: windows to train on (windows, length).
-        held_out: windows that select the best step.
-        before: perplexity of `model` on `held_out`.
-        config: settings of the training.
-        progress: whether to show a progress bar.
+    On an error, or if no step gives a perplexity of `held_out` below `before`, the model is unchanged.
     """
-    with kept_random_state(), _left_as_found(model, teacher), _no_half_precision_gradients(model):
+    with kept_random_state(), _restored(model, teacher):
         set_seed(config.seed)
-        if teacher is not None:
-            teacher.eval()
         adapted = _adapt(model, config)
-        keeper = _BestStep(model, held_out, before, config.steps, progress)
+        best = BestStep(model, held_out, before)
         try:
-            with _activations_computed_again(model):
-                tokens = _fit(adapted, teacher, training, config, keeper)
-            keeper.restore()
+            with (
+                bar(total=config.steps, desc="recover", unit="step", shown=progress) as best.bar,
+                _activations_recomputed(model),
+            ):
+                _fit(adapted, teacher, training, config, best)
+            best.restore()
         except BaseException:
             adapted.unload()
             raise
-        finally:
-            keeper.bar.close()
-        (adapted.merge_and_unload if keeper.step else adapted.unload)()
-    return Trained(keeper.step, tokens, keeper.parameters)
+        if best.step:
+            adapted.merge_and_unload()
+        else:
+            adapted.unload()
+    return best
 
 
 def _adapt(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
@@ -109,14 +79,13 @@ def _adapt(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
 
 
 def _fit(
-    adapted: PeftModel,
-    teacher: PreTrainedModel | None,
-    training: Tensor,
-    config: RecoveryConfig,
-    keeper: _BestStep,
-) -> int:
-    """Run the Trainer, and return the number of tokens read."""
-    together = _windows_together(keeper.model, training, config.batch_size)
+    adapted: PeftModel, teacher: PreTrainedModel | None, training: Tensor, config: RecoveryConfig, best: BestStep
+) -> None:
+    """Run the Trainer."""
+    model = best.model
+    together, row = config.batch_size, training.shape[1] * model.config.get_text_config().vocab_size * 4
+    while together > 1 and (config.batch_size % together or together * row > LOGITS_BYTES):
+        together -= 1  # to a divisor of the batch size for which the logits in float32 fit
     accelerator = torch.accelerator.current_accelerator()
     with tempfile.TemporaryDirectory() as folder:  # the Trainer requires a folder, although it saves nothing
         arguments = _OneDevice(
@@ -124,30 +93,23 @@ def _fit(
             max_steps=config.steps,
             per_device_train_batch_size=together,
             gradient_accumulation_steps=config.batch_size // together,
-            learning_rate=config.peak_learning_rate(keeper.model.config),
+            learning_rate=config.peak_learning_rate(model.config),
             lr_scheduler_type="cosine",
             warmup_steps=WARM_UP,
             seed=config.seed,
-            use_cpu=accelerator is None or keeper.model.device.type != accelerator.type,
+            use_cpu=accelerator is None or model.device.type != accelerator.type,
+            use_cache=model.config.use_cache,
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
             remove_unused_columns=False,
+            disable_tqdm=True,
         )
         data: Any = [{"input_ids": window} for window in training]
-        trainer = _RecoveryTrainer(teacher, model=adapted, args=arguments, train_dataset=data, callbacks=[keeper])
-        # Both print the Trainer's own statistics to stdout.
-        for chatty in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(chatty)
+        trainer = _RecoveryTrainer(teacher, model=adapted, args=arguments, train_dataset=data, callbacks=[best])
+        trainer.remove_callback(PrinterCallback)  # prints the Trainer's own statistics to stdout
         trainer.train()
-    return trainer.tokens
-
-
-def _windows_together(model: PreTrainedModel, training: Tensor, batch_size: int) -> int:
-    """Return the largest divisor of the batch size for which the logits in float32 fit in `LOGITS_BYTES`."""
-    row = training.shape[1] * model.config.get_text_config().vocab_size * 4
-    fitting = (size for size in range(batch_size, 0, -1) if batch_size % size == 0 and size * row <= LOGITS_BYTES)
-    return next(fitting, 1)
+    best.tokens = trainer.tokens
 
 
 class _OneDevice(TrainingArguments):
@@ -196,90 +158,75 @@ def mean_by_chunks(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
     return torch.stack(parts).sum() / len(columns[-1])  # pyright: ignore[reportArgumentType]
 
 
-class _BestStep(TrainerCallback):
+class BestStep(TrainerCallback):
     """Scores the held-out windows ten times during training, and keeps the best adapter."""
 
-    def __init__(self, model: PreTrainedModel, held_out: Tensor, before: float, steps: int, progress: bool) -> None:
+    bar: Any
+    """Progress bar of the steps."""
+    tokens: int
+    """Tokens read in training."""
+
+    def __init__(self, model: PreTrainedModel, held_out: Tensor, before: float) -> None:
         self.model, self.held_out = model, held_out
-        self.every = max(1, steps // SCORINGS)
         self.adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.parameters = sum(parameter.numel() for parameter in self.adapter)
         self.perplexity, self.step = before, 0
-        self.best = self._weights()
-        self.bar = bar(total=steps, desc="recover", unit="step", shown=progress)
+        self.weights = self._copy()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score the adapter after every tenth of the steps and after the last step."""
         self.bar.update()
-        if state.global_step % self.every and state.global_step != state.max_steps:
+        step = state.global_step
+        if step % max(1, state.max_steps // SCORINGS) and step != state.max_steps:
             return
-        found = self._score(state.global_step)
-        if found < self.perplexity:
-            self.perplexity, self.step = found, state.global_step
-            self.best = self._weights()
-        self.bar.set_postfix(perplexity=f"{found:.3f}", best=f"{self.perplexity:.3f}")
-
-    def _weights(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.adapter]
-
-    def _score(self, step: int) -> float:
         try:
-            return perplexity(self.model, self.held_out).perplexity
+            found = perplexity(self.model, self.held_out).perplexity
         except EvaluationError as error:
             raise EvaluationError(f"training diverged by step {step}: lower the learning rate. {error}") from error
+        if found < self.perplexity:
+            self.perplexity, self.step, self.weights = found, step, self._copy()
+        self.bar.set_postfix(perplexity=f"{found:.3f}", best=f"{self.perplexity:.3f}")
+
+    def _copy(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.adapter]
 
     def restore(self) -> None:
         """Restore the best weights of the adapter."""
-        for parameter, value in zip(self.adapter, self.best, strict=True):
+        for parameter, value in zip(self.adapter, self.weights, strict=True):
             parameter.data.copy_(value)
 
 
-# ------------------------------------------------------------------------------------------------- restored state
-
-
 @contextmanager
-def _left_as_found(*models: PreTrainedModel | None) -> Iterator[None]:
-    """Restore the state other than weights that peft and the Trainer change: modes, frozen parameters, the cache."""
-    present = [model for model in models if model is not None]
-    modes = {module: module.training for model in present for module in model.modules()}
-    trainable = {parameter: parameter.requires_grad for model in present for parameter in model.parameters()}
-    caches = {model: model.config.use_cache for model in present}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for parameter, learns in trainable.items():
-            parameter.requires_grad_(learns)
-        for model in present:
-            model.config.use_cache = caches[model]
+def _restored(model: PreTrainedModel, teacher: PreTrainedModel | None) -> Iterator[None]:
+    """Restore on exit everything but the weights that peft and the Trainer change.
 
-
-@contextmanager
-def _no_half_precision_gradients(model: PreTrainedModel) -> Iterator[None]:
-    """Convert a float16 model to float32 within the context, because its gradients would underflow in half precision.
-
-    Only parameters are converted, because the rotary table is always in float32.
+    Within the context, parameters in float16 are in float32, because their gradients would underflow. Buffers stay,
+    because the rotary table is always in float32.
     """
+    modes = [(each, each.training) for each in (model, teacher) if each is not None]
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     halves = [parameter for parameter in model.parameters() if parameter.dtype == torch.float16]
-    for parameter in halves:
-        parameter.data = parameter.data.float()
     try:
+        for parameter in halves:
+            parameter.data = parameter.data.float()
         yield
     finally:
         for parameter in halves:
             parameter.data = parameter.data.half()
+        for parameter, learns in trainable.items():
+            parameter.requires_grad_(learns)
+        for each, training in modes:
+            each.train(training)
 
 
 @contextmanager
-def _activations_computed_again(model: PreTrainedModel) -> Iterator[None]:
-    """Enable gradient checkpointing for large models within the context. Checkpointing enabled by the caller stays."""
+def _activations_recomputed(model: PreTrainedModel) -> Iterator[None]:
+    """Recompute the activations of large models within the context, unless the caller has enabled that."""
     is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     if is_on or count_parameters(model) < CHECKPOINTED_PARAMETERS:
         yield
         return
-    new_name = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.21
-    name = "activation_checkpointing" if new_name else "gradient_checkpointing"
+    is_new = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.21
+    name = "activation_checkpointing" if is_new else "gradient_checkpointing"
     getattr(model, f"{name}_enable")()
     model.disable_input_require_grads()  # only reentrant checkpointing needs it
     try:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 LAYERS = (
     ("errors",),
-    ("recipe",),
+    ("recipe", "plot"),
     ("decompositions", "allocation", "config", "report"),
     ("stages", "architectures", "distributed", "kv_cache", "progress"),
     ("calibration",),
@@ -24,7 +24,7 @@ LAYERS = (
     ("budget",),
     ("walk",),
     ("compress",),
-    ("evaluation", "export", "plot", "demo"),
+    ("evaluation", "export", "demo"),
     ("comparison", "recovery"),
     ("loading",),
     ("hub",),
@@ -57,9 +57,6 @@ ONLY = {
 """All that these may import of ours and of others, beside the standard library; ours is not limited where none is named
 and the layers allow it. `modeling` is remote code as well: it finds its own files by relative imports alone."""
 
-DRAWN_ON_DEMAND = ("report", "plot")
-"""The one import upwards: `Report.plot()` fetches what draws it when it is called."""
-
 
 @dataclass(frozen=True)
 class Import:
@@ -69,7 +66,6 @@ class Import:
     line: int
     target: str
     relative: bool
-    deferred: bool
 
     @property
     def source(self) -> str:
@@ -90,11 +86,9 @@ def imports_of(root: Path) -> Iterator[Import]:
         package = [PACKAGE, *parts[:-1]]
         parts = parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        functions = (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-        deferred = {id(inner) for function in functions for inner in ast.walk(function)}
         for node in ast.walk(tree):
             for target, relative in _targets(node, package, root):
-                yield Import(".".join(parts), getattr(node, "lineno", 0), target, relative, id(node) in deferred)
+                yield Import(".".join(parts), getattr(node, "lineno", 0), target, relative)
 
 
 def _targets(node: ast.AST, package: list[str], root: Path) -> Iterator[tuple[str, bool]]:
@@ -146,7 +140,7 @@ def _violation(one: Import) -> str | None:
             if one.source in MODELING_USERS or one.target.startswith(DESCRIPTION)
             else f"{place}: only {', '.join(MODELING_USERS)} use it"
         )
-    if one.source == one.ours or (one.deferred and (one.source, one.ours) == DRAWN_ON_DEMAND):
+    if one.source == one.ours:
         return None
     return None if _layer(one.ours) < _layer(one.source) else f"{place}: upwards or sideways"
 
@@ -211,10 +205,6 @@ def test_every_module_is_read():
     assert len(modules) > 30
 
 
-def test_the_exception_is_still_needed():
-    assert any((one.source, one.ours) == DRAWN_ON_DEMAND for one in imports_of(ROOT))
-
-
 # ------------------------------------------------------------------------------------------------------- planted trees
 
 
@@ -226,7 +216,8 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         "decompositions/psd.py": f"import torch\nfrom {PACKAGE}.errors import X",
         "decompositions/rotary.py": f"from {PACKAGE}.decompositions.psd import X",
         "allocation/plan.py": "import math",
-        "report.py": f"def plot():\n    from {PACKAGE}.plot import draw",
+        "plot.py": "def draw():\n    import matplotlib",
+        "report.py": f"from {PACKAGE}.plot import draw",
         "recipe.py": f"import dataclasses\nfrom {PACKAGE}.errors import X",
         "config.py": f"import transformers\nfrom {PACKAGE}.recipe import X",
         "stages.py": f"from {PACKAGE}.report import Stage",
@@ -237,7 +228,6 @@ def plant(root: Path, files: dict[str, str]) -> Path:
         "calibration/moments.py": f"from {PACKAGE}.architectures import block",
         "methods/published.py": f"from {PACKAGE}.calibration.moments import X",
         "compress.py": f"from {PACKAGE}.methods import published\nfrom {PACKAGE}.stages import StageClock",
-        "plot.py": f"from {PACKAGE}.report import X",
         "evaluation/perplexity.py": f"from {PACKAGE}.errors import X",
         "cli/main.py": f"import datasets\nfrom {PACKAGE}.compress import compress",
         "__init__.py": f"from {PACKAGE}.cli.main import main",
@@ -264,7 +254,6 @@ PLANTED = {
     "up, to the package itself": ("calibration/data.py", f"from {PACKAGE} import __version__"),
     "up, by name at run time": ("methods/published.py", f'importlib.import_module("{PACKAGE}.compress")'),
     "up, from a package's own file": ("methods/__init__.py", f"from {PACKAGE}.compress import compress"),
-    "the allowed import upwards, but when the file is read": ("report.py", f"from {PACKAGE}.plot import draw"),
     "sideways": ("decompositions/psd.py", f"from {PACKAGE}.allocation.plan import Plan"),
     "sideways, of single files": ("report.py", f"from {PACKAGE}.config import ModeGPTConfig"),
     "sideways, near the top": ("evaluation/perplexity.py", f"from {PACKAGE}.demo import x"),

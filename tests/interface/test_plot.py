@@ -1,4 +1,4 @@
-"""Figures of a report, and what is said without matplotlib."""
+"""Check the figures of reports and benchmarks, and the message if matplotlib is missing."""
 
 from __future__ import annotations
 
@@ -45,32 +45,19 @@ def test_bars_are_the_kept_fractions(report: Report, tmp_path: Path) -> None:
     assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-ENCLOSED = "a\u20dd"
-"""A circled letter: of the fonts that matplotlib brings, DejaVu Sans lacks the circle and STIXGeneral has it."""
-
-
 @pytest.mark.parametrize(
-    ("name", "shown", "font"),
+    ("name", "shown"),
     [
-        ("ünïcøde Жш", "ünïcøde Жш", None),
-        (ENCLOSED, ENCLOSED, "STIXGeneral"),
-        ("日本語/モデル", r"\u65e5\u672c\u8a9e/\u30e2\u30c7\u30eb", None),
-        ("costs $5_{ and $6", "costs $5_{ and $6", None),
-        ("tab\tbell\a", r"tab\tbell\x07", None),
+        ("ünïcøde Жш", "ünïcøde Жш"),
+        ("日本語/モデル", r"\u65e5\u672c\u8a9e/\u30e2\u30c7\u30eb"),
+        ("costs $5_{ and $6", "costs $5_{ and $6"),
+        ("tab\tbell\a", r"tab\tbell\x07"),
     ],
 )
-def test_names_are_drawn_in_every_script_without_a_warning(
-    name: str,
-    shown: str,
-    font: str | None,
-    report: Report,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: Any,
+def test_names_in_every_script_are_drawn_without_a_warning(
+    name: str, shown: str, report: Report, tmp_path: Path, caplog: Any
 ) -> None:
-    font_manager = pytest.importorskip("matplotlib.font_manager", reason="needs the extra 'plot'")
-    brought = [each for each in font_manager.fontManager.ttflist if "mpl-data" in each.fname]
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", brought)
+    pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     speeds = {measure: {f"model: {name}": [(1.0, 2.0, 3.0)]} for measure in ("prefill", "decode")}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -78,9 +65,7 @@ def test_names_are_drawn_in_every_script_without_a_warning(
         speed = plot_speeds(["1 × 128"], speeds, name, tmp_path / "speed.svg")
     assert caplog.text == ""
     assert ranks.axes[0].get_title(loc="left") == f"{shown}: 30.0% removed"
-    legend = speed.axes[0].get_legend().get_texts()[0]
-    assert legend.get_text() == f"model: {shown}"
-    assert legend.get_fontfamily()[1:] == ([] if font is None else [font])
+    assert speed.axes[0].get_legend().get_texts()[0].get_text() == f"model: {shown}"
 
 
 def test_without_matplotlib_the_extra_is_named(report: Report, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -183,14 +183,14 @@ def test_accumulation_and_recomputation_change_nothing(monkeypatch: pytest.Monke
 
 def test_the_merged_model_is_that_with_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     with_adapter: list[Tensor] = []
-    restore = training._BestStep.restore
+    restore = training.BestStep.restore
 
     def observed(keeper: Any) -> None:
         restore(keeper)
         with torch.no_grad():
             with_adapter.append(keeper.model(tokens()).logits)
 
-    monkeypatch.setattr(training._BestStep, "restore", observed)
+    monkeypatch.setattr(training.BestStep, "restore", observed)
     model = compressed("llama-mqa-biases")
     recover(model, windows_of(), config=SHORT)
     with torch.no_grad():
@@ -200,9 +200,9 @@ def test_the_merged_model_is_that_with_the_adapter(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_weights_learn_in_float32(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes: set[torch.dtype] = set()
-    restore = training._BestStep.restore
+    restore = training.BestStep.restore
     monkeypatch.setattr(
-        training._BestStep, "restore", lambda self: (dtypes.update(p.dtype for p in self.adapter), restore(self))
+        training.BestStep, "restore", lambda self: (dtypes.update(p.dtype for p in self.adapter), restore(self))
     )
     model = compressed("llama-gqa-tied").to(dtype)
     rotary = {name: buffer.clone() for name, buffer in model.named_buffers()}
