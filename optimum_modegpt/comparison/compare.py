@@ -1,11 +1,9 @@
 """Compare a model with the one it should replace, prompt by prompt: predictions, text, speed and memory.
 
-For each prompt, the reference generates a greedy continuation. Both models then read the same tokens, prompt and
-continuation, in one pass (teacher forcing). A position is the prediction of a token from all tokens before it: the
-tokens of the prompt from the second one on, and all of the continuation. KL divergence and agreements are means over
-all positions. Perplexities are over the positions of the prompts only, because text by the reference would favour the
-reference. Each model also generates its own greedy continuation at batch size 1. The two show the first difference and
-give the latency.
+For each prompt, the reference generates a greedy continuation. Both models then read prompt and continuation in one
+pass. A position is the prediction of a token, from the second one of the prompt on. KL divergence and agreements are
+means over all positions. Perplexities are of the prompts only, because text by the reference would favour the
+reference. Each model also generates its own greedy continuation, which shows the first difference and the latency.
 """
 
 from __future__ import annotations
@@ -26,20 +24,12 @@ from optimum_modegpt.comparison.prompts import EncodedPrompt, Prompt, encode
 from optimum_modegpt.comparison.records import Comparison, Costs, Distances, PromptComparison, Quantiles, Written
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.fidelity import agreement, check_vocabularies, divergence
-from optimum_modegpt.evaluation.perplexity import (
-    by_position,
-    check_ids,
-    evaluating,
-    logits_of,
-    nats_of,
-    targets,
-)
+from optimum_modegpt.evaluation.perplexity import by_position, check_ids, evaluating, logits_of, nats_of, targets
 from optimum_modegpt.progress import bar
 from optimum_modegpt.report import count_parameters
 
 logger = logging.getLogger(__name__)
 
-TOP = 5
 WARM_UP_TOKENS = 8
 
 
@@ -88,12 +78,11 @@ def compare(
             if on_record is not None:
                 on_record(records[-1])
     found = Distances(*(torch.cat(column) for column in zip(*measured, strict=True)))
-    perplexity, reference_perplexity, ratio = found.perplexities()
+    kl, perplexity, reference_perplexity, ratio = found.of_prompt()
     return Comparison(
-        prompts=len(records),
-        positions=len(found.kl),
         **found.means(),
-        kl_of_prompts=found.kl_of_prompt(),
+        prompts=len(records),
+        kl_of_prompts=kl,
         kl_of_continuations=float(found.kl[~found.in_prompt].mean()),
         perplexity=perplexity,
         reference_perplexity=reference_perplexity,
@@ -141,7 +130,7 @@ def distances(model: PreTrainedModel, reference: PreTrainedModel, prompt: Tensor
 
 def _overlap(reference: Tensor, logits: Tensor) -> Tensor:
     """Return the share of the reference's most likely tokens among the model's, (positions,)."""
-    top = min(TOP, logits.shape[-1])
+    top = min(5, logits.shape[-1])
     first = reference.topk(top, dim=-1).indices  # (positions, top)
     second = logits.topk(top, dim=-1).indices
     return (first[:, :, None] == second[:, None, :]).sum(dim=(1, 2)) / top
@@ -173,40 +162,38 @@ def _encode(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {context} tokens; lower it."
         )
     long = [prompt for prompt in encoded if len(prompt.ids) > room]
+    for prompt in long:
+        prompt.cut_tokens, prompt.ids = len(prompt.ids) - room, prompt.ids[-room:]
     if long:
         logger.warning(
             "%d of %d prompts are longer than the %d tokens that the context holds in addition to the continuation; "
             "they were truncated to their last %d tokens.",
             *(len(long), len(encoded), room, room),
         )
-    for prompt in long:
-        prompt.cut_tokens = len(prompt.ids) - room
-        prompt.ids = prompt.ids[-room:]
     return encoded
 
 
 def _record(
     index: int, prompt: EncodedPrompt, tokenizer: Any, ours: Continuation, theirs: Continuation, found: Distances
 ) -> PromptComparison:
-    perplexity, reference_perplexity, ratio = found.perplexities()
+    kl, perplexity, reference_perplexity, ratio = found.of_prompt()
     model = _written(tokenizer, ours, perplexity)
     reference = _written(tokenizer, theirs, reference_perplexity)
     of_continuation = found.kl[~found.in_prompt]
     return PromptComparison(
+        **found.means(),
         index=index,
         prompt=prompt.text,
         prompt_tokens=len(prompt.ids),
         cut_tokens=prompt.cut_tokens,
-        positions=len(found.kl),
-        **found.means(),
-        kl_of_prompt=found.kl_of_prompt(),
+        perplexity_ratio=ratio,
+        kl_of_prompt=kl,
         kl_of_continuation=float(of_continuation.mean()),
         kl_by_token=tuple(of_continuation.tolist()),
         parting_token=parting(ours.tokens.tolist(), theirs.tokens.tolist()),
         parting_character=parting(model.continuation, reference.continuation),
         model=model,
         reference=reference,
-        perplexity_ratio=ratio,
     )
 
 

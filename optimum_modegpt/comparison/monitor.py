@@ -29,8 +29,6 @@ from optimum_modegpt.evaluation.fidelity import check_vocabularies
 
 logger = logging.getLogger(__name__)
 
-CHANGING_ROPE = ("dynamic", "longrope")
-"""Types of rotary embeddings that update their table in a forward pass, depending on the length of the text."""
 Sink = Callable[[dict[str, Any]], object]
 
 
@@ -90,12 +88,11 @@ class CanaryMonitor:
         print(monitor.summary())
 
     A background thread reads prompt and answer with both models and compares every position, as `compare` does. A
-    request waits only for the copy of its token ids to the host. If the queue is full, the request is skipped and
-    counted. Answers are bit-identical to those without a monitor: the model, its mode and the global random state are
-    not changed. However, the comparison uses the device: it runs two forward passes over each sampled request. If that
-    matters, put the reference on another device or lower `fraction`. Create the monitor in the serving process, because
-    threads do not survive a fork. Later errors do not reach the serving code. They are logged, counted and shown by
-    `summary`.
+    request waits only for the copy of its token ids to the host. Answers are bit-identical to those without a monitor:
+    the model, its mode and the global random state are not changed. However, the comparison runs two forward passes
+    over each sampled request. If that matters, put the reference on another device or lower `fraction`. Create the
+    monitor in the serving process, because threads do not survive a fork. Errors of the comparison do not reach the
+    serving code. They are logged, counted and shown by `summary`.
 
     Args:
         model: the served model, in evaluation mode.
@@ -103,7 +100,7 @@ class CanaryMonitor:
         fraction: fraction of requests to compare, sampled by the monitor's own random generator.
         seed: seed of that generator. The same seed samples the same requests of the same sequence.
         window: number of compared requests in the recent means, and before thresholds are checked.
-        queue_size: maximum number of requests that are not compared yet.
+        queue_size: maximum number of waiting requests. If the queue is full, a request is skipped and counted.
         thresholds: limits of the recent means: `max_kl` and `min_agreement`.
         sink: a file to append one JSON line per comparison to, or a function that receives each record.
 
@@ -281,15 +278,16 @@ class CanaryMonitor:
             found.kl_max = max(found.kl_max or 0.0, record["kl_max"])
             found.recent_kl = statistics.fmean(each["kl"] for each in self._recent)
             found.recent_agreement = statistics.fmean(each["top1_agreement"] for each in self._recent)
-            before, checks = found.status, self.thresholds.checks(found.recent_kl, found.recent_agreement)
-            if checks and len(self._recent) == self._recent.maxlen:
+            before = found.status
+            if before != "unchecked" and len(self._recent) == self._recent.maxlen:
+                checks = self.thresholds.checks(found.recent_kl, found.recent_agreement)
                 found.broken = tuple(str(check) for check in checks if not check.held)
                 found.status = "broken" if found.broken else "held"
             record["recent_kl"], record["recent_agreement"] = found.recent_kl, found.recent_agreement
-            record["status"] = found.status
-        if record["status"] != before and "broken" in (record["status"], before):
-            now = "a threshold is broken" if before != "broken" else "all thresholds hold again"
-            logger.warning("canary: %s over the last requests: %s", now, "; ".join(map(str, checks)))
+            record["status"], broken = found.status, found.broken
+        if record["status"] != before:
+            level = logging.WARNING if record["status"] == "broken" else logging.INFO
+            logger.log(level, "canary: thresholds %s over the last requests: %s", record["status"], "; ".join(broken))
 
     @contextmanager
     def _counting_errors(self, action: str) -> Iterator[None]:
@@ -358,7 +356,7 @@ def _check_models(model: PreTrainedModel, reference: PreTrainedModel) -> None:
         for module in each.modules():
             kinds = getattr(module, "rope_type", None)
             for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-                if kind in CHANGING_ROPE:
+                if kind in ("dynamic", "longrope"):  # their forward pass changes the table for long texts
                     raise UnsupportedModel(
                         f"the {name} has rotary embeddings of type {kind}: each forward pass may update their table, "
                         "so the monitor's thread would change concurrent answers. Use compare on a prompt file instead."

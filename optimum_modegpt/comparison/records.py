@@ -28,27 +28,45 @@ class Distances(NamedTuple):
     in_prompt: Tensor
     """Whether the next token belongs to the prompt. Otherwise it belongs to the continuation."""
 
-    def means(self) -> dict[str, float]:
-        """Return the means over all positions, and the largest KL divergence."""
+    def means(self) -> dict[str, Any]:
+        """Return the fields of `Means` but for the ratio."""
         return {
+            "positions": len(self.kl),
             "kl": float(self.kl.mean()),
             "kl_max": float(self.kl.max()),
             "top1_agreement": float(self.top1.mean()),
             "top5_overlap": float(self.top5.mean()),
         }
 
-    def kl_of_prompt(self) -> float | None:
-        """Return the mean KL divergence in prompts, or None if they have no positions."""
-        return float(self.kl[self.in_prompt].mean()) if self.in_prompt.any() else None
-
-    def perplexities(self) -> tuple[float | None, float | None, float | None]:
-        """Return the perplexity of the prompts for the model and the reference, and their ratio, or None for each."""
+    def of_prompt(self) -> tuple[float | None, float | None, float | None, float | None]:
+        """Return mean KL, both perplexities and their ratio for the positions in prompts, or None if there are none."""
         tokens = int(self.in_prompt.sum())
         if tokens == 0:
-            return None, None, None
+            return None, None, None, None
         ours = exponential(float(self.nats[self.in_prompt].sum()), tokens)
         theirs = exponential(float(self.reference_nats[self.in_prompt].sum()), tokens)
-        return ours, theirs, ours / theirs
+        return float(self.kl[self.in_prompt].mean()), ours, theirs, ours / theirs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Means:
+    """Differences of two models as means over positions, each of which counts once."""
+
+    positions: int
+    kl: float
+    """KL(reference ‖ model), in nats per position."""
+    kl_max: float
+    """Largest value of any position."""
+    top1_agreement: float
+    """Fraction of positions at which both models have the same most likely token."""
+    top5_overlap: float
+    """Share of the reference's five most likely tokens that are among the model's five most likely."""
+    perplexity_ratio: float | None
+    """The model's perplexity of prompts divided by the reference's. None if no prompt has a second token."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, safe for JSON."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -65,9 +83,9 @@ class Written:
     """Mean over the tokens after the first. None if there is only one token."""
 
 
-@dataclass(frozen=True)
-class PromptComparison:
-    """Results of both models on one prompt. Means are over its positions."""
+@dataclass(frozen=True, kw_only=True)
+class PromptComparison(Means):
+    """Results of both models on one prompt."""
 
     index: int
     """Index of the prompt, from 0."""
@@ -76,29 +94,17 @@ class PromptComparison:
     """Number of tokens read."""
     cut_tokens: int
     """Number of tokens truncated at the beginning, because prompt and continuation would not fit the context."""
-    positions: int
-    kl: float
-    kl_max: float
-    """Largest value over the positions."""
     kl_of_prompt: float | None
     """Mean over the positions of the prompt. None for a prompt of one token."""
     kl_of_continuation: float
     kl_by_token: tuple[float, ...]
     """KL divergence at each position of the reference's continuation."""
-    top1_agreement: float
-    top5_overlap: float
     parting_token: int | None
     """Index of the first token in which the continuations differ. None if they are equal."""
     parting_character: int | None
     """Index of the first character in which the texts of the continuations differ. None if they are equal."""
     model: Written
     reference: Written
-    perplexity_ratio: float | None
-    """The model's perplexity divided by the reference's. None for a prompt of one token."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields, safe for JSON."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -125,29 +131,18 @@ class Costs:
     """None if no continuation has a second token."""
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Results of both models on all prompts. Means over positions count every position of every prompt once."""
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Means):
+    """Results of both models on all prompts."""
 
     prompts: int
-    positions: int
-    kl: float
-    """Mean KL(reference ‖ model), in nats per position."""
     kl_of_prompts: float | None
     """Mean over the positions of the prompts. This and the perplexities are None if all prompts have one token."""
     kl_of_continuations: float
     """Mean over the positions of the reference's continuations."""
-    kl_max: float
-    """Largest value of any position."""
-    top1_agreement: float
-    """Fraction of positions at which both models have the same most likely token."""
-    top5_overlap: float
-    """Mean share of the reference's five most likely tokens that are among the model's five most likely."""
     perplexity: float | None
     reference_perplexity: float | None
     """exp of the mean nats over all tokens of the prompts except each first one."""
-    perplexity_ratio: float | None
-    """The model's perplexity divided by the reference's."""
     equal_continuations: int
     """Number of prompts that both models continue with the same tokens."""
     costs: Costs
@@ -168,10 +163,6 @@ class Comparison:
         """
         return thresholds.checks(self.kl, self.top1_agreement, self.perplexity_ratio)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields, safe for JSON."""
-        return {**dataclasses.asdict(self), "records": [record.to_dict() for record in self.records]}
-
     def summary(self) -> str:
         """Return a short table of both models' results and the differences between them."""
         lines = [f"{'':<28}{'model':>14}{'reference':>14}{'ratio':>9}"]
@@ -186,7 +177,9 @@ class Comparison:
             "same continuation": f"{self.equal_continuations} of {_counted(self.prompts)}",
             "compared on": self.extent(),
         }
-        lines += [f"{name:<28}{text}" for name, text in differences.items() if text]
+        for name, text in differences.items():
+            if text:
+                lines.append(f"{name:<28}{text}")
         return "\n".join(lines)
 
     def rows(self) -> list[tuple[str, str, str, str]]:

@@ -20,9 +20,6 @@ from optimum_modegpt.walk.request import Base
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SHARE, FEWEST_HELD_OUT = 0.05, 2
-"""Fraction and minimum number of windows that select the best step and are not used for training."""
-
 
 @dataclass(frozen=True)
 class Recovery:
@@ -71,10 +68,8 @@ def recover(
     perplexity on them. If no step improves the model, or on an error, the model is unchanged.
 
     Args:
-        model: a compressed causal language model, entirely on one device. With several accelerators, it must be the
-            first one.
-        windows: token ids (windows, length) with their record. They may be the windows of the calibration, but the
-            model should be evaluated on others.
+        model: a compressed causal language model, entirely on one device: the first one if there are several.
+        windows: token ids (windows, length) with their record. Evaluate the model on other text.
         teacher: the dense model, on any device. With a teacher, the loss is KL(teacher ‖ model) of the next-token
             distributions instead of the cross-entropy with the text.
         config: settings of the training. None means the defaults.
@@ -98,8 +93,7 @@ def recover(
         _check_teacher(model, teacher)
         check_windows(teacher, windows.tokens)
         teacher_name = teacher_name or Base().completed(teacher).model
-    try:
-        # Not at the top: peft is optional, and the Trainer takes seconds to import.
+    try:  # not at the top: peft is optional, and the Trainer takes seconds to import
         from optimum_modegpt.recovery.training import train
     except ImportError as error:
         raise ImportError("recovery requires peft and accelerate: pip install 'optimum-modegpt[recover]'") from error
@@ -134,11 +128,7 @@ def recover(
 
 
 def check_compressed(model_config: Any) -> None:
-    """Raise if the configuration is not of a model that was compressed by this package.
-
-    Raises:
-        UnsupportedModel: the model is dense. The message says to compress it first.
-    """
+    """Raise `UnsupportedModel` unless the configuration is of a model that was compressed by this package."""
     if not isinstance(getattr(model_config, "modegpt", None), dict):
         raise UnsupportedModel(
             f"expected a compressed model, found a dense one ({model_config.model_type}). Compress it first; you can "
@@ -178,12 +168,12 @@ def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
 
 
 def _split(windows: TokenWindows) -> tuple[Tensor, Tensor]:
-    """Return the windows to train on, and the held-out windows that select the best step."""
+    """Return the windows to train on, and the held-out windows that select the best step: 5 %, at least two."""
     found = len(windows.tokens)
-    held_out = max(FEWEST_HELD_OUT, math.ceil(HELD_OUT_SHARE * found))
+    held_out = max(2, math.ceil(0.05 * found))
     if found <= held_out:
         raise CalibrationDataError(
-            f"{windows.record['name']}: {found} windows are too few: {FEWEST_HELD_OUT} are held out, and training "
-            "needs at least one more. Provide more text, or lower sequence_length."
+            f"{windows.record['name']}: {found} windows are too few: {held_out} are held out, and training needs at "
+            "least one more. Provide more text, or lower sequence_length."
         )
     return windows.tokens[:-held_out], windows.tokens[-held_out:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +23,6 @@ from optimum_modegpt.report import count_parameters
 
 LORA_ALPHA = 32
 """The adapter's output is scaled by alpha / rank, so one learning rate suits all ranks."""
-WARM_UP = 0.05
 SCORINGS = 10
 """Number of times that the held-out windows are scored."""
 CHECKPOINTED_PARAMETERS = 500_000_000
@@ -69,11 +67,7 @@ def _adapt(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
     """Add an adapter in float32 to each projection of the model's blocks. Initially, it does not change the output."""
     family: Any = model.config.family  # pyright: ignore[reportAttributeAccessIssue]
     projections = [projection.path for projection in family.projections]
-    adapter = LoraConfig(r=config.lora_rank, lora_alpha=LORA_ALPHA, target_modules=projections)
-    with warnings.catch_warnings():
-        # peft uses a name that transformers has deprecated.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        adapted = get_peft_model(model, adapter)
+    adapted = get_peft_model(model, LoraConfig(r=config.lora_rank, lora_alpha=LORA_ALPHA, target_modules=projections))
     assert isinstance(adapted, PeftModel)
     return adapted
 
@@ -95,7 +89,7 @@ def _fit(
             gradient_accumulation_steps=config.batch_size // together,
             learning_rate=config.peak_learning_rate(model.config),
             lr_scheduler_type="cosine",
-            warmup_steps=WARM_UP,
+            warmup_steps=0.05,
             seed=config.seed,
             use_cpu=accelerator is None or model.device.type != accelerator.type,
             use_cache=model.config.use_cache,
@@ -143,10 +137,10 @@ class _RecoveryTrainer(Trainer):
 
 
 def mean_by_chunks(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
-    """Compute the mean over all positions of `reduce`, applied to chunks of them, with gradients.
+    """Compute the mean of `reduce` over all positions, with gradients.
 
-    Only one chunk of the float32 logits and their intermediate results exists at a time. Chunks are recomputed in the
-    backward pass.
+    Chunks of the positions are computed one by one, and again in the backward pass, so that only one chunk of the
+    float32 logits exists at a time.
     """
 
     def summed(*chunk: Tensor) -> Tensor:
