@@ -137,7 +137,9 @@ def _curve(
     def points(heights: list[float]) -> list[str]:
         return [f"{x(token)},{y(height)}" for token, height in enumerate(heights, start)]
 
-    area = [] if band is None or band[0] == band[1] else [*points(band[1]), *reversed(points(band[0]))]
+    area: list[str] = []
+    if band is not None and band[0] != band[1]:
+        area = [*points(band[1]), *reversed(points(band[0]))]
     alt = f"Line from {form.format(values[0])} at token {start} to {form.format(values[-1])} at token {end}."
     return Chart(title, x_label, alt, x, y, band=" ".join(area), line=" ".join(points(values)))
 

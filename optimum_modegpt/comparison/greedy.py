@@ -47,12 +47,14 @@ def continuation(model: PreTrainedModel, ids: Tensor, max_new_tokens: int, end_t
     """Generate a greedy continuation of `ids` (tokens,) until one of the end tokens."""
     batch = ids[None].to(model.device)
     ticks, clock = _Ticks(), StageClock(model.device)
-    before = clock.in_use() if clock.allocator else 0
+    measured, before = nullcontext(), 0
+    if clock.allocator:
+        measured, before = clock.stage("generate"), clock.in_use()
     # `generate` takes every setting that a call omits from the model's own config, so that one is replaced.
     own = model.generation_config
     model.generation_config = GenerationConfig(return_dict_in_generate=True, eos_token_id=end_tokens, pad_token_id=0)
     try:
-        with clock.stage("generate") if clock.allocator else nullcontext():
+        with measured:
             start = time.perf_counter()
             output: Any = model.generate(  # pyright: ignore[reportCallIssue]
                 batch, attention_mask=batch.new_ones(batch.shape), max_new_tokens=max_new_tokens, streamer=ticks

@@ -124,9 +124,15 @@ class CanaryMonitor:
         sink: Sink | str | Path | None = None,
     ) -> None:
         self.thresholds = thresholds or Thresholds()
-        _check_numbers(fraction, window, queue_size, self.thresholds)
+        if not 0 <= fraction <= 1:
+            raise InvalidConfig(f"fraction must be in [0, 1], found {fraction}.")
+        if window < 1 or queue_size < 1:
+            raise InvalidConfig(f"window and queue_size must be at least 1, found {window} and {queue_size}.")
+        if self.thresholds.max_perplexity_ratio is not None:
+            raise InvalidConfig("a monitor accepts max_kl and min_agreement; for max_perplexity_ratio use compare.")
         _check_models(model, reference)
-        self.model, self.reference = model, reference
+        self.model: Any = model
+        self.reference = reference
         self.fraction, self.queue_size = fraction, queue_size
         self._sink = _appending(Path(sink)) if isinstance(sink, str | Path) else sink
         self._random = random.Random(seed)
@@ -146,7 +152,7 @@ class CanaryMonitor:
     @contextmanager
     def watching(self) -> Iterator[PreTrainedModel]:
         """Observe every call of `model.generate` within the context, including calls by a pipeline."""
-        model: Any = self.model
+        model = self.model
         generate, replaced = model.generate, vars(model).get("generate")
         active = True
 
@@ -186,7 +192,7 @@ class CanaryMonitor:
                 own config supplies missing values.
         """
         with self._counting_errors("a request could not be observed"):
-            config = _merged_config(self.model, generation_config)
+            config, _ = self.model._prepare_generation_config(generation_config)
             self._observe(input_ids, output_ids, attention_mask, config)
 
     def summary(self) -> MonitorSummary:
@@ -211,40 +217,39 @@ class CanaryMonitor:
         self, output: Any, inputs: Any = None, generation_config: Any = None, *_: Any, **given: Any
     ) -> None:
         """Observe the requests of one `generate` call from its output and its arguments."""
-        ids = given.get("input_ids") if inputs is None else inputs
+        ids = inputs
+        if ids is None:
+            ids = given.get("input_ids")
         if ids is None or given.get("inputs_embeds") is not None:
             raise EvaluationError(
                 "generate was called without token ids or with inputs_embeds; only prompts of token ids are compared."
             )
-        model: Any = self.model
-        config = _merged_config(model, generation_config, **given)
+        config, _ = self.model._prepare_generation_config(generation_config, **given)
         mask = given.get("attention_mask")
         if mask is None:  # inferred as `generate` does
-            model._prepare_special_tokens(config, device=ids.device)
-            mask = model._prepare_attention_mask_for_generation(ids, config, {})
+            self.model._prepare_special_tokens(config, device=ids.device)
+            mask = self.model._prepare_attention_mask_for_generation(ids, config, {})
         self._observe(ids, getattr(output, "sequences", output), mask, config)
 
-    def _observe(self, inputs: Tensor, outputs: Tensor, masks: Tensor | None, config: GenerationConfig) -> None:
+    def _observe(self, inputs: Tensor, outputs: Tensor, masks: Tensor | None, config: Any) -> None:
         repeats = len(outputs) // len(inputs)
-        for row in range(len(outputs)):
+        for row, output in enumerate(outputs):
+            sampled = None
+            if self._random.random() < self.fraction:
+                mask = None if masks is None else masks[row // repeats].cpu().bool()
+                sampled = _split(inputs[row // repeats].cpu(), output.cpu(), mask, config)
             with self._lock:
                 if self._closed:
                     return
                 number = self._summary.requests
                 self._summary.requests += 1
-                chosen = self._random.random() < self.fraction
-            if chosen:
-                mask = None if masks is None else masks[row // repeats].cpu().bool()
-                prompt, answer = _split(inputs[row // repeats].cpu(), outputs[row].cpu(), mask, config)
-                self._submit(number, prompt, answer)
-
-    def _submit(self, number: int, prompt: Tensor, answer: Tensor) -> None:
-        with self._lock:
-            if self._summary.waiting >= self.queue_size:
-                self._summary.skipped += 1
-            elif not self._closed:
+                if sampled is None:
+                    continue
+                if self._summary.waiting >= self.queue_size:
+                    self._summary.skipped += 1
+                    continue
                 self._summary.waiting += 1
-                self._last = self._thread.submit(self._compare, number, prompt, answer)
+                self._last = self._thread.submit(self._compare, number, *sampled)
 
     # --------------------------------------------------------------------------------------------------- in the thread
 
@@ -271,7 +276,7 @@ class CanaryMonitor:
         with self._lock:
             found = self._summary
             found.compared += 1
-            self._recent.append(record)
+            self._recent.append(dict(record))
             for name in ("kl", "top1_agreement", "top5_overlap"):
                 mean = getattr(found, name) or 0.0
                 setattr(found, name, mean + (record[name] - mean) / found.compared)
@@ -285,9 +290,10 @@ class CanaryMonitor:
                 found.status = "broken" if found.broken else "held"
             record["recent_kl"], record["recent_agreement"] = found.recent_kl, found.recent_agreement
             record["status"], broken = found.status, found.broken
-        if record["status"] != before:
-            level = logging.WARNING if record["status"] == "broken" else logging.INFO
-            logger.log(level, "canary: thresholds %s over the last requests: %s", record["status"], "; ".join(broken))
+        if broken and before != "broken":
+            logger.warning("canary: thresholds broken over the last requests: %s", "; ".join(broken))
+        elif before == "broken" and not broken:
+            logger.warning("canary: all thresholds hold again over the last requests")
 
     @contextmanager
     def _counting_errors(self, action: str) -> Iterator[None]:
@@ -301,13 +307,7 @@ class CanaryMonitor:
             logger.warning("canary: %s: %s", action, error, exc_info=error)
 
 
-def _merged_config(model: Any, config: GenerationConfig | None, **arguments: Any) -> GenerationConfig:
-    """Merge the arguments of a `generate` call, its generation config and the model's, as `generate` does."""
-    merged, _ = model._prepare_generation_config(config, **arguments)
-    return merged
-
-
-def _split(prompt: Tensor, ids: Tensor, mask: Tensor | None, config: GenerationConfig) -> tuple[Tensor, Tensor]:
+def _split(prompt: Tensor, ids: Tensor, mask: Tensor | None, config: Any) -> tuple[Tensor, Tensor]:
     """Split a served sequence into its prompt and its answer (tokens,), without the padding before and after them."""
     answer = ids[len(prompt) :]
     if len(answer) == 0 or not torch.equal(ids[: len(prompt)], prompt):
@@ -316,15 +316,15 @@ def _split(prompt: Tensor, ids: Tensor, mask: Tensor | None, config: GenerationC
         prompt = prompt[mask]
     if len(prompt) == 0:
         raise EvaluationError("the attention mask hides every token of a prompt; at least one token must be visible.")
-    settings: Any = config
-    ends = settings.eos_token_id
-    ended = torch.isin(answer, torch.as_tensor([] if ends is None else ends).cpu()).nonzero()
-    if len(ended):
-        return prompt, answer[: int(ended[0]) + 1]
-    # The answer may have ended without an end token, for example at a stop string.
-    pad = settings.pad_token_id
-    written = [] if pad is None else (answer != pad).nonzero()
-    return prompt, answer[: int(written[-1]) + 1] if len(written) else answer
+    if config.eos_token_id is not None:
+        ended = torch.isin(answer, torch.as_tensor(config.eos_token_id).cpu()).nonzero()
+        if len(ended):
+            return prompt, answer[: int(ended[0]) + 1]
+    if config.pad_token_id is not None:  # an answer may end without an end token, for example at a stop string
+        written = (answer != config.pad_token_id).nonzero()
+        if len(written):
+            return prompt, answer[: int(written[-1]) + 1]
+    return prompt, answer
 
 
 def _appending(file: Path) -> Sink:
@@ -336,16 +336,6 @@ def _appending(file: Path) -> Sink:
             lines.write(json.dumps(record) + "\n")
 
     return append
-
-
-def _check_numbers(fraction: float, window: int, queue_size: int, thresholds: Thresholds) -> None:
-    if not 0 <= fraction <= 1:
-        raise InvalidConfig(f"fraction must be in [0, 1], found {fraction}.")
-    for name, value in (("window", window), ("queue_size", queue_size)):
-        if value < 1:
-            raise InvalidConfig(f"{name} must be at least 1, found {value}.")
-    if thresholds.max_perplexity_ratio is not None:
-        raise InvalidConfig("a monitor accepts max_kl and min_agreement; for max_perplexity_ratio use compare.")
 
 
 def _check_models(model: PreTrainedModel, reference: PreTrainedModel) -> None:

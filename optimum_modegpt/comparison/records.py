@@ -217,11 +217,13 @@ class Comparison(Means):
 
 def size(number: float) -> str:
     """Format a number of bytes in a suitable unit."""
-    if number < 1024:
+    if number < 2**10:
         return f"{number:,.0f} B"
     if number < 2**20:
         return f"{number / 2**10:.1f} KiB"
-    return f"{number / 2**20:.1f} MiB" if number < 2**30 else f"{number / 2**30:,.2f} GiB"
+    if number < 2**30:
+        return f"{number / 2**20:.1f} MiB"
+    return f"{number / 2**30:,.2f} GiB"
 
 
 def milliseconds(seconds: float) -> str:

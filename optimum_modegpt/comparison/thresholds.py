@@ -21,7 +21,9 @@ class Check:
     @property
     def held(self) -> bool:
         """Return whether the measured value is within the limit."""
-        return self.found >= self.allowed if self.at_least else self.found <= self.allowed
+        if self.at_least:
+            return self.found >= self.allowed
+        return self.found <= self.allowed
 
     def __str__(self) -> str:
         bound = "at least" if self.at_least else "at most"

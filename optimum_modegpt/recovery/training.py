@@ -219,8 +219,9 @@ def _activations_recomputed(model: PreTrainedModel) -> Iterator[None]:
     if is_on or count_parameters(model) < CHECKPOINTED_PARAMETERS:
         yield
         return
-    is_new = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.21
-    name = "activation_checkpointing" if is_new else "gradient_checkpointing"
+    name = "gradient_checkpointing"
+    if hasattr(model, "activation_checkpointing_enable"):
+        name = "activation_checkpointing"  # since transformers 5.21
     getattr(model, f"{name}_enable")()
     model.disable_input_require_grads()  # only reentrant checkpointing needs it
     try:

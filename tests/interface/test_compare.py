@@ -813,7 +813,7 @@ def test_what_cannot_be_watched_is_refused(models: tuple[PreTrainedModel, PreTra
     model, reference = models
     with pytest.raises(InvalidConfig, match=r"fraction must be in \[0, 1\], found 5"):
         CanaryMonitor(model, reference, fraction=5)
-    with pytest.raises(InvalidConfig, match="window must be at least 1"):
+    with pytest.raises(InvalidConfig, match="window and queue_size must be at least 1, found 0 and 64"):
         CanaryMonitor(model, reference, window=0)
     with pytest.raises(InvalidConfig, match="for max_perplexity_ratio use compare"):
         CanaryMonitor(model, reference, thresholds=Thresholds(max_perplexity_ratio=2))
