@@ -104,15 +104,15 @@ def compare(
     )
 
 
-def distances(model: PreTrainedModel, reference: PreTrainedModel, prompt: Tensor, continuation: Tensor) -> Distances:
+def distances(model: PreTrainedModel, reference: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Distances:
     """Compare the predictions of both models on the ids of a text, from its second token on.
 
-    The caller must set evaluation mode and inference mode. `prompt` and `continuation` have the shape (tokens,).
+    The caller must set evaluation mode and inference mode. `prompt` and `answer` have the shape (tokens,).
 
     Raises:
         EvaluationError: logits are not finite.
     """
-    batch = torch.cat((prompt, continuation))[None].to(model.device)
+    batch = torch.cat((prompt, answer))[None].to(model.device)
     ours = logits_of(model, batch)
     theirs = logits_of(reference, batch.to(reference.device)).to(ours.device)
     found = Distances(
