@@ -64,19 +64,16 @@ class MonitorSummary:
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
-        rows = [
+        text = (
             f"requests: {self.requests:,} served, {self.compared:,} compared, {self.skipped:,} skipped because of a "
-            f"full queue, {self.waiting:,} waiting, {self.errors:,} errors"
-        ]
+            f"full queue, {self.waiting:,} waiting, {self.errors:,} errors\n"
+        )
         if self.last_error is not None:
-            rows.append(f"last error: {self.last_error}")
-        if self.kl is not None:
-            rows.append(f"KL divergence {self.kl:.4f} nats per position, {self.recent_kl:.4f} over the last requests")
-            rows.append(
-                f"top-1 agreement {self.top1_agreement:.2%}, {self.recent_agreement:.2%} over the last requests"
-            )
-        rows.append(f"thresholds: {'; '.join(self.broken) or self.status}")
-        return "\n".join(rows)
+            text += f"last error: {self.last_error}\n"
+        if self.compared:
+            text += f"KL divergence {self.kl:.4f} nats per position, {self.recent_kl:.4f} over the last requests\n"
+            text += f"top-1 agreement {self.top1_agreement:.2%}, {self.recent_agreement:.2%} over the last requests\n"
+        return text + f"thresholds: {'; '.join(self.broken) or self.status}"
 
 
 class CanaryMonitor:
@@ -206,7 +203,7 @@ class CanaryMonitor:
             self._last.result()
 
     def close(self) -> None:
-        """Compare the waiting requests, and end the thread. Later requests are not observed."""
+        """Compare the waiting requests, and end the thread, as Python does at exit. Later requests are not observed."""
         with self._lock:
             self._closed = True
         self._thread.shutdown()

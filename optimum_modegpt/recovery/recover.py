@@ -90,7 +90,12 @@ def recover(
         logger.warning(degenerate)
     check_windows(model, windows.tokens)
     if teacher is not None:
-        _check_teacher(model, teacher)
+        ours, theirs = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
+        if ours != theirs:
+            raise InvalidConfig(
+                f"the teacher predicts {theirs} tokens, the model {ours}; the vocabularies must be equal. "
+                f"Use the model that it was compressed from: {model.config.modegpt.get('base_model')}."
+            )
         check_windows(teacher, windows.tokens)
         teacher_name = teacher_name or Base().completed(teacher).model
     try:  # not at the top: peft is optional, and the Trainer takes seconds to import
@@ -155,15 +160,6 @@ def _check_model(model: PreTrainedModel) -> None:
         raise UnsupportedModel(
             f"the weights are on {', '.join(sorted(map(str, devices)))}; training needs all of them on one device, or "
             "on the first of several accelerators (CUDA_VISIBLE_DEVICES selects it). Load the model without device_map."
-        )
-
-
-def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    ours, theirs = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
-    if ours != theirs:
-        raise InvalidConfig(
-            f"the teacher predicts {theirs} tokens, the model {ours}; the vocabularies must be equal. "
-            f"Use the model that it was compressed from: {model.config.modegpt.get('base_model')}."
         )
 
 
