@@ -1,4 +1,4 @@
-"""The canary: a model beside the one it replaces; its command, thresholds and page; the monitor of live requests."""
+"""Test the comparison of two models, its command, thresholds and page, and the monitor of live requests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ NEW = 8
 
 @pytest.fixture(scope="module")
 def models() -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A model, and a reference that is near it."""
+    """Return a model and a reference with slightly different weights."""
     reference, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def found(models: tuple[PreTrainedModel, PreTrainedModel]) -> Comparison:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, models: tuple[PreTrainedModel, PreTrainedModel]) -> list[Path]:
-    """The reference and the model on disk, in the order of the command."""
+    """Save both models, and return the folders in the order of the command."""
     root = tmp_path_factory.mktemp("models")
     models[0].save_pretrained(root / "small")
     tokenizer().save_pretrained(root / "small")
@@ -80,7 +80,7 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def greedy(model: PreTrainedModel, prompt: str) -> Tensor:
-    """Prompt and continuation, each token from a pass over all before it, without a cache."""
+    """Return the ids of a prompt and its greedy continuation, generated without a cache."""
     ids = torch.tensor([tokenizer()(prompt).input_ids])
     with torch.no_grad():
         for _ in range(NEW):
@@ -94,7 +94,7 @@ def greedy(model: PreTrainedModel, prompt: str) -> Tensor:
 
 
 class Predicts(torch.nn.Module):
-    """Stands for a model: the same logits at every position."""
+    """A fake model that predicts the same logits at every position."""
 
     device, dtype = torch.device("cpu"), torch.float32
 
@@ -201,7 +201,7 @@ GENERATION: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("setting", GENERATION)
-def test_both_are_greedy_whatever_their_generation_configs_say(
+def test_both_are_greedy_for_all_generation_configs(
     setting: str, models: tuple[PreTrainedModel, PreTrainedModel]
 ) -> None:
     model = dense("llama-gqa-tied")
@@ -239,7 +239,7 @@ def test_long_prompts_are_cut_with_a_warning(
         ([[{"role": "user", "content": "a"}]], NEW, "prompt 1 cannot be formatted with the chat template: .* not set"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(
+def test_invalid_prompts_are_refused(
     prompts: Any, new: int, message: str, models: tuple[PreTrainedModel, PreTrainedModel]
 ) -> None:
     with pytest.raises(EvaluationError, match=message):
@@ -322,7 +322,7 @@ def test_limits_out_of_range_are_refused(limits: dict[str, float]) -> None:
         Thresholds(**limits)
 
 
-def test_a_limit_on_what_was_not_measured_is_refused(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
+def test_a_limit_of_a_missing_measure_is_refused(models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
     found = compare(*models, tokenizer(), ["x"], max_new_tokens=2)
     assert found.perplexity is found.kl_of_prompts is None
     with pytest.raises(EvaluationError, match="needs prompts of at least two tokens"):
@@ -387,7 +387,7 @@ def test_a_broken_configuration_is_told_before_any_work(
         assert f"broken{place}' cannot be loaded" in errors
 
 
-def test_what_was_measured_is_kept_where_a_limit_cannot_be_judged(
+def test_results_are_written_if_a_limit_cannot_be_checked(
     folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "one.txt").write_text("x\n")
@@ -453,7 +453,7 @@ def test_a_line_is_written_as_soon_as_its_prompt_is_measured(
 
 
 class Page(HTMLParser):
-    """Tags, their attributes, and the text outside of styles."""
+    """Collects tags, attributes, and the text outside of styles."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -486,7 +486,7 @@ def test_the_page_needs_nothing_and_runs_nothing(models: tuple[PreTrainedModel, 
         assert record.prompt in page.text
 
 
-def test_the_page_says_what_was_found(found: Comparison) -> None:
+def test_the_page_contains_the_results(found: Comparison) -> None:
     checks = found.check(Thresholds(max_kl=0, min_agreement=0))
     text = comparison_page(found, checks, model="small", reference="dense")
     page = Page(text)
@@ -519,7 +519,7 @@ def test_the_command_writes_the_page(folders: list[Path], prompts: Path, tmp_pat
 
 
 def served(model: PreTrainedModel, requests: int = 6, **flags: Any) -> list[Tensor]:
-    """Sampled answers to left-padded prompts, from the global generator."""
+    """Generate sampled answers to left-padded prompts, with the global random generator."""
     torch.manual_seed(0)
     answers = []
     for request in range(requests):
@@ -809,7 +809,9 @@ def test_rotary_tables_that_a_forward_pass_changes_are_refused(kind: str) -> Non
         CanaryMonitor(fixed, changing)
 
 
-def test_what_cannot_be_watched_is_refused(models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path) -> None:
+def test_invalid_arguments_of_a_monitor_are_refused(
+    models: tuple[PreTrainedModel, PreTrainedModel], tmp_path: Path
+) -> None:
     model, reference = models
     with pytest.raises(InvalidConfig, match=r"fraction must be in \[0, 1\], found 5"):
         CanaryMonitor(model, reference, fraction=5)

@@ -1,4 +1,4 @@
-"""Recovery: what is learnt, what stays as it was, what is saved, and what is refused."""
+"""Test recovery: the training, the restored state, the saved model, and the errors."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ from optimum_modegpt.recovery import training
 SHORT = RecoveryConfig(steps=6, batch_size=4, learning_rate=3e-3, lora_rank=4)
 
 LONGER = replace(SHORT, steps=20, learning_rate=3e-2)
-"""Enough that large steps can only do harm afterwards."""
+"""Long enough that a later training with a large learning rate only makes the model worse."""
 
 
 def windows_of(count: int = 26, length: int = 16) -> TokenWindows:
-    """Windows that a model can learn: each token follows from the one before."""
+    """Return windows that a model can learn: each token determines the next."""
     start = torch.arange(count)[:, None] * 3
     ids = (start + torch.arange(length)) % 11 + 5
     origin = {"name": "counting", "split": None, "revision": None, "sha256": "0", "windows": count}
@@ -71,13 +71,13 @@ def changed(model: PreTrainedModel, before: dict[str, Tensor]) -> set[str]:
 
 
 def projections(model: PreTrainedModel) -> set[str]:
-    """Names of the weights of the blocks' projections."""
+    """Return the names of the weights of the blocks' projections."""
     blocks = model.base_model.get_submodule(model.config.family.blocks)
     inside = {id(parameter) for parameter in blocks.parameters() if parameter.ndim == 2}
     return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
-# ------------------------------------------------------------------------------------------------------ what is learnt
+# --------------------------------------------------------------------------------------------------------- the training
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -105,7 +105,7 @@ def test_windows_of_one_token_are_a_warning(caplog: pytest.LogCaptureFixture) ->
 
 
 @pytest.mark.parametrize("distilled", [False, True])
-def test_the_record_tells_what_was_done(distilled: bool) -> None:
+def test_the_record_of_the_configuration(distilled: bool) -> None:
     model, windows = compressed("opt"), windows_of()
     teacher = dense("opt") if distilled else None
     recovery = recover(model, windows, teacher=teacher, config=SHORT)
@@ -212,10 +212,10 @@ def test_half_precision_weights_learn_in_float32(dtype: torch.dtype, monkeypatch
     assert all(torch.equal(buffer, rotary[name]) for name, buffer in model.named_buffers())
 
 
-# ----------------------------------------------------------------------------------------------- what stays as it was
+# --------------------------------------------------------------------------------------------------- the restored state
 
 
-def test_the_callers_random_numbers_go_on_as_before() -> None:
+def test_the_callers_random_state_is_restored() -> None:
     first, second = compressed("opt"), compressed("opt")
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
     recover(first, windows_of(), config=SHORT)
@@ -240,9 +240,7 @@ def test_a_model_that_only_gets_worse_is_left_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, EvaluationError])
-def test_what_goes_wrong_leaves_the_model_as_it_was(
-    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_leaves_the_model_unchanged(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     model = compressed("llama-gqa-tied").half()
     attributes, before = set(vars(model)), state(model)
 
@@ -258,10 +256,10 @@ def test_what_goes_wrong_leaves_the_model_as_it_was(
     assert "recovered" not in model.config.modegpt
 
 
-# ---------------------------------------------------------------------------------------------------- what is refused
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_what_is_no_compressed_model_is_refused() -> None:
+def test_other_models_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"a dense one \(llama\).*Compress it first"):
         recover(dense("llama-gqa-tied"), windows_of())
     classifier = compressed("llama-gqa-tied", auto="AutoModelForSequenceClassification")
@@ -320,7 +318,7 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         recover(compressed("opt"), windows_of())
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# ----------------------------------------------------------------------------------------------------- the command line
 
 QUICK = ["--steps", "6", "--batch-size", "4", "--sequence-length", "32", "--learning-rate", "0.003"]
 
@@ -386,7 +384,7 @@ def test_the_command_saves_an_ordinary_compressed_model(
 
 
 def stopped(words: list[str], by: signal.Signals) -> tuple[int, str]:
-    """Runs the command in a process that gets a signal when its result is saved; its exit code and messages."""
+    """Run the command in a process that gets a signal when it saves its result. Return its exit code and messages."""
     script = (
         "import os, signal, time\n"
         "from optimum_modegpt.cli import main as cli\n"
@@ -461,7 +459,7 @@ def test_a_report_that_cannot_be_read_is_told_before_training(
     assert "report_version" in errors
 
 
-def test_a_summary_is_for_people() -> None:
+def test_the_summary() -> None:
     recovery = Recovery(
         perplexity_before=12.0,
         perplexity_after=10.0,

@@ -1,4 +1,4 @@
-"""`Report`: JSON round trip and the short table."""
+"""Test the JSON round trip of a report, and its short table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_report_cannot_be_changed(report: Report) -> None:
         report.device = "other"  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_the_table_says_what_was_done(report: Report) -> None:
+def test_the_table(report: Report) -> None:
     lines = report.summary().splitlines()
     assert lines[0].split() == ["block", "mlp", "qk", "vo"]
     assert lines[1].split() == ["0", "40/48", "err", "0.125", "6/8", "err", "0.000", "8/8"]
