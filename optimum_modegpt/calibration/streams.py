@@ -6,6 +6,7 @@ memory. The storage is chosen for the first stream, and results computed from a 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import tempfile
@@ -155,8 +156,9 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(super().__getattribute__("block")[0], name)  # models read flags such as attention_type
 
-    def forward(self, stream: Tensor, **arguments: Any) -> Tensor:
-        self.stream, self.arguments = stream, arguments
+    def forward(self, stream: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+        names = list(inspect.signature(self.block[0].forward).parameters)[1:]
+        self.stream, self.arguments = stream, dict(zip(names, positional, strict=False)) | arguments
         return stream
 
 

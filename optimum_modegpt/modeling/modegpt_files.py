@@ -6,7 +6,7 @@ This file is also remote code: it is copied beside the weights and must import n
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,6 @@ SIZES = (
     *LISTED_LIMITS,
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
-    "ffn_dim",
-    "word_embed_proj_dim",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -33,14 +30,17 @@ SIZES = (
 )
 
 
-def check_sizes(values: Mapping[str, Any]) -> None:
-    """Refuses sizes of a configuration, by name, that no model has; those that are absent or None are not checked.
+def check_sizes(values: Mapping[str, Any], more: Iterable[str] = (), names: Mapping[str, str] | None = None) -> None:
+    """Check the sizes of a configuration. Sizes that are absent or None are not checked.
+
+    `more` are the sizes that only the model's family has. `names` maps a size to its name in `values`.
 
     Raises:
         ValueError: a size is no integer, below 1 or absurdly large, or the heads do not fall into groups.
     """
-    for name in SIZES:
-        size, limit = values.get(name), LISTED_LIMITS.get(name, SIZE_LIMIT)
+    values = {name: values.get((names or {}).get(name, name)) for name in (*SIZES, *more)}
+    for name, size in values.items():
+        limit = LISTED_LIMITS.get(name, SIZE_LIMIT)
         if size is not None and (type(size) is not int or not 1 <= size <= limit):
             raise ValueError(f"config.json: {name} is {size!r}; expected an integer in [1, {limit}].")
     heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
