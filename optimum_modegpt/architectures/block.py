@@ -23,9 +23,9 @@ from optimum_modegpt.modeling.modegpt_family import Family, Norm, Part, Topology
 class Block:
     """One decoder block of a known family.
 
-    A dense block is only run forward and measured. Its weights are read and replaced in a copy with the compressed
-    classes, `compressible_copy`, which stores every projection separately. Rows of a projection are its weight (out, in) with the
-    bias, if any, as the last column, so that a map of the outputs acts on both.
+    A dense block is only run forward and measured. Its weights are read and replaced in a `compressible_copy`, which
+    has the compressed classes and stores every projection separately. Rows of a projection are its weight (out, in)
+    with the bias, if any, as the last column, so that a map of the outputs acts on both.
     """
 
     module: nn.Module
