@@ -1,4 +1,4 @@
-"""The order of norms, halves and sums in a block: what attention and MLP read of the stream, and how they are added."""
+"""The order of norms, halves and sums in a block: the inputs of attention and MLP, and how their outputs are added."""
 
 from __future__ import annotations
 

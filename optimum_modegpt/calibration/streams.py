@@ -66,12 +66,12 @@ class StreamStorage:
             ) from error
 
 
-def store_like(tensors: Iterable[Tensor], beside: Stream) -> Iterator[Tensor]:
-    """Move the tensors to the storage of the stream `beside`, in order. Yield each one after its copy has completed.
+def store_like(tensors: Iterable[Tensor], stream: Stream) -> Iterator[Tensor]:
+    """Move the tensors to the storage of `stream`, in order. Yield each one after its copy has completed.
 
     Copies to host memory overlap with the computation of the next tensors. Writes to a file block it.
     """
-    place = next(map(StreamStorage.of, beside), StreamStorage(HOST))
+    place = next(map(StreamStorage.of, stream), StreamStorage(HOST))
     return offload(tensors) if place == StreamStorage(HOST) else map(place.keep, tensors)
 
 

@@ -230,7 +230,7 @@ class Family:
         blocks: path of the list of blocks, from the base model.
         attention, mlp, norm, residual, head: the parts of a model.
         sizes: names of sizes in the configuration that only this family has.
-        refused: names of booleans in the configuration that change what a block computes, and must be false.
+        refused: names of booleans in the configuration that change the computation of a block, and must be false.
     """
 
     model_type: str
