@@ -15,15 +15,20 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
-from optimum_modegpt.modeling.modegpt_common import Widths
+from optimum_modegpt.modeling import DENSE_TYPES, SHARED_FILES
+from optimum_modegpt.modeling.modegpt_common import Widths, head_dim, mlp_width
 
 VOCABULARY = 260
 """256 bytes, three special tokens and one token that the tokenizer never makes."""
@@ -40,6 +45,7 @@ _COMMON: dict[str, Any] = {
 }
 _GATED = _COMMON | {"intermediate_size": 48}
 _OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+_GPT2 = _COMMON | {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-gqa-tied": (LlamaConfig, _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -64,12 +70,51 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "opt": (OPTConfig, _OPT),
     "opt-post-ln": (OPTConfig, _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
     "opt-bare": (OPTConfig, _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "qwen3": (Qwen3Config, _GATED | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3-mixed-window-biases": (
+        Qwen3Config,
+        _GATED
+        | {
+            "num_key_value_heads": 1,
+            "head_dim": 12,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": (Phi3Config, _GATED | {"num_key_value_heads": 2}),
+    "phi3-partial-window-tied": (
+        Phi3Config,
+        _GATED
+        | {
+            "num_key_value_heads": 4,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_neox": (GPTNeoXConfig, _GATED),
+    "gpt_neox-sequential-tied": (
+        GPTNeoXConfig,
+        _GATED | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "gpt_neox-full-rotary": (
+        GPTNeoXConfig,
+        _GATED | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    ),
+    "gpt2": (GPT2Config, _GPT2),
+    "gpt2-scaled-untied": (
+        GPT2Config,
+        _GPT2 | {"n_inner": None, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
+    ),
 }
-SHARED_CODE = {f"modegpt_{name}.py" for name in ("common", "contract", "family", "files")}
+SHARED_CODE = {f"{name}.py" for name in SHARED_FILES}
 """The code files of every compressed model; its family adds one."""
 
-FAMILIES = ("llama-gqa-tied", "mistral-window", "qwen2-mixed-window", "opt")
-"""One variant of each family, for what costs more than a forward pass."""
+_REPRESENTATIVES = {"llama": "llama-gqa-tied", "mistral": "mistral-window", "qwen2": "qwen2-mixed-window"}
+FAMILIES = tuple(_REPRESENTATIVES.get(model_type, model_type) for model_type in DENSE_TYPES)
+"""One variant of each family, for tests that cost more than a forward pass."""
 
 _AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
@@ -88,8 +133,9 @@ def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
             if parameter.ndim == 1:
-                parameter.copy_(0.3 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0))
-            elif "embed" in name:
+                is_gain = name.endswith("weight") and ("norm" in name or "ln_" in name)
+                parameter.copy_(0.3 * noise + (1.0 if is_gain else 0.0))
+            elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
@@ -114,15 +160,17 @@ def compressed(
     model_class = classes(name)[auto]
     config_class, values = VARIANTS[name]
     dense_config = config_class(**(values | changes))
-    head_dim = getattr(dense_config, "head_dim", None) or dense_config.hidden_size // dense_config.num_attention_heads
-    odd = 0 if model_class.attention_class.family.attention.rotary else 1
-    widths = widths or [Widths(4 + odd, 7, 31), Widths(6 + odd, 3, 40), Widths(head_dim, head_dim, 48)]
+    family = model_class.attention_class.family
+    head, mlp = head_dim(dense_config), mlp_width(dense_config, family)
+    odd = 0 if family.attention.positions.pairs != "none" else 1
+    qk = [head] * 3 if "qk" in family.full_width_parts else [4 + odd, 6 + odd, head]
+    widths = widths or [Widths(qk[0], 7, 31), Widths(qk[1], 3, 40), Widths(qk[2], head, mlp)]
     record = {"format_version": 1, "base_model": name}
     model = fill(model_class(model_class.config_class.from_dense(dense_config, widths, record)), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     for key, buffer in model.named_buffers():
         if key.endswith("rope_index"):
-            pairs = [torch.randperm(head_dim // 2, generator=generator) for _ in buffer]
+            pairs = [torch.randperm(head // 2, generator=generator) for _ in buffer]
             buffer.copy_(torch.stack([row[: buffer.shape[1]].sort().values for row in pairs]))
     return model.eval()
 

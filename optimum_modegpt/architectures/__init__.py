@@ -1,4 +1,4 @@
-"""What we know of model families: the only place beside the compressed classes that knows names such as q_proj."""
+"""The supported model families, and their blocks by role. Other packages do not use names such as q_proj."""
 
 from optimum_modegpt.architectures.block import Block
 from optimum_modegpt.architectures.classes import FamilyClasses

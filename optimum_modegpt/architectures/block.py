@@ -1,4 +1,4 @@
-"""A decoder block as the walk sees it: weights by role, halves to run, parts to install; no names of a family."""
+"""A decoder block by role: read its weights, run its halves, and install compressed parts, without a family's names."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures.classes import FamilyClasses
+from optimum_modegpt.architectures.residual import ResidualProgram
+from optimum_modegpt.architectures.storage import dense_weights, is_separate, reorder_head_norms
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.modeling import modegpt_common as modeling
-from optimum_modegpt.modeling.modegpt_family import Family
+from optimum_modegpt.modeling.modegpt_family import Family, Norm, Part, Topology
 
 
 @dataclass(frozen=True)
 class Block:
     """One decoder block of a known family.
 
-    Rows of a projection are its weight (out, in) with the bias, where there is one, as a last column: a map of the
-    outputs acts on both alike.
+    A dense block is only run forward and measured. Its weights are read and replaced in a `compressible_copy`, which
+    has the compressed classes and stores every projection separately. Rows of a projection are its weight (out, in)
+    with the bias, if any, as the last column, so that a map of the outputs acts on both.
     """
 
     module: nn.Module
@@ -31,7 +34,12 @@ class Block:
     heads: int
     kv_heads: int
     head_dim: int
-    norm_first: bool
+    d_model: int
+    mlp_width: int
+    topology: Topology
+    multiplier: float
+    rotary: bool
+    """Whether query and key are rotated by position."""
 
     @property
     def family(self) -> Family:
@@ -59,13 +67,19 @@ class Block:
         return self._linear(self.family.attention.value)
 
     @property
+    def stored_value(self) -> nn.Module:
+        """The module that holds the value projection, alone or with others."""
+        storage = self.family.attention.storage
+        return self.value if self.is_separate or storage.path is None else self.module.get_submodule(storage.path)
+
+    @property
     def output(self) -> nn.Linear:
         """The attention's output projection."""
         return self._linear(self.family.attention.output)
 
     @property
     def mlp_inputs(self) -> tuple[nn.Linear, ...]:
-        """The MLP's input projections: (gate, up), or one."""
+        """The MLP's input projections: (gate, up), or one. The block must be separate."""
         return tuple(self._linear(path) for path in self.family.mlp.inputs)
 
     @property
@@ -75,18 +89,20 @@ class Block:
 
     @property
     def projections(self) -> tuple[nn.Linear, ...]:
-        """All projections that compression narrows."""
+        """All projections that compression narrows. The block must be separate."""
         return tuple(self._linear(projection.path) for projection in self.family.projections)
 
     @property
-    def attention_norm(self) -> Any:
-        """The norm before the attention, or after it in a post-norm block."""
-        return self.module.get_submodule(self.family.residual.attention_norm)
+    def residual(self) -> ResidualProgram:
+        """The order of norms, halves and sums."""
+        names = self.family.residual
+        norms = (self.module.get_submodule(path) for path in (names.attention_norm, names.mlp_norm))
+        return ResidualProgram(self.topology, self.multiplier, *norms)
 
     @property
-    def mlp_norm(self) -> Any:
-        """The norm before the MLP, or after it in a post-norm block."""
-        return self.module.get_submodule(self.family.residual.mlp_norm)
+    def norm(self) -> Norm:
+        """How the norms of the block compute."""
+        return self.family.norm
 
     @property
     def activation(self) -> Any:
@@ -94,19 +110,27 @@ class Block:
         return self.module.get_submodule(self.family.mlp.activation)
 
     @property
-    def rotary(self) -> bool:
-        """Whether query and key are rotated by position."""
-        return self.family.attention.rotary
+    def full_width_parts(self) -> tuple[Part, ...]:
+        """The parts that compression leaves at their dense width."""
+        return self.family.full_width_parts
 
     @property
-    def gated(self) -> bool:
-        """Whether the MLP has a gate beside up."""
-        return len(self.family.mlp.inputs) == 2
+    def weights(self) -> int:
+        """The number of weights of all projections of the dense block, without biases."""
+        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
+        return (attention + (len(self.family.mlp.inputs) + 1) * self.mlp_width) * self.d_model
+
+    @property
+    def is_separate(self) -> bool:
+        """Whether the block has the compressed classes, or a dense one stores its projections as they do."""
+        if isinstance(self.attention, modeling.ModeGPTAttentionMixin):
+            return True
+        return is_separate(self.module, self.family)
 
     @property
     def dense_widths(self) -> modeling.Widths:
         """The widths of the uncompressed block."""
-        return modeling.Widths(self.head_dim, self.head_dim, self.down.in_features)
+        return modeling.Widths(self.head_dim, self.head_dim, self.mlp_width)
 
     def _linear(self, path: str) -> nn.Linear:
         return self.module.get_submodule(path)  # pyright: ignore[reportReturnType]
@@ -114,75 +138,74 @@ class Block:
     # ------------------------------------------------------------------------------------------------------- weights
 
     def head_rows(self, role: str) -> Tensor:
-        """Rows of the "query", "key" or "value" projection by head, (heads, head_dim, in [+ 1]); float64."""
+        """Return the rows of the projection "query", "key" or "value", (heads, head_dim, in [+ 1]), in float64."""
         return _rows(self._linear(getattr(self.family.attention, role))).unflatten(0, (-1, self.head_dim))
 
     def mlp_rows(self) -> tuple[Tensor, ...]:
-        """Rows of the MLP's input projections, (width, d_model [+ 1]) each: (gate, up) or one; float32 or wider."""
+        """Return the rows of the MLP's input projections, (width, d_model [+ 1]) each, in at least float32."""
         return tuple(_rows(linear, at_least_float32) for linear in self.mlp_inputs)
 
     def input_outputs(self, linear: nn.Linear) -> Tensor:
-        """A projection's weight as (in [+ 1], out): inputs as rows, the bias as the last one; float64."""
+        """Return a projection's weight as (in [+ 1], out), with the bias as the last row, in float64."""
         return _rows(linear).T
 
     # ------------------------------------------------------------------------------------------------------- forward
 
-    def attention_input(self, stream: Tensor) -> Tensor:
-        """What the attention reads of the residual stream at the block's input."""
-        return self.attention_norm(stream) if self.norm_first else stream
-
     def attend(self, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The attention's output, (batch, length, d_model) to the same shape."""
+        """Return the attention's output. Both are (batch, length, d_model)."""
         return self.attention(hidden_states=inputs, **arguments)[0]
 
-    def after_attention(self, total: Tensor) -> Tensor:
-        """The residual stream after the attention, from the sum of stream and attention output."""
-        return total if self.norm_first else self.attention_norm(total)
-
-    def mlp_input(self, stream: Tensor) -> Tensor:
-        """What the MLP reads of the residual stream after the attention."""
-        return self.mlp_norm(stream) if self.norm_first else stream
-
     def mlp_hidden(self, inputs: Tensor) -> Tensor:
-        """The input of the down projection."""
-        first = self.activation(self.mlp_inputs[0](inputs))
-        return first * self.mlp_inputs[1](inputs) if self.gated else first
+        """Return the input of the down projection. The block must be separate."""
+        hidden = self.activation(self.mlp_inputs[0](inputs))
+        for linear in self.mlp_inputs[1:]:
+            hidden = hidden * linear(inputs)
+        return hidden
 
-    def after_mlp(self, total: Tensor) -> Tensor:
-        """The block's output, from the sum of stream and MLP output."""
-        return total if self.norm_first else self.mlp_norm(total)
+    def mlp(self, inputs: Tensor) -> Tensor:
+        """Return the MLP's output. Both are (batch, length, d_model)."""
+        if self.family.mlp.module is None:
+            return self.down(self.mlp_hidden(inputs))
+        return self.module.get_submodule(self.family.mlp.module)(inputs)
 
     def forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The block's output, as transformers computes it."""
+        """Return the block's output, as transformers computes it."""
         return self.module(stream, **arguments)
 
     def composed_forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """The block's output put together from the halves above; equal to `forward` or we misread the block."""
-        middle = self.after_attention(stream + self.attend(self.attention_input(stream), arguments))
-        return self.after_mlp(middle + self.down(self.mlp_hidden(self.mlp_input(middle))))
+        """Return the block's output, composed from its halves. If it differs from `forward`, we misread the block."""
+        residual = self.residual
+        output = self.attend(residual.attention_input(stream), arguments)
+        middle = residual.after_attention(residual.add(stream, output))
+        hidden = self.mlp_hidden(residual.mlp_input(residual.mlp_stream(stream, middle)))
+        return residual.after_mlp(residual.add(middle, self.down(hidden)))
 
     # ------------------------------------------------------------------------------------------------------- install
 
     def compressible_copy(self, device: torch.device) -> Block:
-        """A copy on `device` whose attention is of the compressed class at full width, ready for `install_*`."""
+        """Return a copy on `device` of the compressed classes at full width, ready for `install_*`."""
         copied = self._copied(device)
-        modeling.adopt_attention(copied.attention, self.classes.attention_class)
+        weights = dense_weights(copied.module, self.family)
+        reorder_head_norms(copied.module, self.family)
+        modeling.adopt_block(copied.module, self.classes.causal_lm)
+        for path, (weight, bias) in weights.items():
+            modeling.install_linear(copied.module, path, weight, bias)
         return copied
 
     def narrow(self, widths: modeling.Widths) -> nn.Module:
-        """An empty module of these widths with the compressed attention, on the meta device, to be filled."""
+        """Return an empty module of these widths with the compressed classes on the meta device, to be filled."""
         module = self._copied(torch.device("meta")).module
-        modeling.shrink_block(module, self.classes.attention_class, widths)
+        modeling.shrink_block(module, self.classes.causal_lm, widths)
         return module
 
     def on(self, device: torch.device) -> Block:
-        """This block on `device`: itself where it is there already, else a copy."""
+        """Return this block if it is on `device`, else a copy there."""
         if self.output.weight.device == device:
             return self
         return self._copied(device)
 
     def _copied(self, device: torch.device) -> Block:
-        """A copy whose tensors went straight to `device`: the host never holds a second set for it."""
+        """Return a copy whose tensors are created on `device`, so that the host never holds a second set."""
         tensors: dict[int, Any] = {id(buffer): buffer.to(device, copy=True) for buffer in self.module.buffers()}
         for parameter in self.module.parameters():
             copied = parameter.detach().to(device, copy=True)
@@ -190,7 +213,7 @@ class Block:
         return dataclasses.replace(self, module=copy.deepcopy(self.module, tensors))
 
     def install_query_key(self, query: Tensor, key: Tensor, pairs: Tensor | None) -> None:
-        """Replaces query and key by rows (heads, rank, in [+ 1]); `pairs` (kv_heads, rank / 2) are the rotary ones."""
+        """Replace query and key by rows (heads, rank, in [+ 1]). `pairs` (kv_heads, rank / 2) are the rotary ones."""
         self._install_rows(self.family.attention.query, query.flatten(0, 1))
         self._install_rows(self.family.attention.key, key.flatten(0, 1))
         self.attention.set_widths(query.shape[1], self.attention.v_head_dim)
@@ -198,13 +221,13 @@ class Block:
             modeling.install_rope_index(self.attention, pairs.to(self.output.weight.device))
 
     def install_value_output(self, value: Tensor, output: Tensor) -> None:
-        """Replaces value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model)."""
+        """Replace value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model)."""
         self._install_rows(self.family.attention.value, value.flatten(0, 1))
         self._install_rows(self.family.attention.output, output.T)
         self.attention.set_widths(self.attention.qk_head_dim, value.shape[1])
 
     def install_mlp(self, rows: tuple[Tensor, ...], down: Tensor) -> None:
-        """Replaces the MLP: input rows (rank, d_model [+ 1]) each, and down (rank [+ 1], d_model)."""
+        """Replace the MLP by input rows (rank, d_model [+ 1]) each, and down (rank [+ 1], d_model)."""
         for path, row in zip(self.family.mlp.inputs, rows, strict=True):
             self._install_rows(path, row)
         self._install_rows(self.family.mlp.output, down.T)

@@ -1,4 +1,4 @@
-"""Family × model → blocks. All "unsupported" errors come from here, before any work starts."""
+"""Find the blocks of a model. Unsupported models are refused here, before any work starts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from optimum_modegpt.architectures.block import Block
 from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.families import FAMILIES
+from optimum_modegpt.architectures.head import LogitHead, cap_of, scale_of
+from optimum_modegpt.architectures.residual import multiplier_of, topology_of
 from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
-from optimum_modegpt.modeling.modegpt_common import count_heads
+from optimum_modegpt.modeling.modegpt_common import count_heads, mlp_width, rotates
 from optimum_modegpt.modeling.modegpt_contract import check_attention
 from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
 
@@ -40,17 +43,17 @@ class Architecture:
 
     @property
     def final_norm(self) -> Any:
-        """The norm after the last block, or None where this model has none."""
+        """The norm after the last block, or None if this model has none."""
         return self._optional(self.family.head.norm)
 
     @property
     def block_paths(self) -> list[str]:
-        """Return the paths of the blocks in the whole model."""
+        """The paths of the blocks in the whole model."""
         return [f"{self._base}{self.family.blocks}.{index}" for index in range(len(self.blocks))]
 
     @property
     def final_norm_path(self) -> str:
-        """Return the path of the final norm in the whole model."""
+        """The path of the final norm in the whole model."""
         return f"{self._base}{self.family.head.norm}"
 
     @property
@@ -64,23 +67,38 @@ class Architecture:
         head, embeddings = (cast(nn.Linear, module).weight for module in modules)
         return head.data_ptr() == embeddings.data_ptr()
 
-    def tail(self, device: torch.device) -> nn.Sequential:
+    def tail(self, device: torch.device) -> LogitHead:
         """Copy the modules after the last block to `device`."""
-        return nn.Sequential(*(copy.deepcopy(module).to(device) for module in self.own_tail))
+        return copy.deepcopy(self.own_tail).to(device)
 
     @property
-    def own_tail(self) -> nn.Sequential:
-        """Return the model's own modules after the last block: final norm and projection, if it has them, and head."""
-        projection = self._optional(self.family.head.projection) if self.family.head.projection else None
-        modules = (self.final_norm, projection, self.model.get_output_embeddings())
-        return nn.Sequential(*(module for module in modules if module is not None))
+    def own_tail(self) -> LogitHead:
+        """The model's own modules after the last block, from the final norm to the logits."""
+        head, config = self.family.head, self.model.config
+        return LogitHead(
+            self.final_norm,
+            self._projection,
+            cast(nn.Linear, self.model.get_output_embeddings()),
+            scale=scale_of(head, config),
+            cap=cap_of(head, config),
+        )
 
     def head(self, device: torch.device) -> torch.Tensor:
-        """The map (vocabulary, d_model) from the final norm's output to the logits, at least float32, on `device`."""
+        """Return the map (vocabulary, d_model) from the final norm's output to the logits before a soft cap.
+
+        It is in at least float32 and on `device`.
+        """
         matrix = cast(nn.Linear, self.model.get_output_embeddings()).weight
         matrix = at_least_float32(matrix.detach().to(device))
-        projection = self._optional(self.family.head.projection) if self.family.head.projection else None
-        return matrix if projection is None else matrix @ projection.weight.detach().to(matrix)
+        if self._projection is not None:
+            matrix = matrix @ self._projection.weight.detach().to(matrix)
+        scale = scale_of(self.family.head, self.model.config)
+        return matrix if scale == 1 else matrix * scale
+
+    @property
+    def _projection(self) -> Any:
+        path = self.family.head.projection
+        return None if path is None else self._optional(path)
 
     def _optional(self, path: str) -> Any:
         parent, _, name = path.rpartition(".")
@@ -88,7 +106,7 @@ class Architecture:
 
 
 def check_model_type(model_type: str) -> FamilyClasses:
-    """The family of a transformers model_type.
+    """Return the family of a transformers model_type.
 
     Raises:
         AlreadyCompressed: for a result of this package.
@@ -103,12 +121,14 @@ def check_model_type(model_type: str) -> FamilyClasses:
     if model_type not in FAMILIES:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}.")
     classes = FAMILIES[model_type]
+    if (feature := classes.family.unsupported) is not None:
+        raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
     check_attention(classes.attention_class.dense_class())
     return classes
 
 
 def resolve(model: PreTrainedModel) -> Architecture:
-    """The blocks of `model`, by role.
+    """Return the blocks of `model`, by role.
 
     Raises:
         AlreadyCompressed, UnsupportedModel: before anything is computed.
@@ -128,6 +148,9 @@ def resolve(model: PreTrainedModel) -> Architecture:
             "the model is spread over devices by accelerate; load it without device_map: one block at a time goes to "
             "the compute device by itself."
         )
+    for name in classes.family.refused:
+        if getattr(model.config, name):
+            raise UnsupportedModel(f"{type(model).__name__} has {name}=True, which changes its blocks; expected False.")
     architecture = read_blocks(model, classes)
     if not architecture.blocks:
         raise UnsupportedModel(f"{type(model).__name__} has no decoder blocks.")
@@ -138,26 +161,38 @@ def resolve(model: PreTrainedModel) -> Architecture:
 
 def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
     """Read the blocks of a dense model, which may be on the meta device, without any check."""
-    family = classes.family
-    modules: Any = model.base_model.get_submodule(family.blocks)
-    flag = family.residual.norm_first_flag
-    norm_first = flag is None or bool(getattr(model.config, flag))
-    blocks = tuple(_read_block(module, classes, index, norm_first) for index, module in enumerate(modules))
+    modules: Any = model.base_model.get_submodule(classes.family.blocks)
+    blocks = tuple(_read_block(module, classes, index, model.config) for index, module in enumerate(modules))
     return Architecture(model, classes, blocks)
 
 
-def _read_block(module: Any, classes: FamilyClasses, index: int, norm_first: bool) -> Block:
-    head_dim = module.get_submodule(classes.family.attention.module).head_dim
-    counts = count_heads(module, classes.family)
-    return Block(module, classes, index, counts["heads"], counts["kv_heads"], head_dim, norm_first)
+def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) -> Block:
+    family = classes.family
+    attention = module.get_submodule(family.attention.module)
+    counts = count_heads(config)
+    return Block(
+        module,
+        classes,
+        index,
+        heads=counts["heads"],
+        kv_heads=counts["kv_heads"],
+        head_dim=getattr(attention, family.attention.head_dim),
+        d_model=config.hidden_size,
+        mlp_width=mlp_width(config, family),
+        topology=topology_of(family.residual, config),
+        multiplier=multiplier_of(family.residual, config),
+        rotary=rotates(attention, family),
+    )
 
 
 def _check_projections(block: Block) -> None:
     for projection in block.family.projections:
-        linear: Any = block.module.get_submodule(projection.path)
-        if type(linear) is not nn.Linear or linear.weight.is_meta:
-            state = ", without its weights in memory" if type(linear) is nn.Linear else ""
+        module: Any = block.module.get_submodule(projection.dense_path)
+        expected = Conv1D if projection.storage.transposed else nn.Linear
+        if type(module) is not expected or module.weight.is_meta:
+            state = ", without its weights in memory" if type(module) is expected else ""
             raise UnsupportedModel(
-                f"block {block.index}: {projection.path} is {type(linear).__name__}{state}; expected a plain "
-                "nn.Linear, loaded. Compress before adapters, quantisation and offloading."
+                f"block {block.index}: {projection.dense_path} is {type(module).__name__}{state}; expected a plain "
+                f"{'nn.Linear' if expected is nn.Linear else 'Conv1D'}, loaded. Compress before adapters, quantisation "
+                "and offloading."
             )

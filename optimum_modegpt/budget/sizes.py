@@ -15,16 +15,20 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
     """Return dense width, weights per unit of width and grid of allowed widths, by block and part."""
 
     def sizes(block: Block) -> dict[str, PartSize]:
-        dense, d_model, cap = block.dense_widths, block.down.out_features, config.max_sparsity
-        head_unit = (block.heads + block.kv_heads) * d_model
-        mlp_unit = (len(block.mlp_inputs) + 1) * d_model
+        dense, cap = block.dense_widths, config.max_sparsity
+        head_unit = (block.heads + block.kv_heads) * block.d_model
+        mlp_unit = (len(block.family.mlp.inputs) + 1) * block.d_model
         qk_step = head_step(dense.qk, config.round_to, pairs=block.rotary)
         vo_step = head_step(dense.vo, config.round_to, pairs=False)
-        return {
+        parts = {
             "mlp": part_size(dense.mlp, mlp_unit, mlp_step(dense.mlp, config.round_to), cap),
             "qk": part_size(dense.qk, head_unit, qk_step, cap),
             "vo": part_size(dense.vo, head_unit, vo_step, cap),
         }
+        for part in block.full_width_parts:
+            size = parts[part]
+            parts[part] = PartSize(size.dense, size.weights_per_unit, step=size.dense, floor=size.dense)
+        return parts
 
     return [sizes(block) for block in architecture.blocks]
 

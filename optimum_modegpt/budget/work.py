@@ -50,14 +50,14 @@ def shapes_of(architecture: Architecture) -> Shapes:
 
 def _block_shapes(block: Block, vocabulary: int, blocks: int, eager: bool) -> Shapes:
     return Shapes(
-        d_model=block.down.out_features,
-        heads=block.output.in_features,
+        d_model=block.d_model,
+        heads=block.heads * block.head_dim,
         head_count=block.heads,
         groups=block.kv_heads,
-        mlp=block.down.in_features,
-        mlp_inputs=len(block.mlp_inputs),
-        weights=sum(projection.weight.numel() for projection in block.projections),
-        rotary=block.rotary,
+        mlp=block.mlp_width,
+        mlp_inputs=len(block.family.mlp.inputs),
+        weights=block.weights,
+        rotary=block.rotary and "qk" not in block.full_width_parts,
         vocabulary=vocabulary,
         blocks=blocks,
         eager=eager,

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
+from optimum_modegpt.architectures.norms import set_gain
+from optimum_modegpt.architectures.positions import head_tables
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import (
     accumulation_dtype,
@@ -20,6 +22,7 @@ from optimum_modegpt.decompositions.psd import (
     row_type,
     to_float64,
 )
+from optimum_modegpt.modeling.modegpt_family import Norm
 
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
@@ -106,33 +109,40 @@ def with_ones(inputs: Tensor) -> Tensor:
     return torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1)
 
 
-def token_weights(residual: Tensor, norm: nn.Module) -> Tensor:
+def token_weights(residual: Tensor, norm: Norm) -> Tensor:
     """Compute the token weights: the squared reciprocal of the divisor of the next norm.
 
-    This is 1 / mean square of the residual (…, d_model), or 1 / variance for a LayerNorm.
+    This is 1 / mean square of the residual (…, d_model), or 1 / variance for a centred norm.
     """
     residual = at_least_float32(residual)
-    centred = residual - residual.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else residual
+    centred = residual - residual.mean(-1, keepdim=True) if norm.centred else residual
     return centred.square().mean(-1).clamp_min(WEIGHT_FLOOR).reciprocal()
+
+
+def without_gain(norm: Any, kind: Norm) -> nn.Module:
+    """Return a copy of a norm with gain 1 and without bias, in the dtype that sums are accumulated in."""
+    bare = copy.deepcopy(norm).to(accumulation_dtype(norm.weight.dtype))
+    set_gain(bare, kind, torch.ones_like(bare.weight))
+    if getattr(bare, "bias", None) is not None:
+        with torch.no_grad():
+            bare.bias.zero_()
+    return bare
 
 
 @dataclass
 class SlopeSum:
     """Accumulates the least-squares slope through the origin of the dense on the compressed stream, per channel.
 
-    Both streams are normalised by `norm` without its weight and bias.
+    Both streams are normalised by `norm` without its gain and bias. `kind` says how it computes.
     """
 
     norm: nn.Module
+    kind: Norm
     product: Tensor | float = 0.0
     square: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
-        self.norm = copy.deepcopy(self.norm).to(accumulation_dtype(self.norm.weight.dtype))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        with torch.no_grad():
-            self.norm.weight.fill_(1)  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
-            if getattr(self.norm, "bias", None) is not None:
-                self.norm.bias.zero_()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue, reportArgumentType]
+        self.norm = without_gain(self.norm, self.kind)
 
     def add(self, dense: Tensor, compressed: Tensor) -> None:
         """Add tokens of both streams, (…, d_model)."""
@@ -185,7 +195,8 @@ class AttentionCurvatureSum:
 
     def add(self, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> None:
         """Add `query` and `key` from `query_key_vectors`. `arguments` are the block's, for the rotary tables."""
-        cos, sin = (at_least_float32(table) for table in arguments["position_embeddings"])  # (1, length, d)
+        tables = head_tables(arguments["position_embeddings"], self.block.family, query.shape[-1])
+        cos, sin = (at_least_float32(table) for table in tables)  # (1, length, d)
         query, key = (
             at_least_float32(query).transpose(1, 2),
             at_least_float32(key).transpose(1, 2),

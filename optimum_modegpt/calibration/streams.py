@@ -6,6 +6,7 @@ memory. The storage is chosen for the first stream, and results computed from a 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import tempfile
@@ -65,12 +66,12 @@ class StreamStorage:
             ) from error
 
 
-def store_like(tensors: Iterable[Tensor], beside: Stream) -> Iterator[Tensor]:
-    """Move the tensors to the storage of the stream `beside`, in order. Yield each one after its copy has completed.
+def store_like(tensors: Iterable[Tensor], stream: Stream) -> Iterator[Tensor]:
+    """Move the tensors to the storage of `stream`, in order. Yield each one after its copy has completed.
 
     Copies to host memory overlap with the computation of the next tensors. Writes to a file block it.
     """
-    place = next(map(StreamStorage.of, beside), StreamStorage(HOST))
+    place = next(map(StreamStorage.of, stream), StreamStorage(HOST))
     return offload(tensors) if place == StreamStorage(HOST) else map(place.keep, tensors)
 
 
@@ -155,8 +156,9 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(super().__getattribute__("block")[0], name)  # models read flags such as attention_type
 
-    def forward(self, stream: Tensor, **arguments: Any) -> Tensor:
-        self.stream, self.arguments = stream, arguments
+    def forward(self, stream: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+        names = list(inspect.signature(self.block[0].forward).parameters)[1:]
+        self.stream, self.arguments = stream, dict(zip(names, positional, strict=False)) | arguments
         return stream
 
 

@@ -85,7 +85,7 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
         widths_of_blocks = config.widths()
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(f"the configuration cannot be read: {error}") from error
-    dense = {"mlp": getattr(config, config.family.mlp.width), "qk": config.dense_head_dim, "vo": config.dense_head_dim}
+    dense = {"mlp": config.dense_mlp_width, "qk": config.dense_head_dim, "vo": config.dense_head_dim}
     return tuple(
         BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, dense)
         for index, widths in enumerate(widths_of_blocks)

@@ -1,4 +1,4 @@
-"""The result of a decomposition, part by part: what `Block.install_*` takes, and the error it leaves."""
+"""The results of decompositions: the arguments of `Block.install_*`, and the relative errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QueryKeyFactors:
-    """Rows (heads, rank, in [+ 1]) of query and key; the rotary pairs (kv_heads, rank / 2), None without rotation."""
+    """Rows (heads, rank, in [+ 1]) of query and key, and the pairs (kv_heads, rank / 2); None without rotation."""
 
     query: Tensor
     key: Tensor
@@ -19,8 +19,11 @@ class QueryKeyFactors:
 
 @dataclass(frozen=True)
 class ValueOutputFactors:
-    """Rows (kv_heads, rank, in [+ 1]) of value, output (heads · rank [+ 1], d_model), and bases (kv_heads, head_dim,
-    rank) that map a head's dense output to its narrow one; None where they are not known or nothing was cut."""
+    """Rows (kv_heads, rank, in [+ 1]) of value, and output (heads · rank [+ 1], d_model).
+
+    `bases` (kv_heads, head_dim, rank) map a head's dense output to its narrow one. They are None if they are not known
+    or nothing was cut.
+    """
 
     value: Tensor
     output: Tensor

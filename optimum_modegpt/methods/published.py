@@ -1,4 +1,4 @@
-"""`method="paper"`: the published algorithm, faithfully. One shot, all statistics from the dense model, uncentred."""
+"""`method="paper"`: the published algorithm. One shot, with uncentred statistics of the dense model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from optimum_modegpt.report import PARTS
 
 @dataclass(frozen=True)
 class PublishedMoments:
-    """Of one dense block: query and key, value vectors (kv_heads, d, d), and the input of the down projection."""
+    """Moments of one dense block: query and key, values (kv_heads, d, d), and the input of the down projection."""
 
     query_key: QueryKeyMoments
     values: Tensor
@@ -34,18 +34,19 @@ class PublishedMoments:
 
 
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
-    """Runs the dense block over `stream`; its moments, and the stream after it."""
+    """Run the dense block over `stream`. Return its moments and the stream after it."""
     query_sum, key_sum, value_sum = (HeadMomentSum(block.kv_heads) for _ in range(3))
     mlp_sum = LinearMomentSum(ones=False)
-    with inputs_of(block.value) as reads, inputs_of(block.down) as hidden:
+    separate = block if block.is_separate else block.compressible_copy(block.output.weight.device)
+    with inputs_of(block.stored_value) as reads, inputs_of(block.down) as hidden:
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
             inputs, activations = reads.pop(), hidden.pop()
-            query, key = query_key_vectors(block, inputs)
+            query, key = query_key_vectors(separate, inputs)
             query_sum.add(query)
             key_sum.add(key)
-            value_sum.add(_value_vectors(block, inputs))
+            value_sum.add(_value_vectors(separate, inputs))
             mlp_sum.add(activations, block.down(activations) - (0 if block.down.bias is None else block.down.bias))
             return output
 
@@ -58,7 +59,7 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
 def compress_block(
     student: Block, moments: PublishedMoments, widths: Widths, config: ModeGPTConfig
 ) -> dict[str, float]:
-    """Cuts the three parts of `student`, a copy of the dense block; relative error by part."""
+    """Cut the three parts of `student`, a copy of the dense block. Return the relative error by part."""
     with naming("qk"):
         query_key = cut_query_key(student, moments.query_key, widths.qk)
     with naming("vo"):
@@ -66,13 +67,14 @@ def compress_block(
     with naming("mlp"):
         mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
-    student.install_value_output(value_output.value, value_output.output)
+    if "vo" not in student.full_width_parts:
+        student.install_value_output(value_output.value, value_output.output)
     student.install_mlp(mlp.rows, mlp.down)
     return {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}
 
 
 def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:
-    """CR (Algorithm 2): the same coordinates of query and key, rotary pairs together, one selection a group."""
+    """Select the same coordinates of query and key (CR, Algorithm 2): rotary pairs together, one selection a group."""
     query, key = block.head_rows("query"), block.head_rows("key")
     pairs = select_pairs(moments.query, moments.key, rank // 2) if block.rotary else None
     kept = (
@@ -85,10 +87,10 @@ def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKey
 
 
 def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFactors:
-    """The joint SVD (Algorithm 3) per key-value group.
+    """Compute the joint SVD (Algorithm 3) per key-value group.
 
-    A value bias is exact: where the output has a bias it is folded there, because softmax rows sum to one; else it is
-    part of the value vectors, and projected with them.
+    A value bias is exact. It is added to the output's bias if there is one, because softmax rows sum to one. Otherwise,
+    it is part of the value vectors, and projected with them.
     """
     value, output = block.head_rows("value"), block.input_outputs(block.output)
     bias = output[-1:] if block.output.bias is not None else output[:0]
@@ -111,7 +113,7 @@ def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFact
 
 
 def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
-    """Nyström (Algorithm 1): channels of largest ridge leverage, down refitted; its bias stays."""
+    """Select the channels of largest ridge leverage, and refit down without its bias (Nyström, Algorithm 1)."""
     down = block.input_outputs(block.down)
     weight, bias = down[: moments.width], down[moments.width :]
     kept = select_by_leverage(moments.gram, rank, ridge=config.leverage_ridge)
@@ -121,7 +123,7 @@ def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConf
 
 
 def _value_vectors(block: Block, inputs: Tensor) -> Tensor:
-    """Value vectors (…, kv_heads, d), without the bias where it is folded into the output's."""
+    """Return value vectors (…, kv_heads, d), without the bias if it is added to the output's."""
     vectors = block.value(inputs)
     if block.value.bias is not None and block.output.bias is not None:
         vectors = vectors - block.value.bias
@@ -129,7 +131,7 @@ def _value_vectors(block: Block, inputs: Tensor) -> Tensor:
 
 
 def _take(rows: Tensor, kept: Tensor) -> Tensor:
-    """Rows `kept` (heads, rank) of every head of (heads, head_dim, columns)."""
+    """Return the rows `kept` (heads, rank) of every head of (heads, head_dim, columns)."""
     return rows.gather(1, kept[..., None].expand(-1, -1, rows.shape[2]))
 
 

@@ -1,8 +1,8 @@
-"""`method="default"`: residual-matched MoDeGPT (ours). Blocks in order, over two residual streams.
+"""`method="default"`: residual-matched MoDeGPT (ours). It passes two residual streams through the blocks in order.
 
 The dense stream runs through the dense blocks, the compressed one through the blocks already compressed. Every least
-squares has the moments of the compressed stream and the residual of the dense stream as its target, so each refit also
-makes up for what earlier blocks lost.
+squares uses the moments of the compressed stream, with the missing difference to the dense stream as its target. Each
+refit therefore also compensates the errors of earlier blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
 from optimum_modegpt.calibration.moments import (
     AttentionCurvatureSum,
     HeadMomentSum,
@@ -28,6 +29,7 @@ from optimum_modegpt.calibration.moments import (
     query_key_vectors,
     token_weights,
     with_ones,
+    without_gain,
 )
 from optimum_modegpt.calibration.streams import Stream, check_dense, inputs_of, map_stream, store_like
 from optimum_modegpt.calibration.transfers import prefetch
@@ -42,7 +44,7 @@ from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_err
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.method import CutBlock, StreamPair
-from optimum_modegpt.modeling.modegpt_family import Widths
+from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 from optimum_modegpt.report import PARTS
 
 REFIT_TOKENS = 65_536
@@ -57,10 +59,12 @@ FINAL_ROUNDS = 2
 
 @dataclass(frozen=True)
 class DenseTargets:
-    """What the dense block does to the dense stream, a tensor a batch.
+    """The dense block's results on the dense stream, one tensor for each batch.
 
-    The sums of stream and part output (before a post-norm), the weights of their tokens (None: all equal; where they
-    were computed, they are small), and the stream after the block.
+    Attributes:
+        attention, mlp: the sums of stream and output of each half, before a norm of the sum.
+        attention_weights, mlp_weights: the weights of their tokens; None if all are equal.
+        after: the stream after the block.
     """
 
     attention: Stream
@@ -70,27 +74,48 @@ class DenseTargets:
     after: Stream
 
 
+@dataclass(frozen=True)
+class MLPStreams:
+    """The compressed streams at the MLP: the one that its norm reads, and the one that its output is added to.
+
+    They are the same object unless the halves are parallel.
+    """
+
+    read: Stream
+    middle: Stream
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of both on `device`."""
+        if self.read is self.middle:
+            yield from ((batch, batch) for batch in prefetch(self.middle, device))
+        else:
+            yield from zip(prefetch(self.read, device), prefetch(self.middle, device), strict=True)
+
+
 # streams
 
 
 def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weighted: bool = True) -> DenseTargets:
-    """Runs the dense block over the dense stream and keeps what the refits are to match."""
+    """Run the dense block over the dense stream, and keep the targets of the refits."""
     device = block.output.weight.device
     weights: tuple[list[Tensor], list[Tensor]] = ([], [])
 
+    residual = block.residual
+
     def sums() -> Iterator[Tensor]:
         for hidden in prefetch(stream, device):
-            total = hidden + block.attend(block.attention_input(hidden), arguments)
-            middle = block.after_attention(total)
-            end = middle + block.down(block.mlp_hidden(block.mlp_input(middle)))
-            weights[0].append(token_weights(total, block.attention_norm))
-            weights[1].append(token_weights(end, block.mlp_norm))
+            total = residual.add(hidden, block.attend(residual.attention_input(hidden), arguments))
+            middle = residual.after_attention(total)
+            end = residual.add(middle, block.mlp(residual.mlp_input(residual.mlp_stream(hidden, middle))))
+            # In a parallel block, the norm that divides the attention's output is the next block's.
+            weights[0].append(token_weights(end if residual.parallel else total, block.norm))
+            weights[1].append(token_weights(end, block.norm))
             yield from (total, end)
 
     both = list(store_like(sums(), stream))
     attention, mlp = both[::2], both[1::2]
     attention_weights, mlp_weights = (_with_mean_one(w) if weighted else None for w in weights)
-    return DenseTargets(attention, mlp, attention_weights, mlp_weights, stream_after(block, mlp, block.after_mlp))
+    return DenseTargets(attention, mlp, attention_weights, mlp_weights, stream_after(block, mlp, residual.after_mlp))
 
 
 def compress_block(
@@ -104,13 +129,18 @@ def compress_block(
     config: ModeGPTConfig,
     keep_derivatives: bool,
 ) -> tuple[dict[str, float], Stream]:
-    """Cuts and refits the three parts of `student`, a copy of the dense block at full width.
+    """Cut and refit the three parts of `student`, a copy of the dense block at full width.
 
-    `dense` and `compressed` are the two streams at the block's input. Returns the relative error by part, and the
-    compressed stream after the block.
+    `dense` and `compressed` are the two streams at the block's input. The target of each part is the output that makes
+    the compressed stream equal to the dense one, so the MLP's also makes up for what the attention lost. This holds for
+    parallel halves too, which both read the block's input.
+
+    Returns:
+        The relative error by part, and the compressed stream after the block.
     """
-    if student.norm_first:
-        match_norm(student.attention_norm, dense, compressed)
+    residual = student.residual
+    for norm in residual.norms_of_input:
+        match_norm(norm, student.norm, dense, compressed)
     with naming("qk"):
         moments = observe_query_key(student, compressed, arguments)
         elimination = eliminate_query_key(student, moments, widths.qk)
@@ -124,49 +154,52 @@ def compress_block(
     student.install_value_output(value_output.value, value_output.output)
     sums = _attended(student, compressed, heads, value_output.bases)
 
-    match_norm(student.mlp_norm if student.norm_first else student.attention_norm, targets.attention, sums)
-    middle = stream_after(student, sums, student.after_attention)
+    for norm in residual.norms_of_middle:
+        match_norm(norm, student.norm, targets.attention, sums)
+    middle = stream_after(student, sums, residual.after_attention)
+    streams = MLPStreams(compressed if residual.parallel else middle, middle)
     with naming("mlp"):
-        mlp = refit_mlp(student, middle, targets, widths.mlp, config, keep_derivatives=keep_derivatives)
+        mlp = refit_mlp(student, streams, targets, widths.mlp, config, keep_derivatives=keep_derivatives)
     student.install_mlp(mlp.rows, mlp.down)
-    device = student.output.weight.device
-    sums = list(map_stream(lambda h: h + student.down(student.mlp_hidden(student.mlp_input(h))), device, middle))
+    sums = _after_mlp(student, streams)
 
-    if not student.norm_first:
-        match_norm(student.mlp_norm, targets.mlp, sums)
+    for norm in residual.norms_of_output:
+        match_norm(norm, student.norm, targets.mlp, sums)
     errors = {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}
-    return errors, stream_after(student, sums, student.after_mlp)
+    return errors, stream_after(student, sums, residual.after_mlp)
 
 
-def match_norm(norm: Any, dense: Stream, compressed: Stream) -> None:
-    """Scales the norm's weight, per channel, by the slope of the dense normalised stream on the compressed one.
+def match_norm(norm: Any, kind: Norm, dense: Stream, compressed: Stream) -> None:
+    """Multiply the norm's gain, per channel, by the slope of the dense normalised stream on the compressed one.
 
-    A norm without a weight is left alone.
+    A norm without a gain is left alone.
     """
-    weight = getattr(norm, "weight", None)
-    if weight is None:
+    if not has_gain(norm):
         return
-    slope = SlopeSum(norm)
-    for target, source in zip(prefetch(dense, weight.device), prefetch(compressed, weight.device), strict=True):
+    slope, device = SlopeSum(norm, kind), norm.weight.device
+    for target, source in zip(prefetch(dense, device), prefetch(compressed, device), strict=True):
         slope.add(target, source)
-    with torch.no_grad():
-        weight.mul_(slope.value().to(weight))
+    present = gain(norm, kind)
+    set_gain(norm, kind, present * slope.value().to(present))
 
 
 def gain_tokens(windows: int, length: int, vocabulary: int) -> int:
-    """How many tokens the final gain is fitted to; at least one of every window."""
+    """Return the number of tokens that the final gain is fitted to: at least one of every window."""
     return max(windows, min(windows * length, GAIN_TOKENS, LOGITS // vocabulary))
 
 
-def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, dense_norm: Any) -> None:
-    """The final norm: first `match_norm`, then its gain is fitted to the dense model's next-token distributions.
+def match_output(
+    norm: Any, head: Tensor, dense: Stream, compressed: Stream, dense_norm: Any, *, kind: Norm, capped: bool
+) -> None:
+    """Fit the final norm: first by `match_norm`, then its gain to the dense model's next-token distributions.
 
-    `head` (vocabulary, d_model) maps the norm's output to logits.
+    `head` (vocabulary, d_model) maps the norm's output to logits. If they are `capped`, the gain stays as `match_norm`
+    set it, because the fit is for linear logits.
     """
-    match_norm(norm, dense, compressed)
-    if getattr(norm, "weight", None) is None:
+    match_norm(norm, kind, dense, compressed)
+    if capped or not has_gain(norm):
         return
-    bare, device = SlopeSum(norm).norm, head.device
+    bare, device = without_gain(norm, kind), head.device
     length = dense[0].shape[1]
     windows = sum(len(batch) for batch in dense)
     stride = -(
@@ -182,18 +215,22 @@ def match_output(norm: Any, head: Tensor, dense: Stream, compressed: Stream, den
             distribution = (at_least_float32(dense_norm(wanted)) @ head.T).softmax(-1)
             samples.append(SoftmaxSample(bare(at_least_float32(seen)), distribution))
     bias = getattr(norm, "bias", None)
-    gain = at_least_float32(norm.weight.detach())
-    bias = torch.zeros_like(gain) if bias is None else at_least_float32(bias.detach())
+    present = at_least_float32(gain(norm, kind))
+    bias = torch.zeros_like(present) if bias is None else at_least_float32(bias.detach())
     fitted, held_back = split_sample(samples, before=distributed.exclusive_sum(windows), total=distributed.all_reduce)
-    with torch.no_grad():
-        norm.weight.copy_(match_softmax(gain, bias, head, fitted, held_back, total=distributed.all_reduce))
+    set_gain(norm, kind, match_softmax(present, bias, head, fitted, held_back, total=distributed.all_reduce))
 
 
 # query and key
 
 
-def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -> QueryKeyMoments:
-    """Query moments with the attention curvature (rotary), or with the key moments; over as many windows as pay."""
+def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -> QueryKeyMoments | None:
+    """Measure query moments with the attention curvature (rotary), or with the key moments.
+
+    The curvature uses as many windows as its budget allows. If query and key stay at full width, return None.
+    """
+    if "qk" in block.full_width_parts:
+        return None
     device = block.output.weight.device
     own = sum(len(batch) for batch in stream)
     windows = own
@@ -206,7 +243,7 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
         AttentionCurvatureSum(block),
     )
     for batch in prefetch(_first_windows(stream, windows), device):
-        query, key = query_key_vectors(block, block.attention_input(batch))
+        query, key = query_key_vectors(block, block.residual.attention_input(batch))
         query_sum.add(query)
         if block.rotary:
             curvature.add(query, key, arguments)
@@ -215,19 +252,29 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
     return QueryKeyMoments(query_sum.value(), curvature.value() if block.rotary else key_sum.value())
 
 
-def eliminate_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> PairElimination | None:
-    """The order in which a head's rotary pairs go, down to `rank`; None without rotation, where nothing is selected."""
-    return eliminate_pairs(moments.key, moments.query, rank // 2) if block.rotary else None
+def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
+    """Return the order in which the pairs of a head are removed, down to `rank`; None without rotation or moments."""
+    if moments is None or not block.rotary:
+        return None
+    return eliminate_pairs(moments.key, moments.query, rank // 2)
 
 
 def cut_query_key(
-    block: Block, moments: QueryKeyMoments, elimination: PairElimination | None, rank: int, config: ModeGPTConfig
+    block: Block,
+    moments: QueryKeyMoments | None,
+    elimination: PairElimination | None,
+    rank: int,
+    config: ModeGPTConfig,
 ) -> QueryKeyFactors:
-    """Rotary: the pairs that `elimination` leaves, query refitted on their curvature. Else a two-sided basis."""
+    """Keep the pairs that `elimination` leaves, and refit the query on their curvature; else use a two-sided basis.
+
+    Without moments, `rank` must be the full one.
+    """
     query, key = block.head_rows("query"), block.head_rows("key")
     if rank == block.head_dim:
         pairs = block.attention.rope_index if block.rotary else None
         return QueryKeyFactors(query, key, pairs, 0.0)
+    assert moments is not None
     per_group = block.heads // block.kv_heads
     if elimination is None:
         query_map, key_map = two_sided_basis(moments.query, moments.key, rank)
@@ -236,37 +283,37 @@ def cut_query_key(
     pairs, errors = elimination.after(rank // 2)
     pairs = distributed.broadcast(pairs)
     query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
-    store_like = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
+    kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
-    return QueryKeyFactors(query_map @ query, key.gather(1, store_like), pairs, relative(errors.sum(), total.sum()))
+    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, relative(errors.sum(), total.sum()))
 
 
 # value and output
 
 
 def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
-    """What the attention gives its output projection, (batch, length, heads · head_dim), on the block's device."""
+    """Yield the inputs of the output projection, (batch, length, heads · head_dim), on the block's device."""
     with inputs_of(block.output) as seen:
         for hidden in prefetch(stream, block.output.weight.device):
-            block.attend(block.attention_input(hidden), arguments)
+            block.attend(block.residual.attention_input(hidden), arguments)
             yield seen.pop()
 
 
 def observe_output(
     block: Block, stream: Stream, heads: Iterable[Tensor], targets: Stream, weights: list[Tensor] | None
 ) -> LinearMoments:
-    """Moments of the output projection's input, with what is missing from the stream to the dense sum as the target."""
+    """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
     arrived = (prefetch(each, device) for each in (stream, heads, targets))
     for index, (batch, head, target) in enumerate(zip(*arrived, strict=True)):
         weight = None if weights is None else weights[index]
-        moments.add(head, at_least_float32(target) - at_least_float32(batch), weight)
+        moments.add(head, block.residual.missing(at_least_float32(target), at_least_float32(batch)), weight)
     return moments.value()
 
 
 def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> ValueOutputFactors:
-    """The value basis of each group from the refitted output, then one joint refit of the output over all heads."""
+    """Choose the value basis of each group from the refitted output, then refit the output jointly over all heads."""
     value, dense, bases = block.head_rows("value"), block.input_outputs(block.output), None
     per_group, size = block.heads // block.kv_heads, block.head_dim
     if rank < size:
@@ -288,13 +335,13 @@ def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: Mo
 
 
 def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None) -> Stream:
-    """The sums of stream and attention output from the head outputs with the dense values: Z B is what B gives."""
+    """Return the sums of stream and attention output, from the head outputs with the dense values and their bases."""
 
     def total(hidden: Tensor, head: Tensor) -> Tensor:
         if bases is not None:
             grouped = head.unflatten(-1, (len(bases), -1, bases.shape[1]))  # (batch, length, kv_heads, per group, d)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
-        return hidden + block.output(head)
+        return block.residual.add(hidden, block.output(head))
 
     return list(map_stream(total, block.output.weight.device, stream, heads))
 
@@ -302,25 +349,37 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
 # mlp
 
 
-def observe_mlp(block: Block, middle: Stream, targets: Stream, weights: list[Tensor] | None) -> LinearMoments:
-    """Moments of the down projection's input, with what is missing to the dense sum as the target."""
-    device = block.output.weight.device
+def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: list[Tensor] | None) -> LinearMoments:
+    """Measure moments of the down projection's input. The target is the missing difference to the dense sum."""
+    device, residual = block.output.weight.device, block.residual
     moments = LinearMomentSum(ones=block.down.bias is not None)
-    for index, (batch, target) in enumerate(zip(prefetch(middle, device), prefetch(targets, device), strict=True)):
+    for index, ((read, middle), target) in enumerate(
+        zip(streams.batches(device), prefetch(targets, device), strict=True)
+    ):
         weight = None if weights is None else weights[index]
-        moments.add(
-            block.mlp_hidden(block.mlp_input(batch)), at_least_float32(target) - at_least_float32(batch), weight
-        )
+        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
+        moments.add(block.mlp_hidden(residual.mlp_input(read)), missing, weight)
     return moments.value()
 
 
+def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
+    """Return the sums of stream and MLP output."""
+    residual = block.residual
+
+    def total(read: Tensor, middle: Tensor) -> Tensor:
+        return residual.add(middle, block.down(block.mlp_hidden(residual.mlp_input(read))))
+
+    device = block.output.weight.device
+    return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
+
+
 def eliminate_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
-    """The channels in the order in which backward elimination removes them from the refitted W*, down to `rank`."""
+    """Return the channels in the order in which backward elimination removes them, down to `rank`."""
     return _elimination(block.input_outputs(block.down), moments, rank, config)
 
 
 def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
-    """The MLP without the channels of `order`, down refitted for those that stay."""
+    """Remove the channels of `order` from the MLP, and refit down for the others."""
     factors = MLPFactors(block.mlp_rows(), block.input_outputs(block.down), 0.0)
     ridge = moments.ridge(config.output_ridge)
     return _refit_down(*_without(factors, moments, order), ridge)
@@ -328,46 +387,46 @@ def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPT
 
 def refit_mlp(
     student: Block,
-    middle: Stream,
+    streams: MLPStreams,
     targets: DenseTargets,
     rank: int,
     config: ModeGPTConfig,
     *,
     keep_derivatives: bool,
 ) -> MLPFactors:
-    """`cut_mlp`, and where channels are removed gate and up are refitted as well.
+    """Cut the MLP as `cut_mlp` does, and also refit gate and up if channels are removed.
 
-    Half of the channels go first, and the others are chosen among refitted ones; each refit of gate and up is followed
-    by one of down with the new hidden channels. Two rounds of both close the second half.
+    Half of the channels are removed first, and the others are chosen after a refit. Down is refitted to the new hidden
+    channels after each refit of gate and up. The second half ends with two rounds of both.
     """
-    moments = observe_mlp(student, middle, targets.mlp, targets.mlp_weights)
+    moments = observe_mlp(student, streams, targets.mlp, targets.mlp_weights)
     if rank == moments.width or not config.refit_iterations:
         return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
-    own = sum(len(batch) for batch in middle)
-    windows = max(1, REFIT_TOKENS // middle[0].shape[1])
+    own = sum(len(batch) for batch in streams.middle)
+    windows = max(1, REFIT_TOKENS // streams.middle[0].shape[1])
     sample = itertools.islice(
-        _token_samples(student, middle, targets), max(0, windows - distributed.exclusive_sum(own))
+        _token_samples(student, streams, targets), max(0, windows - distributed.exclusive_sum(own))
     )
-    samples = _kept_samples(sample, middle)
+    samples = _kept_samples(sample, streams.middle)
     factors = MLPFactors(student.mlp_rows(), student.input_outputs(student.down), 0.0)
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
         order, ridge = _elimination(factors.down, moments, width, config), moments.ridge(config.output_ridge)
-        factors, moments = _without(factors, moments, order)  # what the moments were takes more than what they are
+        factors, moments = _without(factors, moments, order)  # releases the larger moments of before
         factors = _refit_down(factors, moments, ridge)
         for _ in range(rounds):
-            del moments  # they take more than all that the refit keeps
+            del moments  # they are larger than everything that the refit keeps
             factors = _refit_inputs(student, factors, samples, config, keep_derivatives=keep_derivatives)
             moments = _hidden_moments(student, factors.rows, samples)
             factors = _refit_down(factors, moments, moments.ridge(config.output_ridge))
     if windows < distributed.all_reduce(own):
-        moments = _hidden_moments(student, factors.rows, _token_samples(student, middle, targets))
+        moments = _hidden_moments(student, factors.rows, _token_samples(student, streams, targets))
         factors = _refit_down(factors, moments, moments.ridge(config.output_ridge))
     return factors
 
 
 def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
-    """The channels that go, first one first, when `rank` are to be left."""
+    """Return the channels in the order of their removal, until `rank` are left."""
     ridge = moments.ridge(config.output_ridge)
     inverse_hessian = inverse(add_diagonal(moments.gram, ridge))
     best = inverse_hessian @ (moments.cross + ridge * down)
@@ -376,16 +435,16 @@ def _elimination(down: Tensor, moments: LinearMoments, rank: int, config: ModeGP
 
 
 def _without(factors: MLPFactors, moments: LinearMoments, order: Tensor) -> tuple[MLPFactors, LinearMoments]:
-    """The factors, and the moments, without the channels of `order`."""
-    store_like = remaining(order, moments.width)
-    rows, down = tuple(row[store_like] for row in factors.rows), factors.down[moments.with_constant(store_like)]
-    return MLPFactors(rows, down, factors.relative_error), moments.kept(store_like)
+    """Return the factors and the moments without the channels of `order`."""
+    kept = remaining(order, moments.width)
+    rows, down = tuple(row[kept] for row in factors.rows), factors.down[moments.with_constant(kept)]
+    return MLPFactors(rows, down, factors.relative_error), moments.kept(kept)
 
 
 def _refit_inputs(
     block: Block, factors: MLPFactors, samples: list[TokenSample], config: ModeGPTConfig, *, keep_derivatives: bool
 ) -> MLPFactors:
-    """One Gauss–Newton step on gate and up with down fixed; the output bias is taken off the target."""
+    """Take one Gauss–Newton step on gate and up with down fixed. The output bias is subtracted from the target."""
     rank = len(factors.rows[0])
     weight, bias = factors.down.to(factors.rows[0]).split((rank, len(factors.down) - rank))
     if len(bias):
@@ -405,13 +464,13 @@ def _refit_inputs(
 
 
 def _refit_down(factors: MLPFactors, moments: LinearMoments, ridge: Tensor) -> MLPFactors:
-    """Down refitted to the present hidden channels, centred on what it is."""
+    """Refit down to the present hidden channels, with a ridge that pulls to its present value."""
     down = centred_refit(moments, factors.down, ridge)
     return MLPFactors(factors.rows, down, moments.relative_error(down))
 
 
 def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[TokenSample]) -> LinearMoments:
-    """Moments of the hidden channels that `rows` give, with the samples' targets."""
+    """Compute moments of the hidden channels of `rows`, with the samples' targets."""
     moments = LinearMomentSum(ones=block.down.bias is not None)
     for sample in samples:
         inputs, target, weight = (x.to(rows[0].device) for x in (sample.inputs, sample.target, sample.weight))
@@ -419,20 +478,21 @@ def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[To
     return moments.value()
 
 
-def _token_samples(block: Block, middle: Stream, targets: DenseTargets) -> Iterator[TokenSample]:
-    """The MLP's normalised inputs and its targets, window after window, on the block's device."""
+def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> Iterator[TokenSample]:
+    """Yield the MLP's inputs after its norm and its targets, window by window, on the block's device."""
     assert targets.mlp_weights is not None
     biased = block.mlp_inputs[0].bias is not None
-    device = block.output.weight.device
-    arrived = (prefetch(each, device) for each in (middle, targets.mlp))
-    for batch, target, weight in zip(*arrived, targets.mlp_weights, strict=True):
-        inputs, missing = at_least_float32(block.mlp_input(batch)), at_least_float32(target) - at_least_float32(batch)
+    device, residual = block.output.weight.device, block.residual
+    arrived = (streams.batches(device), prefetch(targets.mlp, device))
+    for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
+        inputs = at_least_float32(residual.mlp_input(read))
+        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
         for seen, wanted, own in zip(inputs, missing, weight, strict=True):
             yield TokenSample(with_ones(seen) if biased else seen, wanted, own)
 
 
-def _kept_samples(samples: Iterable[TokenSample], beside: Stream) -> list[TokenSample]:
-    """Their inputs and targets where the stream is kept; the weights stay where they are."""
+def _kept_samples(samples: Iterable[TokenSample], stream: Stream) -> list[TokenSample]:
+    """Move the samples' inputs and targets to the storage of `stream`. Their weights are not moved."""
     weights: list[Tensor] = []
 
     def parts() -> Iterator[Tensor]:
@@ -440,7 +500,7 @@ def _kept_samples(samples: Iterable[TokenSample], beside: Stream) -> list[TokenS
             weights.append(sample.weight)
             yield from (sample.inputs, sample.target)
 
-    both = list(store_like(parts(), beside))
+    both = list(store_like(parts(), stream))
     return list(map(TokenSample, both[::2], both[1::2], weights))
 
 
@@ -448,8 +508,10 @@ def _kept_samples(samples: Iterable[TokenSample], beside: Stream) -> list[TokenS
 
 
 def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tensor]) -> Stream:
-    """The stream that the sums of a part are, or become by the norm that follows them."""
-    return sums if block.norm_first else list(map_stream(post_norm, block.output.weight.device, sums))
+    """Return the stream after a half from the sums of stream and output: the same, or its norm in a post-LN block."""
+    if block.topology != "post-LN":
+        return sums
+    return list(map_stream(post_norm, block.output.weight.device, sums))
 
 
 def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:
@@ -506,6 +568,14 @@ class ResidualMatched:
         """Fit a copy of the final norm to the dense model's predictions, if anything was cut."""
         if architecture.final_norm is None or streams.equal:
             return copy.deepcopy(architecture.final_norm)
-        norm = copy.deepcopy(architecture.final_norm).to(device)
-        match_output(norm, architecture.head(device), streams.dense, streams.compressed, copy.deepcopy(norm))
+        norm, dense_norm = (copy.deepcopy(architecture.final_norm).to(device) for _ in range(2))
+        match_output(
+            norm,
+            architecture.head(device),
+            streams.dense,
+            streams.compressed,
+            dense_norm,
+            kind=architecture.family.norm,
+            capped=architecture.own_tail.cap is not None,
+        )
         return norm.to(architecture.blocks[-1].output.weight.device)

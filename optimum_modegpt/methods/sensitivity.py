@@ -1,4 +1,4 @@
-"""How much each part of each block matters: measured, by cutting it alone (ours)."""
+"""Measure how much each part of each block matters, by cutting it alone (ours)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Sizes
 from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.architectures.head import LogitHead
 from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.calibration.streams import (
     DENSE_ADVICE,
@@ -34,14 +35,14 @@ from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS
 
 RATIOS = (0.15, 0.3, 0.45, 0.6, 0.75, 1.0)
-"""Sparsities at which a part is cut; 1 stands for the cap."""
+"""Sparsities at which a part is cut. 1 means the cap."""
 FEWER_RATIOS = (0.3, 0.6, 1.0)
 MOMENT_WINDOWS, DIVERGENCE_WINDOWS = 32, 16
 LEAST_BUDGET = 8192
-"""Block-forwards of a window that are always allowed: they cost little in models with few blocks."""
+"""Block-forwards of a window that are always allowed, because they cost little in models with few blocks."""
 LOGITS_AT_ONCE = 2**26
 SWEEPS = 4
-"""In a single one all cut blocks' streams would be in memory together; each brings all later blocks to the device."""
+"""A single sweep would hold the streams of all cut blocks in memory, and each moves all later blocks to the device."""
 
 Curves = dict[tuple[int, str], list[tuple[float, float]]]
 """Points (sparsity, divergence) by block and part."""
@@ -49,7 +50,7 @@ Curves = dict[tuple[int, str], list[tuple[float, float]]]
 
 @dataclass(frozen=True)
 class Budget:
-    """What the measurement uses of the calibration: windows for moments, other windows for the divergence, ratios."""
+    """The part of the calibration that the measurement uses: windows for moments and for the divergence, and ratios."""
 
     moment_windows: int
     divergence_windows: int
@@ -57,9 +58,10 @@ class Budget:
 
 
 def budget(blocks: int, windows: int) -> Budget:
-    """As many block-forwards of a window as the two streams take, or `LEAST_BUDGET`: fewer windows, then fewer ratios.
+    """Choose windows and ratios that cost no more than the two streams, or `LEAST_BUDGET` block-forwards of a window.
 
-    The least it can be, one window at three ratios, costs more than that in models of more than about 55 blocks.
+    First the windows are reduced, then the ratios. The minimum, one window at three ratios, costs more than that in
+    models of more than about 55 blocks.
     """
     moment_windows = max(1, min(MOMENT_WINDOWS, windows * 2 // 3))
     available = max(1, min(DIVERGENCE_WINDOWS, windows - moment_windows))
@@ -72,14 +74,14 @@ def budget(blocks: int, windows: int) -> Budget:
 
 
 def split(windows: int, budget: Budget) -> tuple[slice, slice]:
-    """Divides the windows into those for moments and those for the divergence; a single window serves for both."""
+    """Divide the windows into those for moments and those for the divergence. A single window is used for both."""
     own = max(1, min(budget.moment_windows, windows - 1))
     first = own if windows > 1 else 0
     return slice(0, own), slice(first, first + budget.divergence_windows)
 
 
 def sweep_length(blocks: int) -> int:
-    """Blocks that are measured in one sweep through those after them."""
+    """Return the number of blocks that are measured in one sweep through the blocks after them."""
     return -(-blocks // SWEEPS)
 
 
@@ -87,18 +89,18 @@ def sweep_length(blocks: int) -> int:
 class Sweeps:
     """Measures mean KL(dense ‖ cut) in nats per token for every part of every block, cut at some ratios.
 
-    Every part is cut alone, with dense statistics and its own dense output as the target, without token weights, norm
-    gains and the refit of gate and up; the rest of the model stays dense. The blocks are measured in a few sweeps: what
-    one cuts passes all later blocks together, so that each comes to the device once a sweep.
+    Each part is cut alone, with dense statistics and its own dense output as the target, without token weights, norm
+    gains and the refit of gate and up. The rest of the model remains dense. The blocks are measured in a few sweeps:
+    the outputs of all cut blocks of a sweep pass the later blocks together, so that each is moved to the device once.
 
     Attributes:
         architecture: the dense model.
-        sizes: what can be cut where.
-        config: how to cut.
+        sizes: the sizes of the parts of every block.
+        config: the configuration of the compression.
         ratios: sparsities to cut at.
-        moments: what enters the next block that is measured, of the windows for moments.
-        divergence: the same of those for the divergence.
-        device: where to compute.
+        moments: the inputs of the next block to measure, for the windows for moments.
+        divergence: the same for the windows for the divergence.
+        device: the compute device.
     """
 
     architecture: Architecture
@@ -110,7 +112,7 @@ class Sweeps:
     device: torch.device
 
     def measured(self, known: Curves, *, progress: bool) -> Iterator[Curves]:
-        """The curves of each sweep; those of blocks in `known` are not measured again."""
+        """Yield the curves of each sweep. Blocks in `known` are not measured again."""
         blocks = len(self.architecture.blocks)
         length = sweep_length(blocks)
         sweeps = [range(blocks)[first : first + length] for first in range(0, blocks, length)]
@@ -125,13 +127,13 @@ class Sweeps:
                     shown.update(blocks - sweep.start)
 
     def _leave_out(self, sweep: range) -> None:
-        """The dense streams pass these blocks, as they do while these are measured."""
+        """Pass the dense streams through these blocks without measuring them."""
         for block in self.architecture.blocks[sweep.start : sweep.stop]:
             dense = block.on(self.device)
             self._pass(dense, self._targets(dense))
 
-    def _measure(self, sweep: range, map_stream: Callable[[], Any]) -> Curves:
-        """The curves of these blocks; `passed` is called after every block that what they are cut to has passed."""
+    def _measure(self, sweep: range, passed: Callable[[], Any]) -> Curves:
+        """Return the curves of these blocks. `passed` is called after every block that the streams have passed."""
         cuts: list[tuple[int, str, float]] = []
         outputs: Stream = []
         reference: Stream = []
@@ -147,7 +149,7 @@ class Sweeps:
             else:
                 _advance(reference, dense, arguments)
                 self._check(dense, reference, self.divergence)
-            map_stream()
+            passed()
         tail = self.architecture.tail(self.device)
         divergences = _divergences(tail, reference, outputs, len(cuts))
         if not all(map(math.isfinite, divergences)):
@@ -161,7 +163,7 @@ class Sweeps:
         return targets
 
     def _pass(self, dense: Block, targets: residual_matched.DenseTargets) -> None:
-        """Takes the dense streams through the block."""
+        """Pass the dense streams through the block."""
         arguments = self.divergence.on(dense.index, self.device)
         self.moments = replace(self.moments, stream=targets.after)
         self.divergence = replace(self.divergence, stream=list(_run(dense, self.divergence.stream, arguments)))
@@ -175,26 +177,28 @@ class Sweeps:
     def _cut(
         self, dense: Block, targets: residual_matched.DenseTargets, entering: Stream, cuts: list[tuple[int, str, float]]
     ) -> Iterator[Tensor]:
-        """What the block makes of `entering` with one part cut, variant after variant; they are noted in `cuts`."""
+        """Yield the outputs on `entering` of every variant with one part cut, and append the variant to `cuts`."""
         arguments = self.divergence.on(dense.index, self.device)
         for part, sparsity, student in self._students(dense, targets):
             cuts.append((dense.index, part, sparsity))
             yield from (student.forward(batch, arguments) for batch in entering)
 
     def _students(self, dense: Block, targets: residual_matched.DenseTargets) -> Iterator[tuple[str, float, Block]]:
-        """Copies of the block with one part cut, at every ratio: (part, sparsity, block)."""
+        """Yield copies of the block with one part cut, at every ratio: (part, sparsity, block)."""
         stream, arguments = self.moments.stream, self.moments.on(dense.index, self.device)
         student = dense.compressible_copy(self.device)
         query_key = residual_matched.observe_query_key(student, stream, arguments)
         heads = residual_matched.head_outputs(student, stream, arguments)
         output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
-        middle = residual_matched.stream_after(student, targets.attention, student.after_attention)
-        mlp = residual_matched.observe_mlp(student, middle, targets.mlp, None)
+        middle = residual_matched.stream_after(student, targets.attention, student.residual.after_attention)
+        streams = residual_matched.MLPStreams(stream if student.residual.parallel else middle, middle)
+        mlp = residual_matched.observe_mlp(student, streams, targets.mlp, None)
         for part, size in self.sizes[dense.index].items():
             ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios} - {size.dense}
+            if not ranks:
+                continue
             with naming(part):
-                least = min(ranks, default=size.dense)
-                cut = _cutter(part, student, (query_key, output, mlp), least, self.config)
+                cut = _cutter(part, student, (query_key, output, mlp), min(ranks), self.config)
                 for rank in sorted(ranks):
                     variant = dense.compressible_copy(self.device)
                     cut(variant, rank)
@@ -216,11 +220,11 @@ def _curves(cuts: list[tuple[int, str, float]], divergences: list[float]) -> Cur
 def _cutter(
     part: str,
     student: Block,
-    moments: tuple[QueryKeyMoments, LinearMoments, LinearMoments],
+    moments: tuple[QueryKeyMoments | None, LinearMoments, LinearMoments],
     least: int,
     config: ModeGPTConfig,
 ) -> Callable[[Block, int], None]:
-    """Cuts a part of a block to a rank of at least `least`; what goes first is found once for all ranks."""
+    """Return a function that cuts a part of a block to a rank of at least `least`, with one order of removal."""
     query_key, output, mlp = moments
     if part == "qk":
         pairs = residual_matched.eliminate_query_key(student, query_key, least)
@@ -250,24 +254,24 @@ def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Te
 
 
 def _advance(stream: Stream, block: Block, arguments: dict[str, Any]) -> None:
-    """Takes the stream through the block; in place, so that it is never there twice."""
+    """Pass the stream through the block in place, so that it is never in memory twice."""
     for index, output in enumerate(_run(block, stream, arguments)):
         stream[index] = output
 
 
-def _check_logits(tail: nn.Sequential, reference: Stream, windows: Tensor) -> None:
-    """Refuses logits of the dense model that are not finite, in all processes if one of them finds any."""
-    logits = (tail(window[None].to(cast(nn.Linear, tail[-1]).weight.device)) for batch in reference for window in batch)
+def _check_logits(tail: LogitHead, reference: Stream, windows: Tensor) -> None:
+    """Raise in all processes if one of them finds logits of the dense model that are not finite."""
+    logits = (tail(window[None].to(tail.output.weight.device)) for batch in reference for window in batch)
     found = (not_finite([each], number[None]) for each, number in zip(logits, windows, strict=True))
     for window in distributed.all_gather_object(next(filter(None, found), None)):
         if window is not None:
             raise NumericalError(f"the dense model's logits are not finite on {window}. {DENSE_ADVICE}")
 
 
-def _divergences(tail: nn.Sequential, reference: Stream, outputs: Stream, variants: int) -> list[float]:
-    """Mean KL(reference ‖ output) of the next-token distributions in nats per token, for every variant in `outputs`."""
+def _divergences(tail: LogitHead, reference: Stream, outputs: Stream, variants: int) -> list[float]:
+    """Return the mean KL(reference ‖ output) of the next-token distributions, in nats per token, for every variant."""
     tokens = distributed.all_reduce(sum(dense.shape[:2].numel() for dense in reference))
-    head = cast(nn.Linear, tail[-1])
+    head = tail.output
     rows, device = max(1, LOGITS_AT_ONCE // head.out_features), head.weight.device
     sums = [to_float64(torch.zeros((), device=device))] * variants
     for batch, dense in enumerate(reference):

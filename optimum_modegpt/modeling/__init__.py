@@ -1,4 +1,15 @@
-"""The smaller modules. The files here import only torch, transformers and each other: they are also the remote code."""
+"""The compressed model classes. The files here import only torch, transformers and each other: they are remote code."""
 
-DENSE_TYPES = ("llama", "mistral", "opt", "qwen2")
-"""The `model_type` of every dense family that has a compressed one."""
+from pkgutil import iter_modules
+
+SHARED_FILES = ("modegpt_common", "modegpt_contract", "modegpt_family", "modegpt_files")
+"""The modules that all families use."""
+
+DENSE_TYPES = tuple(
+    sorted(
+        module.name.removeprefix("modegpt_")
+        for module in iter_modules(__path__)
+        if module.name.startswith("modegpt_") and module.name not in SHARED_FILES
+    )
+)
+"""The `model_type` of every dense family that has a compressed one. Each is described by the file of its name."""

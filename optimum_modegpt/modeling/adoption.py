@@ -32,8 +32,14 @@ def built(
     new.tie_weights()
     if lost := [name for name, each in new.state_dict().items() if each.data_ptr() != tensors[name].data_ptr()]:
         raise RuntimeError(f"{model_class.__name__} replaced {', '.join(lost)} when it tied its weights.")
+    dense = dict(model.named_modules())
     for path, target in new.named_modules():
-        _carry_over(model.get_submodule(path), target)
+        if path in dense:
+            _carry_over(dense[path], target)
+        else:  # a projection that the dense model stores together with others
+            start = next(start for start in replacements if path.startswith(f"{start}."))
+            _carry_over(replacements[start].get_submodule(path.removeprefix(f"{start}.")), target)
+            target.training = dense[start].training
     new.generation_config = model.generation_config
     return new
 
@@ -53,7 +59,7 @@ def _tensors(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
 
 
 def _carry_over(source: nn.Module, target: nn.Module) -> None:
-    """Copy what no state dict contains: derived buffers such as the rotary table, frozen parameters, modes."""
+    """Copy the state that no state dict contains: derived buffers such as rotary tables, frozen parameters, modes."""
     for name in target._non_persistent_buffers_set:
         setattr(target, name, getattr(source, name))
     for name, parameter in target.named_parameters(recurse=False):

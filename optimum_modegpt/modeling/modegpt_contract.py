@@ -4,7 +4,7 @@ An attention that replaces another one never sees an argument that was renamed, 
 without an error. So the dense class is compared with this list each time a compressed attention is built. What only a
 call can show is refused then: a key-value cache that arrives under another name.
 
-This file is also remote code: it is copied beside the weights and must import nothing but torch and transformers.
+This file is also remote code: it is copied next to the weights. It imports only torch and transformers.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
 """Releases of transformers that the whole test suite was run on."""
 
-CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 """Names of the argument that holds the key-value cache. transformers 5.24 renamed the second to the first."""
 
+CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
+"""Arguments of cross-attention, which a decoder passes as None."""
+
 ATTENTION_PARAMETERS = frozenset(
-    {"hidden_states", "position_embeddings", "attention_mask", "output_attentions", *CACHE_NAMES}
+    {"hidden_states", "position_embeddings", "attention_mask", "output_attentions", *CACHE_NAMES, *CROSS_ATTENTION}
 )
 """Parameters of a dense attention's `forward` that the compressed attention handles."""
 
@@ -71,17 +74,23 @@ def cache_field() -> str:
     return _cache_name("CausalLMOutputWithPast has the fields", fields)
 
 
-def refuse_unread_cache(attention: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a key-value cache that arrives under a name that the attention does not read.
+def refuse_unread_arguments(attention: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of an attention without those of cross-attention, which must be None.
 
     Raises:
-        TypeError: with the name.
+        TypeError: there is a cross-attention, or a key-value cache under a name that the attention does not read.
     """
+    read: dict[str, Any] = {}
     for name, value in arguments.items():
         if isinstance(value, Cache):
             raise TypeError(
                 f"{attention}.forward received a key-value cache as {name!r}, which it does not read. {_advice()}"
             )
+        if name not in CROSS_ATTENTION:
+            read[name] = value
+        elif value is not None:
+            raise TypeError(f"{attention}.forward received {name!r}; compressed models have no cross-attention.")
+    return read
 
 
 def _cache_name(found: str, names: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""The description of a model family: where its projections, norms and head are, and how a block computes.
+"""The description of a model family: its modules, how they store weights, and how a block computes.
 
 The defaults are Llama's, so a family states only how it differs. Everything that depends on a family reads this.
 This file is also remote code: it is copied next to the weights. It imports neither torch nor transformers.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Part = Literal["mlp", "qk", "vo"]
+Topology = Literal["sequential", "parallel", "post-LN"]
 
 PREFIX = "modegpt_"
 """A compressed model's `model_type` is this and that of the dense model."""
@@ -21,13 +22,79 @@ def is_compressed(model_type: object) -> bool:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How a dense model stores the projections that read a half's input. A compressed model stores each separately.
+
+    Attributes:
+        layout: "separate", one module each; "stacked", one module with the rows of one projection after those of the
+            other; "per head", the query, key and value rows of one head after those of the other; "per group", the
+            query rows of all heads of a key-value head, its key rows and its value rows; "experts", which is refused.
+        path: the module that holds all of them, from the block; None if they are separate.
+        transposed: whether weights are (in, out), as in `Conv1D`; those of the output projection are too.
+    """
+
+    layout: Literal["separate", "stacked", "per head", "per group", "experts"] = "separate"
+    path: str | None = None
+    transposed: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether every projection is an `nn.Linear` of its own."""
+        return self.layout == "separate" and not self.transposed
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How query and key are rotated by position.
+
+    Attributes:
+        pairs: the coordinates that rotate together. "half": (i, i + n / 2); "interleaved": (2i, 2i + 1), where n is the
+            number of coordinates that rotate; "none": no coordinate rotates.
+        partial: whether only the share `partial_rotary_factor` of a head rotates, its first coordinates.
+        table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
+            for each pair, next to each other; "single": one for each pair.
+        layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
+    """
+
+    pairs: Literal["half", "interleaved", "none"] = "half"
+    partial: bool = False
+    table: Literal["concatenated", "repeated", "single"] = "concatenated"
+    layer_flag: str | None = None
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """Norms of queries and keys. They keep query and key at full width.
+
+    Attributes:
+        query, key: paths of the norms, from the block.
+        over: the coordinates that a norm averages over, those of a head or of the whole projection.
+        rotated: whether the norms come after the rotation.
+    """
+
+    query: str = "self_attn.q_norm"
+    key: str = "self_attn.k_norm"
+    over: Literal["head", "projection"] = "head"
+    rotated: bool = False
+
+
+@dataclass(frozen=True)
 class Attention:
     """The attention of a block. All paths are from the block.
 
     Attributes:
         module: path of the attention.
-        query, key, value, output: paths of its projections.
-        rotary: whether query and key are rotated by position, pair by pair (i, i + head_dim / 2).
+        query, key, value, output: paths of the projections, in the compressed model if the dense one stacks them.
+        storage: how the dense model stores them.
+        positions: how query and key are rotated.
+        head_norms: norms of queries and keys, if any.
+        values: "free" if a basis of the values may change; "coordinates" if something acts on single coordinates
+            between value and output projection. Then both stay at full width.
+        head_dim: attribute of the attention that holds the width of a head.
+        score_arguments: (argument of the attention function, attribute of the attention) of all that determines the
+            scores in addition to `scaling`: a window, a soft cap, sinks. The attribute may be dotted.
+        dropout: attribute of the attention with the dropout of the probabilities, dotted or not.
+        output_dropout: path of the dropout module after the output projection, if it is part of the attention.
     """
 
     module: str = "self_attn"
@@ -35,7 +102,14 @@ class Attention:
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
     output: str = "self_attn.o_proj"
-    rotary: bool = True
+    storage: Storage = Storage()
+    positions: Positions = Positions()
+    head_norms: HeadNorms | None = None
+    values: Literal["free", "coordinates"] = "free"
+    head_dim: str = "head_dim"
+    score_arguments: tuple[tuple[str, str], ...] = ()
+    dropout: str = "attention_dropout"
+    output_dropout: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,43 +117,84 @@ class MLP:
     """The MLP of a block. All paths are from the block.
 
     Attributes:
-        inputs: paths of the projections whose rows are hidden channels: (gate, up), or the one of a plain MLP.
+        module: path of the MLP; None if its projections belong to the block itself.
+        inputs: paths of the projections whose rows are hidden channels: (gate, up), or the one of a plain MLP. As for
+            the attention, they are those of the compressed model.
         output: path of the projection whose columns are hidden channels.
+        storage: how the dense model stores the inputs.
         activation: path of the activation module.
         width: name of the number of hidden channels in the configuration.
+        width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has None.
+        shared: path of an MLP in addition to experts, which is refused.
     """
 
+    module: str | None = "mlp"
     inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     output: str = "mlp.down_proj"
+    storage: Storage = Storage()
     activation: str = "mlp.act_fn"
     width: str = "intermediate_size"
+    width_factor: int | None = None
+    shared: str | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """How the norms of the residual stream compute.
+
+    Attributes:
+        offset: the gain is this plus the weight: 0, or 1 as in Gemma.
+        centred: whether a norm subtracts the mean.
+    """
+
+    offset: float = 0.0
+    centred: bool = False
 
 
 @dataclass(frozen=True)
 class Residual:
-    """The norms around attention and MLP, by their paths from the block.
+    """The order of norms, halves and sums in a block. All paths are from the block.
+
+    "sequential": y = x + m·attention(norm(x)), z = y + m·mlp(norm(y)).
+    "parallel": z = x + m·attention(norm(x)) + m·mlp(norm(x)), with two norms or one for both.
+    "post-LN": y = norm(x + m·attention(x)), z = norm(y + m·mlp(y)).
 
     Attributes:
-        attention_norm, mlp_norm: the norm before each of the two, or after it in a post-norm block.
-        norm_first_flag: name of the configuration's boolean that says norms come first; None if they always do.
+        attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block.
+        topology: one of the three above.
+        flag: name of the configuration's boolean that chooses the topology; None if there is one.
+        topology_without_flag: the topology if that boolean is false.
+        multiplier: name of m in the configuration; None for 1.
+        attention_output_norm, mlp_output_norm: a norm of a half's output before the sum, which is refused.
     """
 
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
-    norm_first_flag: str | None = None
+    topology: Topology = "sequential"
+    flag: str | None = None
+    topology_without_flag: Topology = "sequential"
+    multiplier: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
 
 
 @dataclass(frozen=True)
 class Head:
-    """The modules between the last block and the logits, by their paths from the base model.
+    """The modules between the last block and the logits: cap · tanh(scale / divisor · output(projection(norm)) / cap).
 
     Attributes:
-        norm: the final norm; a model may have none there.
-        projection: a projection between the final norm and the head; a model may have none there.
+        norm: path of the final norm from the base model; a model may have none there.
+        projection: path of a projection after the final norm, from the base model; a model may have none there.
+        output: name of the language model's head, from the model.
+        scale, divisor, cap: names in the configuration; None if there is none.
     """
 
     norm: str = "norm"
     projection: str | None = None
+    output: str = "lm_head"
+    scale: str | None = None
+    divisor: str | None = None
+    cap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -87,16 +202,23 @@ class Projection:
     """A linear layer that compression narrows.
 
     Attributes:
-        path: from the block.
+        path: from the block of a compressed model.
         part: "mlp", "qk" or "vo", whose width it follows.
         axis: axis of its weight (out, in) that is narrowed.
         unit: the narrowed axis holds this part's width for each of "heads", "kv_heads", or once: "block".
+        storage: how the dense model stores it.
     """
 
     path: str
     part: Part
     axis: Literal[0, 1]
     unit: Literal["heads", "kv_heads", "block"]
+    storage: Storage
+
+    @property
+    def dense_path(self) -> str:
+        """The path of the module that holds its weights in the dense model, from the block."""
+        return self.storage.path if self.axis == 0 and self.storage.path else self.path
 
 
 @dataclass(frozen=True)
@@ -106,15 +228,20 @@ class Family:
     Attributes:
         model_type: of the dense models.
         blocks: path of the list of blocks, from the base model.
-        attention, mlp, residual, head: the parts of a model.
+        attention, mlp, norm, residual, head: the parts of a model.
+        sizes: names of sizes in the configuration that only this family has.
+        refused: names of booleans in the configuration that change the computation of a block, and must be false.
     """
 
     model_type: str
     blocks: str = "layers"
     attention: Attention = Attention()
     mlp: MLP = MLP()
+    norm: Norm = Norm()
     residual: Residual = Residual()
     head: Head = Head()
+    sizes: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def compressed_type(self) -> str:
@@ -126,13 +253,42 @@ class Family:
         """All projections of a block that compression narrows."""
         attention, mlp = self.attention, self.mlp
         return (
-            Projection(attention.query, "qk", 0, "heads"),
-            Projection(attention.key, "qk", 0, "kv_heads"),
-            Projection(attention.value, "vo", 0, "kv_heads"),
-            Projection(attention.output, "vo", 1, "heads"),
-            *(Projection(path, "mlp", 0, "block") for path in mlp.inputs),
-            Projection(mlp.output, "mlp", 1, "block"),
+            Projection(attention.query, "qk", 0, "heads", attention.storage),
+            Projection(attention.key, "qk", 0, "kv_heads", attention.storage),
+            Projection(attention.value, "vo", 0, "kv_heads", attention.storage),
+            Projection(attention.output, "vo", 1, "heads", attention.storage),
+            *(Projection(path, "mlp", 0, "block", mlp.storage) for path in mlp.inputs),
+            Projection(mlp.output, "mlp", 1, "block", mlp.storage),
         )
+
+    @property
+    def full_width_parts(self) -> tuple[Part, ...]:
+        """The parts that compression leaves at their dense width.
+
+        The curvature of the attention is known for plain scores with a window. A soft cap or sinks change it.
+        """
+        parts: list[Part] = []
+        plain_scores = {name for name, _ in self.attention.score_arguments} <= {"sliding_window"}
+        if self.attention.head_norms is not None or not plain_scores:
+            parts.append("qk")
+        if self.attention.values == "coordinates":
+            parts.append("vo")
+        return tuple(parts)
+
+    @property
+    def unsupported(self) -> str | None:
+        """The first feature of this description that no method can compress yet."""
+        features = {
+            "experts": "experts" in (self.mlp.storage.layout, self.attention.storage.layout),
+            "a shared MLP in addition to experts": self.mlp.shared is not None,
+            "norms on the output of attention or MLP": (
+                self.residual.attention_output_norm is not None or self.residual.mlp_output_norm is not None
+            ),
+        }
+        for feature, present in features.items():
+            if present:
+                return feature
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""Checks of the files of a compressed model: sizes in config.json that a model can have; weights as safetensors only.
+"""Check the files of a compressed model: possible sizes in config.json, and weights as safetensors only.
 
-This file is also remote code: it is copied beside the weights and must import nothing but torch and transformers.
+This file is also remote code: it is copied next to the weights. It imports only torch and transformers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,15 @@ from typing import Any
 from transformers.utils.hub import cached_file
 
 HUB_ARGUMENTS = ("cache_dir", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""The arguments of a `from_pretrained` that say which files of the Hub are meant."""
+"""The arguments of a `from_pretrained` that choose the files of the Hub."""
 SIZE_LIMIT = 2**30
-"""Far above every size there is; the bytes of a matrix of two such sizes can still be counted in 64 bits."""
+"""Far above every real size. The bytes of a matrix of two such sizes still fit in 64 bits."""
 LISTED_LIMITS = {"num_hidden_layers": 2**12, "num_labels": 2**20}
-"""Limits of what is listed one by one, in memory, as soon as a configuration is read."""
+"""Limits of sizes for which reading a configuration creates lists in memory."""
 SIZES = (
     *LISTED_LIMITS,
     "vocab_size",
     "hidden_size",
-    "intermediate_size",
-    "ffn_dim",
-    "word_embed_proj_dim",
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
@@ -33,14 +30,17 @@ SIZES = (
 )
 
 
-def check_sizes(values: Mapping[str, Any]) -> None:
-    """Refuses sizes of a configuration, by name, that no model has; those that are absent or None are not checked.
+def check_sizes(values: Mapping[str, Any], more: Iterable[str] = (), names: Mapping[str, str] | None = None) -> None:
+    """Check the sizes of a configuration. Sizes that are absent or None are not checked.
+
+    `more` are the sizes that only the model's family has. `names` maps a size to its name in `values`.
 
     Raises:
         ValueError: a size is no integer, below 1 or absurdly large, or the heads do not fall into groups.
     """
-    for name in SIZES:
-        size, limit = values.get(name), LISTED_LIMITS.get(name, SIZE_LIMIT)
+    values = {name: values.get((names or {}).get(name, name)) for name in (*SIZES, *more)}
+    for name, size in values.items():
+        limit = LISTED_LIMITS.get(name, SIZE_LIMIT)
         if size is not None and (type(size) is not int or not 1 <= size <= limit):
             raise ValueError(f"config.json: {name} is {size!r}; expected an integer in [1, {limit}].")
     heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
@@ -51,20 +51,20 @@ def check_sizes(values: Mapping[str, Any]) -> None:
 
 
 def whole_name(variant: str | None = None) -> str:
-    """The name of weights that are in one file."""
+    """Return the name of weights that are in one file."""
     return f"model.{variant}.safetensors" if variant else "model.safetensors"
 
 
 def index_name(variant: str | None = None) -> str:
-    """The name of the file that says which weights are in which of several files."""
+    """Return the name of the index of weights that are in several files."""
     return f"model.safetensors.index.{variant}.json" if variant else "model.safetensors.index.json"
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files that transformers reads from a local folder; none where it holds no safetensors.
+    """Return the safetensors files that transformers reads from a local folder. There may be none.
 
     Raises:
-        ValueError: the index cannot be read, or names what is no safetensors file of its folder.
+        ValueError: the index cannot be read, or names something else than a safetensors file of its folder.
     """
     whole, index = folder / whole_name(variant), folder / index_name(variant)
     if whole.is_file() or not index.is_file():
@@ -77,24 +77,24 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def _shards(index: Path) -> list[str]:
-    """The names in an index, in order."""
+    """Return the names in an index, in order."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         names: list[Any] = sorted({*content["weight_map"].values(), *([] if "metadata" in content else ["metadata"])})
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index} is no index of safetensors files ({error}). Save or download it again.") from error
     for name in names:
-        # A path would lead out of the folder, and any other kind of file would be opened as a pickle.
+        # A path could lead out of the folder, and another kind of file would be opened as a pickle.
         if not isinstance(name, str) or not name.endswith(".safetensors") or {"/", "\\", ":"} & set(name):
             raise ValueError(f"{index} names {name!r}; expected safetensors files of its own folder.")
     return names
 
 
 def refuse(model: Any, problems: list[str]) -> None:
-    """Raise an error if there are problems with the checkpoint of `model`; it lists the first 20.
+    """Raise an error if there are problems with the checkpoint of `model`. It lists the first 20.
 
     Raises:
-        ValueError: with the problems, and with what to do.
+        ValueError: with the problems and a remedy.
     """
     if problems:
         more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
@@ -108,10 +108,10 @@ def refuse(model: Any, problems: list[str]) -> None:
 
 @contextmanager
 def readable_weights(name: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Around a `from_pretrained` of this name and these arguments: weights that cannot be read are refused by name.
+    """Refuse weights that cannot be read, during a `from_pretrained` of this name and these arguments.
 
     Raises:
-        ValueError: they are pickles, led astray, cut off or damaged.
+        ValueError: the weights are pickles, outside their folder, cut off or damaged.
     """
     folder, variant = Path(str(name), arguments.get("subfolder") or ""), arguments.get("variant")
     if folder.is_dir():
@@ -130,7 +130,7 @@ def readable_weights(name: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _check_folder(folder: Path, variant: str | None) -> None:
-    """Refuses a local folder whose weights are pickles, led astray, cut off or damaged, before they are loaded."""
+    """Refuse a local folder whose weights are pickles, outside it, cut off or damaged, before they are loaded."""
     from transformers.modeling_utils import load_state_dict  # takes seconds to import
 
     files = weight_files(folder, variant)
@@ -147,7 +147,7 @@ def _check_folder(folder: Path, variant: str | None) -> None:
 
 
 def _check_index(repo: str, variant: str | None, hub: dict[str, Any]) -> None:
-    """Refuses a model of the Hub whose index leads astray; that it has none, or is not there, transformers says."""
+    """Refuse a model of the Hub whose index leads out of the repository. transformers reports other errors."""
     index = cached_file(
         repo,
         index_name(variant),
@@ -162,9 +162,9 @@ def _check_index(repo: str, variant: str | None, hub: dict[str, Any]) -> None:
 
 @contextmanager
 def one_set_of_weights(folder: Any, variant: str | None = None) -> Iterator[None]:
-    """Around a save: afterwards the folder has no weights of a former one, which would be read in place of these.
+    """Remove weights of a former save, which would be read instead of these, during a save.
 
-    transformers removes shards, but not their index, and not the one file, which has precedence over an index.
+    transformers removes shards, but neither their index nor a single file, which has precedence over an index.
     """
     whole, index = Path(folder, whole_name(variant)), Path(folder, index_name(variant))
     former = index.read_bytes() if index.is_file() else None

@@ -19,38 +19,28 @@ FAMILY = Family("llama")
 class ModeGPTLlamaConfig(ModeGPTConfigMixin, LlamaConfig):
     """Llama with the widths of each block in `per_layer_config`."""
 
-    model_type = FAMILY.compressed_type
-    _auto_class = "AutoConfig"
-    family = FAMILY
-
 
 class ModeGPTLlamaAttention(ModeGPTAttentionMixin, LlamaAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Llama's attention with query/key and value heads of widths of their own."""
-
-    family = FAMILY
+    """Llama's attention with separate widths for query and key heads, and for value heads."""
 
 
-class _Compressed(ModeGPTModelMixin):
-    config_class = ModeGPTLlamaConfig
-    attention_class = ModeGPTLlamaAttention
-
-
-class ModeGPTLlamaModel(_Compressed, LlamaModel):
+class ModeGPTLlamaModel(ModeGPTModelMixin, LlamaModel):
     """Llama without a head."""
 
-    _auto_class = "AutoModel"
+
+class ModeGPTLlamaForCausalLM(ModeGPTModelMixin, LlamaForCausalLM):
+    """Llama with a language model's head."""
 
 
-class ModeGPTLlamaForCausalLM(_Compressed, LlamaForCausalLM):
-    """Llama, language model."""
-
-    _auto_class = "AutoModelForCausalLM"
-
-
-class ModeGPTLlamaForSequenceClassification(_Compressed, LlamaForSequenceClassification):
+class ModeGPTLlamaForSequenceClassification(ModeGPTModelMixin, LlamaForSequenceClassification):
     """Llama with a classification head."""
 
-    _auto_class = "AutoModelForSequenceClassification"
 
-
-MODELS = register(ModeGPTLlamaModel, ModeGPTLlamaForCausalLM, ModeGPTLlamaForSequenceClassification)
+MODELS = register(
+    FAMILY,
+    ModeGPTLlamaConfig,
+    ModeGPTLlamaAttention,
+    AutoModel=ModeGPTLlamaModel,
+    AutoModelForCausalLM=ModeGPTLlamaForCausalLM,
+    AutoModelForSequenceClassification=ModeGPTLlamaForSequenceClassification,
+)

@@ -11,51 +11,36 @@ from transformers.models.mistral.modeling_mistral import (
 )
 
 from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
-from .modegpt_family import Family
+from .modegpt_family import Attention, Family
 
-FAMILY = Family("mistral")
+FAMILY = Family("mistral", attention=Attention(score_arguments=(("sliding_window", "config.sliding_window"),)))
 
 
 class ModeGPTMistralConfig(ModeGPTConfigMixin, MistralConfig):
     """Mistral with the widths of each block in `per_layer_config`."""
 
-    model_type = FAMILY.compressed_type
-    _auto_class = "AutoConfig"
-    family = FAMILY
-
 
 class ModeGPTMistralAttention(ModeGPTAttentionMixin, MistralAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Mistral's attention with query/key and value heads of widths of their own."""
-
-    family = FAMILY
-
-    @property
-    def attention_window(self) -> int | None:
-        """Mistral's window is the same in all blocks."""
-        return self.config.sliding_window
+    """Mistral's attention with separate widths for query and key heads, and for value heads."""
 
 
-class _Compressed(ModeGPTModelMixin):
-    config_class = ModeGPTMistralConfig
-    attention_class = ModeGPTMistralAttention
-
-
-class ModeGPTMistralModel(_Compressed, MistralModel):
+class ModeGPTMistralModel(ModeGPTModelMixin, MistralModel):
     """Mistral without a head."""
 
-    _auto_class = "AutoModel"
+
+class ModeGPTMistralForCausalLM(ModeGPTModelMixin, MistralForCausalLM):
+    """Mistral with a language model's head."""
 
 
-class ModeGPTMistralForCausalLM(_Compressed, MistralForCausalLM):
-    """Mistral, language model."""
-
-    _auto_class = "AutoModelForCausalLM"
-
-
-class ModeGPTMistralForSequenceClassification(_Compressed, MistralForSequenceClassification):
+class ModeGPTMistralForSequenceClassification(ModeGPTModelMixin, MistralForSequenceClassification):
     """Mistral with a classification head."""
 
-    _auto_class = "AutoModelForSequenceClassification"
 
-
-MODELS = register(ModeGPTMistralModel, ModeGPTMistralForCausalLM, ModeGPTMistralForSequenceClassification)
+MODELS = register(
+    FAMILY,
+    ModeGPTMistralConfig,
+    ModeGPTMistralAttention,
+    AutoModel=ModeGPTMistralModel,
+    AutoModelForCausalLM=ModeGPTMistralForCausalLM,
+    AutoModelForSequenceClassification=ModeGPTMistralForSequenceClassification,
+)

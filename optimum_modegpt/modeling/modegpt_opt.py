@@ -11,59 +11,50 @@ from transformers.models.opt.modeling_opt import (
 )
 
 from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
-from .modegpt_family import MLP, Attention, Family, Head, Residual
+from .modegpt_family import MLP, Attention, Family, Head, Norm, Positions, Residual
 
 FAMILY = Family(
     "opt",
     blocks="decoder.layers",
-    attention=Attention(output="self_attn.out_proj", rotary=False),
-    mlp=MLP(inputs=("fc1",), output="fc2", activation="activation_fn", width="ffn_dim"),
-    residual=Residual("self_attn_layer_norm", "final_layer_norm", norm_first_flag="do_layer_norm_before"),
+    attention=Attention(output="self_attn.out_proj", positions=Positions("none"), dropout="dropout"),
+    mlp=MLP(module=None, inputs=("fc1",), output="fc2", activation="activation_fn", width="ffn_dim"),
+    norm=Norm(centred=True),
+    residual=Residual(
+        "self_attn_layer_norm",
+        "final_layer_norm",
+        flag="do_layer_norm_before",
+        topology_without_flag="post-LN",
+    ),
     head=Head("decoder.final_layer_norm", projection="decoder.project_out"),
+    sizes=("word_embed_proj_dim",),
 )
 
 
 class ModeGPTOPTConfig(ModeGPTConfigMixin, OPTConfig):
     """OPT with the widths of each block in `per_layer_config`."""
 
-    model_type = FAMILY.compressed_type
-    _auto_class = "AutoConfig"
-    family = FAMILY
-
 
 class ModeGPTOPTAttention(ModeGPTAttentionMixin, OPTAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """OPT's attention with query/key and value heads of widths of their own."""
-
-    family = FAMILY
-    num_key_value_groups = 1
-
-    @property
-    def attention_dropout(self) -> float:
-        """The name under which the shared forward pass reads it."""
-        return self.dropout
+    """OPT's attention with separate widths for query and key heads, and for value heads."""
 
 
-class _Compressed(ModeGPTModelMixin):
-    config_class = ModeGPTOPTConfig
-    attention_class = ModeGPTOPTAttention
-
-
-class ModeGPTOPTModel(_Compressed, OPTModel):
+class ModeGPTOPTModel(ModeGPTModelMixin, OPTModel):
     """OPT without a head."""
 
-    _auto_class = "AutoModel"
+
+class ModeGPTOPTForCausalLM(ModeGPTModelMixin, OPTForCausalLM):
+    """OPT with a language model's head."""
 
 
-class ModeGPTOPTForCausalLM(_Compressed, OPTForCausalLM):
-    """OPT, language model."""
-
-    _auto_class = "AutoModelForCausalLM"
-
-
-class ModeGPTOPTForSequenceClassification(_Compressed, OPTForSequenceClassification):
+class ModeGPTOPTForSequenceClassification(ModeGPTModelMixin, OPTForSequenceClassification):
     """OPT with a classification head."""
 
-    _auto_class = "AutoModelForSequenceClassification"
 
-
-MODELS = register(ModeGPTOPTModel, ModeGPTOPTForCausalLM, ModeGPTOPTForSequenceClassification)
+MODELS = register(
+    FAMILY,
+    ModeGPTOPTConfig,
+    ModeGPTOPTAttention,
+    AutoModel=ModeGPTOPTModel,
+    AutoModelForCausalLM=ModeGPTOPTForCausalLM,
+    AutoModelForSequenceClassification=ModeGPTOPTForSequenceClassification,
+)

@@ -11,46 +11,36 @@ from transformers.models.qwen2.modeling_qwen2 import (
 )
 
 from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
-from .modegpt_family import Family
+from .modegpt_family import Attention, Family
 
-FAMILY = Family("qwen2")
+FAMILY = Family("qwen2", attention=Attention(score_arguments=(("sliding_window", "sliding_window"),)))
 
 
 class ModeGPTQwen2Config(ModeGPTConfigMixin, Qwen2Config):
     """Qwen2 with the widths of each block in `per_layer_config`."""
 
-    model_type = FAMILY.compressed_type
-    _auto_class = "AutoConfig"
-    family = FAMILY
-
 
 class ModeGPTQwen2Attention(ModeGPTAttentionMixin, Qwen2Attention):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Qwen2's attention with query/key and value heads of widths of their own."""
-
-    family = FAMILY
+    """Qwen2's attention with separate widths for query and key heads, and for value heads."""
 
 
-class _Compressed(ModeGPTModelMixin):
-    config_class = ModeGPTQwen2Config
-    attention_class = ModeGPTQwen2Attention
-
-
-class ModeGPTQwen2Model(_Compressed, Qwen2Model):
+class ModeGPTQwen2Model(ModeGPTModelMixin, Qwen2Model):
     """Qwen2 without a head."""
 
-    _auto_class = "AutoModel"
+
+class ModeGPTQwen2ForCausalLM(ModeGPTModelMixin, Qwen2ForCausalLM):
+    """Qwen2 with a language model's head."""
 
 
-class ModeGPTQwen2ForCausalLM(_Compressed, Qwen2ForCausalLM):
-    """Qwen2, language model."""
-
-    _auto_class = "AutoModelForCausalLM"
-
-
-class ModeGPTQwen2ForSequenceClassification(_Compressed, Qwen2ForSequenceClassification):
+class ModeGPTQwen2ForSequenceClassification(ModeGPTModelMixin, Qwen2ForSequenceClassification):
     """Qwen2 with a classification head."""
 
-    _auto_class = "AutoModelForSequenceClassification"
 
-
-MODELS = register(ModeGPTQwen2Model, ModeGPTQwen2ForCausalLM, ModeGPTQwen2ForSequenceClassification)
+MODELS = register(
+    FAMILY,
+    ModeGPTQwen2Config,
+    ModeGPTQwen2Attention,
+    AutoModel=ModeGPTQwen2Model,
+    AutoModelForCausalLM=ModeGPTQwen2ForCausalLM,
+    AutoModelForSequenceClassification=ModeGPTQwen2ForSequenceClassification,
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Plan, Sizes
 from optimum_modegpt.architectures import Architecture
+from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
 from optimum_modegpt.budget.sizes import check_reachable
 from optimum_modegpt.calibration.data import describe_degenerate
 from optimum_modegpt.calibration.streams import (
@@ -24,7 +25,6 @@ from optimum_modegpt.calibration.streams import (
 )
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, NumericalError, UnsupportedModel, naming
 from optimum_modegpt.modeling.adoption import built
-from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
 from optimum_modegpt.walk.request import Request
 from optimum_modegpt.walk.state import State
 
@@ -81,11 +81,10 @@ def check_plan(plan: Plan, sizes: Sizes) -> None:
 
 
 def check_tensors(architecture: Architecture) -> None:
-    """Refuse a model whose tensors have other names or shapes than those of its compressed class at full width."""
+    """Refuse a model whose tensors have other names or shapes than those of its class in transformers."""
     model, classes = architecture.model, architecture.classes
-    widths = [block.dense_widths for block in architecture.blocks]
     with torch.device("meta"):
-        built = classes.causal_lm(classes.config.from_dense(model.config, widths, {"format_version": FORMAT_VERSION}))
+        built = classes.stock_causal_lm(model.config)
     known, own = built.state_dict(), model.state_dict()
     if unknown := sorted(own.keys() - known.keys()):
         raise UnsupportedModel(
@@ -108,6 +107,7 @@ def check_reading(request: Request, inputs: BlockInputs) -> None:
     transformers, which show a difference in embeddings, masks and positions too.
     """
     window = inputs.stream[0][:1].to(request.device)
+    _check_norms(request.architecture, window)
     for block in request.architecture.blocks:
         arguments = inputs.on(block.index, request.device)
         own = block.on(request.device).forward(window, arguments)
@@ -117,17 +117,39 @@ def check_reading(request: Request, inputs: BlockInputs) -> None:
         if (difference := _difference(own, ours)) is not None:
             raise UnsupportedModel(
                 f"{type(request.architecture.model).__name__}, block {block.index} computes something else than its "
-                f"family's norm, attention, norm, MLP (relative difference {difference:.1e}); this variant is not "
+                f"family's norms, attention and MLP (relative difference {difference:.1e}); this model variant is not "
                 "supported."
             )
         window = own
     tail = request.architecture.own_tail
-    logits = tail(window[:, -1:].to(cast(Tensor, tail[-1].weight).device))
+    logits = tail(window[:, -1:].to(tail.output.weight.device))
     if (name := not_finite([logits], inputs.windows)) is not None:
         raise NumericalError(f"the dense model's logits are not finite on {name}. {DENSE_ADVICE}")
     tokens = request.calibration.tokens[:1, :HEAD_TOKENS]
     _check_head(request.architecture, tokens)
     _check_model(request.architecture, tokens)
+
+
+def _check_norms(architecture: Architecture, stream: Tensor) -> None:
+    """Check that gain and centring of the model's norms are as its family describes them.
+
+    The compression changes gains, and an error shows only at a gain that is not that of the model.
+    """
+    kind, residual = architecture.family.norm, architecture.blocks[0].residual
+    for norm in (residual.attention_norm, residual.mlp_norm, architecture.final_norm):
+        if not has_gain(norm):
+            continue
+        copied = copy.deepcopy(norm).to(stream.device)
+        values = stream.to(copied.weight.dtype)
+        bias = 0.0 if getattr(copied, "bias", None) is None else copied.bias.detach()
+        single, shifted = copied(values), copied(values + values.std())
+        set_gain(copied, kind, 2 * gain(copied, kind))
+        wrong = _difference(copied(values) - bias, 2 * (single - bias)) is not None
+        if wrong or (_difference(single, shifted) is None) != kind.centred:
+            raise UnsupportedModel(
+                f"{type(architecture.model).__name__}: {type(norm).__name__} computes its gain or its mean in another "
+                "way than the norms of its family; this model variant is not supported."
+            )
 
 
 def _check_head(architecture: Architecture, tokens: Tensor) -> None:

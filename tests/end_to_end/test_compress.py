@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from tiny_models import FAMILIES, VARIANTS, classes, dense, tokens
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Architecture, Block, resolve
@@ -30,6 +30,7 @@ from optimum_modegpt.errors import (
     UnsupportedModel,
 )
 from optimum_modegpt.methods import sensitivity
+from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 from optimum_modegpt.report import PARTS, Report, count_parameters
 from optimum_modegpt.walk.checks import check_result
@@ -134,11 +135,11 @@ def test_thirty_percent_by_every_recipe(name: str, tmp_path: Any) -> None:
 
 
 def removed_by_hand(model: Any, name: str) -> float:
-    """1 − Σ new / Σ dense over the seven (or six) projections, counted from the modules."""
+    """Return 1 − Σ new / Σ dense over all matrices of the blocks."""
 
     def count(of: Any) -> int:
-        names = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
-        return sum(m.weight.numel() for path, m in of.named_modules() if path.rpartition(".")[2] in names)
+        blocks = of.base_model.get_submodule(model.config.family.blocks)
+        return sum(tensor.numel() for tensor in blocks.parameters() if tensor.ndim == 2)
 
     return 1 - count(model) / count(dense(name))
 
@@ -443,8 +444,8 @@ def test_compressing_twice_is_refused() -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
-    with pytest.raises(UnsupportedModel, match=r"gpt2.*known: llama, mistral, opt, qwen2"):
+    model = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260))
+    with pytest.raises(UnsupportedModel, match=f"bloom.*known: {', '.join(DENSE_TYPES)}"):
         run(model)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import FAMILIES, dense
 
 from optimum_modegpt.architectures import FAMILIES as KNOWN_FAMILIES
@@ -17,8 +18,12 @@ from optimum_modegpt.modeling import DENSE_TYPES, modegpt_family
 ROOT = Path(modegpt_family.__file__).parents[1]
 DESCRIPTIONS = (
     modegpt_family.Family,
+    modegpt_family.Storage,
+    modegpt_family.Positions,
+    modegpt_family.HeadNorms,
     modegpt_family.Attention,
     modegpt_family.MLP,
+    modegpt_family.Norm,
     modegpt_family.Residual,
     modegpt_family.Head,
     modegpt_family.Projection,
@@ -38,19 +43,22 @@ def test_every_field_is_read(description: type) -> None:
 
 
 def test_a_family_is_named_in_its_own_file_only() -> None:
-    named = [
+    elsewhere = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}"
         for path, tree in trees()
         for node in ast.walk(tree)
         if isinstance(node, ast.Constant) and node.value in DENSE_TYPES and path.stem != f"modegpt_{node.value}"
     ]
-    listed = [place for place in named if not place.startswith("modeling/__init__.py")]
-    assert listed == []
-    assert len(named) == len(DENSE_TYPES) == len(KNOWN_FAMILIES)
+    assert elsewhere == []
+
+
+def test_every_file_of_a_family_describes_it() -> None:
+    assert list(KNOWN_FAMILIES) == list(DENSE_TYPES)
+    assert {classes.family.model_type for classes in KNOWN_FAMILIES.values()} == set(DENSE_TYPES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_projections_are_all_matrices_of_a_block(name: str) -> None:
-    block = resolve(dense(name)).blocks[0]
+    block = resolve(dense(name)).blocks[0].compressible_copy(torch.device("cpu"))
     matrices = {path for path, tensor in block.module.named_parameters() if tensor.ndim == 2}
     assert matrices == {f"{projection.path}.weight" for projection in block.family.projections}

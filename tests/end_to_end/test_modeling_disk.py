@@ -11,8 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from subprocess_load import run_worker
-from tiny_models import FAMILIES, SHARED_CODE, VARIANTS, classes, compressed, dense, tokenizer, tokens
+from tiny_models import FAMILIES, SHARED_CODE, VARIANTS, classes, compressed, tokenizer, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from optimum_modegpt.modeling.modegpt_common import Widths
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -126,9 +128,10 @@ def test_files_are_small_and_say_what_they_are(name: str, saved: dict[str, dict[
     assert {value.partition(".")[0] + ".py" for value in config["auto_map"].values()} <= code
     assert not list(folder.glob("*.bin"))
 
-    model, reference = compressed(name), dense(name)
+    model = compressed(name)
     family, widths = model.config.family, model.config.widths()
-    head_dim = model.config.dense_head_dim
+    head_dim, mlp_width = model.config.dense_head_dim, model.config.dense_mlp_width
+    reference = compressed(name, widths=[Widths(head_dim, head_dim, mlp_width)] * 3)
     reference_shapes = {key: value.shape for key, value in reference.state_dict().items()}
     heads, kv_heads = 4, VARIANTS[name][1].get("num_key_value_heads", 4)
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -143,7 +146,7 @@ def test_files_are_small_and_say_what_they_are(name: str, saved: dict[str, dict[
                 assert value.any(dim=1).all(), f"{key}: a row of zeros"
                 assert value.any(dim=0).all(), f"{key}: a column of zeros"
         for index, width in enumerate(widths):
-            prefix = f"model.{family.blocks}.{index}"
+            prefix = f"{model.base_model_prefix}.{family.blocks}.{index}"
             expected = {
                 family.attention.query: (heads * width.qk, 32),
                 family.attention.key: (kv_heads * width.qk, 32),
@@ -154,8 +157,8 @@ def test_files_are_small_and_say_what_they_are(name: str, saved: dict[str, dict[
             }
             for path, shape in expected.items():
                 assert file.get_slice(f"{prefix}.{path}.weight").get_shape() == list(shape)
-    assert widths[0].qk < head_dim
-    assert widths[0].mlp < 48
+    assert (widths[0].qk < head_dim) != ("qk" in family.full_width_parts)
+    assert widths[0].mlp < mlp_width
 
 
 @EVERY

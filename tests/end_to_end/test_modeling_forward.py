@@ -12,15 +12,26 @@ from tiny_models import FAMILIES, VARIANTS, classes, compressed, dense, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
-from optimum_modegpt.modeling.modegpt_common import Widths, adopt_attention, install_linear, install_rope_index
+from optimum_modegpt.modeling.modegpt_common import install_linear, install_rope_index
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
-def adopt(model: PreTrainedModel, model_class: Any, config: Any) -> None:
-    become(model, built(model, model_class, config, {}))
+CPU = torch.device("cpu")
+
+
+def adopt(model: PreTrainedModel, name: str) -> None:
+    """Give a dense model the compressed class at full width, with copies of its blocks, as compression does."""
+    architecture = resolve(model)
+    model_class = classes(name)["AutoModelForCausalLM"]
+    widths = [block.dense_widths for block in architecture.blocks]
+    modules = (block.compressible_copy(CPU).module for block in architecture.blocks)
+    copies = dict(zip(architecture.block_paths, modules, strict=True))
+    config = model_class.config_class.from_dense(model.config, widths, {"format_version": 1})
+    become(model, built(model, model_class, config, copies))
 
 
 def blocks_of(model: PreTrainedModel, name: str) -> Any:
@@ -28,17 +39,23 @@ def blocks_of(model: PreTrainedModel, name: str) -> Any:
 
 
 def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """The stock model that computes the same: what was cut is zero, kept rotary pairs stand at their old place."""
+    """Return a model that computes the same, with zeros for everything that was cut.
+
+    It is the stock model, or the compressed class at full width if the stock model stores the projections otherwise.
+    """
     family = model.config.family
     twin = dense(name)
+    if not resolve(twin).blocks[0].is_separate:
+        adopt(twin, name)
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("rope_index")}
+    state |= {key: value for key, value in twin.state_dict().items() if key.endswith("rope_index")}
     prefix = f"{model.base_model_prefix}.{family.blocks}"
     for index, block in enumerate(blocks_of(model, name)):
         attention = block.get_submodule(family.attention.module)
         reference = blocks_of(twin, name)[index]
-        head_dim, qk, vo = attention.head_dim, attention.qk_head_dim, attention.v_head_dim
+        head_dim, qk, vo = attention.dense_head_dim, attention.qk_head_dim, attention.v_head_dim
         heads, kv_heads = attention.q_proj.out_features // qk, attention.k_proj.out_features // qk
-        if attention.family.attention.rotary:
+        if attention.rotates:
             pairs = attention.rope_index.long()
             kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)  # (kv_heads, qk)
         else:
@@ -73,16 +90,7 @@ def adopted(name: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel
     reference = dense(name, **changes)
     reference.set_attn_implementation("eager")  # the one that returns attention weights
     model = copy.deepcopy(reference)
-    model_class = classes(name)["AutoModelForCausalLM"]
-    family = model_class.config_class.family
-    blocks = blocks_of(model, name)
-    for block in blocks:
-        adopt_attention(block.get_submodule(family.attention.module), model_class.attention_class)
-    head_dim, width = blocks[0].self_attn.head_dim, blocks[0].get_submodule(family.mlp.output).in_features
-    config = model_class.config_class.from_dense(
-        model.config, [Widths(head_dim, head_dim, width)] * len(blocks), {"format_version": 1}
-    )
-    adopt(model, model_class, config)
+    adopt(model, name)
     return reference, model
 
 
@@ -107,25 +115,24 @@ def test_adoption_at_full_width_changes_nothing(name: str) -> None:
     ids = tokens()
     expected = reference(ids, output_attentions=True, output_hidden_states=True)
     found = model(ids, output_attentions=True, output_hidden_states=True)
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.logits, expected.logits, atol=5e-5, rtol=1e-5)
     assert len(found.attentions) == len(found.hidden_states) - 1 == 3
     for a, b in zip(found.attentions + found.hidden_states, expected.attentions + expected.hidden_states, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=1e-5)
 
 
 @EVERY
 def test_adoption_keeps_the_object_and_what_the_caller_set(name: str) -> None:
     model_class = classes(name)["AutoModelForCausalLM"]
+    family = model_class.config_class.family
     model = dense(name)
     identity, storage = id(model), model.get_input_embeddings().weight.data_ptr()
     model.generation_config.max_new_tokens = 5
     model.get_input_embeddings().requires_grad_(False)
-    for block in blocks_of(model, name):
-        adopt_attention(block.self_attn, model_class.attention_class)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    attention = blocks_of(model, name)[0].self_attn
-    widths = [Widths(attention.head_dim, attention.head_dim, 48)] * 3
-    adopt(model, model_class, model_class.config_class.from_dense(model.config, widths, {"format_version": 1}))
+    frozen = blocks_of(model, name)[1].get_submodule(family.projections[0].dense_path).requires_grad_(False)
+    assert not frozen.weight.requires_grad
+    outside = {key: value for key, value in model.state_dict().items() if f"{family.blocks}." not in key}
+    adopt(model, name)
     assert id(model) == identity
     assert type(model) is model_class
     assert not model.training
@@ -134,25 +141,20 @@ def test_adoption_keeps_the_object_and_what_the_caller_set(name: str) -> None:
     tied = model.config.tie_word_embeddings
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     assert not model.get_input_embeddings().weight.requires_grad
-    assert blocks_of(model, name)[0].self_attn.q_proj.weight.requires_grad
+    for index, trained in ((0, True), (1, False)):
+        query = blocks_of(model, name)[index].get_submodule(family.attention.query)
+        assert query.weight.requires_grad == trained
+        assert not query.training
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
     after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(after[key].data_ptr() == value.data_ptr() for key, value in outside.items())
 
 
 def test_adoption_in_half_precision_saves_half_precision(tmp_path: Path) -> None:
     name = "llama-gqa-tied"
-    model_class = classes(name)["AutoModelForCausalLM"]
     dense(name).save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16)
-    for block in blocks_of(model, name):
-        adopt_attention(block.self_attn, model_class.attention_class)
-    adopt(
-        model,
-        model_class,
-        model_class.config_class.from_dense(model.config, [Widths(8, 8, 48)] * 3, {"format_version": 1}),
-    )
+    adopt(model, name)
     expected = model(tokens()).logits
     assert model.dtype is model.config.dtype is expected.dtype is torch.bfloat16
     model.save_pretrained(tmp_path / "small")
@@ -163,27 +165,26 @@ def test_adoption_in_half_precision_saves_half_precision(tmp_path: Path) -> None
 
 @FAMILY
 def test_adoption_takes_narrowed_blocks(name: str) -> None:
-    """As compression does it: the projections of a dense model are replaced one by one, then the class changes."""
+    """As compression does it: copies of a dense model's blocks are narrowed, then the class changes."""
     target = compressed(name)
     model = dense(name)
-    model_class, family = type(target), target.config.family
-    for block, source in zip(blocks_of(model, name), blocks_of(target, name), strict=True):
-        attention, wanted = block.get_submodule(family.attention.module), source.get_submodule(family.attention.module)
-        adopt_attention(attention, model_class.attention_class)
-        attention.set_widths(wanted.qk_head_dim, wanted.v_head_dim)
-        paths = [projection.path for projection in family.projections]
-        for path in paths:
-            linear = source.get_submodule(path)
-            install_linear(block, path, linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
-        if attention.family.attention.rotary:
-            install_rope_index(attention, wanted.rope_index.clone())
+    family, architecture = target.config.family, resolve(model)
+    copies = {}
+    for block, source in zip(architecture.blocks, blocks_of(target, name), strict=True):
+        student, wanted = block.compressible_copy(CPU), source.get_submodule(family.attention.module)
+        student.attention.set_widths(wanted.qk_head_dim, wanted.v_head_dim)
+        for projection in family.projections:
+            linear = source.get_submodule(projection.path)
+            bias = None if linear.bias is None else linear.bias.detach()
+            install_linear(student.module, projection.path, linear.weight.detach(), bias)
+        if student.rotary:
+            install_rope_index(student.attention, wanted.rope_index.clone())
+        copies[architecture.block_paths[block.index]] = student.module
+        architecture.block_list[block.index] = student.module
     ids = tokens()
     half_done = model(ids).logits
-    adopt(
-        model,
-        model_class,
-        model_class.config_class.from_dense(model.config, target.config.widths(), {"format_version": 1}),
-    )
+    config = type(target).config_class.from_dense(model.config, target.config.widths(), {"format_version": 1})
+    become(model, built(model, type(target), config, copies))
     assert torch.equal(model(ids).logits, half_done)
     target.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(target(ids).logits, half_done)
@@ -204,7 +205,6 @@ def test_kernels_agree(name: str) -> None:
 def test_flash_kernels_get_one_width(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel is not here; what it would be given is, and eager attention stands in for it."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.llama.modeling_llama import eager_attention_forward
 
     model, ids = compressed(name), tokens()
     model.set_attn_implementation("eager")
@@ -213,27 +213,20 @@ def test_flash_kernels_get_one_width(name: str, monkeypatch: pytest.MonkeyPatch)
 
     def kernel(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         seen.append((query.shape[-1], key.shape[-1], value.shape[-1]))
-        windows.append(kwargs["sliding_window"])
+        windows.append(kwargs.get("sliding_window"))
         length = query.shape[2]
         distance = torch.arange(length)[:, None] - torch.arange(length)
-        window = kwargs.pop("sliding_window") or length
+        window = kwargs.pop("sliding_window", None) or length
         bias = torch.where((distance >= 0) & (distance < window), 0.0, float("-inf"))
-        return eager_attention_forward(module, query, key, value, bias, **kwargs)
+        return module.eager_function()(module, query, key, value, bias, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_2", kernel)
     model.config._attn_implementation = "flash_attention_2"
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
     widest = [max(width.qk, width.vo) for width in model.config.widths()]
     assert seen == [(width, width, width) for width in widest]
-    assert (
-        windows
-        == {
-            "llama-gqa-tied": [None] * 3,
-            "mistral-window": [6] * 3,
-            "qwen2-mixed-window": [None, 6, None],
-            "opt": [None] * 3,
-        }[name]
-    )
+    expected_windows = {"mistral-window": [6] * 3, "qwen2-mixed-window": [None, 6, None]}
+    assert windows == expected_windows.get(name, [None] * 3)
 
 
 def test_a_stray_window_in_a_llama_configuration_is_ignored_as_in_the_dense_class() -> None:
@@ -252,7 +245,7 @@ def test_training_reaches_every_parameter(name: str) -> None:
 
     model.train()
     plain = gradients()
-    # Softmax forgets what is added to all keys, so a key bias has none but rounding.
+    # A key bias changes no softmax without rotation and norms, so its gradient is only rounding.
     assert all(grad.abs().max() > 1e-6 for key, grad in plain.items() if not key.endswith("k_proj.bias"))
     # Its name since transformers 5.20.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
+from optimum_modegpt.modeling.modegpt_family import Family
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
@@ -63,19 +64,24 @@ def refuse(folder: Path, match: str, auto: Any = AutoModelForCausalLM) -> None:
 
 
 def block_key(name: str, rest: str) -> str:
-    family = classes(name)["AutoModel"].config_class.family
-    return f"model.{family.blocks}.0.{rest}"
+    model_class = classes(name)["AutoModel"]
+    return f"{model_class.base_model_prefix}.{model_class.config_class.family.blocks}.0.{rest}"
+
+
+def family_of(name: str) -> Family:
+    return classes(name)["AutoModel"].config_class.family
 
 
 @FAMILY
 def test_missing_tensors(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
-    rotary = classes(name)["AutoModel"].attention_class.family.attention.rotary
-    for rest in ("self_attn.q_proj.weight", *(["self_attn.rope_index"] if rotary else [])):
+    attention, base = family_of(name).attention, classes(name)["AutoModel"].base_model_prefix
+    rotary = [f"{attention.module}.rope_index"] if attention.positions.pairs != "none" else []
+    for rest in (f"{attention.query}.weight", *rotary):
         key = block_key(name, rest)
         folder = edited(originals(name), tmp_path, tensors=lambda state, key=key: state.pop(key))
         for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
             refuse(folder, f"missing: {key}", auto)
-        refuse(folder, f"missing: {key.removeprefix('model.')}", AutoModel)
+        refuse(folder, f"missing: {key.removeprefix(f'{base}.')}", AutoModel)
 
 
 @own_adapters()
@@ -88,14 +94,14 @@ def test_missing_tensor_below_an_adapter(name: str, originals: Callable[[str], P
     expected = adapted(tokens()).logits
     adapted.save_pretrained(tmp_path / "adapter")
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")(tokens()).logits, expected)
-    key = block_key(name, "self_attn.k_proj.weight")
+    key = block_key(name, f"{family_of(name).attention.key}.weight")
     edited(base, base, tensors=lambda state: state.pop(key))
     refuse(tmp_path / "adapter", f"missing: {key}")
 
 
 @FAMILY
 def test_tensors_of_another_shape(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
-    key = block_key(name, "self_attn.v_proj.weight")
+    key = block_key(name, f"{family_of(name).attention.value}.weight")
 
     def cut(state: dict[str, Tensor]) -> None:
         state[key] = state[key][1:].clone()
@@ -108,7 +114,8 @@ def test_tensors_of_another_shape(name: str, originals: Callable[[str], Path], t
 
 @FAMILY
 def test_tensors_nobody_asked_for(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
-    for key in (block_key(name, "self_attn.q_proj.scale"), "model.extra.weight"):
+    base = classes(name)["AutoModel"].base_model_prefix
+    for key in (block_key(name, f"{family_of(name).attention.query}.scale"), f"{base}.extra.weight"):
         folder = edited(originals(name), tmp_path, tensors=lambda state, key=key: state.update({key: torch.ones(3)}))
         refuse(folder, f"not expected: {key}")
 

@@ -23,7 +23,7 @@ from checkpoints import RECIPE, save_dense, save_text
 from optimum.commands.optimum_cli import main as optimum_main
 from tiny_models import dense, tokenizer, tokens
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, demo, perplexity
 from optimum_modegpt.calibration.data import evaluation_windows
@@ -34,6 +34,7 @@ from optimum_modegpt.cli.commands import compress as compress_command
 from optimum_modegpt.cli.commands import inspect as inspect_command
 from optimum_modegpt.cli.commands.configuration import configuration
 from optimum_modegpt.cli.commands.demo import whole_sentences
+from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.report import Report
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -262,12 +263,12 @@ def test_a_compressed_model_is_refused(compressed: Path, tmp_path: Path, capsys:
 
 
 def test_an_unknown_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)).save_pretrained(model)
+    model = tmp_path / "bloom"
+    BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)).save_pretrained(model)
     for arguments in (["compress", model, "--output", tmp_path / "o"], ["estimate", model]):
         message = refusal(capsys, *arguments)
-        assert "model_type 'gpt2' is not supported; known: llama, mistral, opt, qwen2" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["gpt2"]
+        assert f"model_type 'bloom' is not supported; known: {', '.join(DENSE_TYPES)}" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["bloom"]
 
 
 def test_a_name_that_cannot_be_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -621,10 +622,10 @@ def test_inspect_a_dense_model(checkpoint: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_inspect_recommends_only_what_can_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)).save_pretrained(tmp_path)
+    BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)).save_pretrained(tmp_path)
     assert cli.main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "cannot be compressed; known: llama, mistral, opt, qwen2" in printed
+    assert f"cannot be compressed; known: {', '.join(DENSE_TYPES)}" in printed
     assert "To compress it" not in printed
 
 

@@ -19,8 +19,8 @@ from tiny_models import FAMILIES, dense, tokenizer, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
     pipeline,
@@ -37,6 +37,7 @@ from optimum_modegpt import (
 )
 from optimum_modegpt.integration.keyword import install_keyword
 from optimum_modegpt.loading.source import Source, default_dataset
+from optimum_modegpt.modeling import DENSE_TYPES
 
 
 @pytest.fixture(scope="module")
@@ -155,11 +156,11 @@ def test_the_quantizer_refuses_what_is_no_model(thing: Any, config: ModeGPTConfi
 
 
 def test_an_unknown_family_is_refused_before_its_weights_are_read(tmp_path: Path, config: ModeGPTConfig) -> None:
-    small = GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)
-    GPT2LMHeadModel(small).save_pretrained(tmp_path)
+    small = BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)
+    BloomForCausalLM(small).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"not weights")
-    with pytest.raises(UnsupportedModel, match=r"'gpt2' is not supported; known: llama, mistral, opt, qwen2"):
+    with pytest.raises(UnsupportedModel, match=f"'bloom' is not supported; known: {', '.join(DENSE_TYPES)}"):
         AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=config)
 
 

@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
     LlamaModel,
     PreTrainedTokenizerFast,
 )
@@ -34,6 +34,7 @@ from transformers import (
 from optimum_modegpt import CalibrationDataError, ModeGPTConfig, ModeGPTModelForCausalLM, ModeGPTQuantizer
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.loading.source import Source
+from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.report import count_parameters
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -347,12 +348,12 @@ def test_a_model_without_a_tokenizer_takes_any_and_says_so(
 
 
 UNKNOWN_FAMILY = """
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BloomForCausalLM
 from optimum_modegpt import ModeGPTConfig, ModeGPTModelForCausalLM, UnsupportedModel
 given, config = sys.argv[1], ModeGPTConfig(dataset=[[1, 2]])
 for load in (
     lambda: AutoModelForCausalLM.from_pretrained(given, quantization_config=config),
-    lambda: GPT2LMHeadModel.from_pretrained(given, quantization_config=config),
+    lambda: BloomForCausalLM.from_pretrained(given, quantization_config=config),
     lambda: AutoModelForCausalLM.from_pretrained(given, compression_config=config),
     lambda: ModeGPTModelForCausalLM.from_pretrained(given, compression_config=config),
 ):
@@ -381,15 +382,17 @@ def client(code: str, *words: Any, **environment: str) -> Any:
 
 
 def test_an_unknown_family_is_refused_before_its_weights_are_downloaded(hub: Hub, tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=260)).save_pretrained(tmp_path / "gpt2")
+    BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)).save_pretrained(
+        tmp_path / "bloom"
+    )
     files = {
-        path.name: Blob(path.read_bytes(), path.suffix == ".safetensors") for path in (tmp_path / "gpt2").iterdir()
+        path.name: Blob(path.read_bytes(), path.suffix == ".safetensors") for path in (tmp_path / "bloom").iterdir()
     }
-    hub.create("user/gpt2").commit("main", files)
-    done = client(UNKNOWN_FAMILY, "user/gpt2", **hub.environment(tmp_path / "home"))
+    hub.create("user/bloom").commit("main", files)
+    done = client(UNKNOWN_FAMILY, "user/bloom", **hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("model_type 'gpt2' is not supported; known: llama, mistral, opt, qwen2") == 4
-    assert hub.asked(r"user/gpt2/resolve/.*/config\.json")
+    assert done.stdout.count(f"model_type 'bloom' is not supported; known: {', '.join(DENSE_TYPES)}") == 4
+    assert hub.asked(r"user/bloom/resolve/.*/config\.json")
     assert not hub.asked(r"\.safetensors|\.bin")
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import LinearMoments
+from optimum_modegpt.modeling.modegpt_family import Family
 
 HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
 """(heads, key-value heads) by name."""
@@ -78,7 +79,8 @@ def turned(vectors: Tensor, angles: Tensor) -> Tensor:
 
 def attention_block(head_dim: int, window: int | None = None) -> Any:
     """What the attention curvature reads of a block."""
-    return SimpleNamespace(attention=SimpleNamespace(scaling=head_dim**-0.5, attention_window=window))
+    attention = SimpleNamespace(scaling=head_dim**-0.5, attention_window=window)
+    return SimpleNamespace(attention=attention, family=Family("llama"))
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:

@@ -16,9 +16,19 @@ from optimum_modegpt.calibration.streams import StreamStorage, enter
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods import published, residual_matched
 
-VARIANTS = pytest.mark.parametrize(
-    "name",
-    ["llama-gqa-tied", "llama-mqa-biases", "llama-mha", "mistral-window", "qwen2", "opt", "opt-post-ln", "opt-bare"],
+SEPARATE = [
+    "llama-gqa-tied",
+    "llama-mqa-biases",
+    "llama-mha",
+    "mistral-window",
+    "qwen2",
+    "opt",
+    "opt-post-ln",
+    "opt-bare",
+]
+VARIANTS = pytest.mark.parametrize("name", SEPARATE)
+EVERY_STRUCTURE = pytest.mark.parametrize(
+    "name", [*SEPARATE, "phi3-partial-window-tied", "gpt_neox", "gpt_neox-sequential-tied", "gpt2", "qwen3"]
 )
 METHODS = pytest.mark.parametrize("method", ["published", "residual matched"])
 CONFIG = ModeGPTConfig(refit_iterations=0)
@@ -69,7 +79,7 @@ class Case:
         return self.block.module.get_submodule(getattr(self.block.family.attention, role))
 
 
-@VARIANTS
+@EVERY_STRUCTURE
 @METHODS
 def test_full_rank_changes_nothing(name, method):
     case = Case(name)
@@ -174,7 +184,7 @@ def test_dead_channels_go_without_loss(name, method):
         assert torch.equal(survivors, linear.weight[1::2])
 
 
-@VARIANTS
+@EVERY_STRUCTURE
 def test_reported_error_is_that_of_the_block(name):
     case = Case(name)
     student, errors = case.cut("residual matched", vo=3, mlp=20)
@@ -184,9 +194,10 @@ def test_reported_error_is_that_of_the_block(name):
         assert targets.mlp_weights is not None
         lost, total = [0.0, 0.0], [0.0, 0.0]
         for index, batch in enumerate(case.stream):
-            after = batch + student.attend(student.attention_input(batch), case.arguments)
-            middle = student.after_attention(after)
-            end = middle + student.down(student.mlp_hidden(student.mlp_input(middle)))
+            residual = student.residual
+            after = residual.add(batch, student.attend(residual.attention_input(batch), case.arguments))
+            middle = residual.after_attention(after)
+            end = residual.add(middle, student.mlp(residual.mlp_input(residual.mlp_stream(batch, middle))))
             for part, (wanted, found, start, weight) in enumerate(
                 (
                     (targets.attention[index], after, batch, targets.attention_weights[index]),
@@ -212,7 +223,7 @@ def test_reported_error_of_the_published_output_is_that_of_the_value_vectors(nam
     assert whole.relative_error < 1e-6
 
 
-@VARIANTS
+@EVERY_STRUCTURE
 def test_refit_makes_up_for_what_earlier_blocks_lost(name):
     case = Case(name)
     generator = torch.Generator().manual_seed(0)
@@ -236,7 +247,7 @@ def test_refit_makes_up_for_what_earlier_blocks_lost(name):
     assert errors[0] < 0.7 * errors[1]
 
 
-@VARIANTS
+@EVERY_STRUCTURE
 def test_dense_targets_are_those_of_the_blocks_own_forward_pass(name):
     case = Case(name)
     with torch.no_grad():
@@ -248,12 +259,13 @@ def test_dense_targets_are_those_of_the_blocks_own_forward_pass(name):
         assert float(torch.cat(weights).mean()) == pytest.approx(1)
 
 
-@VARIANTS
+@EVERY_STRUCTURE
 @METHODS
 def test_dense_block_is_left_as_it_was(name, method):
     case = Case(name)
     before = {key: value.clone() for key, value in case.block.module.state_dict().items()}
-    case.cut(method, qk=4, vo=3, mlp=20)
+    qk = case.block.head_dim if "qk" in case.block.full_width_parts else 4
+    case.cut(method, qk=qk, vo=3, mlp=20)
     after = case.block.module.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())

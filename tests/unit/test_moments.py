@@ -6,12 +6,15 @@ import pytest
 import torch
 from laws import difference, linear_moments, normal
 from torch import nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from optimum_modegpt.architectures.norms import gain, set_gain
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.moments import LinearMomentSum, SlopeSum, token_weights, with_ones
+from optimum_modegpt.calibration.moments import LinearMomentSum, SlopeSum, token_weights, with_ones, without_gain
 from optimum_modegpt.decompositions import psd
 from optimum_modegpt.decompositions.least_squares import LinearMoments
+from optimum_modegpt.modeling.modegpt_family import Norm
 
 SHAPE = (2, 9)
 NORMS = pytest.mark.parametrize("norm", [nn.LayerNorm(6), LlamaRMSNorm(6)], ids=["layer norm", "rms norm"])
@@ -97,13 +100,13 @@ def test_constant_input_stands_last():
 def test_token_weight_is_what_the_next_norm_divides_by():
     residual = normal(*SHAPE, 6).float() * 3 + 2
     centred = residual - residual.mean(-1, keepdim=True)
-    assert difference(token_weights(residual, LlamaRMSNorm(6)), 1 / residual.square().mean(-1)) < 1e-6
-    assert difference(token_weights(residual, nn.LayerNorm(6)), 1 / centred.square().mean(-1)) < 1e-6
+    assert difference(token_weights(residual, Norm()), 1 / residual.square().mean(-1)) < 1e-6
+    assert difference(token_weights(residual, Norm(centred=True)), 1 / centred.square().mean(-1)) < 1e-6
 
 
-@NORMS
-def test_silent_token_has_a_finite_weight(norm):
-    assert token_weights(torch.zeros(6), norm) == pytest.approx(1e8)
+@pytest.mark.parametrize("centred", [False, True])
+def test_silent_token_has_a_finite_weight(centred):
+    assert token_weights(torch.zeros(6), Norm(centred=centred)) == pytest.approx(1e8)
 
 
 @NORMS
@@ -113,7 +116,7 @@ def test_slope_is_the_least_squares_between_the_normalised_streams(norm):
         if isinstance(norm, nn.LayerNorm):
             norm.bias.copy_(normal(6, seed=1))
     before = {name: tensor.clone() for name, tensor in norm.state_dict().items()}
-    total = SlopeSum(norm)
+    total = SlopeSum(norm, Norm())
     dense, compressed = normal(*SHAPE, 6, seed=2).float(), normal(*SHAPE, 6, seed=3).float()
     for index in range(2):
         total.add(dense[index], compressed[index])
@@ -127,8 +130,19 @@ def test_slope_is_the_least_squares_between_the_normalised_streams(norm):
     assert all(torch.equal(norm.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+def test_gain_of_a_norm_that_adds_one():
+    norm, kind = GemmaRMSNorm(6), Norm(offset=1.0)
+    with torch.no_grad():
+        norm.weight.copy_(normal(6))
+    stream = normal(*SHAPE, 6, seed=2).float()
+    once, bare = norm(stream), without_gain(norm, kind)
+    assert difference(gain(norm, kind) * bare(stream), once) < 1e-6
+    set_gain(norm, kind, 2 * gain(norm, kind))
+    assert difference(norm(stream), 2 * once) < 1e-6
+
+
 def test_silent_channel_has_slope_one():
-    total = SlopeSum(LlamaRMSNorm(6))
+    total = SlopeSum(LlamaRMSNorm(6), Norm())
     stream = normal(*SHAPE, 6).float() * torch.tensor([1, 1, 0, 1, 1, 1.0])
     total.add(stream, stream)
     assert total.value().tolist() == pytest.approx([1] * 6)

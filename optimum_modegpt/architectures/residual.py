@@ -1,0 +1,98 @@
+"""The order of norms, halves and sums in a block: the inputs of attention and MLP, and how their outputs are added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from optimum_modegpt.modeling.modegpt_family import Residual, Topology
+
+
+@dataclass(frozen=True)
+class ResidualProgram:
+    """The residual program of one block, with its norms. See `Residual` for the equations.
+
+    A norm is None if the model has none there.
+    """
+
+    topology: Topology
+    multiplier: float
+    attention_norm: Any
+    mlp_norm: Any
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the MLP reads the block's input instead of the stream after the attention."""
+        return self.topology == "parallel"
+
+    @property
+    def norms_of_input(self) -> list[Any]:
+        """The norms that read the block's input."""
+        if self.topology == "post-LN":
+            return []
+        if not self.parallel:
+            return _present(self.attention_norm)
+        shared = self.mlp_norm is self.attention_norm
+        return _present(self.attention_norm) if shared else _present(self.attention_norm, self.mlp_norm)
+
+    @property
+    def norms_of_middle(self) -> list[Any]:
+        """The norms that read the sum of stream and attention output."""
+        if self.parallel:
+            return []
+        return _present(self.attention_norm if self.topology == "post-LN" else self.mlp_norm)
+
+    @property
+    def norms_of_output(self) -> list[Any]:
+        """The norms that read the sum of stream and MLP output."""
+        return _present(self.mlp_norm) if self.topology == "post-LN" else []
+
+    def attention_input(self, entering: Tensor) -> Tensor:
+        """Return the attention's input from the block's input."""
+        return entering if self.topology == "post-LN" else _normed(self.attention_norm, entering)
+
+    def add(self, stream: Tensor, output: Tensor) -> Tensor:
+        """Add the output of a half to the stream."""
+        return stream + output if self.multiplier == 1 else stream + output * self.multiplier
+
+    def missing(self, total: Tensor, stream: Tensor) -> Tensor:
+        """Return the output of a half that would make the stream equal to `total`: the inverse of `add`."""
+        return total - stream if self.multiplier == 1 else (total - stream) / self.multiplier
+
+    def after_attention(self, total: Tensor) -> Tensor:
+        """Return the stream after the attention from the sum of stream and attention output."""
+        return _normed(self.attention_norm, total) if self.topology == "post-LN" else total
+
+    def mlp_stream(self, entering: Tensor, middle: Tensor) -> Tensor:
+        """Return the stream that the MLP reads: the block's input, or the stream after the attention."""
+        return entering if self.parallel else middle
+
+    def mlp_input(self, stream: Tensor) -> Tensor:
+        """Return the MLP's input from the stream that it reads."""
+        return stream if self.topology == "post-LN" else _normed(self.mlp_norm, stream)
+
+    def after_mlp(self, total: Tensor) -> Tensor:
+        """Return the block's output from the sum of stream and MLP output."""
+        return _normed(self.mlp_norm, total) if self.topology == "post-LN" else total
+
+
+def topology_of(residual: Residual, config: Any) -> Topology:
+    """Return the topology of a model's blocks."""
+    if residual.flag is None or getattr(config, residual.flag):
+        return residual.topology
+    return residual.topology_without_flag
+
+
+def multiplier_of(residual: Residual, config: Any) -> float:
+    """Return the factor of a half's output in a model's blocks."""
+    return 1.0 if residual.multiplier is None else getattr(config, residual.multiplier)
+
+
+def _normed(norm: Any, stream: Tensor) -> Tensor:
+    return stream if norm is None else norm(stream)
+
+
+def _present(*norms: Any) -> list[Any]:
+    return [norm for norm in norms if norm is not None]

@@ -1,0 +1,96 @@
+"""Read the projections of a dense block, however it stores them. No other module knows how weights are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from optimum_modegpt.architectures.positions import canonical_order
+from optimum_modegpt.modeling.modegpt_common import count_heads
+from optimum_modegpt.modeling.modegpt_family import Family, Projection
+
+
+class Weights(NamedTuple):
+    """The weight (out, in) and the bias (out,), if any, of a projection."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Weights:
+        """Apply a function of the rows to both."""
+        return Weights(function(self.weight), None if self.bias is None else function(self.bias))
+
+
+def dense_weights(block: nn.Module, family: Family) -> dict[str, Weights]:
+    """Return the weights of a dense block's projections, by their path in the compressed block.
+
+    The coordinates of query and key heads are in the order of compressed models: i and i + d / 2 are a pair.
+    Projections that both models store in the same way are left out.
+    """
+    attention: Any = block.get_submodule(family.attention.module)
+    order = canonical_order(attention, family)
+    found: dict[str, Weights] = {}
+    for projection in family.projections:
+        reordered = order is not None and projection.part == "qk"
+        if projection.storage.plain and not reordered:
+            continue
+        weights = _stored(block, family, projection, attention.config)
+        if reordered:
+            assert order is not None
+            weights = weights.mapped(partial(_in_order, order=order))
+        found[projection.path] = weights
+    return found
+
+
+def is_separate(block: nn.Module, family: Family) -> bool:
+    """Return whether a dense block stores its projections as a compressed one does."""
+    plain = all(projection.storage.plain for projection in family.projections)
+    return plain and canonical_order(block.get_submodule(family.attention.module), family) is None
+
+
+def reorder_head_norms(block: nn.Module, family: Family) -> None:
+    """Bring the parameters of a dense block's query and key norms, if any, in the order of compressed models."""
+    order = canonical_order(block.get_submodule(family.attention.module), family)
+    norms = family.attention.head_norms
+    if norms is None or order is None:
+        return
+    for path in (norms.query, norms.key):
+        for parameter in block.get_submodule(path).parameters():
+            with torch.no_grad():
+                reordered = parameter.unflatten(-1, (-1, len(order)))[..., order]
+                parameter.copy_(reordered.flatten(-2))
+
+
+def _stored(block: nn.Module, family: Family, projection: Projection, config: Any) -> Weights:
+    """Return the weights of one projection, with the coordinates of heads in their own order."""
+    storage, module = projection.storage, block.get_submodule(projection.dense_path)
+    weight: Tensor = module.weight.detach()  # pyright: ignore[reportAssignmentType, reportCallIssue]
+    bias: Any = None if module.bias is None else module.bias.detach()  # pyright: ignore[reportCallIssue]
+    stored = Weights(weight.T if storage.transposed else weight, bias)
+    if projection.dense_path == projection.path:
+        return stored
+    together = [other.path for other in family.projections if other.dense_path == projection.dense_path]
+    index = together.index(projection.path)
+    if projection.part == "mlp":
+        return stored.mapped(lambda rows: rows.chunk(len(together))[index])
+    counts = count_heads(config)
+    heads, kv_heads = counts["heads"], counts["kv_heads"]
+    if storage.layout == "stacked":
+        shares, groups = (heads, kv_heads, kv_heads), 1
+    else:  # per head, which is one group for each head, or per group
+        shares, groups = (heads // kv_heads, 1, 1), kv_heads
+
+    def share(rows: Tensor) -> Tensor:
+        heads = rows.unflatten(0, (groups, sum(shares), -1))  # (groups, Σ shares, head_dim, …)
+        return heads.split(shares, dim=1)[index].flatten(0, 2)
+
+    return stored.mapped(share)
+
+
+def _in_order(rows: Tensor, order: Tensor) -> Tensor:
+    """Return the rows (heads · head_dim, …) with the coordinates of every head in another order."""
+    return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
