@@ -14,7 +14,7 @@ from checkpoints import RECIPE, save_dense, save_text
 from tiny_models import VARIANTS, dense
 from transformers import AutoModelForCausalLM
 
-from optimum_modegpt import ModeGPTConfig, NotEnoughRoom, distributed
+from optimum_modegpt import InsufficientResources, ModeGPTConfig, distributed
 from optimum_modegpt.budget import placement, preflight
 from optimum_modegpt.budget.estimate import LIBRARIES, Estimate, estimate, on_meta
 from optimum_modegpt.calibration.data import TokenWindows
@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_refused_with_what_to_do(
     has(monkeypatch)
     preflight.check_resources(found_on(device), torch.device(device), tmp_path / "new" / "folder")
     has(monkeypatch, **free)
-    with pytest.raises(NotEnoughRoom, match=said) as refusal:
+    with pytest.raises(InsufficientResources, match=said) as refusal:
         preflight.check_resources(found_on(device), torch.device(device), tmp_path / "new" / "folder")
     assert "Pass --ignore-estimate to continue anyway" in str(refusal.value)
 
@@ -74,7 +74,7 @@ def test_what_fits_with_streams_in_files_is_not_refused(
     assert spilled.files == {"residual streams": 3 * 8 * 32 * 32 * 4}
     preflight.check_resources(found, torch.device(device), tmp_path)
     has(monkeypatch, host=enough, device=2**21, disk=sum(found.disk.values()))
-    with pytest.raises(NotEnoughRoom, match="disk at"):
+    with pytest.raises(InsufficientResources, match="disk at"):
         preflight.check_resources(found, torch.device(device), tmp_path)
 
 
@@ -84,7 +84,7 @@ def test_what_an_interrupted_run_has_written_is_not_needed_again(
     found = found_on("cpu")
     needed = sum(found.disk.values())
     has(monkeypatch, disk=needed - 100)
-    with pytest.raises(NotEnoughRoom):
+    with pytest.raises(InsufficientResources):
         preflight.check_resources(found, torch.device("cpu"), tmp_path, written=99)
     preflight.check_resources(found, torch.device("cpu"), tmp_path, written=100)
 
@@ -156,9 +156,8 @@ def test_several_processes_arrange_themselves_as_was_predicted(
     taken = place(prepare(model, config, windows, None, cpu, None, Checkpoint(tmp_path / "kept"), False))
     assert (taken.streams, taken.batch_size) == (predicted.streams, predicted.batch_size)
     assert predicted.streams == ("host" if host == PLENTY else "files")
-    libraries = {"libraries": LIBRARIES}
-    assert predicted.needs.host == {name: 3 * size for name, size in (libraries | taken.needs.host).items()}
-    assert predicted.needs.files == {name: 3 * size for name, size in taken.needs.files.items()}
+    assert predicted.needs.host == {"libraries": 3 * LIBRARIES} | taken.needs.host
+    assert predicted.needs.files == taken.needs.files
 
 
 def test_several_processes_hold_their_own_beside_one_checkpoint() -> None:
