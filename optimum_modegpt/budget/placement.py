@@ -78,17 +78,15 @@ def choose_placement(
 ) -> Placement:
     """Return the fastest placement that fits, or else the one that needs least.
 
-    Streams near the computation come first, then derivatives that are kept, then a large batch. A batch size in
-    `config` is kept.
+    Streams near the computation come first, then derivatives that are kept, then a large batch.
 
     Args:
         shapes: the sizes of the model.
-        config: the settings of the compression.
+        config: the settings of the compression. A batch size in it is kept.
         extent: the calibration of all processes; its batch is ignored.
         accelerated: whether an accelerator computes.
         free: the free memory of the machine.
-        held: needs of a process during the whole compression. Those in files are in host memory unless the streams are
-            in files.
+        held: needs of a process in all stages. Those in files are in host memory unless the streams are in files.
         processes: number of processes that share the windows and the host.
     """
     windows, near = -(-extent.windows // processes), accelerated and free.device is not None
@@ -96,11 +94,15 @@ def choose_placement(
     while config.batch_size is None and sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     large = [size for size in sizes if size >= min(sizes[0], ENOUGH_TOKENS // extent.length)]
-    choices: list[tuple[Storage, bool, list[int]]] = [("host", True, large), ("host", False, large)]
-    if near:
-        choices = [("device", True, large), ("device", False, large), *choices]
+    choices: list[tuple[Storage, bool, list[int]]] = [
+        ("device", True, large),
+        ("device", False, large),
+        ("host", True, large),
+        ("host", False, large),
+        ("files", False, sizes),
+    ]
     placements = []
-    for streams, keep, usable in [*choices, ("files", False, sizes)]:
+    for streams, keep, usable in choices if near else choices[2:]:
         for size in usable:
             own = replace(extent, windows=windows, batch=min(windows, size) * extent.length)
             needs = _needs(shapes, own, streams, peaks_of(shapes, config, own, keep), held, accelerated)

@@ -16,21 +16,12 @@ SMALLER = "a smaller --num-samples, --sequence-length or --batch-size"
 
 
 def check_resources(found: Estimate, device: torch.device, folder: Path, *, written: int = 0) -> None:
-    """Raise if a compression needs more memory or disk space than is free. Call this before reading any weight.
+    """Raise InsufficientResources if a compression on `device` needs more memory or disk space than is free.
 
-    Args:
-        found: the estimate of the compression.
-        device: the compute device.
-        folder: the output folder, which need not exist.
-        written: bytes that an interrupted run has already written to the disk.
-
-    Raises:
-        InsufficientResources: something does not fit. The message names the needed and the free bytes, and the remedy.
+    The output `folder` need not exist. `written` are the bytes on disk that an interrupted run has already written.
     """
     needs, free = (found.without if device.type == "cpu" else found.with_accelerator).needs, Free.now(device)
-    disk = dict(found.disk)
-    for name, size in needs.files.items():
-        disk[f"{name}, in files"] = size
+    disk = found.disk | {f"{name}, in files": size for name, size in needs.files.items()}
     home = folder.absolute()
     while not home.exists():
         home = home.parent

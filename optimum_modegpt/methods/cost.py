@@ -54,11 +54,8 @@ def factorisations_work(shapes: Shapes) -> float:
     return (4 * shapes.mlp**3 + shapes.heads**3) / 3 + 2 * shapes.d_model * (2 * shapes.mlp**2 + shapes.heads**2)
 
 
-def block_memory(shapes: Shapes, extent: Extent, *, weights: int = 3) -> list[ByteCounts]:
-    """Return the bytes at the peaks of one block: the moments of its MLP, their factorisation, and the curvature.
-
-    `weights` is the number of float64 copies of the down projection during the factorisation.
-    """
+def block_memory(shapes: Shapes, extent: Extent) -> list[ByteCounts]:
+    """Return the bytes at the peaks of one block: the moments of its MLP, their factorisation, and the curvature."""
     d, mlp, head_dim = shapes.d_model, shapes.mlp, shapes.heads // shapes.head_count
     row = extent.element + max(extent.element, 2 * FLOAT32)
     moments = {
@@ -69,7 +66,7 @@ def block_memory(shapes: Shapes, extent: Extent, *, weights: int = 3) -> list[By
         moments["scores of the attention"] = attention_scores(shapes, extent)
     factorisation = {
         "moments of the MLP, and their factorisation": 4 * mlp**2 * FLOAT64,
-        "weights in float64 and float32": mlp * d * (weights * FLOAT64 + shapes.mlp_inputs * FLOAT32),
+        "weights in float64 and float32": mlp * d * (2 * FLOAT64 + shapes.mlp_inputs * FLOAT32),
     }
     scatter = extent.length * head_dim + (shapes.groups + 2) * head_dim**2
     scores = 3 * extent.batch * shapes.head_count // shapes.groups

@@ -64,7 +64,7 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
     refit = {
         "block, dense and compressed": 2 * shapes.weights * extent.element,
         "weights in float64 and float32": width * d * vectors,
-        "moments of its channels, inverted": 2 * inputs * width**2 * FLOAT32,
+        "moments of its channels, inverted": inputs * width**2 * FLOAT32,
         "one window of tokens": (3 * inputs + 2) * extent.length * width * FLOAT32,
     }
     if keep_derivatives:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.methods import cost, sensitivity
-from optimum_modegpt.methods.cost import FLOAT32, Extent, Peak, Work
+from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
 from optimum_modegpt.report import PARTS
 
 
@@ -35,6 +35,13 @@ def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
         "head": shapes.vocabulary * shapes.d_model * extent.element,
         "next-token distributions": rows * shapes.vocabulary * (4 * FLOAT32 + extent.element),
     }
-    # The down projection is refitted for one variant while it is kept for the others.
-    blocks = cost.block_memory(shapes, extent, weights=6)
-    return [({**needed, "variant": variant}, streams) for needed in (logits, *blocks)]
+    # The down projection is refitted while the moments of all channels are kept for the next variant.
+    left = int(shapes.mlp * (1 - min(used.ratios)))
+    float64, float32 = 2 * shapes.mlp + 5 * left, shapes.mlp_inputs * (shapes.mlp + left)
+    refit = {
+        "block, dense and compressed": 2 * variant,
+        "moments of the MLP, and their factorisation": (shapes.mlp**2 + 3 * left**2) * FLOAT64,
+        "weights in float64 and float32": shapes.d_model * (float64 * FLOAT64 + float32 * FLOAT32),
+    }
+    works = [logits, refit, *cost.block_memory(shapes, extent)]
+    return [({**needed, "variant": variant}, streams) for needed in works]
