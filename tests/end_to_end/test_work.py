@@ -1,4 +1,4 @@
-"""The floor: what a compression computes, counted as it runs, against what it has to compute."""
+"""The products that a compression computes, counted while it runs, against those that the cost model expects."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHAPE = LlamaConfig(
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Multiply-adds of all products by the stage that they were computed in, filled while a compression runs."""
+    """Count the multiply-adds of all products by stage, while a compression runs."""
     counts: dict[str, float] = {}
     timed = StageClock.stage
 
@@ -65,7 +65,7 @@ def test_products_are_near_the_floor(allocation: str, refit_iterations: int, cou
     assert (allocation == "uniform") == (not floor["allocate"])
     for stage, name in (("allocate", f"allocate ({allocation})"), ("decompose", "decompose")):
         needed = sum(sum(work.values()) - work.get("exact", 0) for work in floor[stage].values())
-        # A block that stays as it is, as the first may, takes less.
+        # A block that is not cut, as the first may be, takes less.
         assert 0.6 * needed <= counted[name] <= 1.7 * needed, stage
     timed = {stage.name: stage.floor for stage in report.stages}
     assert timed["decompose"].keys() == floor["decompose"].keys()

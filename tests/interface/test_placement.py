@@ -1,4 +1,4 @@
-"""Where residual streams are kept and how many windows go at once, by what memory is free."""
+"""The placement of the residual streams and the batch size, by the free memory."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def placed(
 
 
 def needed(host: int, device: int | None = None, **recipe: object) -> tuple[int, int]:
-    """On the host and on the accelerator."""
+    """Return the needed bytes on the host and on the accelerator."""
     needs = placed(host=host, device=device, **recipe).needs
     return sum(needs.host.values()), sum(needs.device.values())
 
 
-def test_streams_are_as_near_as_they_can_be() -> None:
+def test_streams_are_near_the_computation() -> None:
     assert placed(device=PLENTY).streams == "device"
     assert placed(device=20 * GIB).streams == "host"
     assert placed(device=20 * GIB, host=4 * GIB).streams == "files"
@@ -63,18 +63,18 @@ def test_streams_are_as_near_as_they_can_be() -> None:
 
 @pytest.mark.parametrize("device", [None, PLENTY, 30 * GIB, 20 * GIB])
 @pytest.mark.parametrize("host", [PLENTY, 60 * GIB, 20 * GIB])
-def test_what_is_chosen_fits_with_a_margin(device: int | None, host: int) -> None:
+def test_the_placement_fits_with_a_margin(device: int | None, host: int) -> None:
     on_host, on_device = needed(host, device)
     assert on_host * MARGIN <= host
     assert device is None or on_device * MARGIN <= device
 
 
-def test_what_fits_only_barely_is_taken_before_it_is_given_up() -> None:
+def test_a_placement_that_fits_without_the_margin_is_used_if_none_fits_with_it() -> None:
     barely = placed(device=int(1.01 * needed(PLENTY, 8 * GIB)[1]))
     assert (barely.streams, barely.batch_size) == ("host", placed(device=8 * GIB).batch_size)
 
 
-def test_as_many_windows_at_once_as_pay() -> None:
+def test_the_batch_is_as_large_as_it_helps() -> None:
     assert placed().batch_size == 2
     assert placed(length=100).batch_size == 40
     assert placed(length=8192).batch_size == 1
@@ -83,7 +83,7 @@ def test_as_many_windows_at_once_as_pay() -> None:
     assert placed(device=8 * GIB).batch_size < placed(device=15 * GIB).batch_size
 
 
-def test_scores_that_an_eager_attention_holds_count() -> None:
+def test_the_scores_of_an_eager_attention_count() -> None:
     windows, length, heads = 4, 512, 16
     config = LlamaConfig(
         hidden_size=128,
@@ -116,13 +116,13 @@ def test_a_batch_size_that_was_asked_for_is_kept() -> None:
     assert placed(batch_size=7, device=PLENTY).batch_size == 7
 
 
-def test_where_nothing_fits_the_least_is_taken() -> None:
+def test_the_smallest_placement_is_used_if_nothing_fits() -> None:
     for device in (None, 0):
         least = placed(host=0, device=device)
         assert (least.streams, least.batch_size) == ("files", 1)
 
 
-def test_what_is_held_held_counts() -> None:
+def test_memory_that_is_held_counts() -> None:
     host = int(1.05 * MARGIN * needed(PLENTY)[0])
     assert placed(host=host).streams == "host"
     crowded = placed(host=host, held=Needs(host={"weights": 10 * GIB}))
@@ -135,7 +135,7 @@ def test_what_is_held_held_counts() -> None:
     assert not spilled.host.keys() & blocks.keys()
 
 
-def test_batches_on_their_way_count_where_streams_are_not_on_the_accelerator() -> None:
+def test_batches_in_transfer_count_if_streams_are_not_on_the_accelerator() -> None:
     assert "batches on their way" not in placed(device=PLENTY).needs.device
     for host in (PLENTY, 4 * GIB):
         found = placed(device=20 * GIB, host=host)
@@ -143,7 +143,7 @@ def test_batches_on_their_way_count_where_streams_are_not_on_the_accelerator() -
         assert found.needs.device["batches on their way"] == 4 * batch, "two streams come, and two batches go"
 
 
-def test_streams_on_an_accelerator_pass_the_host_to_be_written() -> None:
+def test_streams_on_an_accelerator_are_written_through_the_host() -> None:
     needs = placed(device=PLENTY).needs
     assert needs.host == {"streams to be written": 2 * 128 * 2048 * 4096 * 2}
     assert needs.device["residual streams"] > needs.host["streams to be written"]
