@@ -24,31 +24,18 @@ LIBRARIES = 12 * 2**20
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak bytes on one machine, and multiply-adds relative to a forward pass of the blocks over calibration tokens.
+    """Peak bytes on one machine, and multiply-adds relative to a forward pass of the blocks over calibration tokens."""
 
-    Attributes:
-        parameters: number of parameters of the model. Tied ones count once.
-        block_parameters: number of weights of the compressible projections.
-        calibration_tokens: number of calibration tokens.
-        processes: number of processes of a distributed run on the machine.
-        with_accelerator: placement with one accelerator per process.
-        without: placement if the host computes.
-        mapped_weights: bytes of memory maps of the model's files, which the system can reclaim if memory is short.
-        disk: bytes of the checkpoint, which is kept until the result is written, and of the result.
-        forward_multiply_adds: multiply-adds of one forward pass.
-        forward_passes: step -> its multiply-adds in units of forward passes.
-    """
-
-    parameters: int
-    block_parameters: int
+    parameters: int  # tied ones count once
+    block_parameters: int  # weights of the compressible projections
     calibration_tokens: int
-    processes: int
-    with_accelerator: Placement
-    without: Placement
-    mapped_weights: int
-    disk: ByteCounts
-    forward_multiply_adds: int
-    forward_passes: dict[str, float]
+    processes: int  # of a distributed run on the machine
+    with_accelerator: Placement  # with one accelerator per process
+    without: Placement  # if the host computes
+    mapped_weights: int  # bytes of memory maps of the model's files, which the system can reclaim
+    disk: ByteCounts  # the checkpoint, which is kept until the result is written, and the result
+    forward_multiply_adds: int  # of one forward pass
+    forward_passes: dict[str, float]  # multiply-adds by step, in units of forward passes
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and their sums, safe for JSON."""
@@ -72,15 +59,9 @@ def estimate(
 ) -> Estimate:
     """Estimate the needs of the command `compress` for `model`, which may be on the meta device.
 
-    Only tensors are counted. Memory that the allocator caches and the program itself are additional.
-
-    Args:
-        model: the dense model.
-        config: the settings of the compression.
-        sequence_length: tokens per calibration window.
-        weights_mapped: whether the weights are memory maps of their files, as they are if the dtype is not changed.
-        device: the compute device. None chooses the accelerator if available.
-        processes: number of processes on this machine, each with its own accelerator if available.
+    Only tensors are counted. Memory that the allocator caches and the program itself are additional. The weights are
+    memory maps of their files (`weights_mapped`) unless their dtype is changed. `device` is the compute device, or None
+    for the accelerator if available. `processes` run on this machine, each with its own accelerator.
 
     Raises:
         AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.

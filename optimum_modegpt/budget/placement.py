@@ -78,16 +78,9 @@ def choose_placement(
 ) -> Placement:
     """Return the fastest placement that fits, or else the one that needs least.
 
-    Streams near the computation come first, then derivatives that are kept, then a large batch.
-
-    Args:
-        shapes: the sizes of the model.
-        config: the settings of the compression. A batch size in it is kept.
-        extent: the calibration of all processes; its batch is ignored.
-        accelerated: whether an accelerator computes.
-        free: the free memory of the machine.
-        held: needs of a process in all stages. Those in files are in host memory unless the streams are in files.
-        processes: number of processes that share the windows and the host.
+    Streams near the computation come first, then derivatives that are kept, then a large batch. A batch size in
+    `config` is kept. `extent` is the calibration of all processes, which share the `free` host memory. `held` are the
+    needs of each process in all stages; those in files are in host memory unless the streams are in files.
     """
     windows, near = -(-extent.windows // processes), accelerated and free.device is not None
     sizes = [config.batch_size or min(windows, max(1, (MOST_TOKENS if near else ENOUGH_TOKENS) // extent.length))]
@@ -106,8 +99,8 @@ def choose_placement(
         for size in usable:
             own = replace(extent, windows=windows, batch=min(windows, size) * extent.length)
             needs = _needs(shapes, own, streams, peaks_of(shapes, config, own, keep), held, accelerated)
-            host = {name: processes * size for name, size in needs.host.items()}
-            files = {name: processes * size for name, size in needs.files.items()}
+            host = {name: processes * amount for name, amount in needs.host.items()}
+            files = {name: processes * amount for name, amount in needs.files.items()}
             placements.append(Placement(streams, size, keep, Needs(needs.device, host, files)))
     for margin in (MARGIN, 1):
         for placement in placements:
