@@ -1,7 +1,7 @@
-"""The processes that compress one model together, each on its own share of the calibration windows.
+"""Compress one model with several processes, each of which has its own share of the calibration windows.
 
-`torchrun` or `accelerate launch` starts them. Every sum over tokens goes through `total`, so all of them go on with the
-same numbers and come to the same decisions. A process alone gets back from each function what it gave.
+`torchrun` or `accelerate launch` starts them. All sums over tokens go through `all_reduce`, so that all ranks compute
+with the same numbers and make the same decisions. With one process, each function returns its argument.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor, distributed
 from optimum_modegpt.errors import ProcessError
 
 TIMEOUT = timedelta(minutes=30)
-"""Longest that a process waits for the others: they may read a model from disks that differ in speed."""
+"""Longest wait for another rank, which may read the model from a slower disk."""
 MOST_DIMENSIONS = 4
-"""Of a tensor that is summed."""
+"""Largest number of dimensions of a reduced tensor."""
 
 Value = TypeVar("Value", bound=Tensor | float)
 
@@ -37,39 +37,39 @@ _joined: _Group | None = None
 
 
 def world_size() -> int:
-    """How many processes work together."""
+    """Return the number of ranks."""
     return 1 if _joined is None else _joined.world_size
 
 
 def rank() -> int:
-    """Of this process among them, from 0."""
+    """Return the rank of this process."""
     return 0 if _joined is None else _joined.rank
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints."""
+    """Return whether this process is rank 0, which writes and prints."""
     return rank() == 0
 
 
 def shard(windows: Tensor) -> Tensor:
-    """This process's part of windows (n, …): consecutive ones, none where there are fewer windows than processes."""
-    return windows if _joined is None else windows.tensor_split(_joined.world_size)[_joined.rank]
+    """Return the consecutive part of `windows` (n, …) of this rank; it is empty if there are too few windows."""
+    return windows.tensor_split(world_size())[rank()]
 
 
 def all_reduce(value: Value) -> Value:
-    """The sum of `value` over all processes; one that has nothing to add to a float64 tensor gives 0.0.
+    """Return the sum of `value` over all ranks. A rank without a tensor to add passes 0.0.
 
-    All of them must ask for the same sums in the same order.
+    All ranks must request the same sums in the same order.
 
     Raises:
-        ProcessError: another process has ended, or does not come.
+        ProcessError: another rank exited or timed out.
     """
     if _joined is None:
         return value
     own = torch.as_tensor(value, dtype=getattr(value, "dtype", torch.float64), device=_joined.device)
     shape = torch.zeros(MOST_DIMENSIONS, dtype=torch.int64, device=_joined.device)
     shape[: own.ndim] = torch.tensor(own.shape, dtype=torch.int64)
-    with _together():
+    with _process_errors():
         distributed.all_reduce(shape, distributed.ReduceOp.MAX)
         summed = own.expand([size for size in shape.tolist() if size]).clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(summed)
@@ -77,66 +77,66 @@ def all_reduce(value: Value) -> Value:
 
 
 def exclusive_sum(own: int) -> int:
-    """How many there are in the processes before this one, where each has `own`."""
-    if _joined is None:
-        return 0
-    counts = torch.zeros(_joined.world_size, dtype=torch.int64)
-    counts[_joined.rank] = own
-    return int(all_reduce(counts)[: _joined.rank].sum())
+    """Return the sum of `own` over all lower ranks.
+
+    Raises:
+        ProcessError: another rank exited or timed out.
+    """
+    return sum(all_gather_object(own)[: rank()])
 
 
 def broadcast(choice: Tensor) -> Tensor:
-    """The first process's `choice`: equal numbers may be ordered differently where two machines round differently.
+    """Return `choice` of rank 0. Ranks on different machines may round, and so order equal numbers, differently.
 
     Raises:
-        ProcessError: another process has ended, or does not come.
+        ProcessError: another rank exited or timed out.
     """
     if _joined is None:
         return choice
     shared = choice.to(_joined.device, copy=True).contiguous()
-    with _together():
+    with _process_errors():
         distributed.broadcast(shared, 0)
     return shared.to(choice.device)
 
 
 def broadcast_object(value: Any) -> Any:
-    """The first process's `value`, which can be pickled; that of the others counts for nothing.
+    """Return the picklable `value` of rank 0.
 
     Raises:
-        ProcessError: another process has ended, or does not come.
+        ProcessError: another rank exited or timed out.
     """
     return all_gather_object(value)[0]
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """The values of all processes, which can be pickled, the first one's first.
+    """Return the picklable values of all ranks, in order.
 
     Raises:
-        ProcessError: another process has ended, or does not come.
+        ProcessError: another rank exited or timed out.
     """
     if _joined is None:
         return [value]
     values = [None] * _joined.world_size
-    with _together():
+    with _process_errors():
         distributed.all_gather_object(values, value)
     return values
 
 
 def barrier() -> None:
-    """Goes on when all processes have come here.
+    """Wait for all ranks.
 
     Raises:
-        ProcessError: another process has ended, or does not come.
+        ProcessError: another rank exited or timed out.
     """
     all_gather_object(None)
 
 
 @contextmanager
 def joined(wanted: torch.device | None) -> Iterator[torch.device | None]:
-    """Inside, this process works with those that were started with it; the device for it to compute on, or `wanted`
-    where it is alone.
+    """Join the process group in the context, and yield the compute device of this rank.
 
-    With accelerators, each process takes one of its own, unless another kind of device is wanted.
+    Each rank has an accelerator of its own if they are available, unless `wanted` is another kind of device. Without
+    other processes, yield `wanted`.
 
     Raises:
         ProcessError: the processes cannot work together.
@@ -151,16 +151,16 @@ def joined(wanted: torch.device | None) -> Iterator[torch.device | None]:
         distributed.init_process_group(timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ProcessError(
-            f"WORLD_SIZE says {processes} processes, but they do not find each other: {str(error).splitlines()[0]} "
-            "Start them with torchrun or accelerate launch; for one alone, unset WORLD_SIZE."
+            f"WORLD_SIZE={processes}, but the processes cannot connect: {str(error).splitlines()[0]} "
+            "Start them with torchrun or accelerate launch; for a single process, unset WORLD_SIZE."
         ) from error
     try:
         _joined = _Group(distributed.get_rank(), processes, device)
         yield device
-        barrier()  # where one fails until here, all do
+        barrier()  # if one rank fails before this, all fail
     finally:
         _joined = None
-    # Only now: to take leave may wait for the others. A process that failed just ends, and its connections with it.
+    # Not after an error: this may wait for the other ranks. A failed process exits, which closes its connections.
     distributed.destroy_process_group()
 
 
@@ -170,25 +170,23 @@ def _own_device(wanted: torch.device | None) -> torch.device:
         return wanted or torch.device("cpu")
     if wanted is not None and wanted.index is not None:
         raise ProcessError(
-            f"--device {wanted} with several processes: each takes an accelerator of its own. "
-            f"Say --device {wanted.type}, or nothing."
+            f"found --device {wanted} with several processes, each of which needs an accelerator of its own. "
+            f"Use --device {wanted.type}, or omit it."
         )
-    own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
-    if own >= there:
+    own, available = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if own >= available:
         raise ProcessError(
-            f"process {own + 1} of this machine has no accelerator of its own, there are {there}: start {there} "
-            "processes, or compute on the processor with --device cpu."
+            f"process {own + 1} of this machine has no accelerator, found {available}. Start {available} processes, "
+            "or compute on the CPU with --device cpu."
         )
     torch.accelerator.set_device_index(own)
     return torch.device(accelerator.type, own)
 
 
 @contextmanager
-def _together() -> Iterator[None]:
-    """What torch says where another process fails is one message."""
+def _process_errors() -> Iterator[None]:
+    """Raise ProcessError in place of torch's errors if another rank fails."""
     try:
         yield
     except RuntimeError as error:
-        raise ProcessError(
-            "another process of this run has ended or does not answer; its own message says why."
-        ) from error
+        raise ProcessError("another rank exited or timed out; see the log of that rank for the cause.") from error

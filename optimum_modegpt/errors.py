@@ -6,7 +6,7 @@ ModeGPTError
 ├── UnsupportedModel         the architecture, or this variant of it, is not supported
 │   └── AlreadyCompressed    the model was already compressed by this package
 ├── NumericalError           a moment or an activation is not finite or cannot be decomposed
-├── NotEnoughRoom            not enough memory or disk space for this compression
+├── InsufficientResources    not enough memory or disk space for this compression
 ├── OutputError              the output directory or repository cannot be used
 │   ├── UploadError          the upload to the Hub failed; the local result is complete
 │   └── CheckpointError      a checkpoint cannot be resumed or written
@@ -45,8 +45,12 @@ class NumericalError(ModeGPTError, ArithmeticError):
     """A moment or an activation is not finite or cannot be decomposed."""
 
 
-class NotEnoughRoom(ModeGPTError, MemoryError):
+class InsufficientResources(ModeGPTError, MemoryError):
     """Not enough memory or disk space for this compression."""
+
+
+NotEnoughRoom = InsufficientResources
+"""The earlier name."""
 
 
 class OutputError(ModeGPTError, OSError):

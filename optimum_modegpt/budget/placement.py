@@ -1,8 +1,8 @@
-"""How a compression uses the memory that is free: where the residual streams are kept, how many windows go at once."""
+"""Choose the placement of the residual streams and the batch size from the free memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,182 +10,169 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from optimum_modegpt.budget.memory import ByteCounts, Peak, peaks
-from optimum_modegpt.budget.work import Extent, Shapes
+from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.calibration.transfers import LEAVING, pinned_size
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.methods.cost import ByteCounts, Extent, Peak
+from optimum_modegpt.methods.registry import peaks_of
 
 GROUPS, MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-"""Of Linux: the control groups, and those that this process is in."""
-
+"""On Linux: the control groups, and those of this process."""
 ENOUGH_TOKENS, MOST_TOKENS = 4096, 65_536
-"""Tokens of a forward pass: with the first a processor is busy, more than the second do not help an accelerator."""
-
+"""Tokens of a forward pass that keep a processor busy, and above which an accelerator gains nothing."""
 AT_ONCE = 2 + LEAVING
-"""Batches on their way while an accelerator computes: those of two streams come and `LEAVING` go, or three come."""
+"""Batches in transfer while an accelerator computes: two arrive and `LEAVING` leave, or three arrive."""
 MARGIN = 1.25
-"""How often what is counted has to fit, if it can: allocators keep back what is freed, and counts are a little off."""
+"""Preferred ratio of free to needed memory, because allocators cache memory and estimates are not exact."""
 
-Streams = Literal["device", "host", "files"]
-"""Where residual streams are kept: in the accelerator's memory, in the host's, in files."""
+Storage = Literal["device", "host", "files"]
+"""The storage of residual streams: device memory, host memory, or files."""
 
 
 @dataclass(frozen=True)
 class Free:
-    """Bytes that can still be taken: of the host's memory, and of the accelerator's; None without one that says it."""
+    """Free bytes of host memory, and of device memory if the device reports it."""
 
     host: int
     device: int | None = None
 
     @classmethod
-    def beside(cls, device: torch.device) -> Free:
-        """What is free now where the work is done on `device`."""
+    def now(cls, device: torch.device) -> Free:
+        """Measure the free memory of the host and of `device`."""
         return cls(host_memory(), device_memory(device))
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes by what takes them: in the accelerator's memory, in the host's, in files of streams."""
+    """Bytes by purpose: in the memory of each device, in host memory, and in files of streams."""
 
     device: ByteCounts = field(default_factory=dict)
     host: ByteCounts = field(default_factory=dict)
     files: ByteCounts = field(default_factory=dict)
 
+    def fit(self, free: Free, margin: float) -> bool:
+        """Return whether the needs fit in free memory, with a margin."""
+        on_device = free.device is None or margin * sum(self.device.values()) <= free.device
+        return on_device and margin * sum(self.host.values()) <= free.host
+
 
 @dataclass(frozen=True)
-class Arrangement:
-    """Where residual streams are kept, windows per forward pass, whether the refit of gate and up keeps its derivatives
-    from one iteration to the next, and what is needed at the peak with all that."""
+class Placement:
+    """Storage of the streams, windows per batch, whether the refit keeps derivatives, and needs at the peak."""
 
-    streams: Streams
+    streams: Storage
     batch_size: int
     keep_derivatives: bool
     needs: Needs
 
 
-def arrange(
+def choose_placement(
     shapes: Shapes,
     config: ModeGPTConfig,
-    *,
     extent: Extent,
+    *,
     accelerated: bool,
     free: Free,
-    besides: Needs,
+    held: Needs,
     processes: int = 1,
-) -> Arrangement:
-    """The fastest arrangement that fits; where none does, the one that needs least.
+) -> Placement:
+    """Return the fastest placement that fits, or else the one that needs least.
 
-    Streams are kept as near as they can be with `ENOUGH_TOKENS` at once, then derivatives where there is room, then as
-    many windows go at once as pay.
-
-    Args:
-        shapes: of the model.
-        config: what to do; its batch size, where it has one, is not questioned.
-        extent: of all processes; the batch is chosen here.
-        accelerated: whether the work is done on an accelerator.
-        free: what can be taken.
-        besides: what is held all along; what it says of files is held on the host while streams are in memory.
-        processes: how many share the windows and the host; what is needed is what each of them needs.
+    Streams near the computation come first, then derivatives that are kept, then a large batch. A batch size in
+    `config` is kept. `extent` is the calibration of all processes, which share the `free` host memory. `held` are the
+    needs of each process in all stages; those in files are in host memory unless the streams are in files.
     """
-    windows, length = -(-extent.windows // processes), extent.length
-    free = replace(free, host=free.host // processes)
-    most = MOST_TOKENS if accelerated and free.device is not None else ENOUGH_TOKENS
-    sizes = [config.batch_size] if config.batch_size else _batch_sizes(windows, length, most)
-    least = min(sizes[0], max(1, ENOUGH_TOKENS // length))
-    near: tuple[Streams, ...] = ("device", "host") if accelerated and free.device is not None else ("host",)
-    options: list[tuple[Streams, bool, int]] = [
-        (streams, keep, size) for streams in near for keep in (True, False) for size in sizes if size >= least
+    windows, near = -(-extent.windows // processes), accelerated and free.device is not None
+    sizes = [config.batch_size or min(windows, max(1, (MOST_TOKENS if near else ENOUGH_TOKENS) // extent.length))]
+    while config.batch_size is None and sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    large = [size for size in sizes if size >= min(sizes[0], ENOUGH_TOKENS // extent.length)]
+    choices: list[tuple[Storage, bool, list[int]]] = [
+        ("device", True, large),
+        ("device", False, large),
+        ("host", True, large),
+        ("host", False, large),
+        ("files", False, sizes),
     ]
-    arrangements = []
-    for streams, keep, size in [*options, *(("files", False, size) for size in sizes)]:
-        own = Extent(windows, length, min(windows, size) * length, extent.element)
-        batch = own.batch * shapes.d_model * own.element
-        pinned = pinned_size(batch) / batch if accelerated and streams == "host" else 1.0
-        needs = _needs(peaks(shapes, config, own, keep), streams, accelerated, besides, pinned)
-        if accelerated and streams != "device":
-            needs.device["batches on their way"] = AT_ONCE * batch
-        if streams == "device":
-            needs.host["streams to be written"] = 2 * own.tokens * shapes.d_model * own.element
-        arrangements.append(Arrangement(streams, size, keep, needs))
-    fitting = (each for margin in (MARGIN, 1) for each in arrangements if _fits(each.needs, free, margin))
-    return next(fitting, arrangements[-1])
+    placements = []
+    for streams, keep, usable in choices if near else choices[2:]:
+        for size in usable:
+            own = replace(extent, windows=windows, batch=min(windows, size) * extent.length)
+            needs = _needs(shapes, own, streams, peaks_of(shapes, config, own, keep), held, accelerated)
+            host = {name: processes * amount for name, amount in needs.host.items()}
+            files = {name: processes * amount for name, amount in needs.files.items()}
+            placements.append(Placement(streams, size, keep, Needs(needs.device, host, files)))
+    for margin in (MARGIN, 1):
+        for placement in placements:
+            if placement.needs.fit(free, margin):
+                return placement
+    return placements[-1]
+
+
+def _needs(
+    shapes: Shapes, extent: Extent, streams: Storage, peaks: list[Peak], held: Needs, accelerated: bool
+) -> Needs:
+    """Return the needs of one process."""
+    row, files = shapes.d_model * extent.element, {}
+    if streams == "device" or (streams == "host" and not accelerated):
+        work, apart = _largest([work | kept for work, kept in peaks]), {}
+    else:
+        work, apart = _largest([work for work, _ in peaks]), _largest([kept for _, kept in peaks])
+    if streams == "files":
+        host, files = dict(held.host), held.files | apart
+    else:
+        batch = extent.batch * row
+        pinned = pinned_size(batch) / batch  # only an accelerator keeps streams in other memory
+        host = held.host | held.files | {name: int(pinned * size) for name, size in apart.items()}
+    if not accelerated:
+        return Needs({}, host | work, files)
+    if streams == "device":
+        host["streams to be written"] = 2 * extent.tokens * row
+    else:
+        work["batches on their way"] = AT_ONCE * extent.batch * row
+    return Needs(held.device | work, host, files)
+
+
+def _largest(needs: list[ByteCounts]) -> ByteCounts:
+    return dict(max(needs, key=lambda parts: sum(parts.values())))
 
 
 def finished_size(shapes: Shapes, config: ModeGPTConfig, element: int) -> ByteCounts:
-    """The compressed blocks, all of them, at `element` bytes a weight."""
+    """Return the bytes of all compressed blocks with `element` bytes per weight."""
     return {"finished blocks": int((1 - config.sparsity) * shapes.blocks * shapes.weights * element)}
 
 
-def _batch_sizes(windows: int, length: int, tokens: int) -> list[int]:
-    """Windows of at most `tokens`, then of half of them, and so on down to one window."""
-    sizes = []
-    while tokens >= length:
-        sizes.append(min(windows, tokens // length))
-        tokens //= 2
-    return sizes or [1]
-
-
-def _needs(found: list[Peak], streams: Streams, accelerated: bool, besides: Needs, pinned: float) -> Needs:
-    """`pinned`: how many times their size streams on the host take."""
-    beside_work = streams == "device" or (streams == "host" and not accelerated)
-    work = _largest({**moment.work, **moment.streams} if beside_work else moment.work for moment in found)
-    apart = {} if beside_work else _largest(moment.streams for moment in found)
-    apart = {name: int(pinned * size) for name, size in apart.items()}
-    if streams == "files":
-        host, files = besides.host, {**besides.files, **apart}
-    else:
-        host, files = {**besides.host, **besides.files, **apart}, {}
-    if accelerated:
-        return Needs({**besides.device, **work}, dict(host), files)
-    return Needs({}, {**host, **work}, files)
-
-
-def _largest(needs: Iterable[ByteCounts]) -> ByteCounts:
-    return max(needs, key=lambda parts: sum(parts.values()))
-
-
-def _fits(needs: Needs, free: Free, margin: float) -> bool:
-    on_device = free.device is None or margin * sum(needs.device.values()) <= free.device
-    return on_device and margin * sum(needs.host.values()) <= free.host
-
-
-# -------------------------------------------------------------------------------------------------------- what is free
-
-
 def host_memory() -> int:
-    """Bytes of host memory that can still be taken: of the machine, or of a control group where that has less."""
-    return min((psutil.virtual_memory().available, *_left_in_groups()))
+    """Return the free bytes of host memory: those of the machine, or of a control group that has less.
 
-
-def _left_in_groups() -> Iterator[int]:
-    """Of each control group with a limit that this process is in, up to the outermost that is seen from here.
-
-    A line of the membership is `4:memory:/a/b` in the first version of control groups, `0::/a/b` in the second.
+    A line of the membership is `4:memory:/a/b` in version 1 of control groups, and `0::/a/b` in version 2. The system
+    reclaims inactive file pages.
     """
+    free = psutil.virtual_memory().available
     for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.exists() else ():
         _, controllers, path = line.split(":", 2)
-        if not controllers:
-            names = "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-        else:
-            continue
+        names = ("memory.max", "memory.current", "inactive_file")
+        if "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         own = Path(path.lstrip("/"))
-        for group in (GROUPS / controllers / each for each in (own, *own.parents)):
-            if (group / names[0]).exists():
-                yield from _left_in(group, *names)
+        for group in (own, *own.parents):
+            folder = GROUPS / controllers / group
+            if (folder / names[0]).exists():
+                free = min(free, _free_in_group(folder, *names))
+    return free
 
 
-def _left_in(group: Path, limit: str, used: str, inactive: str) -> Iterator[int]:
-    """Nothing where there is no limit; file pages that are not in use are given back."""
-    most, taken = ((group / name).read_text(encoding="utf-8").strip() for name in (limit, used))
-    fields = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
-    if most != "max":
-        yield int(most) - int(taken) + int(fields[inactive])
+def _free_in_group(group: Path, limit: str, used: str, inactive: str) -> int:
+    most = (group / limit).read_text(encoding="utf-8").strip()
+    if most == "max":
+        return sys.maxsize
+    statistics = (group / "memory.stat").read_text(encoding="utf-8").split()
+    reclaimable = int(statistics[statistics.index(inactive) + 1])
+    return int(most) - int((group / used).read_text(encoding="utf-8")) + reclaimable
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Free bytes on an accelerator; None where it does not say, and on the host."""
+    """Return the free bytes on an accelerator; None on the host, or if the device does not report it."""
     backend: Any = getattr(torch, device.type, None)
     if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
         return None

@@ -178,9 +178,9 @@ def head_dim(config: Any) -> int:
 
 def mlp_width(config: Any, family: Family) -> int:
     """Return the MLP width of a dense model, or of the model that was compressed."""
-    width: Any = getattr(config, family.mlp.width)
-    if width is None and family.mlp.width_factor is not None:
-        return family.mlp.width_factor * config.hidden_size
+    width = getattr(config, family.mlp.width)
+    if family.mlp.width_factor is not None and width is None:
+        width = family.mlp.width_factor * config.hidden_size
     return width
 
 

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.allocation.plan import Plan, plan_sparsity
 from optimum_modegpt.architectures import resolve
+from optimum_modegpt.architectures.shapes import shapes_of
 from optimum_modegpt.budget.sizes import part_sizes
-from optimum_modegpt.budget.work import shapes_of
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.stages import compute_device

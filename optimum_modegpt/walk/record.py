@@ -12,8 +12,9 @@ from torch import nn
 
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Plan, total_weights
-from optimum_modegpt.budget.work import Extent, product_seconds, work_of
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.methods.cost import Extent, product_seconds
+from optimum_modegpt.methods.registry import work_of
 from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
 from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, count_parameters
 from optimum_modegpt.stages import product_rates
@@ -92,9 +93,9 @@ def floor_seconds(request: Request, state: State, plan: Plan) -> dict[str, dict[
     length, dtype = tokens.shape[1], request.architecture.model.dtype
     extent = Extent(windows, length, state.batch_size * length, dtype.itemsize)
     rates = product_rates(request.device, dtype)
-    ranks = [widths.mlp for widths in plan.widths]
+    kept = [widths.mlp for widths in plan.widths]
     variants = sum(map(len, state.measurements.curves.values()))
-    stages = work_of(request.shapes, config, extent, mlp_ranks=ranks, variants=variants)
+    stages = work_of(request.shapes, config, extent, widths=kept, variants=variants)
     names = {"allocate": f"allocate ({config.resolved_allocation})", "decompose": "decompose"}
     return {
         names[stage]: {step: product_seconds(work, rates) for step, work in steps.items()}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.allocation.plan import Plan, Sizes
 from optimum_modegpt.architectures import Architecture
-from optimum_modegpt.budget.work import Shapes
+from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.walk.checkpoint import Checkpoint

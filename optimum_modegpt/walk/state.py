@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from optimum_modegpt import distributed
-from optimum_modegpt.budget.placement import Arrangement, Free, Needs, Streams, arrange, finished_size
-from optimum_modegpt.budget.work import Extent
+from optimum_modegpt.budget.placement import Free, Needs, Placement, Storage, choose_placement, finished_size
 from optimum_modegpt.calibration.streams import BlockInputs, StreamStorage, check_dense, enter, in_batches
 from optimum_modegpt.errors import naming
+from optimum_modegpt.methods.cost import Extent
 from optimum_modegpt.methods.sensitivity import Budget, Curves
 from optimum_modegpt.stages import StageClock
 from optimum_modegpt.walk.request import Request
@@ -68,7 +68,7 @@ class State:
 
     clock: StageClock
     batch_size: int
-    streams: Streams
+    streams: Storage
     storage: StreamStorage
     keep_derivatives: bool
     inputs: BlockInputs = field(default_factory=lambda: BlockInputs([], []))
@@ -117,7 +117,7 @@ class State:
         self.inputs = replace(self.inputs, stream=in_batches(self.inputs.stream, self.batch_size))
 
 
-def place(request: Request) -> Arrangement:
+def place(request: Request) -> Placement:
     """Choose the storage of the streams and the batch size by the free memory.
 
     Finished blocks are stored on the device of the dense ones. On the host, they use no memory if there is a
@@ -129,12 +129,12 @@ def place(request: Request) -> Arrangement:
     finished = {}
     if not on_host or request.checkpoint is None:
         finished = finished_size(request.shapes, config, element)
-    return arrange(
+    return choose_placement(
         request.shapes,
         config,
         extent=Extent(len(request.calibration.tokens), length, length, element),
         accelerated=request.device.type != "cpu",
-        free=Free.beside(request.device),
-        besides=Needs(files=finished) if on_host else Needs(device=finished),
+        free=Free.now(request.device),
+        held=Needs(files=finished) if on_host else Needs(device=finished),
         processes=distributed.world_size(),
     )

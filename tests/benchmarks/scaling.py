@@ -40,7 +40,7 @@ from optimum_modegpt.budget.estimate import estimate, on_meta
 from optimum_modegpt.budget.preflight import check_resources
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
-from optimum_modegpt.errors import NotEnoughRoom
+from optimum_modegpt.errors import InsufficientResources
 from optimum_modegpt.report import count_parameters
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
@@ -160,7 +160,7 @@ def in_own_process(case: dict[str, Any], place: Path | None) -> dict[str, Any]:
         try:
             if "free" not in case:
                 check_resources(estimate(model, config_of(case), case["length"], device=device), device, Path(folder))
-        except NotEnoughRoom as error:
+        except InsufficientResources as error:
             return {**case, **sizes, "refused": str(error)}
         save_random(case, Path(folder))
         command = [sys.executable, __file__, "--case", json.dumps({**case, "folder": folder})]

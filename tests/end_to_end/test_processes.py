@@ -247,7 +247,7 @@ def test_where_one_ends_all_do(end: tuple[str, int], broken_off: Any) -> None:
         assert output == ""
         if rank != failing:
             assert code == cli.FAILED
-            assert "error: another process of this run has ended" in errors
+            assert "error: another rank exited or timed out" in errors
         elif moment == "error":
             assert code == cli.FAILED
             assert "error: block 1: planted" in errors

@@ -1,4 +1,4 @@
-"""What a compression needs against what is there: tensors counted, refusals, the flag that goes on."""
+"""The estimate of a compression, the preflight check, and the flag that skips it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from checkpoints import RECIPE, save_dense, save_text
 from tiny_models import VARIANTS, dense
 from transformers import AutoModelForCausalLM
 
-from optimum_modegpt import ModeGPTConfig, NotEnoughRoom, distributed
+from optimum_modegpt import InsufficientResources, ModeGPTConfig, distributed
 from optimum_modegpt.budget import placement, preflight
 from optimum_modegpt.budget.estimate import LIBRARIES, Estimate, estimate, on_meta
 from optimum_modegpt.calibration.data import TokenWindows
@@ -27,14 +27,14 @@ PLENTY = 2**40
 
 
 def found_on(device: str) -> Estimate:
-    """What the machine as it is now would be used for."""
+    """Return the estimate of a small compression on the present machine."""
     config_class, values = VARIANTS["llama-mha"]
     model = on_meta(AutoModelForCausalLM, config_class(**values))
     return estimate(model, ModeGPTConfig(**RECIPE), 32, device=torch.device(device))
 
 
 def has(monkeypatch: pytest.MonkeyPatch, *, host: int = PLENTY, disk: int = PLENTY, device: int = PLENTY) -> None:
-    """A machine with so many bytes free."""
+    """Pretend that the machine has this many free bytes."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=host, total=2**40))
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=disk))
     monkeypatch.setattr(torch, "xpu", types.SimpleNamespace(mem_get_info=lambda _: (device, 2**40)))
@@ -49,21 +49,19 @@ def has(monkeypatch: pytest.MonkeyPatch, *, host: int = PLENTY, disk: int = PLEN
         ("cpu", {"disk": 1000}, r"disk at .*: needed .* use an --output on another disk"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_to_do(
+def test_a_shortage_is_refused_with_a_remedy(
     device: str, free: dict[str, int], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has(monkeypatch)
     preflight.check_resources(found_on(device), torch.device(device), tmp_path / "new" / "folder")
     has(monkeypatch, **free)
-    with pytest.raises(NotEnoughRoom, match=said) as refusal:
+    with pytest.raises(InsufficientResources, match=said) as refusal:
         preflight.check_resources(found_on(device), torch.device(device), tmp_path / "new" / "folder")
     assert "Pass --ignore-estimate to continue anyway" in str(refusal.value)
 
 
 @pytest.mark.parametrize("device", ["cpu", "xpu"])
-def test_what_fits_with_streams_in_files_is_not_refused(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_streams_in_files_are_not_refused(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     has(monkeypatch, device=2**21)
     needs = (found_on(device).without if device == "cpu" else found_on(device).with_accelerator).needs
     assert not needs.files
@@ -74,23 +72,21 @@ def test_what_fits_with_streams_in_files_is_not_refused(
     assert spilled.files == {"residual streams": 3 * 8 * 32 * 32 * 4}
     preflight.check_resources(found, torch.device(device), tmp_path)
     has(monkeypatch, host=enough, device=2**21, disk=sum(found.disk.values()))
-    with pytest.raises(NotEnoughRoom, match="disk at"):
+    with pytest.raises(InsufficientResources, match="disk at"):
         preflight.check_resources(found, torch.device(device), tmp_path)
 
 
-def test_what_an_interrupted_run_has_written_is_not_needed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_of_an_interrupted_run_are_not_needed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = found_on("cpu")
     needed = sum(found.disk.values())
     has(monkeypatch, disk=needed - 100)
-    with pytest.raises(NotEnoughRoom):
+    with pytest.raises(InsufficientResources):
         preflight.check_resources(found, torch.device("cpu"), tmp_path, written=99)
     preflight.check_resources(found, torch.device("cpu"), tmp_path, written=100)
 
 
 def group(folder: Path, limit: str, used: int, inactive: int, *, first_version: bool = False) -> None:
-    """A control group of memory."""
+    """Write the files of a control group."""
     folder.mkdir(parents=True, exist_ok=True)
     names = ("limit_in_bytes", "usage_in_bytes", "total_") if first_version else ("max", "current", "")
     (folder / f"memory.{names[0]}").write_text(f"{limit}\n")
@@ -100,7 +96,7 @@ def group(folder: Path, limit: str, used: int, inactive: int, *, first_version: 
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where control groups are; what this process is in goes into the file `membership`."""
+    """Return the folder of the control groups. The file `membership` names those of this process."""
     has(monkeypatch)
     monkeypatch.setattr(placement, "GROUPS", tmp_path)
     monkeypatch.setattr(placement, "MEMBERSHIP", tmp_path / "membership")
@@ -110,7 +106,7 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_without_control_groups_the_machine_counts(groups: Path) -> None:
     assert placement.host_memory() == PLENTY
     (groups / "membership").write_text("4:memory:/job\n0::/job\n")
-    assert placement.host_memory() == PLENTY, "they are not to be seen"
+    assert placement.host_memory() == PLENTY, "their folders are not visible"
 
 
 @pytest.mark.parametrize(("limit", "left"), [("1000", 1000 - 700 + 300), ("max", PLENTY)])
@@ -131,7 +127,7 @@ def test_the_limit_of_the_control_group_counts(member: str, limit: str, left: in
     ],
 )
 @pytest.mark.parametrize("first_version", [False, True])
-def test_the_narrowest_group_around_counts(
+def test_the_smallest_limit_of_the_enclosing_groups_counts(
     first_version: bool, limits: tuple[str, ...], left: int, groups: Path
 ) -> None:
     unlimited = str(2**63 - 4096) if first_version else "max"
@@ -145,7 +141,7 @@ def test_the_narrowest_group_around_counts(
 
 
 @pytest.mark.parametrize("host", [PLENTY, 2**16])
-def test_several_processes_arrange_themselves_as_was_predicted(
+def test_several_processes_choose_the_predicted_placement(
     host: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has(monkeypatch, host=host)
@@ -156,18 +152,17 @@ def test_several_processes_arrange_themselves_as_was_predicted(
     taken = place(prepare(model, config, windows, None, cpu, None, Checkpoint(tmp_path / "kept"), False))
     assert (taken.streams, taken.batch_size) == (predicted.streams, predicted.batch_size)
     assert predicted.streams == ("host" if host == PLENTY else "files")
-    libraries = {"libraries": LIBRARIES}
-    assert predicted.needs.host == {name: 3 * size for name, size in (libraries | taken.needs.host).items()}
-    assert predicted.needs.files == {name: 3 * size for name, size in taken.needs.files.items()}
+    assert predicted.needs.host == {"libraries": 3 * LIBRARIES} | taken.needs.host
+    assert predicted.needs.files == taken.needs.files
 
 
-def test_several_processes_hold_their_own_beside_one_checkpoint() -> None:
+def test_several_processes_share_windows_and_one_checkpoint() -> None:
     model, config = dense("llama-mha", intermediate_size=1024), ModeGPTConfig(**RECIPE)
     alone, together = (estimate(model, config, 32, processes=count) for count in (1, 4))
     one, all_of_them = alone.without.needs.host, together.without.needs.host
     for name in ("libraries", "moments of the MLP, and their factorisation"):
         assert all_of_them[name] == 4 * one[name]
-    assert all_of_them["residual streams"] == one["residual streams"], "they are shared out"
+    assert all_of_them["residual streams"] == one["residual streams"], "each process has a share of them"
     on_device = [found.with_accelerator.needs.device for found in (alone, together)]
     for needs in on_device:
         needs.pop("batches on their way")  # smaller, with fewer windows
@@ -175,7 +170,7 @@ def test_several_processes_hold_their_own_beside_one_checkpoint() -> None:
     assert together.disk == alone.disk
 
 
-def test_compress_refuses_before_it_reads_weights_and_goes_on_when_told(
+def test_compress_refuses_before_it_reads_weights_unless_the_flag_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, text, output = save_dense(tmp_path / "m"), save_text(tmp_path / "t.txt"), tmp_path / "new" / "out"
@@ -191,7 +186,7 @@ def test_compress_refuses_before_it_reads_weights_and_goes_on_when_told(
     assert (output / "model.safetensors").is_file()
 
 
-def test_weights_that_are_converted_do_not_stay_in_their_files() -> None:
+def test_converted_weights_are_in_memory() -> None:
     config_class, values = VARIANTS["llama-mha"]
     model = on_meta(AutoModelForCausalLM, config_class(**values), torch.bfloat16)
     mapped, converted = (
@@ -202,7 +197,7 @@ def test_weights_that_are_converted_do_not_stay_in_their_files() -> None:
     assert converted.without.needs.host["weights"] == mapped.mapped_weights
 
 
-def test_the_command_takes_what_compress_takes(
+def test_the_command_takes_the_flags_of_compress(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, text, file = save_dense(tmp_path / "m"), save_text(tmp_path / "t.txt"), tmp_path / "found"

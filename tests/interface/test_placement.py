@@ -1,4 +1,4 @@
-"""Where residual streams are kept and how many windows go at once, by what memory is free."""
+"""The placement of the residual streams and the batch size, by the free memory."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from optimum_modegpt import ModeGPTConfig
 from optimum_modegpt.architectures import resolve
-from optimum_modegpt.budget.memory import attention_scores, peaks
-from optimum_modegpt.budget.placement import MARGIN, MOST_TOKENS, Arrangement, Free, Needs, arrange
-from optimum_modegpt.budget.work import Extent, Shapes, shapes_of
+from optimum_modegpt.architectures.shapes import Shapes, shapes_of
+from optimum_modegpt.budget.placement import MARGIN, MOST_TOKENS, Free, Needs, Placement, choose_placement
+from optimum_modegpt.methods.cost import Extent, attention_scores
+from optimum_modegpt.methods.registry import peaks_of
 from optimum_modegpt.stages import StageClock
 
 SHAPES = Shapes(
@@ -33,56 +34,56 @@ GIB = 2**30
 PLENTY = 2**50
 
 
-def arranged(
-    *, host: int = PLENTY, device: int | None = None, length: int = 2048, besides: Needs | None = None, **recipe: object
-) -> Arrangement:
-    return arrange(
+def placed(
+    *, host: int = PLENTY, device: int | None = None, length: int = 2048, held: Needs | None = None, **recipe: object
+) -> Placement:
+    return choose_placement(
         SHAPES,
         ModeGPTConfig(allocation="uniform", **recipe),
         extent=Extent(128, length, length, 2),
         accelerated=device is not None,
         free=Free(host, device),
-        besides=besides or Needs(),
+        held=held or Needs(),
     )
 
 
 def needed(host: int, device: int | None = None, **recipe: object) -> tuple[int, int]:
-    """On the host and on the accelerator."""
-    needs = arranged(host=host, device=device, **recipe).needs
+    """Return the needed bytes on the host and on the accelerator."""
+    needs = placed(host=host, device=device, **recipe).needs
     return sum(needs.host.values()), sum(needs.device.values())
 
 
-def test_streams_are_as_near_as_they_can_be() -> None:
-    assert arranged(device=PLENTY).streams == "device"
-    assert arranged(device=20 * GIB).streams == "host"
-    assert arranged(device=20 * GIB, host=4 * GIB).streams == "files"
-    assert arranged().streams == "host"
-    assert arranged(host=20 * GIB).streams == "files"
+def test_streams_are_near_the_computation() -> None:
+    assert placed(device=PLENTY).streams == "device"
+    assert placed(device=20 * GIB).streams == "host"
+    assert placed(device=20 * GIB, host=4 * GIB).streams == "files"
+    assert placed().streams == "host"
+    assert placed(host=20 * GIB).streams == "files"
 
 
 @pytest.mark.parametrize("device", [None, PLENTY, 30 * GIB, 20 * GIB])
 @pytest.mark.parametrize("host", [PLENTY, 60 * GIB, 20 * GIB])
-def test_what_is_chosen_fits_with_a_margin(device: int | None, host: int) -> None:
+def test_the_placement_fits_with_a_margin(device: int | None, host: int) -> None:
     on_host, on_device = needed(host, device)
     assert on_host * MARGIN <= host
     assert device is None or on_device * MARGIN <= device
 
 
-def test_what_fits_only_barely_is_taken_before_it_is_given_up() -> None:
-    barely = arranged(device=int(1.01 * needed(PLENTY, 8 * GIB)[1]))
-    assert (barely.streams, barely.batch_size) == ("host", arranged(device=8 * GIB).batch_size)
+def test_a_placement_that_fits_without_the_margin_is_used_if_none_fits_with_it() -> None:
+    barely = placed(device=int(1.01 * needed(PLENTY, 8 * GIB)[1]))
+    assert (barely.streams, barely.batch_size) == ("host", placed(device=8 * GIB).batch_size)
 
 
-def test_as_many_windows_at_once_as_pay() -> None:
-    assert arranged().batch_size == 2
-    assert arranged(length=100).batch_size == 40
-    assert arranged(length=8192).batch_size == 1
-    assert arranged(device=PLENTY).batch_size == MOST_TOKENS // 2048
-    assert arranged(device=PLENTY, length=64).batch_size == 128, "there are no more windows"
-    assert arranged(device=8 * GIB).batch_size < arranged(device=15 * GIB).batch_size
+def test_the_batch_is_as_large_as_it_helps() -> None:
+    assert placed().batch_size == 2
+    assert placed(length=100).batch_size == 40
+    assert placed(length=8192).batch_size == 1
+    assert placed(device=PLENTY).batch_size == MOST_TOKENS // 2048
+    assert placed(device=PLENTY, length=64).batch_size == 128, "there are no more windows"
+    assert placed(device=8 * GIB).batch_size < placed(device=15 * GIB).batch_size
 
 
-def test_scores_that_an_eager_attention_holds_count() -> None:
+def test_the_scores_of_an_eager_attention_count() -> None:
     windows, length, heads = 4, 512, 16
     config = LlamaConfig(
         hidden_size=128,
@@ -104,46 +105,46 @@ def test_scores_that_an_eager_attention_holds_count() -> None:
     assert clock.stages[0].peak_memory - before == pytest.approx(scores, rel=0.2)
     fused = replace(shapes, eager=False)
     most = [
-        max(sum(moment.work.values()) for moment in peaks(each, ModeGPTConfig(), extent, False))
+        max(sum(work.values()) for work, _ in peaks_of(each, ModeGPTConfig(), extent, False))
         for each in (shapes, fused)
     ]
     assert most[0] > scores > most[1]
 
 
 def test_a_batch_size_that_was_asked_for_is_kept() -> None:
-    assert arranged(batch_size=7, host=0).batch_size == 7
-    assert arranged(batch_size=7, device=PLENTY).batch_size == 7
+    assert placed(batch_size=7, host=0).batch_size == 7
+    assert placed(batch_size=7, device=PLENTY).batch_size == 7
 
 
-def test_where_nothing_fits_the_least_is_taken() -> None:
+def test_the_smallest_placement_is_used_if_nothing_fits() -> None:
     for device in (None, 0):
-        least = arranged(host=0, device=device)
+        least = placed(host=0, device=device)
         assert (least.streams, least.batch_size) == ("files", 1)
 
 
-def test_what_is_held_besides_counts() -> None:
+def test_memory_that_is_held_counts() -> None:
     host = int(1.05 * MARGIN * needed(PLENTY)[0])
-    assert arranged(host=host).streams == "host"
-    crowded = arranged(host=host, besides=Needs(host={"weights": 10 * GIB}))
+    assert placed(host=host).streams == "host"
+    crowded = placed(host=host, held=Needs(host={"weights": 10 * GIB}))
     assert crowded.streams == "files"
     assert crowded.needs.host["weights"] == 10 * GIB
     blocks = {"finished blocks": 10 * GIB}
-    assert arranged(host=PLENTY, besides=Needs(files=blocks)).needs.host.items() > blocks.items()
-    spilled = arranged(host=host, besides=Needs(files=blocks)).needs
+    assert placed(host=PLENTY, held=Needs(files=blocks)).needs.host.items() > blocks.items()
+    spilled = placed(host=host, held=Needs(files=blocks)).needs
     assert spilled.files.items() > blocks.items()
     assert not spilled.host.keys() & blocks.keys()
 
 
-def test_batches_on_their_way_count_where_streams_are_not_on_the_accelerator() -> None:
-    assert "batches on their way" not in arranged(device=PLENTY).needs.device
+def test_batches_in_transfer_count_if_streams_are_not_on_the_accelerator() -> None:
+    assert "batches on their way" not in placed(device=PLENTY).needs.device
     for host in (PLENTY, 4 * GIB):
-        found = arranged(device=20 * GIB, host=host)
+        found = placed(device=20 * GIB, host=host)
         batch = found.batch_size * 2048 * SHAPES.d_model * 2
         assert found.needs.device["batches on their way"] == 4 * batch, "two streams come, and two batches go"
 
 
-def test_streams_on_an_accelerator_pass_the_host_to_be_written() -> None:
-    needs = arranged(device=PLENTY).needs
+def test_streams_on_an_accelerator_are_written_through_the_host() -> None:
+    needs = placed(device=PLENTY).needs
     assert needs.host == {"streams to be written": 2 * 128 * 2048 * 4096 * 2}
     assert needs.device["residual streams"] > needs.host["streams to be written"]
     assert not needs.files

@@ -1,0 +1,45 @@
+"""The sizes of a dense model that its costs depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from optimum_modegpt.architectures.resolve import Architecture
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes of a dense model and of its largest block."""
+
+    d_model: int  # width of the residual stream
+    heads: int  # joint width of the attention heads
+    head_count: int
+    groups: int  # number of key-value heads
+    mlp: int  # width of the MLP
+    mlp_inputs: int  # number of input projections of the MLP
+    weights: int  # number of weights of the block's projections
+    rotary: bool  # whether query and key are rotated by position
+    vocabulary: int
+    blocks: int
+    eager: bool = False  # whether the attention is "eager", which holds the scores of a batch
+
+
+def shapes_of(architecture: Architecture) -> Shapes:
+    """Return the sizes of a dense model, which may be on the meta device."""
+    model = architecture.model
+    largest = max(architecture.blocks, key=lambda block: block.weights)
+    head: Any = model.get_output_embeddings()
+    return Shapes(
+        d_model=largest.d_model,
+        heads=largest.heads * largest.head_dim,
+        head_count=largest.heads,
+        groups=largest.kv_heads,
+        mlp=largest.mlp_width,
+        mlp_inputs=len(largest.family.mlp.inputs),
+        weights=largest.weights,
+        rotary=largest.rotary and "qk" not in largest.full_width_parts,
+        vocabulary=head.out_features,
+        blocks=len(architecture.blocks),
+        eager=model.config._attn_implementation == "eager",
+    )

@@ -1,0 +1,79 @@
+"""Multiply-adds and peak memory of `method="default"`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optimum_modegpt.architectures.shapes import Shapes
+from optimum_modegpt.calibration.moments import affordable_windows, curvature_work
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.psd import gram_work
+from optimum_modegpt.decompositions.softmax import ITERATIONS
+from optimum_modegpt.methods import cost
+from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
+from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens
+
+STREAMS = 2
+"""Number of residual streams between two blocks."""
+CONJUGATE_VECTORS = 9
+"""Tensors as large as gate and up during their refit: the rows, a few steps, residuals and directions."""
+
+
+def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
+    """Return the multiply-adds of all blocks together, by step. `widths` are the kept widths of the MLPs."""
+    blocks, d = shapes.blocks, shapes.d_model
+    steps = {
+        "residual streams": {"own": blocks * 2 * cost.block_forward(shapes, extent.windows, extent.length)},
+        "moments": {"moments": blocks * extent.tokens * cost.moments_work(shapes)},
+        "factorisations": {"exact": blocks * cost.factorisations_work(shapes)},
+    }
+    if shapes.rotary:
+        head_dim = shapes.heads // shapes.head_count
+        window = curvature_work(head_dim, shapes.groups, shapes.head_count, extent.length)
+        windows = affordable_windows(window, cost.block_forward(shapes, 1, extent.length), extent.windows)
+        steps["curvature of the attention"] = {"raised": blocks * windows * window}
+    cut = [width for width in widths if width < shapes.mlp]
+    if config.refit_iterations and cut:
+        width, rounds = sum(cut) / len(cut), len(cut) * (1 + FINAL_ROUNDS)
+        # Six products per iteration of conjugate gradients, and the moments afterwards.
+        token = 6 * config.refit_iterations * d * width + (1 + shapes.mlp_inputs) * gram_work(int(width)) + d * width
+        factors = (1 + config.refit_iterations) * shapes.mlp_inputs * d * width * (width + d)
+        raised = min(extent.tokens, REFIT_TOKENS) * token + factors
+        steps["refit of gate and up"] = {"raised": rounds * raised, "exact": rounds * 2 * d * width**2}
+    if config.sparsity:
+        tokens = gain_tokens(extent.windows, extent.length, shapes.vocabulary)
+        # Two products with the head per iteration, and a few around them.
+        steps["final gain"] = {"raised": (2 * ITERATIONS + 6) * tokens * shapes.vocabulary * d}
+    return steps
+
+
+def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> list[Peak]:
+    """Return the moments that can be the peak. `keep_derivatives` is that of `Placement`."""
+    d, inputs, vocabulary = shapes.d_model, shapes.mlp_inputs, shapes.vocabulary
+    sample = min(extent.tokens, REFIT_TOKENS) if config.refit_iterations else 0
+    stream = extent.tokens * d * extent.element
+    streams = {
+        "residual streams": 7 * stream,
+        "outputs of the heads": extent.tokens * shapes.heads * extent.element,
+        "sample for the refit of gate and up": 2 * sample * d * FLOAT32,
+    }
+    # Half of the removed channels are still there in the first round. A block may lose less than the mean.
+    removed = config.sparsity if config.resolved_allocation == "uniform" else config.sparsity / 2
+    width = int(shapes.mlp * (1 - removed / 2))
+    vectors = CONJUGATE_VECTORS * inputs * FLOAT32 + 2 * FLOAT64 + FLOAT32
+    refit = {
+        "block, dense and compressed": 2 * shapes.weights * extent.element,
+        "weights in float64 and float32": width * d * vectors,
+        "moments of its channels, inverted": inputs * width**2 * FLOAT32,
+        "one window of tokens": (3 * inputs + 2) * extent.length * width * FLOAT32,
+    }
+    if keep_derivatives:
+        refit["derivatives of the hidden channels"] = inputs * sample * width * FLOAT32
+    tokens = gain_tokens(extent.windows, extent.length, vocabulary)
+    gain = {
+        "normalised streams": 5 * tokens * d * FLOAT32,
+        "head": 2 * vocabulary * d * FLOAT32,
+        "next-token distributions": 7 * tokens * vocabulary * FLOAT32,
+    }
+    found = [(needed, streams) for needed in (*cost.block_memory(shapes, extent), refit)]
+    return [*found, (gain, {"residual streams": 3 * stream})]

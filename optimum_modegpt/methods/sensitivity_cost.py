@@ -1,0 +1,47 @@
+"""Multiply-adds and peak memory of measuring the sensitivities."""
+
+from __future__ import annotations
+
+from optimum_modegpt.architectures.shapes import Shapes
+from optimum_modegpt.methods import cost, sensitivity
+from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
+from optimum_modegpt.report import PARTS
+
+
+def work(shapes: Shapes, extent: Extent, variants: int | None) -> Work:
+    """Return the multiply-adds for this number of cut blocks; None for the largest number."""
+    used, length, blocks = sensitivity.budget(shapes.blocks, extent.windows), extent.length, shapes.blocks
+    variants = variants or blocks * len(PARTS) * len(used.ratios)
+    passed = variants * (blocks + 1) / 2 + blocks  # a variant passes half of the blocks, on average
+    own = passed * cost.block_forward(shapes, used.divergence_windows, length)
+    own += blocks * cost.block_forward(shapes, used.moment_windows, length)
+    own += variants * used.divergence_windows * length * shapes.vocabulary * shapes.d_model
+    moments = blocks * used.moment_windows * length * cost.moments_work(shapes)
+    return {"own": own, "moments": moments, "exact": blocks * cost.factorisations_work(shapes)}
+
+
+def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
+    """Return the moments that can be the peak: the logits after a sweep, and a block while its variants are cut."""
+    used, variant = sensitivity.budget(shapes.blocks, extent.windows), shapes.weights * extent.element
+    cuts = sensitivity.sweep_length(shapes.blocks) * len(PARTS) * len(used.ratios)
+    windows = extent.windows + 3 * used.moment_windows + 2 * used.divergence_windows
+    window = extent.length * shapes.d_model * extent.element
+    streams = {
+        "residual streams": windows * window,
+        "streams of the variants": cuts * used.divergence_windows * window,
+    }
+    rows = min(extent.batch, sensitivity.LOGITS_AT_ONCE // shapes.vocabulary)
+    logits = {
+        "head": shapes.vocabulary * shapes.d_model * extent.element,
+        "next-token distributions": rows * shapes.vocabulary * (4 * FLOAT32 + extent.element),
+    }
+    # The down projection is refitted while the moments of all channels are kept for the next variant.
+    left = int(shapes.mlp * (1 - min(used.ratios)))
+    float64, float32 = 2 * shapes.mlp + 5 * left, shapes.mlp_inputs * (shapes.mlp + left)
+    refit = {
+        "block, dense and compressed": 2 * variant,
+        "moments of the MLP, and their factorisation": (shapes.mlp**2 + 3 * left**2) * FLOAT64,
+        "weights in float64 and float32": shapes.d_model * (float64 * FLOAT64 + float32 * FLOAT32),
+    }
+    works = [logits, refit, *cost.block_memory(shapes, extent)]
+    return [({**needed, "variant": variant}, streams) for needed in works]
