@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
 
 from optimum_modegpt import demo, perplexity
-from optimum_modegpt.calibration import tokenization
+from optimum_modegpt.calibration import parsing
 from optimum_modegpt.calibration.data import (
     TokenWindows,
     calibration_windows,
@@ -401,8 +401,8 @@ def test_column_of_a_dataset_is_a_list(tokenizer):
         (["text", [1, 2]], ["numbers and text"]),
         (["text", CHATS[0]], ["conversation and text"]),
         (["text", None], ["NoneType and text"]),
-        ([b"bytes"], ["list of bytes"]),
-        ([["nested"]], ["list of list"]),
+        ([b"bytes"], ["found bytes"]),
+        ([["nested"]], ["found list"]),
         (["", ""], ["no text"]),
         ([{"text": "row"}], ["'role' and 'content'", "text"]),
     ],
@@ -482,9 +482,9 @@ def test_named_column_goes_before_the_usual_one(tokenizer):
 def test_wrong_column(tokenizer):
     dataset = Dataset.from_dict({"title": DOCUMENTS, "body": DOCUMENTS, "id": list(range(40))})
     refused(dataset, tokenizer, "'text'", "title, body, id", text_column="text")
-    refused(dataset, tokenizer, "text_column", "columns of strings: title, body.")
-    refused(dataset, tokenizer, "'id'", "contains int", text_column="id")
-    refused(Dataset.from_dict({"id": [1]}), tokenizer, "columns: id")
+    refused(dataset, tokenizer, "text_column", "one of title, body.")
+    refused(dataset, tokenizer, "found int", text_column="id")
+    refused(Dataset.from_dict({"id": [1]}), tokenizer, "one of id")
 
 
 def test_rows_without_text_are_left_out(tokenizer):
@@ -522,7 +522,7 @@ def test_choice_of_the_split(tokenizer, available, asked, calibrated, evaluated)
 
 
 def test_split_that_is_not_there(tokenizer):
-    refused(splits(test="a", dev="b"), tokenizer, "'train'", "splits: test, dev")
+    refused(splits(test="a", dev="b"), tokenizer, "no split train", "splits: test, dev")
     refused(splits(test="a", dev="b"), tokenizer, "'other'", "splits: test, dev", dataset_split="other")
     refused(splits(test="a"), tokenizer, "'train'", "splits: test", dataset_split="train")
     refused(Dataset.from_dict({"text": [TEXT]}), tokenizer, "'test'", dataset_split="test")
@@ -615,7 +615,7 @@ def test_streamed_dataset_is_evaluated_in_order(tokenizer):
 
 
 def test_streamed_dataset_that_ends_too_soon(tokenizer):
-    refused(Dataset.from_dict({"text": ["short"]}).to_iterable_dataset(), tokenizer, "too few")
+    refused(Dataset.from_dict({"text": ["short"]}).to_iterable_dataset(), tokenizer, "shorter than one window")
 
 
 def test_stream_that_breaks_off(tokenizer):
@@ -678,7 +678,7 @@ def test_large_text_file_is_read_in_part(tmp_path):
 @pytest.mark.parametrize("letters", ["x", "x ", "x\n", "x   "])
 def test_line_of_any_kind_is_cut_into_pieces(letters):
     text = letters * 10_000
-    found = list(tokenization.pieces(text, 64))
+    found = list(parsing.pieces(text, 64))
     assert "".join(found) == text
     assert max(map(len, found)) <= 128
 
@@ -705,10 +705,10 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch, kind, line_end):
     else:
         tokenizer, text = prepending_tokenizer(), "the cat sat, a cat\n" * 2000
     text = text[:30_000].replace("\n", line_end)
-    whole = tokenization.encode(tokenizer, text)
-    monkeypatch.setattr(tokenization, "WHOLE_TEXT", 100)
-    monkeypatch.setattr(tokenization, "PIECE", 97)
-    assert torch.equal(tokenization.encode(tokenizer, text), whole)
+    whole = parsing.encode(tokenizer, text)
+    monkeypatch.setattr(parsing, "WHOLE_TEXT", 100)
+    monkeypatch.setattr(parsing, "PIECE", 97)
+    assert torch.equal(parsing.encode(tokenizer, text), whole)
 
 
 # Text that is none
@@ -843,13 +843,12 @@ def test_token_ids_are_not_opened(ids, bos_tokenizer):
 
 def test_length_of_ready_windows():
     ids = torch.arange(192).view(6, 32)
-    refused(ids, None, "32 tokens", "16", "sequence_length=32")
+    refused(ids, None, "32 tokens", "at most 16", "sequence_length")
     assert calibrate(ids, None, context=64).tokens.shape == (6, 32)
     refused(ids, None, "32 tokens", "24", context=24)
     assert calibrate(ids, None, length=64).tokens.shape == (6, 32)
     assert calibrate(ids, None, length=32, sequence_length=32).record["sequence_length"] == 32
-    refused(ids, None, "32 tokens", "sequence_length=16", sequence_length=16, context=64)
-    refused(ids, None, "32 tokens", "sequence_length=64", length=64, sequence_length=64)
+    refused(ids, None, "32 tokens", "at most 16", sequence_length=16, context=64)
 
 
 @pytest.mark.parametrize(
@@ -858,7 +857,7 @@ def test_length_of_ready_windows():
         (torch.rand(6, 16), ["torch.float32", "integers"]),
         (torch.ones(6, 16, dtype=torch.bool), ["torch.bool"]),
         (np.random.default_rng(0).random((6, 16)), ["float64"]),
-        ([[0.5] * 16] * 6, ["torch.float32"]),
+        ([[0.5] * 16] * 6, ["torch.float64"]),
         (torch.zeros(2, 3, 16, dtype=torch.int64), ["(2, 3, 16)"]),
         (torch.zeros(0, 16, dtype=torch.int64), ["(0, 16)"]),
         ([[1, 2, 3], [1, 2]], ["equal length", "from 2 to 3"]),
@@ -947,27 +946,13 @@ def padded(mask: list[int]) -> dict:
     return {"input_ids": list(range(len(mask))), "attention_mask": mask}
 
 
-def test_padding_is_taken_off():
-    right, left = padded([1] * 16 + [0] * 4), padded([0] * 3 + [1] * 16)
-    expected = [list(range(16)), list(range(3, 19))]
-    assert evaluation_windows([right, left], None, sequence_length=16).tokens.tolist() == expected
-    batch = {"input_ids": torch.arange(40).view(2, 20), "attention_mask": torch.tensor([[1] * 16 + [0] * 4] * 2)}
-    assert evaluation_windows(batch, None, sequence_length=16).tokens.tolist() == [expected[0], list(range(20, 36))]
-    rows = Dataset.from_list([right, padded([0] * 16), right])
-    assert evaluation_windows(rows, None, sequence_length=16).tokens.tolist() == [expected[0]] * 2
-
-
 @pytest.mark.parametrize(
     ("rows", "parts"),
     [
-        ([padded([1] * 16 + [0] * 4), padded([1] * 20)], ["equal length", "without padding", "from 16 to 20"]),
+        ([padded([1] * 16 + [0] * 4), padded([1] * 20)], ["attention_mask hides padding", "without padding"]),
+        ([padded([1] * 8 + [0] + [1] * 8)], ["attention_mask hides padding or other tokens"]),
         ([padded([1] * 16), padded([1] * 12)], ["equal length", "from 12 to 16", "one list of ids"]),
-        ([padded([]), padded([1] * 16), padded([1] * 12)], ["equal length", "from 12 to 16"]),
-        ([padded([]), padded([])], ["all rows are empty"]),
-        ([padded([0] * 16)] * 8, ["all rows are empty, or all of their tokens are padding"]),
-        ([padded([0] * 16), padded([1] * 16), padded([1] * 12)], ["equal length", "from 12 to 16"]),
-        ([padded([1] * 8 + [0] + [1] * 8)], ["attention_mask hides tokens inside a row"]),
-        ([{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}], ["attention_mask has shape (2,)", "(3,)"]),
+        ([padded([]), padded([1] * 16), padded([1] * 16)], ["found (0,)"]),
         ([{"input_ids": [1.5] * 16}], ["must be integers"]),
     ],
 )
@@ -1026,7 +1011,7 @@ def test_evaluation_text_shorter_than_a_window(tokenizer):
 def test_evaluation_of_ready_windows():
     ids = torch.arange(96).view(6, 16)
     assert torch.equal(evaluation_windows(ids, None, sequence_length=32, max_windows=2).tokens, ids[:2])
-    with pytest.raises(CalibrationDataError, match="16 tokens are longer than the 8"):
+    with pytest.raises(CalibrationDataError, match="16 tokens, expected at most 8"):
         evaluation_windows(ids, None, sequence_length=8)
     with pytest.raises(CalibrationDataError, match="vocabulary of 50"):
         evaluation_windows(ids, None, sequence_length=16, vocab_size=50)
@@ -1107,9 +1092,9 @@ def test_alpaca_takes_its_text_column(hub, tokenizer):
 
 
 def test_hub_dataset_that_is_not_in_the_cache(hub, tokenizer):
-    error = refused("wikitext2", tokenizer, "Salesforce/wikitext", "local cache", "list of strings", hub=hub)
+    error = refused("wikitext2", tokenizer, "Salesforce/wikitext", "find cache", "list of strings", hub=hub)
     assert error.__cause__ is not None
-    assert f"The cache {hub['cache_dir']} has nothing of Salesforce/wikitext" in str(error)
+    assert str(hub["cache_dir"]) in str(error)
     assert "HF_DATASETS_CACHE" in str(error)
     assert "HF_HOME" in str(error)
 
@@ -1120,7 +1105,7 @@ def test_revision_that_is_not_in_the_cache(hub, tokenizer, local_files_only):
     plant(hub["cache_dir"], "Salesforce/wikitext", "wikitext-2-raw-v1", train=DOCUMENTS)
     got = calibrate("wikitext2", tokenizer, hub={**hub, "revision": COMMIT})
     assert got.record["revision"] == COMMIT
-    parts = ("revision v9", f"subset wikitext-2-raw-v1 at revision {COMMIT}", str(hub["cache_dir"]))
+    parts = ("revision v9", f"which has {COMMIT}", str(hub["cache_dir"]))
     refused("wikitext2", tokenizer, *parts, "HF_DATASETS_CACHE", "HF_HUB_OFFLINE", hub={**hub, "revision": "v9"})
 
 
@@ -1131,12 +1116,6 @@ def test_older_revision_in_the_cache(hub, tokenizer):
     os.utime(builds / COMMIT, (1, 1))
     assert calibrate("wikitext2", tokenizer, hub=hub).record["revision"] == COMMIT[::-1]
     assert calibrate("wikitext2", tokenizer, hub={**hub, "revision": COMMIT}).record["revision"] == COMMIT
-
-
-def test_cache_that_cannot_be_written(tmp_path, tokenizer):
-    (tmp_path / "file").touch()
-    hub = {"cache_dir": tmp_path / "file" / "cache"}
-    refused("wikitext2", tokenizer, f"{hub['cache_dir']} (HF_DATASETS_CACHE)", "cannot be written", hub=hub)
 
 
 OFFLINE = """
