@@ -114,20 +114,19 @@ def tokenizer_differences(own: Any, other: Any) -> list[str]:
     A padding token is compared only if the model's own tokenizer has one: users often add it later, and no text
     contains it.
     """
-    vocabularies = [dict(each.get_vocab()) for each in (own, other)]
-    expected, special = _special_tokens(own), _special_tokens(other)
-    if (
-        "pad_token" not in expected
-        and (padding := special.pop("pad_token", None))
-        and padding[0] not in vocabularies[0]
-    ):
-        del vocabularies[1][padding[0]]
+    own_vocabulary, vocabulary = own.get_vocab(), dict(other.get_vocab())
+    own_special, special = own.special_tokens_map, dict(other.special_tokens_map)
+    if "pad_token" not in own_special:
+        padding = special.pop("pad_token", None)
+        if padding not in own_vocabulary:
+            vocabulary.pop(padding, None)
     found = []
-    if different := _different_tokens(*vocabularies):
+    if different := _different_tokens(own_vocabulary, vocabulary):
         found.append(f"{different} tokens of the vocabulary")
-    for name in sorted(expected.keys() | special.keys()):
-        if special.get(name) != expected.get(name):
-            found.append(f"{name} {_shown(special.get(name))} instead of {_shown(expected.get(name))}")
+    for name in sorted(own_special.keys() | special.keys()):
+        expected, given = _with_id(own, own_special.get(name)), _with_id(other, special.get(name))
+        if given != expected:
+            found.append(f"{name} {given} instead of {expected}")
     if getattr(own, "chat_template", None) != getattr(other, "chat_template", None):
         found.append("the chat template")
     if not found and own(PROBE)["input_ids"] != other(PROBE)["input_ids"]:
@@ -140,14 +139,8 @@ def _different_tokens(ours: dict[str, int], theirs: dict[str, int]) -> int:
     return len({token for token, _ in ours.items() ^ theirs.items()})
 
 
-def _special_tokens(tokenizer: Any) -> dict[str, tuple[str, int]]:
-    """Return the special tokens of a tokenizer with their ids, by name such as `eos_token`."""
-    named = tokenizer.special_tokens_map.items()
-    return {name: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in named}
-
-
-def _shown(token: tuple[str, int] | None) -> str:
-    return "none" if token is None else f"{token[0]!r} (id {token[1]})"
+def _with_id(tokenizer: Any, token: str | None) -> str:
+    return "none" if token is None else f"{token!r} (id {tokenizer.convert_tokens_to_ids(token)})"
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:
