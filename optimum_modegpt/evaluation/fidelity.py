@@ -11,10 +11,10 @@ from torch import Tensor
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.perplexity import (
     batches,
+    by_position,
     check_windows,
-    chunked,
     evaluating,
-    finish,
+    exponential,
     logits_of,
     nats_of,
     targets,
@@ -64,28 +64,24 @@ def fidelity(
         for batch in batches(model, windows, batch_size, progress):
             ours = logits_of(model, batch)
             theirs = logits_of(reference, batch.to(reference.device)).to(ours.device)
-            nats += chunked(nats_of, targets(batch), ours)
-            reference_nats += chunked(nats_of, targets(batch), theirs)
-            kl += chunked(divergence, theirs, ours)
-            agreeing += chunked(agreement, theirs, ours)
+            nats += float(by_position(nats_of, targets(batch), ours).sum())
+            reference_nats += float(by_position(nats_of, targets(batch), theirs).sum())
+            kl += float(by_position(divergence, theirs, ours).sum())
+            agreeing += float(by_position(agreement, theirs, ours).sum())
     if not math.isfinite(kl):
         raise EvaluationError(f"the divergence from the reference is {kl}: logits are not finite. Try another --dtype.")
-    found = finish(nats, windows)
+    tokens = windows[:, 1:].numel()
     return Fidelity(
-        perplexity=found.perplexity,
-        reference_perplexity=finish(reference_nats, windows).perplexity,
-        kl=kl / found.tokens,
-        top1_agreement=agreeing / found.tokens,
-        tokens=found.tokens,
+        perplexity=exponential(nats, tokens),
+        reference_perplexity=exponential(reference_nats, tokens),
+        kl=kl / tokens,
+        top1_agreement=agreeing / tokens,
+        tokens=tokens,
     )
 
 
 def check_vocabularies(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    """Raise if two models do not predict the same tokens.
-
-    Raises:
-        EvaluationError: the vocabularies differ in size.
-    """
+    """Raise an EvaluationError if the vocabularies of two models differ in size."""
     sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
     if sizes[0] != sizes[1]:
         raise EvaluationError(
@@ -95,11 +91,7 @@ def check_vocabularies(model: PreTrainedModel, reference: PreTrainedModel) -> No
 
 
 def check_tokenizers(ours: Any, theirs: Any) -> None:
-    """Raise if two tokenizers cannot give two models the same tokens.
-
-    Raises:
-        EvaluationError: the vocabularies differ.
-    """
+    """Raise an EvaluationError if the vocabularies of two tokenizers differ."""
     if different := _different_tokens(ours.get_vocab(), theirs.get_vocab()):
         raise EvaluationError(
             f"the tokenizers of model and reference differ in {different} tokens of their vocabularies, so the models "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,11 +85,18 @@ def load_tasks(names: Sequence[str], *, include_path: str | Path | None = None, 
         EvaluationError: a name is unknown, the data of a task cannot be loaded, or a task is requested twice.
         ImportError: lm-eval is not installed.
     """
-    _check_installed()
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.result_schema  # noqa: F401 - older versions lack this module and cannot reuse loaded tasks
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(
+            f"tasks require lm-eval 0.4.12 or later ({error}): pip install 'optimum-modegpt[eval]'"
+        ) from error
     if include_path is not None and not Path(include_path).is_dir():
         raise EvaluationError(f"{include_path} is not a folder; expected a folder with YAML files of tasks.")
     with _kept_to_itself(progress):
-        manager = _manager(names, include_path)
+        manager = TaskManager(include_path=include_path)
         roots = []
         for name in _known(names, manager):
             roots += _load(name, manager)
@@ -134,9 +140,8 @@ def harness(
 
     # lm-eval's decorators hide the signatures of both.
     wrap, run = cast("Any", huggingface.HFLM), cast("Any", lm_eval.simple_evaluate)
-    with evaluating(model), _kept_to_itself(progress), _quiet("lm_eval.evaluator"):
-        with _quiet("lm_eval.models.huggingface"):
-            lm = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or 1)
+    with evaluating(model), _kept_to_itself(progress):
+        lm = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or 1)
         try:
             found = run(
                 lm,
@@ -180,27 +185,6 @@ def mean_score(scores: Sequence[Score]) -> Score:
         num_fewshot=shots.pop() if len(shots) == 1 else None,
         version=None,
     )
-
-
-def _check_installed() -> None:
-    try:
-        import lm_eval.models.huggingface
-        import lm_eval.result_schema  # noqa: F401 - older versions lack this module and cannot reuse loaded tasks
-    except ImportError as error:
-        raise ImportError(
-            f"tasks require lm-eval 0.4.12 or later ({error}): pip install 'optimum-modegpt[eval]'"
-        ) from error
-
-
-def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """Return an index of the tasks. If possible, omit lm-eval's own tasks, because listing them takes ten seconds."""
-    from lm_eval.tasks import TaskManager
-
-    if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(own.all_subtasks):  # groups and tags may have members outside this folder
-            return own
-    return TaskManager(include_path=include_path)
 
 
 def _known(names: Sequence[str], manager: TaskManager) -> list[str]:
@@ -289,15 +273,3 @@ def _kept_to_itself(progress: bool) -> Iterator[None]:
             yield
     finally:
         evaluator.get_git_commit_hash = original
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Limit a logger to errors within the context, because its warnings are about intended settings."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

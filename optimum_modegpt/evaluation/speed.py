@@ -144,17 +144,13 @@ def benchmark(
         progress: whether to show a progress bar.
 
     Raises:
-        EvaluationError: a number is below 1, the context is too short for the new tokens, or the two models are on
-            different devices or predict different tokens.
+        EvaluationError: a number is below 1, the context is too short for the new tokens, or the two models predict
+            different tokens.
     """
     models = {"model": model}
     if reference is not None:
-        models["reference"] = reference
         check_vocabularies(model, reference)
-        if model.device != reference.device:
-            raise EvaluationError(
-                f"the model is on {model.device}, the reference on {reference.device}; put both on one device."
-            )
+        models["reference"] = reference
     smallest = min(*batch_sizes, *prompt_lengths, new_tokens, repeats)
     if smallest < 1:
         raise EvaluationError(f"a batch size, length or number of runs is {smallest}; expected at least 1.")
@@ -184,18 +180,15 @@ def _within_context(
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return the distinct lengths, truncated to the contexts of all models, and a note on each truncated one."""
     room = max(lengths)
-    notes = []
     for model in models:
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if context is None or context - new_tokens >= room:
-            continue
-        room = context - new_tokens
-        if room < 1:
-            raise EvaluationError(
-                f"a context of {context} tokens is too short for a prompt and {new_tokens} new tokens."
-            )
-        because = f"to {room}: the context is {context}, with {new_tokens} new tokens"
-        notes = [f"prompts of {length} tokens were truncated {because}" for length in lengths if length > room]
+        if context is not None:
+            room = min(room, context - new_tokens)
+    context = room + new_tokens
+    if room < 1:
+        raise EvaluationError(f"a context of {context} tokens is too short for a prompt and {new_tokens} new tokens.")
+    because = f"to {room}: the context is {context}, with {new_tokens} new tokens"
+    notes = [f"prompts of {length} tokens were truncated {because}" for length in lengths if length > room]
     return list(dict.fromkeys(min(length, room) for length in lengths)), tuple(notes)
 
 
@@ -284,6 +277,7 @@ class _Runner:
         return first - start, end - first
 
     def speed(self) -> Speed:
+        """Return the results of all repeats."""
         batch, length = self.ids.shape
         return Speed(
             first_token_seconds=Spread.of(self.first_seconds),
