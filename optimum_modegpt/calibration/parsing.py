@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from optimum_modegpt.errors import CalibrationDataError
@@ -110,7 +111,9 @@ def opening_token(tokenizer: Any) -> int | None:
     """Return the special token that the tokenizer adds before every text, or None if it adds none."""
     plain = _encode(tokenizer, LEAD).tolist()
     opened = _encode(tokenizer, LEAD, special=True).tolist()
-    return opened[0] if plain and opened[0] != plain[0] else None
+    if plain and opened[0] != plain[0]:
+        return opened[0]
+    return None
 
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
@@ -151,24 +154,20 @@ def _text(document: Any, kind: str, name: str, tokenizer: Any) -> str:
             f"{name}: expected only strings, only conversations (lists of {{'role': ..., 'content': ...}}), or only "
             f"token ids, found {type(document).__name__}."
         )
-    return document if kind == "text" else _apply_template(document, name, tokenizer)
-
-
-def _apply_template(conversation: Any, name: str, tokenizer: Any) -> str:
-    from jinja2.exceptions import TemplateError
-
+    if kind == "text":
+        return document
     if not getattr(tokenizer, "chat_template", None):
         raise CalibrationDataError(
             f"{name}: conversations require a chat template, but the tokenizer has none. "
             "Use the tokenizer of a chat model, or pass the conversations as strings."
         )
-    for message in conversation:
+    for message in document:
         if not {"role", "content"} <= message.keys():
             raise CalibrationDataError(f"{name}: a message needs 'role' and 'content', found {', '.join(message)}.")
     try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False)
+        return tokenizer.apply_chat_template(document, tokenize=False)
     except TemplateError as error:
-        roles = ", ".join(str(message["role"]) for message in conversation)
+        roles = ", ".join(str(message["role"]) for message in document)
         raise CalibrationDataError(
             f"{name}: the chat template rejects a conversation with the roles {roles}: {error}"
         ) from error
@@ -178,13 +177,26 @@ def _apply_template(conversation: Any, name: str, tokenizer: Any) -> str:
 
 
 def as_ids(data: Any, name: str) -> Tensor:
-    """Convert a tensor, an array or a list to int64 on the CPU, (windows, length), or (tokens,) for one text.
+    """Convert token ids to int64 on the CPU, (windows, length), or (tokens,) for one text.
+
+    Args:
+        data: a tensor, an array, a list of numbers, the output of a tokenizer, or a list of such rows.
+        name: name of the source for messages.
 
     Raises:
-        CalibrationDataError: the numbers are not integers, the shape is different, or the rows differ in length.
+        CalibrationDataError: the numbers are not integers, the shape is different, the rows differ in length, or an
+            attention mask hides padding or other tokens.
     """
-    if isinstance(data, Sequence) and len(data) > 0 and kind_of(data[0]) == "numbers":
-        return stack([as_ids(row, name) for row in data], name)
+    if isinstance(data, Sequence) and len(data) > 0 and kind_of(data[0]) in ("numbers", "encoding"):
+        return _stack([as_ids(row, name) for row in data], name)
+    if isinstance(data, Mapping):
+        mask = data.get(MASK)
+        if mask is not None and not torch.as_tensor(mask).all():
+            raise CalibrationDataError(
+                f"{name}: {MASK} hides padding or other tokens, which calibration and evaluation would read. Tokenise "
+                "without padding and cut the ids into rows of equal length, or pass the text itself."
+            )
+        data = data[IDS]
     if isinstance(data, Tensor):
         ids = data.detach().cpu()
     else:
@@ -200,28 +212,7 @@ def as_ids(data: Any, name: str) -> Tensor:
     return ids.to(torch.int64)
 
 
-def encoded_ids(encoding: Mapping[str, Any], name: str) -> Tensor:
-    """Return the token ids of a tokenizer's output, (windows, length) for a batch, or (tokens,) for one text.
-
-    Raises:
-        CalibrationDataError: as `as_ids`, or the attention mask hides padding or other tokens.
-    """
-    ids = as_ids(encoding[IDS], name)
-    mask = encoding.get(MASK)
-    if mask is not None and not torch.as_tensor(mask).all():
-        raise CalibrationDataError(
-            f"{name}: {MASK} hides padding or other tokens, which calibration and evaluation would read. Tokenise "
-            "without padding and cut the ids into rows of equal length, or pass the text itself."
-        )
-    return ids
-
-
-def stack(rows: Sequence[Tensor], name: str) -> Tensor:
-    """Stack rows (tokens,) or (windows, length) into windows of equal length.
-
-    Raises:
-        CalibrationDataError: the rows differ in length.
-    """
+def _stack(rows: Sequence[Tensor], name: str) -> Tensor:
     lengths = sorted(row.shape[-1] for row in rows)
     if lengths[0] != lengths[-1]:
         raise CalibrationDataError(

@@ -28,11 +28,10 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor
 
-from optimum_modegpt.calibration.parsing import IDS, MASK, as_ids, encoded_ids, kind_of, pieces, stack
+from optimum_modegpt.calibration.parsing import IDS, MASK, as_ids, kind_of, pieces
 from optimum_modegpt.config import IN_MEMORY
 from optimum_modegpt.errors import CalibrationDataError
 
-IN_MEMORY_IDS = f"{IN_MEMORY}token ids"
 CALIBRATION_SPLITS = ("train",)
 EVALUATION_SPLITS = ("test", "validation", "train")
 TEXT_COLUMNS = ("text", "content", "messages", "conversations")
@@ -112,14 +111,10 @@ def open_source(dataset: Any, request: Request) -> Source:
         return _open_path(Path(dataset), request)
     if isinstance(dataset, str):
         return _open_name(dataset, request)
-    if isinstance(dataset, Tensor | np.ndarray):
-        return _from_ids(as_ids(dataset, IN_MEMORY_IDS), request)
-    if isinstance(dataset, Mapping) and IDS in dataset:
-        return _from_ids(encoded_ids(dataset, IN_MEMORY_IDS), request)
-    if isinstance(dataset, Sequence) and not isinstance(dataset, bytes):
-        return _from_list(dataset, request)
     if isinstance(dataset, Dataset | IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict):
         return _from_dataset(dataset, Source(f"{IN_MEMORY}{type(dataset).__name__}"), request)
+    if isinstance(dataset, Tensor | np.ndarray | Mapping | Sequence) and not isinstance(dataset, bytes):
+        return _from_memory(dataset, request)
     raise CalibrationDataError(
         f"a dataset of type {type(dataset).__name__} cannot be read; expected a name, a file, a list of strings or of "
         "conversations, a datasets.Dataset, or token ids."
@@ -136,39 +131,29 @@ def _open_name(name: str, request: Request) -> Source:
     return _open_hub(name, request)
 
 
-# Lists and token ids
-
-
-def _from_list(items: Sequence[Any], request: Request) -> Source:
-    kinds = sorted({kind_of(item) for item in items})
+def _from_memory(data: Any, request: Request) -> Source:
+    """Return a list of texts or of conversations, one conversation, or token ids."""
+    if request.split is not None or request.text_column is not None:
+        raise CalibrationDataError(
+            f"lists and token ids have no splits and no columns, found split {request.split!r} and text column "
+            f"{request.text_column!r}; omit them."
+        )
+    kinds = [kind_of(data)]
+    if isinstance(data, Sequence):
+        kinds = sorted({kind_of(item) for item in data})
     if len(kinds) != 1:
         found = " and ".join(kinds) or "none"
         raise CalibrationDataError(f"a list as a dataset needs items of one kind, found {found}.")
     kind = kinds[0]
-    if kind in ("number", "numbers"):
-        return _from_ids(as_ids(items, IN_MEMORY_IDS), request)
-    if kind == "encoding":
-        return _from_ids(stack([encoded_ids(item, IN_MEMORY_IDS) for item in items], IN_MEMORY_IDS), request)
-    _refuse_choices(request, "a list")
-    if kind == "message":  # a single conversation
-        items, kind = [items], "conversation"
-    size = sum(map(len, items)) if kind == "text" else 0
-    documents, in_part = _as_needed(items, size, request)
-    plural = "" if len(items) == 1 else "s"
-    return Source(f"{IN_MEMORY}{len(items)} {kind}{plural}", documents, in_part=in_part)
-
-
-def _from_ids(ids: Tensor, request: Request) -> Source:
-    _refuse_choices(request, "token ids")
-    return Source(f"{IN_MEMORY_IDS} {tuple(ids.shape)}", ids=ids)
-
-
-def _refuse_choices(request: Request, data: str) -> None:
-    if request.split is not None or request.text_column is not None:
-        raise CalibrationDataError(
-            f"{data} has no splits and no columns, found split {request.split!r} and text column "
-            f"{request.text_column!r}; omit them."
-        )
+    if kind in ("number", "numbers", "encoding"):
+        ids = as_ids(data, f"{IN_MEMORY}token ids")
+        return Source(f"{IN_MEMORY}token ids {tuple(ids.shape)}", ids=ids)
+    if kind == "message":
+        data, kind = [data], "conversation"
+    size = sum(map(len, data)) if kind == "text" else 0
+    documents, in_part = _as_needed(data, size, request)
+    plural = "" if len(data) == 1 else "s"
+    return Source(f"{IN_MEMORY}{len(data)} {kind}{plural}", documents, in_part=in_part)
 
 
 def _as_needed(rows: Sequence[Any], size: int, request: Request) -> tuple[Iterable[Any], bool]:
@@ -326,13 +311,13 @@ def _from_dataset(data: Any, source: Source, request: Request) -> Source:
     else:
         rows, in_part = _as_needed(data, data.data.nbytes * len(data) // data.data.num_rows, request)
     source = replace(source, in_part=in_part, split=split, text_column=column)
-    name = f"{source.name}, column {column!r}"
     if column != IDS and kind_of(first[column]) != "numbers":
         # None marks a row without text.
         return replace(source, documents=(row[column] for row in rows if row[column] is not None))
     rows = itertools.islice(rows, request.windows if in_part else None)  # one window per row
-    ids = [encoded_ids({IDS: row[column], MASK: row.get(MASK)}, name) for row in rows]
-    return replace(source, ids=stack(ids, name))
+    name = f"{source.name}, column {column!r}"
+    windows = [as_ids({IDS: row[column], MASK: row.get(MASK)}, name) for row in rows]
+    return replace(source, ids=as_ids(windows, name))
 
 
 def _pick_split(data: Any, name: str, request: Request) -> tuple[Dataset | IterableDataset, str | None]:
