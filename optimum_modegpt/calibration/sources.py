@@ -255,12 +255,16 @@ def _reading(name: str, advice: str = "") -> Iterator[None]:
 
 def _open_hub(name: str, request: Request) -> Source:
     dataset = HUB_DATASETS.get(name, HubDataset(name))
-    options = f"subset {dataset.subset}, split {request.split}, revision {request.hub.get('revision')}"
+    parts = [dataset.path]
+    options = {"subset": dataset.subset, "split": request.split, "revision": request.hub.get("revision")}
+    for option, value in options.items():
+        if value is not None:
+            parts.append(f"{option} {value}")
     advice = (
         f"To use another cache than {_cache(request.hub)}, set HF_DATASETS_CACHE, or HF_HOME for all caches. "
         "If HF_HUB_OFFLINE is set, unset it to download."
     )
-    with _reading(f"{dataset.path} ({options})", f"{advice} {WITHOUT_HUB}"):
+    with _reading(", ".join(parts), f"{advice} {WITHOUT_HUB}"):
         builder = _open_builder(dataset, request.hub)
         if dataset.streamed:
             data = builder.as_streaming_dataset(split=request.split)
