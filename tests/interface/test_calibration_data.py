@@ -1,4 +1,4 @@
-"""Calibration and evaluation text: every source, the window rule, the record, and every refusal."""
+"""Test the windows of calibration and evaluation: every source, how text is cut, the record, and every error."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def make_tokenizer(template: str = "$A") -> PreTrainedTokenizerFast:
-    """Bytes as tokens, plus <s> and what `template` does with it unless special tokens are off; a context of 8."""
+    """Return a tokenizer of bytes and <s>, which `template` adds unless special tokens are disabled; a context of 8."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -81,14 +81,14 @@ def text_file(tmp_path):
 
 
 def calibrate(dataset, tokenizer, *, length=16, samples=8, **options):
-    """`calibration_windows`; the options are its own or fields of the configuration."""
+    """Call `calibration_windows` with options of its own or fields of the configuration."""
     own = {name: options.pop(name) for name in ("hub", "vocab_size", "context") if name in options}
     config = ModeGPTConfig(dataset=dataset, num_samples=samples, **options)
     return calibration_windows(config, tokenizer, sequence_length=length, **own)
 
 
 def refused(dataset, tokenizer, *parts, **options):
-    """The error that calibrating on `dataset` raises; its message holds all `parts`."""
+    """Return the error that calibrating on `dataset` raises, and check that its message contains all `parts`."""
     with pytest.raises(CalibrationDataError) as caught:
         calibrate(dataset, tokenizer, **options)
     for part in parts:
@@ -97,7 +97,7 @@ def refused(dataset, tokenizer, *parts, **options):
 
 
 def cut(text, tokenizer, length):
-    """The prototype's rule, written again."""
+    """Cut a text into windows as the prototype of this package did."""
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][0]
     return ids[: len(ids) // length * length].view(-1, length)
 
@@ -106,7 +106,7 @@ def draw(windows, samples, seed):
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))][:samples]
 
 
-# The window rule and the record
+# Windows and their record
 
 
 def test_text_file_follows_the_prototypes_rule(text_file, tokenizer):
@@ -330,7 +330,7 @@ def test_column_of_a_text_file(text_file, tokenizer):
 
 
 def write_all(folder: Path, rows: list[str]) -> dict[str, Path]:
-    """The same rows as files, and as folders of both kinds."""
+    """Write the same rows to files, and to folders of both kinds."""
     table = [{"text": row} for row in rows]
     (folder / "files").mkdir()
     write_table(folder / "files", "jsonl", table)
@@ -574,7 +574,7 @@ def test_local_text_needs_no_cache(tmp_path):
     assert not list(tmp_path.glob("tmp*"))
 
 
-# What is streamed or large
+# Streamed and large sources
 
 
 def counted(read: list[int]) -> IterableDataset:
@@ -684,7 +684,7 @@ def test_line_of_any_kind_is_cut_into_pieces(letters):
 
 
 def prepending_tokenizer() -> PreTrainedTokenizerFast:
-    """As SentencePiece: a text begins with ▁ as if a space came before it, and words are merged with theirs."""
+    """Return a tokenizer like SentencePiece, which adds ▁ before a text and merges words with the ▁ before them."""
     words = ["▁the", "▁a", "▁cat", "▁sat"]
     letters = sorted({*"".join(words), *"\n,.", "▁"})
     merges = [(word[:end], word[end]) for word in words for end in range(1, len(word))]
@@ -711,7 +711,7 @@ def test_pieces_have_the_tokens_of_the_whole(monkeypatch, kind, line_end):
     assert torch.equal(parsing.encode(tokenizer, text), whole)
 
 
-# Text that is none
+# Blank rows and degenerate windows
 
 
 @pytest.mark.parametrize("kind", ["list", "dataset", "jsonl", "parquet"])
@@ -720,7 +720,7 @@ def test_blank_rows_add_nothing_to_calibration(tmp_path, tokenizer, kind):
     table = [{"text": row} for row in rows]
     data = {"list": rows, "dataset": Dataset.from_list(table)}.get(kind) or str(write_table(tmp_path, kind, table))
     assert torch.equal(calibrate(data, tokenizer).tokens, calibrate(DOCUMENTS, tokenizer).tokens)
-    got = evaluation_windows(data, tokenizer, sequence_length=16)  # as published perplexities count them
+    got = evaluation_windows(data, tokenizer, sequence_length=16)  # as for published perplexities
     assert torch.equal(got.tokens, cut("\n\n".join(rows), tokenizer, 16))
 
 
@@ -1023,11 +1023,11 @@ def test_evaluation_bounds(text_file, tokenizer, options):
         evaluation_windows(str(text_file), tokenizer, **{"sequence_length": 16, **options})
 
 
-# The Hub, as far as it goes without a network
+# The Hub, without a network
 
 
 def plant(cache: Path, repo: str, subset: str, **texts) -> None:
-    """What `datasets` leaves in its cache after it has downloaded `repo`."""
+    """Write the files that `datasets` has in its cache after it has downloaded `repo`."""
     files = {}
     for split, documents in texts.items():
         files[split] = str(cache / f"{split}.jsonl")

@@ -1,4 +1,4 @@
-"""Tasks of lm-eval: the same numbers as from outside and by hand, a caller left as he was, and what is refused."""
+"""Test tasks of lm-eval: its own command and calculations by hand give the same scores; side effects and errors."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def documents(seed: int, count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three kinds of tasks, a group, and a task whose data cannot be reached."""
+    """Write three kinds of tasks, a group, and a task whose data cannot be reached."""
     folder = tmp_path_factory.mktemp("tasks")
     kinds = {
         "pick": ("multiple_choice", CHOICE),
@@ -126,7 +126,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def outside(folder: Path, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """lm-eval's own command on the saved model; without our package it runs the code that lies in the folder."""
+    """Run lm-eval's own command on the saved model, with the remote code in its folder."""
     output = tmp_path_factory.mktemp("outside")
     process = subprocess.Popen(
         [
@@ -152,7 +152,7 @@ def outside(folder: Path, small: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module", autouse=True)
 def own_index() -> Iterator[None]:
-    """lm-eval takes ten seconds to list the tasks that it brings; one test needs them."""
+    """Omit lm-eval's own tasks, because listing them takes ten seconds and only one test needs them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
         yield
@@ -160,7 +160,7 @@ def own_index() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tasks(folder: Path, outside: Any) -> Tasks:
-    """`outside` starts before, to be done meanwhile."""
+    """Load the tasks. `outside` is requested so that its process starts earlier."""
     return load_tasks(NAMES, include_path=folder)
 
 
@@ -178,7 +178,7 @@ def scores(model: Any, tasks: Tasks) -> dict[str, dict[str, Score]]:
 
 
 def log_likelihood(model: Any, question: str, continuation: str) -> float:
-    """Of the characters of the continuation, one token each."""
+    """Return the log-likelihood of the characters of the continuation, which are one token each."""
     ids = torch.tensor([tokenizer()(question + continuation).input_ids])
     with torch.inference_mode():
         rows = model(ids).logits[0, :-1].log_softmax(-1)
