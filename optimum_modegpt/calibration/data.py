@@ -1,16 +1,12 @@
 """Cut text, conversations or token ids from any source into windows of token ids for calibration and evaluation.
 
-Documents are joined by a blank line. Conversations are joined directly, because the chat template closes them. The
-joined text is tokenised as a whole without special tokens, and cut into windows that do not overlap. The tail is
-dropped.
-Calibration skips blank rows and long runs of blank lines. It takes the windows in the order of `torch.randperm` with a
-seeded generator.
-Evaluation keeps blank rows, as in published perplexities of WikiText, and takes the windows in the order of the text.
-Streamed and large sources, and texts of which only the first windows are needed, are read only as far as needed.
+The joined text is tokenised as a whole without special tokens, and cut into windows that do not overlap. Calibration
+skips blank rows and long runs of blank lines, and draws the windows with a seeded generator. Evaluation keeps blank
+rows, as in published perplexities of WikiText, and takes the windows in the order of the text.
 
 If the tokenizer begins every text with a special token (BOS), that token replaces the first one of each window, because
 the prompts of users begin with it too, and it influences every later position. The replaced token is never a target, so
-the same tokens are scored with and without BOS. Token ids from the caller are used unchanged.
+the same tokens are scored with and without BOS.
 """
 
 from __future__ import annotations
@@ -20,32 +16,22 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from optimum_modegpt.calibration.hub_datasets import HUB_DATASETS
-from optimum_modegpt.calibration.sources import Request, Source, open_source
-from optimum_modegpt.calibration.tokenization import encode, joined, opening_token
+from optimum_modegpt.calibration.parsing import encode, join, opening_token
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
 
-__all__ = [
-    "HUB_DATASETS",
-    "TokenWindows",
-    "calibration_windows",
-    "describe_degenerate",
-    "evaluation_windows",
-    "resolve_sequence_length",
-]
+if TYPE_CHECKING:
+    from optimum_modegpt.calibration.sources import Request, Source
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SEQUENCE_LENGTH = 2048
-CALIBRATION_SPLITS = ("train",)
-EVALUATION_SPLITS = ("test", "validation", "train")
 FEWEST_DISTINCT = 4
 """Minimum number of distinct tokens of a window that is not degenerate. A window shorter than 32 tokens needs at least
 one eighth of its length, and at least two."""
@@ -100,9 +86,8 @@ def calibration_windows(
 ) -> TokenWindows:
     """Read the calibration windows of `config.dataset`, of shape (num_samples, sequence_length).
 
-    If a text has fewer windows than `config.num_samples`, raise, or use all of them if `fewer` is true. Ready windows,
-    token ids of shape (windows, length), are all used in their order if they are at most `num_samples`, and the record
-    contains their number. From more of them, `num_samples` are drawn by the same seeded permutation.
+    Ready windows, token ids of shape (windows, length), are all used in their order if they are at most `num_samples`.
+    From more of them, `num_samples` are drawn by the same seeded permutation.
 
     Args:
         config: the fields dataset, dataset_split, text_column, num_samples, sequence_length and seed are used.
@@ -113,41 +98,29 @@ def calibration_windows(
         context: context length of the model. If the configuration sets no sequence length, ready windows may be longer
             than `sequence_length`, up to `context`.
         hub: `token`, `revision` (of the dataset), `cache_dir` (of datasets) and `local_files_only`.
-        fewer: whether `config.num_samples` is only an upper limit.
+        fewer: whether to use all windows of a text that has fewer than `config.num_samples`, instead of raising.
 
     Raises:
         CalibrationDataError: the data is missing, empty, too short, in the wrong format, not text, or unreachable.
     """
-    request = Request(
-        tokenizer=tokenizer,
-        split=config.dataset_split,
-        text_column=config.text_column,
-        hub=hub,
-        splits=CALIBRATION_SPLITS,
-        seed=config.seed,
-        windows=config.num_samples,
-        length=sequence_length,
-        blank_rows=False,
-    )
+    from optimum_modegpt.calibration.sources import Request, open_source  # slow, because it imports datasets
+
+    request = Request(config.dataset_split, config.text_column, config.num_samples, config.seed, hub)
     source = open_source(config.dataset, request)
-    ready = source.ids is not None and source.ids.ndim == 2
-    if ready:
-        longest = sequence_length if context is None else context
-        available = _fitting(source, exactly=config.sequence_length, at_most=config.sequence_length or longest)
-    else:
-        available = _cut(source, request)
-        if len(available) < (1 if fewer else config.num_samples):
-            raise CalibrationDataError(
-                f"{source.name}: found {len(available)} windows of {sequence_length} tokens, which are too few for "
-                f"num_samples={config.num_samples}. Lower num_samples or sequence_length, "
-                "or provide more text."
-            )
-    _check_vocabulary(available, source.name, tokenizer, vocab_size)
+    limit = config.sequence_length or context or sequence_length
+    available, first_token = _available(source, request, tokenizer, sequence_length, limit)
+    _check_vocabulary(available, source.name, vocab_size, tokenizer)
     chosen = available
+    ready = available is source.ids  # windows that were not cut here
+    if not ready and len(available) < config.num_samples and not fewer:
+        raise CalibrationDataError(
+            f"{source.name}: found {len(available)} windows of {sequence_length} tokens, which are too few for "
+            f"num_samples={config.num_samples}. Lower num_samples or sequence_length, or provide more text."
+        )
     if not ready or len(available) > config.num_samples:
         order = torch.randperm(len(available), generator=torch.Generator().manual_seed(config.seed))
         chosen = available[order[: config.num_samples]]
-    return _with_record(chosen, source, len(available), tokenizer)
+    return _with_record(chosen, source, len(available), first_token)
 
 
 def evaluation_windows(
@@ -163,9 +136,8 @@ def evaluation_windows(
 ) -> TokenWindows:
     """Read the first `max_windows` windows of `dataset` in their order, of shape (windows, sequence_length).
 
-    `split` defaults to "test", else "validation", else "train", and the record contains the choice. Ready windows keep
-    their own length, which may be shorter than `sequence_length`. The other arguments are those of
-    `calibration_windows`.
+    `split` defaults to "test", else "validation", else "train". Ready windows keep their own length, which may be
+    shorter than `sequence_length`. The other arguments are those of `calibration_windows`.
 
     Raises:
         CalibrationDataError: as `calibration_windows`, or a streamed dataset is used without `max_windows`.
@@ -174,122 +146,100 @@ def evaluation_windows(
     if max_windows is not None and max_windows < 1:
         raise InvalidConfig(f"max_windows must be at least 1 or None, found {max_windows}.")
     resolve_sequence_length(sequence_length, None)
-    request = Request(
-        tokenizer=tokenizer,
-        split=split,
-        text_column=text_column,
-        hub=hub,
-        splits=EVALUATION_SPLITS,
-        seed=None,
-        windows=max_windows,
-        length=sequence_length,
-        blank_rows=True,
-    )
+    from optimum_modegpt.calibration.sources import Request, open_source  # slow, because it imports datasets
+
+    request = Request(split, text_column, max_windows, None, hub)
     source = open_source(dataset, request)
-    if source.ids is not None and source.ids.ndim == 2:
-        available = _fitting(source, exactly=None, at_most=sequence_length)
-    else:
-        available = _cut(source, request)
-        if len(available) == 0:
-            raise CalibrationDataError(
-                f"{source.name}: the text is shorter than one window of {sequence_length} tokens. "
-                "Lower sequence_length, or provide more text."
-            )
-    _check_vocabulary(available, source.name, tokenizer, vocab_size)
-    windows = _with_record(available[:max_windows], source, len(available), tokenizer)
+    available, first_token = _available(source, request, tokenizer, sequence_length, limit=sequence_length)
+    _check_vocabulary(available, source.name, vocab_size, tokenizer)
+    windows = _with_record(available[:max_windows], source, len(available), first_token)
     if warning := describe_degenerate(windows):
         logger.warning(warning)
     return windows
 
 
-def describe_degenerate(windows: TokenWindows) -> str | None:
-    """Describe the windows with too few distinct tokens to be text. Return None if all windows have enough.
+def describe_degenerate(windows: TokenWindows, share: float = 0.0) -> str | None:
+    """Describe the windows with too few distinct tokens to be text. Return None if at most this share of them has.
 
     The special token that begins a window does not count.
     """
-    found, fewest = _count_degenerate(windows)
-    if not found:
+    tokens = windows.tokens
+    if windows.record.get("first_token") is not None:
+        tokens = tokens[:, 1:]
+    fewest = min(tokens.shape[1], max(2, min(FEWEST_DISTINCT, windows.tokens.shape[1] // 8)))
+    distinct = (tokens.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + 1  # (windows,)
+    found = int((distinct < fewest).sum())
+    if found <= share * len(tokens):
         return None
     return (
-        f"{found} of the {len(windows.tokens)} windows contain fewer than {fewest} distinct tokens, for example blank "
-        "lines, padding or repeated characters. Remove these parts from the dataset, because they are not text."
+        f"{found} of the {len(tokens)} windows contain fewer than {fewest} distinct tokens, for example blank lines, "
+        "padding or repeated characters. Remove these parts from the dataset, because they are not text."
     )
 
 
-def _count_degenerate(windows: TokenWindows) -> tuple[int, int]:
-    """Return the number of windows with too few distinct tokens, and the number of distinct tokens that is enough."""
-    tokens = windows.tokens if windows.record.get("first_token") is None else windows.tokens[:, 1:]
-    fewest = min(tokens.shape[1], max(2, min(FEWEST_DISTINCT, windows.tokens.shape[1] // 8)))
-    distinct = (tokens.sort(dim=1).values.diff(dim=1) != 0).sum(dim=1) + 1  # (windows,)
-    return int((distinct < fewest).sum()), fewest
+def _available(source: Source, request: Request, tokenizer: Any, length: int, limit: int) -> tuple[Tensor, str | None]:
+    """Return all windows of a source, and the special token that begins them.
 
-
-def _cut(source: Source, request: Request) -> Tensor:
-    """Return all complete windows of the source's text, (windows, length). They begin with the tokenizer's BOS."""
-    ids = source.ids
+    Ready windows are returned unchanged. They have at most `limit` tokens. A text is cut into windows of `length`.
+    """
+    ids, opening = source.ids, None
+    if ids is not None and ids.ndim == 2:
+        if ids.shape[1] > limit:
+            raise CalibrationDataError(
+                f"{source.name}: the windows have {ids.shape[1]} tokens, expected at most {limit}. Raise "
+                "sequence_length if the model's context allows it, or pass shorter windows."
+            )
+        return ids, None
     if ids is None:
-        if request.tokenizer is None:
+        if tokenizer is None:
             raise CalibrationDataError(f"{source.name}: text requires a tokenizer; pass tokenizer=..., or token ids.")
-        # One more window than requested, because the record must show if the source has more.
-        enough = (request.windows + 1) * request.length if source.in_part and request.windows else None
-        text = joined(source.documents, source.name, request.tokenizer, blank_rows=request.blank_rows, tokens=enough)
-        ids = encode(request.tokenizer, text)
-    windows = ids[: len(ids) // request.length * request.length].view(-1, request.length)
-    bos = _opening(source, request.tokenizer)
-    if bos is not None:
-        windows[:, 0] = bos
-    return windows
-
-
-def _opening(source: Source, tokenizer: Any) -> int | None:
-    return opening_token(tokenizer) if source.ids is None else None
-
-
-def _fitting(source: Source, *, exactly: int | None, at_most: int) -> Tensor:
-    """Return ready windows, if the model and the configuration accept their length."""
-    assert source.ids is not None
-    length = source.ids.shape[1]
-    if exactly is not None and length != exactly:
+        enough = None
+        if source.in_part and request.windows:
+            enough = (request.windows + 1) * length  # one more window, because the record shows if the source has more
+        text = join(source.documents, source.name, tokenizer, blank_rows=request.seed is None, tokens=enough)
+        ids, opening = encode(tokenizer, text), opening_token(tokenizer)
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    if len(windows) == 0:
         raise CalibrationDataError(
-            f"{source.name}: the windows have {length} tokens, expected sequence_length={exactly}. "
-            f"Omit sequence_length, set it to {length}, or pass the tokens as one text of shape (tokens,)."
+            f"{source.name}: the text is shorter than one window of {length} tokens. Lower sequence_length, or provide "
+            "more text."
         )
-    if length > at_most:
-        raise CalibrationDataError(
-            f"{source.name}: windows of {length} tokens are longer than the {at_most} tokens allowed. "
-            f"Set sequence_length={length} if the model's context allows it, or pass shorter windows."
-        )
-    return source.ids
+    if opening is None:
+        return windows, None
+    windows[:, 0] = opening
+    return windows, tokenizer.convert_ids_to_tokens(opening)
 
 
-def _check_vocabulary(ids: Tensor, name: str, tokenizer: Any, vocab_size: int | None) -> None:
+def _check_vocabulary(ids: Tensor, name: str, vocab_size: int | None, tokenizer: Any) -> None:
     if vocab_size is None and tokenizer is not None:
         vocab_size = len(tokenizer)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or (vocab_size is not None and high >= vocab_size):
-        limit = "a vocabulary" if vocab_size is None else f"the vocabulary of {vocab_size}"
         raise CalibrationDataError(
-            f"{name}: token ids from {low} to {high} do not fit {limit}; use the tokenizer that belongs to the model."
+            f"{name}: token ids from {low} to {high} do not fit a vocabulary of {vocab_size or 'unknown'} tokens; use "
+            "the tokenizer that belongs to the model."
         )
 
 
-def _with_record(tokens: Tensor, source: Source, available: int, tokenizer: Any) -> TokenWindows:
+def _with_record(tokens: Tensor, source: Source, available: int, first_token: str | None) -> TokenWindows:
     """Add the record to windows. Raise if most of them are degenerate."""
     tokens = tokens.contiguous()
     digest = hashlib.sha256(np.asarray(tokens.shape, dtype="<i8").tobytes())
     digest.update(tokens.numpy().astype("<i8").tobytes())
-    bos = _opening(source, tokenizer)
     record = {
         "name": source.name,
-        **{key: source.origin.get(key) for key in ("split", "revision", "text_column", "file_sha256")},
+        "split": source.split,
+        "revision": source.revision,
+        "text_column": source.text_column,
+        "file_sha256": source.file_sha256,
         "windows": tokens.shape[0],
         "sequence_length": tokens.shape[1],
         "tokens": tokens.numel(),
         "available_windows": available,
-        "first_token": None if bos is None else tokenizer.convert_ids_to_tokens(bos),
+        "first_token": first_token,
         "sha256": digest.hexdigest(),
     }
     windows = TokenWindows(tokens, record)
-    if _count_degenerate(windows)[0] > MOST_DEGENERATE * len(tokens):
-        raise CalibrationDataError(f"{source.name}: {describe_degenerate(windows)}")
+    if problem := describe_degenerate(windows, MOST_DEGENERATE):
+        raise CalibrationDataError(f"{source.name}: {problem}")
     return windows

@@ -1,55 +1,42 @@
-"""Open sources of text and token ids: names, files, folders, the Hub, lists and in-memory datasets.
+"""Open sources of text and token ids: files, folders, Hub datasets, lists and in-memory datasets.
 
-A single file and an unnamed `datasets.Dataset` are the split "train". The rows of a .txt file are its lines. Slices of
-splits such as "train[:10%]" work for files, folders and the Hub.
+A single file and an unnamed `datasets.Dataset` are the split "train". The rows of a .txt file are its lines.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import datasets
 import numpy as np
 import torch
+from datasets import Dataset, IterableDataset, config
+from datasets.exceptions import DatasetsError
+from datasets.naming import camelcase_to_snakecase
+from datasets.packaged_modules.cache.cache import Cache
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+from huggingface_hub.utils.sha import sha_fileobj
 from torch import Tensor
 
-from optimum_modegpt.calibration.hub_datasets import (
-    HUB_DATASETS,
-    WITHOUT_HUB,
-    HubDataset,
-    advise,
-    describe,
-    open_builder,
-)
-from optimum_modegpt.calibration.token_ids import (
-    IDS,
-    IN_MEMORY_IDS,
-    MASK,
-    as_ids,
-    from_encoding,
-    from_encodings,
-    kind_of,
-)
-from optimum_modegpt.calibration.tokenization import pieces
+from optimum_modegpt.calibration.parsing import IDS, MASK, as_ids, kind_of, pieces
 from optimum_modegpt.config import IN_MEMORY
 from optimum_modegpt.errors import CalibrationDataError
 
-if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
-
+CALIBRATION_SPLITS = ("train",)
+EVALUATION_SPLITS = ("test", "validation", "train")
 TEXT_COLUMNS = ("text", "content", "messages", "conversations")
-LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-OTHER_SUFFIXES = frozenset({".arrow", ".csv", ".gz", ".html", ".md", ".npy", ".pdf", ".pt", ".tsv", ".xml", ".zip"})
+FILES = (".txt", ".jsonl", ".json", ".parquet")
+OTHER_SUFFIXES = (".arrow", ".csv", ".gz", ".html", ".md", ".npy", ".pdf", ".pt", ".tsv", ".xml", ".zip")
 """Suffixes of files that are not supported. A name with such a suffix is not searched on the Hub."""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 LARGE_BYTES = 16 * 2**20
@@ -59,46 +46,59 @@ BLANK_LINES = re.compile(r"(?:[^\S\n]*\n){8,}")
 PART = 2**14
 """Characters per part of a large text. Parts are drawn at random."""
 SHUFFLE_BUFFER = 1000
-WHOLE = "train"
-"""The split of a source that has no splits."""
+WITHOUT_HUB = (
+    "Without the Hub, pass your own text as dataset (--dataset FILE on the command line): a local .txt, .jsonl, "
+    ".json or .parquet file, or a folder. In Python, you can also pass a list of strings or of conversations, a "
+    "datasets.Dataset, or token ids."
+)
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A dataset on the Hub: its id, the subset to read, and whether to stream it, if it is too large to download."""
+
+    path: str
+    subset: str | None = None
+    streamed: bool = False
+
+
+HUB_DATASETS = {
+    "wikitext2": HubDataset("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": HubDataset("allenai/c4", "en", streamed=True),
+    "alpaca": HubDataset("tatsu-lab/alpaca"),
+}
+"""Short names. To use a folder or file of the same name, pass for example `./c4`."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Options for reading a source.
+    """Options for reading a source."""
 
-    Attributes:
-        tokenizer: tokenizer of the model. None for token ids.
-        split: the split to read. None reads the first available one of `splits`.
-        text_column: the column to read. None selects it automatically.
-        hub: arguments for the Hub.
-        splits: default splits in order of preference.
-        seed: seed for the order of a source that is read in part. None keeps the source's own order.
-        windows: number of windows after which reading may stop. None reads everything.
-        length: tokens per window.
-        blank_rows: whether rows without text count as documents, and long runs of blank lines are kept.
-    """
-
-    tokenizer: Any
     split: str | None
+    """None reads the first available one of the default splits."""
     text_column: str | None
-    hub: Mapping[str, Any]
-    splits: tuple[str, ...]
-    seed: int | None
+    """None selects it automatically."""
     windows: int | None
-    length: int
-    blank_rows: bool
+    """Number of windows after which reading may stop. None reads everything."""
+    seed: int | None
+    """For calibration, the seed for the order of a source that is read in part. None for evaluation, which reads every
+    source in its own order, with all blank lines."""
+    hub: Mapping[str, Any]
+    """`token`, `revision`, `cache_dir` and `local_files_only`."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Either token ids, or documents (strings or conversations) in reading order."""
+    """Documents (strings or conversations) in reading order, or token ids; and their origin for the record."""
 
     name: str
-    ids: Tensor | None = None
     documents: Iterable[Any] = ()
+    ids: Tensor | None = None
     in_part: bool = False
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    split: str | None = None
+    revision: str | None = None
+    text_column: str | None = None
+    file_sha256: str | None = None
 
 
 def open_source(dataset: Any, request: Request) -> Source:
@@ -108,20 +108,13 @@ def open_source(dataset: Any, request: Request) -> Source:
         CalibrationDataError: the dataset is missing, empty, in the wrong format or unreachable.
     """
     if isinstance(dataset, os.PathLike):
-        return _open_local(Path(dataset), request)
+        return _open_path(Path(dataset), request)
     if isinstance(dataset, str):
         return _open_name(dataset, request)
-    if isinstance(dataset, Tensor | np.ndarray):
-        return _from_ids(as_ids(dataset), request)
-    if isinstance(dataset, Mapping) and IDS in dataset:
-        return _from_ids(from_encoding(dataset), request)
-    if isinstance(dataset, Sequence) and not isinstance(dataset, bytes):
-        return _open_sequence(dataset, request)
-    import datasets
-
-    live = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
-    if isinstance(dataset, live):
+    if isinstance(dataset, Dataset | IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict):
         return _from_dataset(dataset, Source(f"{IN_MEMORY}{type(dataset).__name__}"), request)
+    if isinstance(dataset, Tensor | np.ndarray | Mapping | Sequence) and not isinstance(dataset, bytes):
+        return _from_memory(dataset, request)
     raise CalibrationDataError(
         f"a dataset of type {type(dataset).__name__} cannot be read; expected a name, a file, a list of strings or of "
         "conversations, a datasets.Dataset, or token ids."
@@ -129,51 +122,38 @@ def open_source(dataset: Any, request: Request) -> Source:
 
 
 def _open_name(name: str, request: Request) -> Source:
-    if name in HUB_DATASETS:
-        return _open_hub(name, request)
     path = Path(os.path.expanduser(name))
-    suffix = path.suffix.lower()
-    is_file_name = suffix == ".txt" or suffix in LOADERS or suffix in OTHER_SUFFIXES
+    is_file_name = path.suffix.lower() in (*FILES, *OTHER_SUFFIXES)
     # os.path, because Path.exists raises an error for a text that was passed by mistake and is too long for a path.
-    if os.path.exists(path) or is_file_name or not HUB_ID.fullmatch(name):
-        return _open_local(path, request)
+    is_path = os.path.exists(path) or is_file_name or not HUB_ID.fullmatch(name)
+    if is_path and name not in HUB_DATASETS:
+        return _open_path(path, request)
     return _open_hub(name, request)
 
 
-def _open_sequence(items: Sequence[Any], request: Request) -> Source:
-    kinds = sorted({kind_of(item) for item in items})
-    if len(kinds) != 1:
-        found = f"found {' and '.join(kinds)}" if kinds else "found none"
-        raise CalibrationDataError(f"a list as a dataset needs items of one kind, {found}.")
-    kind = kinds[0]
-    if kind in ("number", "numbers"):
-        return _from_ids(as_ids(items), request)
-    if kind == "encoding":
-        return _from_ids(from_encodings(items), request)
-    _refuse_choices(request, "a list")
-    if kind == "message":  # a single conversation
-        items, kind = [items], "conversation"
-    if kind not in ("text", "conversation"):
+def _from_memory(data: Any, request: Request) -> Source:
+    """Return a list of texts or of conversations, one conversation, or token ids."""
+    if request.split is not None or request.text_column is not None:
         raise CalibrationDataError(
-            f"a list of {kind} is not supported; expected strings, conversations (lists of "
-            "{'role': ..., 'content': ...}), or token ids of equal lengths."
+            f"lists and token ids have no splits and no columns, found split {request.split!r} and text column "
+            f"{request.text_column!r}; omit them."
         )
-    size = sum(len(item) for item in items) if kind == "text" else 0
-    documents, in_part = _as_needed(items, size, request)
-    name = f"{IN_MEMORY}{len(items)} {kind}{'s' if len(items) != 1 else ''}"
-    return Source(name, documents=documents, in_part=in_part)
-
-
-def _from_ids(ids: Tensor, request: Request) -> Source:
-    _refuse_choices(request, "token ids")
-    return Source(f"{IN_MEMORY_IDS} {tuple(ids.shape)}", ids=ids)
-
-
-def _refuse_choices(request: Request, what: str) -> None:
-    if request.split is not None:
-        raise CalibrationDataError(f"split {request.split!r} was requested, but {what} has no splits.")
-    if request.text_column is not None:
-        raise CalibrationDataError(f"text column {request.text_column!r} was requested, but {what} has no columns.")
+    kinds = [kind_of(data)]
+    if isinstance(data, Sequence):
+        kinds = sorted({kind_of(item) for item in data})
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "none"
+        raise CalibrationDataError(f"a list as a dataset needs items of one kind, found {found}.")
+    kind = kinds[0]
+    if kind in ("number", "numbers", "encoding"):
+        ids = as_ids(data, f"{IN_MEMORY}token ids")
+        return Source(f"{IN_MEMORY}token ids {tuple(ids.shape)}", ids=ids)
+    if kind == "message":
+        data, kind = [data], "conversation"
+    size = sum(map(len, data)) if kind == "text" else 0
+    documents, in_part = _as_needed(data, size, request)
+    plural = "" if len(data) == 1 else "s"
+    return Source(f"{IN_MEMORY}{len(data)} {kind}{plural}", documents, in_part=in_part)
 
 
 def _as_needed(rows: Sequence[Any], size: int, request: Request) -> tuple[Iterable[Any], bool]:
@@ -188,13 +168,13 @@ def _as_needed(rows: Sequence[Any], size: int, request: Request) -> tuple[Iterab
     if size <= LARGE_BYTES:
         return rows, False
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(request.seed))
-    return (rows[index] for index in order.tolist()), True
+    return map(rows.__getitem__, order.tolist()), True
 
 
 # Files and folders
 
 
-def _open_local(path: Path, request: Request) -> Source:
+def _open_path(path: Path, request: Request) -> Source:
     if os.path.isdir(path):
         return _open_folder(path, request)
     if not os.path.exists(path):
@@ -203,14 +183,20 @@ def _open_local(path: Path, request: Request) -> Source:
             "To use a string as text, pass it in a list."
         )
     suffix = path.suffix.lower()
-    if suffix != ".txt" and suffix not in LOADERS:
-        known = ", ".join((".txt", *LOADERS))
-        raise CalibrationDataError(f"{path.name}: files of type {suffix or '(none)'} are not supported; use {known}.")
+    if suffix not in FILES:
+        raise CalibrationDataError(
+            f"{path.name}: files of type {suffix or '(none)'} are not supported; use {', '.join(FILES)}."
+        )
     if path.stat().st_size == 0:
         raise CalibrationDataError(f"{path.name}: the file is empty.")
-    with _reading(path.name):
-        source = Source(path.name, origin={"file_sha256": _file_sha256(path), "split": request.split})
-    return _open_text(path, source, request) if suffix == ".txt" else _open_table(path, source, request)
+    with _reading(path.name), path.open("rb") as file:
+        source = Source(path.name, split=request.split, file_sha256=sha_fileobj(file).hex())
+    if suffix == ".txt":
+        return _open_text(path, source, request)
+    with _reading(path.name, f"Expected a valid {suffix} file."):
+        loader = "parquet" if suffix == ".parquet" else "json"
+        data = _load(loader, data_files=glob.escape(str(path.absolute())))
+    return replace(_from_dataset(data, source, request), split=request.split)
 
 
 def _open_text(path: Path, source: Source, request: Request) -> Source:
@@ -222,80 +208,98 @@ def _open_text(path: Path, source: Source, request: Request) -> Source:
         text = path.read_text(encoding="utf-8-sig")
     if request.split is not None:
         lines = text.splitlines(keepends=True)
-        slices = _slices(request.split, {WHOLE: len(lines)}, path.name)
-        text = "".join(line for _, first, end in slices for line in lines[first:end])
-    if not request.blank_rows:
+        slices = [lines[part.from_ : part.to] for part in _slices(request.split, {"train": lines}, path.name)]
+        text = "".join(itertools.chain(*slices))
+    if request.seed is not None:
         text = BLANK_LINES.sub("\n\n", text)
-    # Without a seed, a text is read from its beginning. With a seed, its parts are read in random order.
-    parts = [text] if request.seed is None or len(text) <= LARGE_BYTES else list(pieces(text, PART))
+    parts = [text]
+    if request.seed is not None and len(text) > LARGE_BYTES:
+        parts = list(pieces(text, PART))
     documents, in_part = _as_needed(parts, len(text), request)
     return replace(source, documents=documents, in_part=in_part)
 
 
-def _open_table(path: Path, source: Source, request: Request) -> Source:
-    with _reading(path.name, f"Expected a valid {path.suffix} file."):
-        data = _in_memory(LOADERS[path.suffix.lower()], data_files=glob.escape(str(path.absolute())))
-    table = _from_dataset(data, source, request)
-    return replace(table, origin={**table.origin, "split": request.split})
-
-
 def _open_folder(path: Path, request: Request) -> Source:
-    from datasets import load_from_disk
-
     source = Source(path.resolve().name)
-    saved = any((path / name).exists() for name in ("state.json", "dataset_dict.json"))
     with _reading(f"the folder {source.name}", "Expected .jsonl, .json or .parquet files, or Dataset.save_to_disk."):
-        data = load_from_disk(str(path)) if saved else _in_memory(str(path.absolute()))
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            data = datasets.load_from_disk(str(path))
+        else:
+            data = _load(str(path.absolute()))
     return _from_dataset(data, source, request)
 
 
-def _in_memory(path: str, **arguments: Any) -> Any:
+def _load(path: str, **arguments: Any) -> Any:
     """Load all splits of local files through a temporary folder, because the cache would keep a copy of them."""
-    from datasets import load_dataset_builder
-
     with tempfile.TemporaryDirectory() as cache:
-        builder = load_dataset_builder(path, cache_dir=cache, **arguments)
+        builder = datasets.load_dataset_builder(path, cache_dir=cache, **arguments)
         builder.download_and_prepare()
         return builder.as_dataset(in_memory=True)
 
 
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 @contextmanager
-def _reading(what: str, advice: str = "") -> Iterator[None]:
+def _reading(name: str, advice: str = "") -> Iterator[None]:
     """Convert an error of a file, the Hub or `datasets` into a CalibrationDataError, with the original as its cause."""
-    from datasets.exceptions import DatasetsError
-
-    # The error class of the HTTP client of huggingface_hub. Not all of its errors are OSErrors.
-    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
-
     try:
         yield
     except (OSError, ValueError, RuntimeError, StopIteration, DatasetsError, HTTPError) as error:
-        reason = f"{type(error).__name__}: {error}" + (f" ({error.__cause__})" if error.__cause__ else "")
+        reason = f"{type(error).__name__}: {error}"
+        if error.__cause__:
+            reason += f" ({error.__cause__})"
         reason = shorten(reason, 300).rstrip(".")
-        raise CalibrationDataError(f"{what} cannot be read: {reason}. {advice}".strip()) from error
+        raise CalibrationDataError(f"{name} cannot be read: {reason}. {advice}".strip()) from error
 
 
-# Datasets
+# Hub datasets
 
 
 def _open_hub(name: str, request: Request) -> Source:
     dataset = HUB_DATASETS.get(name, HubDataset(name))
-    with _reading(describe(dataset, request.split, request.hub), advise(dataset, request.hub)):
-        builder = open_builder(dataset, request.hub)
+    parts = [dataset.path]
+    options = {"subset": dataset.subset, "split": request.split, "revision": request.hub.get("revision")}
+    for option, value in options.items():
+        if value is not None:
+            parts.append(f"{option} {value}")
+    advice = (
+        f"To use another cache than {_cache(request.hub)}, set HF_DATASETS_CACHE, or HF_HOME for all caches. "
+        "If HF_HUB_OFFLINE is set, unset it to download."
+    )
+    with _reading(", ".join(parts), f"{advice} {WITHOUT_HUB}"):
+        builder = _open_builder(dataset, request.hub)
         if dataset.streamed:
             data = builder.as_streaming_dataset(split=request.split)
         else:
             builder.download_and_prepare()
             data = builder.as_dataset(split=request.split)
-    return _from_dataset(data, Source(name, origin={"revision": builder.hash}), request)
+    return _from_dataset(data, Source(name, revision=builder.hash), request)
+
+
+def _open_builder(dataset: HubDataset, hub: Mapping[str, Any]) -> datasets.DatasetBuilder:
+    """Return the builder of a dataset from the Hub, or of the requested or newest copy in the cache."""
+    subset, revision = dataset.subset, hub.get("revision")
+    if not hub.get("local_files_only"):
+        builder = datasets.load_dataset_builder(
+            dataset.path, subset, cache_dir=hub.get("cache_dir"), revision=revision, token=hub.get("token")
+        )
+        # Without a connection, datasets falls back to its newest copy, regardless of the requested revision.
+        if revision is None or not isinstance(builder, Cache):
+            return builder
+    *owner, name = dataset.path.split("/")
+    version = found = "auto"
+    if revision is not None:
+        folder = _cache(hub) / "___".join((*owner, camelcase_to_snakecase(name)))
+        copies = {copy.name: copy for copy in folder.glob(f"{subset or '*'}/*/*")}
+        if revision not in copies:
+            raise FileNotFoundError(f"revision {revision} is not in the cache, which has {', '.join(copies) or 'none'}")
+        subset, version, found = copies[revision].parts[-3:]
+    return Cache(hub.get("cache_dir"), name, subset, version=version, hash=found, repo_id=dataset.path)
+
+
+def _cache(hub: Mapping[str, Any]) -> Path:
+    return Path(os.path.expanduser(hub.get("cache_dir") or config.HF_DATASETS_CACHE))
+
+
+# Datasets
 
 
 def _from_dataset(data: Any, source: Source, request: Request) -> Source:
@@ -305,12 +309,19 @@ def _from_dataset(data: Any, source: Source, request: Request) -> Source:
         first = next(iter(data), None)
     if first is None:
         raise CalibrationDataError(f"{source.name}: the dataset has no rows.")
-    column = _pick_column(_columns(data, first), source.name, request.text_column)
-    rows, in_part = _rows(data, source.name, request)
-    source = replace(source, in_part=in_part, origin={**source.origin, "split": split, "text_column": column})
-    if column == IDS or kind_of(first[column]) == "numbers":
-        return replace(source, ids=_ids(rows, column, source, request))
-    return replace(source, documents=_documents(rows, column, source.name))
+    column = _pick_column(data, first, source.name, request.text_column)
+    if isinstance(data, IterableDataset):
+        rows, in_part = _stream(data, source.name, request), True
+    else:
+        rows, in_part = _as_needed(data, data.data.nbytes * len(data) // data.data.num_rows, request)
+    source = replace(source, in_part=in_part, split=split, text_column=column)
+    if column != IDS and kind_of(first[column]) != "numbers":
+        # None marks a row without text.
+        return replace(source, documents=(row[column] for row in rows if row[column] is not None))
+    rows = itertools.islice(rows, request.windows if in_part else None)  # one window per row
+    name = f"{source.name}, column {column!r}"
+    windows = [as_ids({IDS: row[column], MASK: row.get(MASK)}, name) for row in rows]
+    return replace(source, ids=as_ids(windows, name))
 
 
 def _pick_split(data: Any, name: str, request: Request) -> tuple[Dataset | IterableDataset, str | None]:
@@ -319,109 +330,62 @@ def _pick_split(data: Any, name: str, request: Request) -> tuple[Dataset | Itera
         own = None if data.split is None else str(data.split)
         if request.split in (None, own):
             return data, own
-        data = {own or WHOLE: data}
-    names = [str(split) for split in data]
+        data = {own or "train": data}
+    names = list(map(str, data))
+    if request.split in names:
+        return data[request.split], request.split
     if request.split is not None:
-        return (data[request.split] if request.split in names else _sliced(data, request.split, name)), request.split
-    choices = names if len(names) == 1 else [split for split in request.splits if split in names]
-    if not choices:
-        raise CalibrationDataError(
-            f"{name}: found no split {' or '.join(map(repr, request.splits))}; splits: {', '.join(names)}."
-        )
-    return data[choices[0]], choices[0]
+        parts = _slices(request.split, data, name)
+        rows = [data[part.splitname].select(range(part.from_, part.to)) for part in parts]
+        return datasets.concatenate_datasets(rows), request.split
+    wanted = EVALUATION_SPLITS if request.seed is None else CALIBRATION_SPLITS
+    if len(names) == 1:
+        wanted = names
+    for split in wanted:
+        if split in names:
+            return data[split], split
+    raise CalibrationDataError(f"{name}: found no split {' or '.join(wanted)}; splits: {', '.join(names)}.")
 
 
-def _sliced(data: Mapping[str, Any], spec: str, name: str) -> Dataset:
-    from datasets import Dataset, concatenate_datasets
-
-    if not all(isinstance(rows, Dataset) for rows in data.values()):
-        raise CalibrationDataError(
-            f"{name}: found no split {spec!r}; splits: {', '.join(map(str, data))}, which are streamed and cannot be "
-            "sliced."
-        )
-    slices = _slices(spec, {str(split): len(rows) for split, rows in data.items()}, name)
-    return concatenate_datasets([data[split].select(range(first, end)) for split, first, end in slices])
-
-
-def _slices(spec: str, lengths: Mapping[str, int], name: str) -> list[tuple[str, int, int]]:
-    """Return (split, first row, end row) for each split that `spec` names."""
-    from datasets import ReadInstruction
-
+def _slices(spec: str, splits: Mapping[str, Any], name: str) -> list[Any]:
+    """Return `splitname`, `from_` and `to` for each slice that `spec` names."""
     try:
-        parts = ReadInstruction.from_spec(spec).to_absolute(lengths)
-    except ValueError as error:
+        lengths = {str(split): len(rows) for split, rows in splits.items()}  # a TypeError if they are streamed
+        return datasets.ReadInstruction.from_spec(spec).to_absolute(lengths)
+    except (TypeError, ValueError) as error:
         raise CalibrationDataError(
-            f"{name}: found no split {spec!r}; splits: {', '.join(lengths)}, and slices of them such as "
-            f"'{next(iter(lengths))}[:10%]'."
+            f"{name}: found no split {spec!r}; splits: {', '.join(map(str, splits))}, and slices of them such as "
+            "'train[:10%]', unless they are streamed."
         ) from error
-    return [(part.splitname, part.from_, part.to) for part in parts]
 
 
-def _columns(data: Dataset | IterableDataset, first: Mapping[str, Any]) -> dict[str, bool]:
-    """Return a mapping column -> whether it contains strings.
-
-    A streamed dataset may not know its columns. They are then inferred from its first row.
-    """
-    if data.features is None:
-        return {column: isinstance(value, str) for column, value in first.items()}
-    return {
-        column: getattr(feature, "dtype", None) in ("string", "large_string")
-        for column, feature in data.features.items()
-    }
-
-
-def _pick_column(columns: Mapping[str, bool], name: str, wanted: str | None) -> str:
+def _pick_column(data: Any, first: Mapping[str, Any], name: str, wanted: str | None) -> str:
     """Return the requested column, else one with a usual name for text, else token ids, else the only string column."""
+    if wanted is not None and wanted not in first:
+        raise CalibrationDataError(f"{name}: found no column {wanted!r}; columns: {', '.join(first)}.")
     if wanted is not None:
-        if wanted not in columns:
-            raise CalibrationDataError(f"{name}: found no column {wanted!r}; columns: {', '.join(columns)}.")
         return wanted
-    strings = [column for column, holds_strings in columns.items() if holds_strings]
-    usual = [column for column in (*TEXT_COLUMNS, IDS) if column in columns]
-    if usual or len(strings) == 1:
-        return (usual or strings)[0]
-    candidates = f"columns of strings: {', '.join(strings)}" if strings else f"columns: {', '.join(columns)}"
-    raise CalibrationDataError(f"{name}: cannot tell which column contains the text. Set text_column; {candidates}.")
+    for usual in (*TEXT_COLUMNS, IDS):
+        if usual in first:
+            return usual
+    strings = []
+    for column, value in first.items():
+        # A streamed dataset may not know the types of its columns.
+        feature = data.features[column] if data.features else None
+        if isinstance(value, str) or getattr(feature, "dtype", None) in ("string", "large_string"):
+            strings.append(column)
+    if len(strings) == 1:
+        return strings[0]
+    raise CalibrationDataError(
+        f"{name}: cannot tell which column contains the text. Set text_column to one of {', '.join(strings or first)}."
+    )
 
 
-def _rows(data: Any, name: str, request: Request) -> tuple[Iterable[Mapping[str, Any]], bool]:
-    """Return the rows in reading order, and whether to read only part of them."""
-    from datasets import IterableDataset
-
-    if isinstance(data, IterableDataset):
-        if request.windows is None:
-            raise CalibrationDataError(f"{name} is streamed and cannot be read to its end; set max_windows.")
-        shuffled = data if request.seed is None else data.shuffle(seed=request.seed, buffer_size=SHUFFLE_BUFFER)
-        return _streamed(shuffled, name), True
-    return _as_needed(data, data.data.nbytes * len(data) // data.data.num_rows, request)
-
-
-def _streamed(data: IterableDataset, name: str) -> Iterator[Mapping[str, Any]]:
-    rows = iter(data)
-    while True:
-        with _reading(f"{name}, as it was streamed,", WITHOUT_HUB):
-            row = next(rows, None)
-        if row is None:
-            return
-        yield row
-
-
-def _documents(rows: Iterable[Mapping[str, Any]], column: str, name: str) -> Iterator[Any]:
-    """Yield the values of the column, except None, which marks a row without text."""
-    for row in rows:
-        value = row[column]
-        if value is None:
-            continue
-        if kind_of(value) not in ("text", "conversation"):
-            raise CalibrationDataError(
-                f"{name}: column {column!r} contains {type(value).__name__}, expected strings, conversations "
-                "(lists of {'role': ..., 'content': ...}), or token ids."
-            )
-        yield value
-
-
-def _ids(rows: Iterable[Mapping[str, Any]], column: str, source: Source, request: Request) -> Tensor:
-    """Return the token ids of the column, one window per row. Read only as many rows as needed if `in_part`."""
-    wanted = itertools.islice(rows, request.windows if source.in_part else None)
-    name = f"{source.name}, column {column!r}"
-    return from_encodings(({IDS: row[column], MASK: row.get(MASK)} for row in wanted), name)
+def _stream(data: IterableDataset, name: str, request: Request) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a streamed dataset, for calibration in random order."""
+    if request.windows is None:
+        raise CalibrationDataError(f"{name} is streamed and cannot be read to its end; set max_windows.")
+    if request.seed is not None:
+        data = data.shuffle(seed=request.seed, buffer_size=SHUFFLE_BUFFER)
+    with _reading(f"{name}, as it was streamed,", WITHOUT_HUB):
+        yield from data

@@ -11,10 +11,10 @@ from torch import Tensor
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.perplexity import (
     batches,
+    by_position,
     check_windows,
-    chunked,
     evaluating,
-    finish,
+    exponential,
     logits_of,
     nats_of,
     targets,
@@ -64,28 +64,24 @@ def fidelity(
         for batch in batches(model, windows, batch_size, progress):
             ours = logits_of(model, batch)
             theirs = logits_of(reference, batch.to(reference.device)).to(ours.device)
-            nats += chunked(nats_of, targets(batch), ours)
-            reference_nats += chunked(nats_of, targets(batch), theirs)
-            kl += chunked(divergence, theirs, ours)
-            agreeing += chunked(agreement, theirs, ours)
+            nats += float(by_position(nats_of, targets(batch), ours).sum())
+            reference_nats += float(by_position(nats_of, targets(batch), theirs).sum())
+            kl += float(by_position(divergence, theirs, ours).sum())
+            agreeing += float(by_position(agreement, theirs, ours).sum())
     if not math.isfinite(kl):
         raise EvaluationError(f"the divergence from the reference is {kl}: logits are not finite. Try another --dtype.")
-    found = finish(nats, windows)
+    tokens = windows[:, 1:].numel()
     return Fidelity(
-        perplexity=found.perplexity,
-        reference_perplexity=finish(reference_nats, windows).perplexity,
-        kl=kl / found.tokens,
-        top1_agreement=agreeing / found.tokens,
-        tokens=found.tokens,
+        perplexity=exponential(nats, tokens),
+        reference_perplexity=exponential(reference_nats, tokens),
+        kl=kl / tokens,
+        top1_agreement=agreeing / tokens,
+        tokens=tokens,
     )
 
 
 def check_vocabularies(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    """Raise if two models do not predict the same tokens.
-
-    Raises:
-        EvaluationError: the vocabularies differ in size.
-    """
+    """Raise an EvaluationError if the vocabularies of two models differ in size."""
     sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
     if sizes[0] != sizes[1]:
         raise EvaluationError(
@@ -95,11 +91,7 @@ def check_vocabularies(model: PreTrainedModel, reference: PreTrainedModel) -> No
 
 
 def check_tokenizers(ours: Any, theirs: Any) -> None:
-    """Raise if two tokenizers cannot give two models the same tokens.
-
-    Raises:
-        EvaluationError: the vocabularies differ.
-    """
+    """Raise an EvaluationError if the vocabularies of two tokenizers differ."""
     if different := _different_tokens(ours.get_vocab(), theirs.get_vocab()):
         raise EvaluationError(
             f"the tokenizers of model and reference differ in {different} tokens of their vocabularies, so the models "
@@ -114,20 +106,19 @@ def tokenizer_differences(own: Any, other: Any) -> list[str]:
     A padding token is compared only if the model's own tokenizer has one: users often add it later, and no text
     contains it.
     """
-    vocabularies = [dict(each.get_vocab()) for each in (own, other)]
-    expected, special = _special_tokens(own), _special_tokens(other)
-    if (
-        "pad_token" not in expected
-        and (padding := special.pop("pad_token", None))
-        and padding[0] not in vocabularies[0]
-    ):
-        del vocabularies[1][padding[0]]
+    own_vocabulary, vocabulary = own.get_vocab(), dict(other.get_vocab())
+    own_special, special = own.special_tokens_map, dict(other.special_tokens_map)
+    if "pad_token" not in own_special:
+        padding = special.pop("pad_token", None)
+        if padding not in own_vocabulary:
+            vocabulary.pop(padding, None)
     found = []
-    if different := _different_tokens(*vocabularies):
+    if different := _different_tokens(own_vocabulary, vocabulary):
         found.append(f"{different} tokens of the vocabulary")
-    for name in sorted(expected.keys() | special.keys()):
-        if special.get(name) != expected.get(name):
-            found.append(f"{name} {_shown(special.get(name))} instead of {_shown(expected.get(name))}")
+    for name in sorted(own_special.keys() | special.keys()):
+        expected, given = _with_id(own, own_special.get(name)), _with_id(other, special.get(name))
+        if given != expected:
+            found.append(f"{name} {given} instead of {expected}")
     if getattr(own, "chat_template", None) != getattr(other, "chat_template", None):
         found.append("the chat template")
     if not found and own(PROBE)["input_ids"] != other(PROBE)["input_ids"]:
@@ -140,14 +131,8 @@ def _different_tokens(ours: dict[str, int], theirs: dict[str, int]) -> int:
     return len({token for token, _ in ours.items() ^ theirs.items()})
 
 
-def _special_tokens(tokenizer: Any) -> dict[str, tuple[str, int]]:
-    """Return the special tokens of a tokenizer with their ids, by name such as `eos_token`."""
-    named = tokenizer.special_tokens_map.items()
-    return {name: (token, tokenizer.convert_tokens_to_ids(token)) for name, token in named}
-
-
-def _shown(token: tuple[str, int] | None) -> str:
-    return "none" if token is None else f"{token[0]!r} (id {token[1]})"
+def _with_id(tokenizer: Any, token: str | None) -> str:
+    return "none" if token is None else f"{token!r} (id {tokenizer.convert_tokens_to_ids(token)})"
 
 
 def divergence(reference: Tensor, logits: Tensor) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
-import logging
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -62,7 +61,16 @@ class Tasks:
     @property
     def names(self) -> list[str]:
         """Return the names of the tasks. A group with its own score replaces its members."""
-        return [name for root in self.roots for name in _scored(root)]
+        names, items = [], list(self.roots)
+        while items:
+            item: Any = items.pop(0)
+            if not hasattr(item, "has_aggregation"):
+                names.append(item.task_name)
+            elif item.has_aggregation:
+                names.append(item.name)
+            else:
+                items = [*item, *items]
+        return names
 
 
 def load_tasks(names: Sequence[str], *, include_path: str | Path | None = None, progress: bool = False) -> Tasks:
@@ -77,12 +85,21 @@ def load_tasks(names: Sequence[str], *, include_path: str | Path | None = None, 
         EvaluationError: a name is unknown, the data of a task cannot be loaded, or a task is requested twice.
         ImportError: lm-eval is not installed.
     """
-    _check_installed()
+    try:
+        import lm_eval.models.huggingface
+        import lm_eval.result_schema  # noqa: F401 - older versions lack this module and cannot reuse loaded tasks
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(
+            f"tasks require lm-eval 0.4.12 or later ({error}): pip install 'optimum-modegpt[eval]'"
+        ) from error
     if include_path is not None and not Path(include_path).is_dir():
         raise EvaluationError(f"{include_path} is not a folder; expected a folder with YAML files of tasks.")
-    with _undisturbed(progress):
-        manager = _manager(names, include_path)
-        roots = [root for name in _known(names, manager) for root in _loaded(name, manager)]
+    with _kept_to_itself(progress):
+        manager = TaskManager(include_path=include_path)
+        roots = []
+        for name in _known(names, manager):
+            roots += _load(name, manager)
         try:
             manager.load(roots)
         except ValueError as error:
@@ -123,9 +140,8 @@ def harness(
 
     # lm-eval's decorators hide the signatures of both.
     wrap, run = cast("Any", huggingface.HFLM), cast("Any", lm_eval.simple_evaluate)
-    with evaluating(model), _undisturbed(progress), _quiet("lm_eval.evaluator"), _no_git():
-        with _quiet("lm_eval.models.huggingface"):
-            lm = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or 1)
+    with evaluating(model), _kept_to_itself(progress):
+        lm = wrap(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or 1)
         try:
             found = run(
                 lm,
@@ -137,18 +153,24 @@ def harness(
             )
         except (ArithmeticError, AssertionError, ValueError) as error:
             raise EvaluationError(f"lm-eval cannot run {', '.join(tasks.names)} on this model: {error}") from error
-    _check_finite(tasks)
-    by_task = {name: _metrics(name, found, lm.batch_size) for name in found["results"]}
-    return {name: metrics for name, metrics in by_task.items() if metrics}
+    for root in tasks.roots:
+        _check_finite(root)
+    scores = {}
+    for name in found["results"]:
+        if metrics := _metrics(name, found, lm.batch_size):
+            scores[name] = metrics
+    return scores
 
 
 def main_scores(scores: TaskScores) -> list[Score]:
     """Return the score to use in a mean over tasks, for each task that has one of `MAIN_METRICS`."""
-    ranked = (
-        [score for name in MAIN_METRICS for metric, score in metrics.items() if metric.partition(",")[0] == name]
-        for metrics in scores.values()
-    )
-    return [found[0] for found in ranked if found]
+    main = []
+    for metrics in scores.values():
+        by_metric: dict[str, Score] = {}
+        for name, score in metrics.items():
+            by_metric.setdefault(name.partition(",")[0], score)  # the first filter of a metric
+        main += [by_metric[name] for name in MAIN_METRICS if name in by_metric][:1]
+    return main
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
@@ -165,31 +187,8 @@ def mean_score(scores: Sequence[Score]) -> Score:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- tasks
-
-
-def _check_installed() -> None:
-    try:
-        import lm_eval.models.huggingface
-        import lm_eval.result_schema  # noqa: F401 - older versions lack this module and cannot reuse loaded tasks
-    except ImportError as error:
-        raise ImportError(
-            f"tasks require lm-eval 0.4.12 or later ({error}): pip install 'optimum-modegpt[eval]'"
-        ) from error
-
-
-def _manager(names: Sequence[str], include_path: str | Path | None) -> TaskManager:
-    """Return an index of the tasks. If possible, omit lm-eval's own tasks, because listing them takes ten seconds."""
-    from lm_eval.tasks import TaskManager
-
-    if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
-        if set(names) <= set(own.all_subtasks):  # groups and tags may have members outside this folder
-            return own
-    return TaskManager(include_path=include_path)
-
-
 def _known(names: Sequence[str], manager: TaskManager) -> list[str]:
+    """Return the distinct tasks of names and patterns."""
     known: list[str] = []
     for name in names:
         found = manager.match_tasks([name])
@@ -201,7 +200,7 @@ def _known(names: Sequence[str], manager: TaskManager) -> list[str]:
     return list(dict.fromkeys(known))
 
 
-def _loaded(name: str, manager: TaskManager) -> list[Task | Group]:
+def _load(name: str, manager: TaskManager) -> list[Task | Group]:
     """Load a task, a group, or the tasks of a tag."""
     try:
         found = manager.load(name)
@@ -211,34 +210,30 @@ def _loaded(name: str, manager: TaskManager) -> list[Task | Group]:
             "The data comes from the Hub, unless the task's files say otherwise. Check the connection, or run the task "
             "once on a machine with a connection."
         ) from error
-    groups = found.get("groups", {})
-    members = {member for group in groups.values() for member in group.child_names}
-    return [item for key, item in (groups | found["tasks"]).items() if key not in members]
+    items = {**found.get("groups", {}), **found["tasks"]}
+    for group in found.get("groups", {}).values():
+        for member in group.child_names:
+            items.pop(member, None)
+    return list(items.values())
 
 
-def _scored(item: Any) -> list[str]:
-    if not hasattr(item, "has_aggregation"):
-        return [item.task_name]
-    return [item.name] if item.has_aggregation else [name for child in item for name in _scored(child)]
-
-
-def _check_finite(tasks: Tasks) -> None:
-    """Raise if a likelihood is not finite.
+def _check_finite(root: Any) -> None:
+    """Raise if a likelihood of a task, or of a task of a group, is not finite.
 
     lm-eval treats a likelihood of nan like any other number, so a broken model would look like a weak one.
     """
-    for task in (task for root in tasks.roots for task in _leaves(root)):
-        answers = (answer for instance in task.instances for answer in instance.resps)
-        likelihoods = (answer[0] if isinstance(answer, tuple) else answer for answer in answers)
-        if not all(math.isfinite(found) for found in likelihoods if isinstance(found, float)):
-            raise EvaluationError(
-                f"the model's likelihood of an answer in {task.task_name} is not finite. Its weights or activations "
-                "overflow: try another --dtype, and check that the folder is complete."
-            )
-
-
-def _leaves(root: Any) -> list[Any]:
-    return root.get_all_tasks() if hasattr(root, "get_all_tasks") else [root]
+    if hasattr(root, "get_all_tasks"):
+        for task in root.get_all_tasks():
+            _check_finite(task)
+        return
+    for instance in root.instances:
+        for answer in instance.resps:
+            likelihood = answer[0] if isinstance(answer, tuple) else answer
+            if isinstance(likelihood, float) and not math.isfinite(likelihood):
+                raise EvaluationError(
+                    f"the model's likelihood of an answer in {root.task_name} is not finite. Its weights or "
+                    "activations overflow: try another --dtype, and check that the folder is complete."
+                )
 
 
 def _metrics(name: str, found: dict[str, Any], batch_size: int) -> dict[str, Score]:
@@ -262,39 +257,19 @@ def _metrics(name: str, found: dict[str, Any], batch_size: int) -> dict[str, Sco
     return metrics
 
 
-# ------------------------------------------------------------------------------------------- side effects of lm-eval
-
-
 @contextmanager
-def _undisturbed(progress: bool) -> Iterator[None]:
-    """Make lm-eval print to stderr, show bars only if `progress`, and keep the random state, within the context."""
-    with ExitStack() as stack:
-        stack.enter_context(kept_random_state())  # lm-eval and some tasks seed the global generators
-        stack.enter_context(redirect_stdout(sys.stderr))
-        stack.enter_context(bars_of_libraries(progress))
-        yield
+def _kept_to_itself(progress: bool) -> Iterator[None]:
+    """Undo the side effects of lm-eval within the context.
 
-
-@contextmanager
-def _no_git() -> Iterator[None]:
-    """Stop lm-eval from querying git for the current commit, because git prints an error outside a repository."""
+    lm-eval seeds the global random generators, prints to stdout, shows bars, and asks git for a commit, which prints an
+    error outside a repository.
+    """
     from lm_eval import evaluator
 
     original = evaluator.get_git_commit_hash
     evaluator.get_git_commit_hash = lambda: ""
     try:
-        yield
+        with kept_random_state(), redirect_stdout(sys.stderr), bars_of_libraries(progress):
+            yield
     finally:
         evaluator.get_git_commit_hash = original
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Limit a logger to errors within the context, because its warnings are about intended settings."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from optimum_modegpt.errors import EvaluationError
@@ -66,13 +66,15 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
     for tensor in tensors.values():
         if tensor.dtype.startswith(("F", "BF")):
             sizes[tensor.dtype] += tensor.size
-    stored = config.model_type, sizes.total(), max(sizes, key=sizes.__getitem__, default=None)
+    dtype = sizes.most_common(1)[0][0] if sizes else None
+    found = Inspection(config.model_type, sizes.total(), dtype)
     if not is_compressed(config.model_type):
-        return Inspection(*stored)
+        return found
     blocks = block_ranks(config)
+    weights = _weights_of_blocks(config, tensors)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
-        _check_shapes(config, config.widths(), tensors)
-    return Inspection(*stored, blocks, _sparsity(config, blocks, tensors), config.modegpt)
+        _check_shapes(config, blocks, weights)
+    return replace(found, blocks=blocks, sparsity=_sparsity(config, blocks, weights), record=config.modegpt)
 
 
 def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
@@ -86,50 +88,50 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(f"the configuration cannot be read: {error}") from error
     dense = {"mlp": config.dense_mlp_width, "qk": config.dense_head_dim, "vo": config.dense_head_dim}
-    return tuple(
-        BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, dense)
-        for index, widths in enumerate(widths_of_blocks)
-    )
+    blocks = []
+    for index, widths in enumerate(widths_of_blocks):
+        blocks.append(BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, dense))
+    return tuple(blocks)
 
 
-def _check_shapes(config: Any, widths_of_blocks: list[Any], tensors: Mapping[str, TensorHeader]) -> None:
-    family, heads = config.family, config.num_attention_heads
+def _weights_of_blocks(config: Any, tensors: Mapping[str, TensorHeader]) -> dict[str, TensorHeader]:
+    """Return the tensors of the blocks by their name below the list of blocks, such as "0.mlp.up_proj.weight"."""
+    weights = {}
+    for name, tensor in tensors.items():
+        _, found, inside = f".{name}".partition(f".{config.family.blocks}.")
+        if found:
+            weights[inside] = tensor
+    return weights
+
+
+def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, TensorHeader]) -> None:
+    heads = config.num_attention_heads
     units = {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
-    for index, widths in enumerate(widths_of_blocks):
-        for projection in family.projections:
-            axis, size = projection.axis, units[projection.unit] * getattr(widths, projection.part)
-            name = f"{family.blocks}.{index}.{projection.path}.weight"
-            found = next((tensors[key].shape for key in tensors if f".{key}".endswith(f".{name}")), None)
-            if found is None or len(found) != 2 or found[axis] != size:
-                problems.append(f"{name} is {'missing' if found is None else found}, axis {axis} should be {size}")
-    if any(f".{family.blocks}.{len(widths_of_blocks)}." in f".{key}" for key in tensors):
-        problems.append(f"the weights have more blocks than {len(widths_of_blocks)}, the number in the configuration")
+    for block in blocks:
+        for projection in config.family.projections:
+            axis, size = projection.axis, units[projection.unit] * block.ranks[projection.part]
+            name = f"{block.index}.{projection.path}.weight"
+            if name not in weights:
+                problems.append(f"{name} is missing")
+            elif len(weights[name].shape) != 2 or weights[name].shape[axis] != size:
+                problems.append(f"{name} is {weights[name].shape}, axis {axis} should be {size}")
+    if any(name.startswith(f"{len(blocks)}.") for name in weights):
+        problems.append(f"the weights have more blocks than {len(blocks)}, the number in the configuration")
     if problems:
-        more = f"\n  … and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise EvaluationError(
-            "config.json and the weights do not match; the folder was edited or is incomplete:\n  "
-            + "\n  ".join(problems[:5])
-            + more
+            "config.json and the weights do not match; the folder was edited or is incomplete. The first of "
+            f"{len(problems)} differences in the blocks:\n  " + "\n  ".join(problems[:5])
         )
 
 
-def _sparsity(config: Any, blocks: tuple[BlockRanks, ...], tensors: Mapping[str, TensorHeader]) -> float:
+def _sparsity(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, TensorHeader]) -> float:
     """Compute 1 − Σ now / Σ dense over the blocks' projections, whose width is that of their part."""
-    family = config.family
     now = before = 0.0
     for block in blocks:
-        for part in PARTS:
-            names = tuple(
-                f"{family.blocks}.{block.index}.{projection.path}.weight"
-                for projection in family.projections
-                if projection.part == part
-            )
-            size = sum(tensor.size for name, tensor in tensors.items() if f".{name}".endswith(_dotted(names)))
-            now += size
-            before += size * block.dense_ranks[part] / block.ranks[part]
+        for projection in config.family.projections:
+            weight = weights.get(f"{block.index}.{projection.path}.weight")
+            if weight is not None:
+                now += weight.size
+                before += weight.size * block.dense_ranks[projection.part] / block.ranks[projection.part]
     return 1 - now / before if before else 0.0
-
-
-def _dotted(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f".{name}" for name in names)

@@ -51,13 +51,8 @@ def perplexity(
     nats = 0.0
     with evaluating(model):
         for batch in batches(model, windows, batch_size, progress):
-            nats += chunked(nats_of, targets(batch), logits_of(model, batch))
-    return finish(nats, windows)
-
-
-def finish(nats: float, windows: Tensor) -> Perplexity:
-    """Return the perplexity from the summed nats of all scored positions."""
-    tokens = windows.shape[0] * (windows.shape[1] - 1)
+            nats += float(by_position(nats_of, targets(batch), logits_of(model, batch)).sum())
+    tokens = windows[:, 1:].numel()
     return Perplexity(exponential(nats, tokens), tokens)
 
 
@@ -77,11 +72,7 @@ def exponential(nats: float, tokens: int) -> float:
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
-    """Raise if windows are longer than the context or contain ids outside the vocabulary.
-
-    Raises:
-        EvaluationError: the windows do not fit. The message names the found and expected values.
-    """
+    """Raise an EvaluationError if windows are longer than the context or contain ids outside the vocabulary."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise EvaluationError(f"expected windows of shape (windows, length ≥ 2), found {tuple(windows.shape)}.")
@@ -94,11 +85,7 @@ def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
 
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
-    """Raise if token ids are outside the model's vocabulary.
-
-    Raises:
-        EvaluationError: an id is out of range. The message names the largest id and the size of the vocabulary.
-    """
+    """Raise an EvaluationError if token ids are outside the model's vocabulary."""
     known = model.config.get_text_config().vocab_size
     if int(ids.min()) < 0 or int(ids.max()) >= known:
         raise EvaluationError(
@@ -142,16 +129,11 @@ def targets(batch: Tensor) -> Tensor:
     return batch[:, 1:].flatten()
 
 
-def chunked(reduce: Callable[..., Tensor], *columns: Tensor) -> float:
-    """Return the sum over positions of the result of `by_position`."""
-    return float(by_position(reduce, *columns).sum())
-
-
 def by_position(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
     """Apply `reduce` to chunks of the positions, (positions,) in float64 on the CPU. Chunks are computed in float32."""
     size = max(1, CHUNK_BYTES // (4 * columns[-1].shape[-1]))
-    parts = (reduce(*chunk) for chunk in zip(*(column.split(size) for column in columns), strict=True))
-    return torch.cat([part.cpu().double() for part in parts])
+    chunks = zip(*(column.split(size) for column in columns), strict=True)
+    return torch.cat([reduce(*chunk).cpu().double() for chunk in chunks])
 
 
 def nats_of(target: Tensor, logits: Tensor) -> Tensor:

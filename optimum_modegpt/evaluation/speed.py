@@ -1,10 +1,8 @@
 """Measure the speed of prefill and decoding of a model and a reference, which take turns in one run.
 
-Limits of the speedup: a compressed block launches as many kernels as a dense one, and a few more to select the kept
-rotary pairs. If launching kernels takes longer than their work, because the model or batch is small or the device is
-fast, then compression saves only memory. `torch.compile` removes most of that launch cost. Embeddings and the language
-model's head keep their size, so their time does not change. The attention over a long context shrinks only with the
-head widths.
+A compressed block launches a few more kernels than a dense one. If launching kernels takes longer than their work,
+because the model or batch is small or the device is fast, then compression saves only memory. `torch.compile` removes
+most of that launch cost.
 """
 
 from __future__ import annotations
@@ -12,10 +10,9 @@ from __future__ import annotations
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import transformers
@@ -31,8 +28,6 @@ from optimum_modegpt.stages import StageClock
 
 SEED = 0
 """Seed of the token ids."""
-
-Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True)
@@ -112,7 +107,7 @@ class Benchmark:
     memory_kind: str
     """Kind of memory in `Speed.peak_memory`: "device memory" or, on a CPU, the "sampled resident size" of the process
     that both models share."""
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     """Deviations from the requested settings."""
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,192 +144,170 @@ def benchmark(
         progress: whether to show a progress bar.
 
     Raises:
-        EvaluationError: a number is below 1, the context is too short for the new tokens, or the two models are on
-            different devices or predict different tokens.
+        EvaluationError: a number is below 1, the context is too short for the new tokens, or the two models predict
+            different tokens.
     """
-    models = {"model": model} | ({} if reference is None else {"reference": reference})
-    _check(list(models.values()), (*batch_sizes, *prompt_lengths, new_tokens, repeats))
+    models = {"model": model}
+    if reference is not None:
+        check_vocabularies(model, reference)
+        models["reference"] = reference
+    smallest = min(*batch_sizes, *prompt_lengths, new_tokens, repeats)
+    if smallest < 1:
+        raise EvaluationError(f"a batch size, length or number of runs is {smallest}; expected at least 1.")
     lengths, notes = _within_context(models.values(), prompt_lengths, new_tokens)
-    settings = [
-        Setting(size, length, compiled)
-        for compiled in ((False, True) if compile else (False,))
-        for size in dict.fromkeys(batch_sizes)
-        for length in lengths
-    ]
+    settings = []
+    for compiled in [False, True] if compile else [False]:
+        for batch_size in dict.fromkeys(batch_sizes):
+            settings += [Setting(batch_size, length, compiled) for length in lengths]
     generator = torch.Generator().manual_seed(SEED)
     total = len(settings) * repeats
     with evaluating(*models.values()), bar(desc="benchmark", unit="run", total=total, shown=progress) as shown:
-        rows = tuple(_row(models, one, generator, new_tokens, repeats, shown) for one in settings)
-    sizes = {name: _size(each) for name, each in models.items()}
-    kind = StageClock(model.device).memory_kind
-    return Benchmark(rows, sizes["model"], sizes.get("reference"), new_tokens, repeats, _machine(model), kind, notes)
-
-
-def _check(models: list[PreTrainedModel], numbers: tuple[int, ...]) -> None:
-    if min(numbers) < 1:
-        raise EvaluationError(f"a batch size, length or number of runs is {min(numbers)}; expected at least 1.")
-    check_vocabularies(models[0], models[-1])
-    if models[0].device != models[-1].device:
-        raise EvaluationError(
-            f"the model is on {models[0].device}, the reference on {models[-1].device}; put both on one device."
-        )
+        rows = tuple(_row(models, setting, generator, new_tokens, repeats, shown) for setting in settings)
+    return Benchmark(
+        rows=rows,
+        model=_size(model),
+        reference=None if reference is None else _size(reference),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        machine=_machine(model),
+        memory_kind=StageClock(model.device).memory_kind,
+        notes=notes,
+    )
 
 
 def _within_context(
     models: Iterable[PreTrainedModel], lengths: Sequence[int], new_tokens: int
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Return the distinct lengths, truncated to both contexts, and a note on each truncated one."""
-    limits = [getattr(each.config.get_text_config(), "max_position_embeddings", None) for each in models]
-    context = min((limit for limit in limits if limit is not None), default=None)
-    if context is None:
-        return list(dict.fromkeys(lengths)), ()
-    if context <= new_tokens:
+    """Return the distinct lengths, truncated to the contexts of all models, and a note on each truncated one."""
+    room = max(lengths)
+    for model in models:
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None:
+            room = min(room, context - new_tokens)
+    context = room + new_tokens
+    if room < 1:
         raise EvaluationError(f"a context of {context} tokens is too short for a prompt and {new_tokens} new tokens.")
-    room = context - new_tokens
-    notes = tuple(
-        f"prompts of {length} tokens were truncated to {room}: the context is {context}, with {new_tokens} new tokens"
-        for length in lengths
-        if length > room
-    )
-    return list(dict.fromkeys(min(length, room) for length in lengths)), notes
-
-
-# ---------------------------------------------------------------------------------------------------------- measuring
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Measurements of one prefill and its decoding steps."""
-
-    first_token: float
-    """Seconds to the first token."""
-    decode: float
-    """Seconds of all steps after the first token."""
-    cache_bytes: float | None
-    """Bytes of the cache for one token of one sequence."""
+    because = f"to {room}: the context is {context}, with {new_tokens} new tokens"
+    notes = [f"prompts of {length} tokens were truncated {because}" for length in lengths if length > room]
+    return list(dict.fromkeys(min(length, room) for length in lengths)), tuple(notes)
 
 
 def _row(
-    models: dict[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
     setting: Setting,
     generator: torch.Generator,
     new_tokens: int,
     repeats: int,
     shown: Any,
 ) -> Row:
-    first = models["model"]
+    model = models["model"]
     shape = (setting.batch_size, setting.prompt_length)
-    vocabulary = first.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, shape, generator=generator).to(first.device)
-    forwards = {name: _forward(model, setting) for name, model in models.items()}
-    runs: dict[str, list[_Run]] = {name: [] for name in models}
-    peaks: dict[str, int] = {}
-    failures: dict[str, str] = {}
+    ids = torch.randint(model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
+    runners = {name: _Runner(each, ids, setting.compiled, new_tokens) for name, each in models.items()}
+    failures = []
     for repeat in range(-2, repeats):  # the first is a warm-up, the second measures memory
-        for name in [*models] if repeat % 2 else [*models][::-1]:
-            if name in failures:
-                continue
-            run = partial(_run, models[name], forwards[name], ids, setting, new_tokens)
-            found = _fitting(run if repeat != -1 else partial(_peak, models[name], run))
-            if found is None:
-                failures[name] = f"{name}: out of memory"
-            elif isinstance(found, int):
-                peaks[name] = found
-            elif repeat >= 0:
-                runs[name].append(found)
+        order = list(runners) if repeat % 2 else list(reversed(runners))
+        for name in order:
+            if not runners[name].measure(repeat):
+                del runners[name]
+                failures.append(f"{name}: out of memory")
         shown.update(repeat >= 0)
-    speeds = {name: _speed(runs[name], peaks[name], setting, new_tokens) for name in models if name not in failures}
-    ratios = _ratios(runs["model"], runs["reference"]) if len(speeds) == 2 else (None, None)
-    return Row(setting, speeds.get("model"), speeds.get("reference"), *ratios, tuple(failures.values()))
-
-
-def _forward(model: PreTrainedModel, setting: Setting) -> Callable[..., Any]:
-    if not setting.compiled:
-        return model
-    torch.compiler.reset()  # otherwise the changed shapes of the next setting would be compiled as dynamic
-    return torch.compile(model)
-
-
-def _fitting(measure: Callable[[], Measured]) -> Measured | None:
-    """Return the result of `measure`, or None if it runs out of memory on an accelerator or on the host."""
-    try:
-        return measure()
-    except torch.OutOfMemoryError:
-        return None
-    except RuntimeError as error:
-        if "can't allocate memory" in str(
-            error
-        ):  # the message of the host allocator, which has no exception class of its own
-            return None
-        raise
-
-
-def _peak(model: PreTrainedModel, run: Callable[[], _Run]) -> int:
-    """Return the bytes of the weights plus the rise of memory during `run`."""
-    clock = StageClock(model.device)
-    before = clock.in_use()
-    with clock.stage("run"):
-        run()
-    return _size(model).weight_bytes + clock.stages[-1].peak_memory - before
-
-
-def _run(model: PreTrainedModel, forward: Callable[..., Any], ids: Tensor, setting: Setting, new_tokens: int) -> _Run:
-    cache = StaticCache(model.config, max_cache_len=ids.shape[1] + new_tokens) if setting.compiled else None
-    start = time.perf_counter()
-    name = cache_argument(model)
-    output = forward(input_ids=ids, **{name: cache}, use_cache=True, logits_to_keep=1)
-    token = _likeliest(output)
-    token.cpu()  # waits for the device
-    first = time.perf_counter()
-    for _ in range(new_tokens):
-        output = forward(input_ids=token, **{name: cache_of(output)}, use_cache=True, logits_to_keep=1)
-        token = _likeliest(output)
-    token.cpu()
-    end = time.perf_counter()
-    taken = cache_bytes(cache_of(output))
-    return _Run(first - start, end - first, None if taken is None else taken / len(ids))
-
-
-def _likeliest(output: Any) -> Tensor:
-    """Return the most likely next tokens, (batch, 1)."""
-    return output.logits[:, -1:].argmax(-1)
-
-
-# ------------------------------------------------------------------------------------------------------------ results
-
-
-def _speed(runs: list[_Run], peak: int, setting: Setting, new_tokens: int) -> Speed:
-    return Speed(
-        first_token_seconds=Spread.of(run.first_token for run in runs),
-        prefill_tokens_per_second=Spread.of(
-            setting.batch_size * setting.prompt_length / run.first_token for run in runs
-        ),
-        decode_tokens_per_second=Spread.of(setting.batch_size * new_tokens / run.decode for run in runs),
-        cache_bytes_per_token=runs[-1].cache_bytes,
-        peak_memory=peak,
+    speeds = {name: runner.speed() for name, runner in runners.items()}
+    row = Row(setting, speeds.get("model"), speeds.get("reference"), failures=tuple(failures))
+    if len(runners) < 2:
+        return row
+    ours, theirs = runners["model"], runners["reference"]
+    return replace(
+        row,
+        prefill_ratio=_ratio(ours.first_seconds, theirs.first_seconds),
+        decode_ratio=_ratio(ours.decode_seconds, theirs.decode_seconds),
     )
 
 
-def _ratios(ours: list[_Run], theirs: list[_Run]) -> tuple[Spread, Spread]:
-    pairs = list(zip(ours, theirs, strict=True))
-    return (
-        Spread.of(other.first_token / one.first_token for one, other in pairs),
-        Spread.of(other.decode / one.decode for one, other in pairs),
-    )
+class _Runner:
+    """Measures one model on one batch of prompts (batch, length)."""
+
+    def __init__(self, model: PreTrainedModel, ids: Tensor, compiled: bool, new_tokens: int) -> None:
+        self.model, self.ids, self.compiled, self.new_tokens = model, ids, compiled, new_tokens
+        self.forward: Callable[..., Any] = model
+        if compiled:
+            torch.compiler.reset()  # otherwise the changed shapes of the next setting would be compiled as dynamic
+            self.forward = torch.compile(model)
+        self.first_seconds: list[float] = []
+        self.decode_seconds: list[float] = []
+        self.cache_bytes: float | None = None
+        self.peak_memory = 0
+
+    def measure(self, repeat: int) -> bool:
+        """Measure memory in repeat −1, and time from repeat 0 on. Return False if memory does not suffice."""
+        try:
+            if repeat == -1:
+                clock = StageClock(self.model.device)
+                before = clock.in_use()
+                with clock.stage("run"):
+                    self._run()
+                self.peak_memory = _size(self.model).weight_bytes + clock.stages[-1].peak_memory - before
+            else:
+                first, decode = self._run()
+                if repeat >= 0:
+                    self.first_seconds.append(first)
+                    self.decode_seconds.append(decode)
+        except RuntimeError as error:
+            # The allocator of the host has no exception class of its own.
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                return False
+            raise
+        return True
+
+    def _run(self) -> tuple[float, float]:
+        """Return the seconds of the prefill and of all steps after the first token."""
+        name, token, cache = cache_argument(self.model), self.ids, None
+        if self.compiled:
+            cache = StaticCache(self.model.config, max_cache_len=self.ids.shape[1] + self.new_tokens)
+        start = first = time.perf_counter()
+        for step in range(1 + self.new_tokens):
+            output = self.forward(input_ids=token, **{name: cache}, use_cache=True, logits_to_keep=1)
+            token, cache = output.logits[:, -1:].argmax(-1), cache_of(output)  # (batch, 1)
+            if step == 0:
+                token.cpu()  # waits for the device
+                first = time.perf_counter()
+        token.cpu()
+        end = time.perf_counter()
+        self.cache_bytes = cache_bytes(cache)
+        return first - start, end - first
+
+    def speed(self) -> Speed:
+        """Return the results of all repeats."""
+        batch, length = self.ids.shape
+        return Speed(
+            first_token_seconds=Spread.of(self.first_seconds),
+            prefill_tokens_per_second=Spread.of(batch * length / seconds for seconds in self.first_seconds),
+            decode_tokens_per_second=Spread.of(batch * self.new_tokens / seconds for seconds in self.decode_seconds),
+            cache_bytes_per_token=None if self.cache_bytes is None else self.cache_bytes / batch,
+            peak_memory=self.peak_memory,
+        )
+
+
+def _ratio(seconds: list[float], reference: list[float]) -> Spread:
+    """Return how many times as fast as the reference a model was in each repeat."""
+    return Spread.of(theirs / ours for ours, theirs in zip(seconds, reference, strict=True))
 
 
 def _size(model: PreTrainedModel) -> Size:
-    tensors = [*model.parameters(), *model.buffers()]
-    return Size(model.num_parameters(), sum(one.numel() * one.element_size() for one in tensors))
+    weight_bytes = 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        weight_bytes += tensor.numel() * tensor.element_size()
+    return Size(model.num_parameters(), weight_bytes)
 
 
 def _machine(model: PreTrainedModel) -> dict[str, Any]:
     backend = getattr(torch, model.device.type)
+    name = platform.processor() or platform.machine()
+    if hasattr(backend, "get_device_name"):
+        name = backend.get_device_name(model.device)
     return {
         "device": str(model.device),
-        "device_name": backend.get_device_name(model.device)
-        if hasattr(backend, "get_device_name")
-        else platform.processor() or platform.machine(),
+        "device_name": name,
         "threads": torch.get_num_threads(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,

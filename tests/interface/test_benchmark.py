@@ -1,4 +1,4 @@
-"""How fast a model is beside its reference: what is measured, what is told, and the command that shows it."""
+"""Test the speed of a model and a reference: measurements, errors, and the output of the command."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_each_models_memory_is_seen_though_they_share_a_process() -> None:
     twins = [dense(NAME, intermediate_size=8192) for _ in range(2)]
     found = benchmark(*twins, batch_sizes=(32,), prompt_lengths=(60,), new_tokens=1, repeats=1)
     (row,) = found.rows
-    hidden = 32 * 60 * 8192 * 4  # of the MLP: gate, up, and what is made of them
+    hidden = 32 * 60 * 8192 * 4  # the MLP computes gate, up, and their product
     assert found.memory_kind == "sampled resident size"
     for speed in (row.model, row.reference):
         assert speed is not None

@@ -516,7 +516,7 @@ def test_a_dataset_that_cannot_be_reached_names_the_flag(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = refusal(capsys, "compress", checkpoint, "--output", tmp_path / "o")
-    start = "error: Salesforce/wikitext (subset wikitext-2-raw-v1), read from the Hub, cannot be read: "
+    start = "error: Salesforce/wikitext, subset wikitext-2-raw-v1 cannot be read: "
     assert message.startswith(start)
     assert "(--dataset FILE on the command line): a local .txt" in message
 

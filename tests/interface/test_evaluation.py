@@ -1,4 +1,4 @@
-"""Perplexity, fidelity, inspection and estimate, each against a direct calculation."""
+"""Test perplexity, fidelity, inspection and estimate against direct calculations."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from optimum_modegpt.report import count_parameters
 
 
 def log_probabilities(model: PreTrainedModel, windows: Tensor) -> Tensor:
-    """(windows, length − 1, vocabulary), one window at a time, in float64."""
+    """Compute log-probabilities (windows, length − 1, vocabulary), one window at a time, in float64."""
     with torch.no_grad():
         logits = torch.cat([model(window[None]).logits for window in windows])
     return logits[:, :-1].double().log_softmax(-1)
@@ -91,7 +91,7 @@ def test_the_models_mode_is_restored_and_dropout_is_off(windows: Tensor) -> None
 
 
 def test_a_loss_beyond_the_largest_float_is_infinite() -> None:
-    assert scoring.finish(1e6, tokens(batch=1, length=2)).perplexity == math.inf
+    assert scoring.exponential(1e6, 1) == math.inf
 
 
 def test_weights_that_are_not_finite_are_an_error(windows: Tensor) -> None:
@@ -153,7 +153,7 @@ def test_inspection_counts_what_is_stored(name: str, shard: str, tmp_path: Path)
 
 
 def block_weights(model: PreTrainedModel) -> int:
-    """Weights of the projections of all blocks."""
+    """Count the weights of the projections of all blocks."""
     return sum(p.numel() for name, p in model.named_parameters() if "layers." in name and p.ndim == 2)
 
 

@@ -40,7 +40,7 @@ MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "l
 DESCRIPTION = f"{PACKAGE}.modeling.modegpt_family"
 """The description of families, which imports nothing. Every part may use it."""
 
-READING = ("data", "sources", "hub_datasets", "tokenization", "token_ids")
+READING = ("data", "sources", "parsing")
 """The modules of `calibration` that read text; they know nothing of models."""
 
 ONLY = {

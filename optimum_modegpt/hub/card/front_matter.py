@@ -6,7 +6,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from optimum_modegpt.calibration.data import HUB_DATASETS
 from optimum_modegpt.hub.card.contents import Contents, is_repo_id
 
 TAGS = ["modegpt", "compressed", "structured-pruning", "low-rank"]
@@ -48,6 +47,8 @@ def relation(found: Contents) -> str | None:
 
 def hub_dataset(text: dict[str, Any]) -> str | None:
     """Return the Hub id of the dataset in a record of token windows; None if the dataset is not on the Hub."""
+    from optimum_modegpt.calibration.sources import HUB_DATASETS  # slow, because it imports datasets
+
     name = text.get("name")
     if text.get("revision") is None or name is None:  # only datasets on the Hub have a revision
         return None
