@@ -62,7 +62,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         noted.append(f"hold {len(tensor)} for {queue.name}")
 
     monkeypatch.setattr(transfers, "overlaps", lambda device: True)
-    monkeypatch.setattr(transfers, "copies", lambda device, direction: queues[direction])
+    monkeypatch.setattr(transfers, "copy_stream", lambda device, direction: queues[direction])
     monkeypatch.setattr(transfers, "pinned", torch.zeros_like)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: queues["computing"])
     monkeypatch.setattr(torch.Tensor, "record_stream", hold)
@@ -151,9 +151,9 @@ def test_map_stream_overlaps_copies_to_the_host_with_computation(log: list[str])
 
 def test_each_direction_has_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "Stream", lambda device: object())
-    monkeypatch.setattr(transfers, "copies", functools.cache(transfers.copies.__wrapped__))
-    assert transfers.copies(AWAY, "to") is transfers.copies(AWAY, "to")
-    assert transfers.copies(AWAY, "to") is not transfers.copies(AWAY, "from")
+    monkeypatch.setattr(transfers, "copy_stream", functools.cache(transfers.copy_stream.__wrapped__))
+    assert transfers.copy_stream(AWAY, "to") is transfers.copy_stream(AWAY, "to")
+    assert transfers.copy_stream(AWAY, "to") is not transfers.copy_stream(AWAY, "from")
 
 
 def test_tensors_on_the_target_device_are_not_copied(log: list[str]) -> None:
