@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -113,13 +114,12 @@ def cases(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return the settings in which each case of a study differs from the defaults."""
     if name != "llama":
         return STUDIES[name]
-    counts = [None if count == "all" else int(count) for count in options.blocks]
     found = []
     for llama in options.llamas:
-        for count in counts:
+        for count in options.blocks:
             case = {"llama": llama, "vocabulary": 32_000, **LLAMAS[llama]}
-            if count is not None:
-                case["blocks"] = count
+            if count != "all":
+                case["blocks"] = int(count)
             found.append(case)
     return found
 
@@ -156,10 +156,7 @@ def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def exponent(sizes: list[float], values: list[float]) -> float:
     """Return the slope of log(values) on log(sizes)."""
-    x, y = ([math.log(value) for value in each] for each in (sizes, values))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return products / sum((a - mean_x) ** 2 for a in x)
+    return statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, values))).slope
 
 
 def in_own_process(case: dict[str, Any], place: Path | None) -> dict[str, Any]:

@@ -82,8 +82,11 @@ def mlp(scale: int, place: dict[str, Any]) -> dict[str, Works]:
     def run(x: Tensor, width: int) -> Tensor:
         return linear(linear(x, ups[width]), downs[width])
 
-    inputs = {"decode": torch.randn(1, d_model, **place), "prefill": torch.randn(PROMPT, d_model, **place)}
-    return {task: {width: partial(run, x, width) for width in widths} for task, x in inputs.items()}
+    token, prompt = torch.randn(1, d_model, **place), torch.randn(PROMPT, d_model, **place)
+    return {
+        "decode": {width: partial(run, token, width) for width in widths},
+        "prefill": {width: partial(run, prompt, width) for width in widths},
+    }
 
 
 def multiple(width: float, step: int) -> int:

@@ -52,7 +52,8 @@ def empty(folder: Path) -> Any:
 def partly_on_disk(model: Any) -> dict[str, str]:
     """Return a device map with the second block on disk and the rest in memory."""
     path = f"model.{model.config.family.blocks}"
-    placed = {f"{path}.{index}": "disk" if index == 1 else "cpu" for index, _ in enumerate(model.get_submodule(path))}
+    placed = {f"{path}.{index}": "cpu" for index, _ in enumerate(model.get_submodule(path))}
+    placed[f"{path}.1"] = "disk"
     while path:
         path, _, inner = path.rpartition(".")
         for key, _ in model.get_submodule(path).named_children():
@@ -83,7 +84,7 @@ def test_device_map_with_a_block_on_disk(name: str, layout: str, saved: Saved, t
 
 @FAMILY
 @LAYOUT
-def test_loaded_by_accelerate(name: str, layout: str, saved: Saved, tmp_path: Path) -> None:
+def test_load_checkpoint_and_dispatch(name: str, layout: str, saved: Saved, tmp_path: Path) -> None:
     folders, expected = saved[name]
     for placed in ("auto", partly_on_disk(empty(folders[layout]))):
         model = empty(folders[layout])

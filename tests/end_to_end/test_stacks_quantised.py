@@ -1,4 +1,4 @@
-"""Test quantization of compressed models by bitsandbytes and torchao: load, save and reload with identical logits."""
+"""Test quantisation of compressed models by bitsandbytes and torchao: load, save and reload with identical logits."""
 
 from __future__ import annotations
 

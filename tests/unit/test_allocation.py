@@ -23,6 +23,8 @@ from optimum_modegpt.allocation.sensitivity import interpolate, lower_hull, plan
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
 from optimum_modegpt.modeling.modegpt_family import Widths
 
+PARTS = ("mlp", "qk", "vo")
+Curves = dict[tuple[int, str], list[tuple[float, float]]]
 INFLUENCES = {
     "falling": [0.9, 0.5, 0.3, 0.2, 0.1],
     "equal": [0.3] * 5,
@@ -209,7 +211,7 @@ def test_total_is_met_within_half_a_step(sparsity, step, mlp_step, temperature):
     if temperature:
         targets = influence_targets(INFLUENCES["falling"], sparsity, temperature=temperature, cap=0.8)
     plan = plan_from_targets(targets, sizes)
-    half = max(size.step * size.weights_per_unit for block in sizes for size in block.values()) / 2
+    half = max(size.step * size.weights_per_unit for size in sizes[0].values()) / 2  # all blocks are equal
     assert abs(plan_sparsity(plan, sizes) - sparsity) <= half / total_weights(sizes) + 1e-12
     _check_widths(plan, sizes)
     if sparsity == 0:
@@ -227,7 +229,7 @@ def test_mlp_compensates_for_heads_that_cannot_be_cut():
 
 
 def test_next_block_compensates_for_a_block_that_misses_its_target():
-    stiff = {part: PartSize(10, 10, 10, 10) for part in ("mlp", "qk", "vo")}
+    stiff = {part: PartSize(10, 10, 10, 10) for part in PARTS}
     soft = {"mlp": PartSize(100, 10, 1, 1), "qk": PartSize(10, 10, 10, 10), "vo": PartSize(10, 10, 10, 10)}
     assert plan_from_targets([0.5, 0.25], [stiff, soft]).widths[1].mlp == 100 - 15 - 30
 
@@ -307,17 +309,26 @@ def cheapest(curves, sizes, removed: float) -> float:
     )
 
 
-def random_curve(random_numbers: random.Random) -> list[tuple[float, float]]:
-    power, factor = random_numbers.uniform(1, 4), random_numbers.expovariate(1)
-    return [(s, factor * s**power) for s in (0.15, 0.3, 0.45, 0.6, 0.75, 0.95)]
+def equal_curves(blocks: int, curve: list[tuple[float, float]]) -> Curves:
+    """Return the same curve for every part of every block."""
+    return {(block, part): curve for block, part in itertools.product(range(blocks), PARTS)}
+
+
+def random_curves(blocks: int, random_numbers: random.Random) -> Curves:
+    """Return a random curve for every part of every block."""
+    curves = {}
+    for block, part in itertools.product(range(blocks), PARTS):
+        power, factor = random_numbers.uniform(1, 4), random_numbers.expovariate(1)
+        curves[block, part] = [(s, factor * s**power) for s in (0.15, 0.3, 0.45, 0.6, 0.75, 0.95)]
+    return curves
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.8])
 def test_plan_has_the_least_divergence(seed, sparsity):
     random_numbers = random.Random(seed)
-    sizes = [{part: PartSize(8, 5, 2, 2) for part in ("mlp", "qk", "vo")} for _ in range(2)]
-    curves = {(block, part): random_curve(random_numbers) for block in range(2) for part in sizes[0]}
+    sizes = [{part: PartSize(8, 5, 2, 2) for part in PARTS} for _ in range(2)]
+    curves = random_curves(2, random_numbers)
     plan = plan_from_curves(curves, sizes, sparsity)
     removed = plan_sparsity(plan, sizes)
     assert abs(removed - sparsity) <= 10 / total_weights(sizes) / 2 + 1e-12 or removed == largest_sparsity(sizes)
@@ -330,7 +341,7 @@ def test_plan_for_parts_of_different_sizes_is_within_one_step_of_the_least_diver
     random_numbers = random.Random(seed)
     sizes = [{"mlp": PartSize(24, 3, 2, 2), "qk": PartSize(8, 4, 2, 2), "vo": PartSize(8, 4, 1, 1)} for _ in range(1)]
     sizes += [{"mlp": PartSize(12, 6, 2, 2), "qk": PartSize(8, 4, 2, 2), "vo": PartSize(8, 4, 4, 4)}]
-    curves = {(block, part): random_curve(random_numbers) for block in range(2) for part in sizes[0]}
+    curves = random_curves(2, random_numbers)
     plan = plan_from_curves(curves, sizes, sparsity)
     removed, found = plan_sparsity(plan, sizes), cost(plan, curves, sizes)
     largest_step = 0.0
@@ -350,7 +361,7 @@ def test_plan_for_parts_of_different_sizes_is_within_one_step_of_the_least_diver
 @pytest.mark.parametrize("seed", range(3))
 def test_target_is_met_with_the_steps_of_kernels(sparsity, blocks, seed):
     random_numbers, sizes = random.Random(seed), block_sizes(blocks)
-    curves = {(block, part): random_curve(random_numbers) for block in range(blocks) for part in sizes[0]}
+    curves = random_curves(blocks, random_numbers)
     plan = plan_from_curves(curves, sizes, sparsity)
     finest = 8 * 512 / total_weights(sizes)
     assert abs(plan_sparsity(plan, sizes) - sparsity) <= max(finest / 2 if blocks == 2 else 0, 0.005)
@@ -361,22 +372,22 @@ def test_target_is_met_with_the_steps_of_kernels(sparsity, blocks, seed):
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
 def test_any_curve_gives_a_plan_that_meets_the_target(curve, sparsity):
     sizes = block_sizes(6, step=1, mlp_step=1)
-    curves = {(block, part): curve for block in range(6) for part in sizes[0]}
+    curves = equal_curves(6, curve)
     plan = plan_from_curves(curves, sizes, sparsity)
     assert plan_sparsity(plan, sizes) == pytest.approx(sparsity, abs=0.001)
     _check_widths(plan, sizes)
 
 
 def test_equal_parts_are_cut_evenly():
-    sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")} for _ in range(4)]
-    curves = {(block, part): [(0.9, 1.0)] for block in range(4) for part in sizes[0]}
+    sizes = [{part: PartSize(10, 1, 1, 1) for part in PARTS} for _ in range(4)]
+    curves = equal_curves(4, [(0.9, 1.0)])
     plan = plan_from_curves(curves, sizes, 0.5)
     assert set(plan.widths) == {Widths(5, 5, 5)}
 
 
 def test_sparsity_zero_keeps_every_part_dense():
     sizes = block_sizes(2)
-    curves = {(block, part): CURVES["flat"] for block in range(2) for part in sizes[0]}
+    curves = equal_curves(2, CURVES["flat"])
     plan = plan_from_curves(curves, sizes, 0.0)
     assert plan == Plan.dense(sizes)
     assert plan_sparsity(plan, sizes) == 0
@@ -384,21 +395,21 @@ def test_sparsity_zero_keeps_every_part_dense():
 
 def test_sparsity_above_the_largest_gives_the_floors():
     sizes = block_sizes(2, cap=0.5)
-    curves = {(block, part): CURVES["convex"] for block in range(2) for part in sizes[0]}
+    curves = equal_curves(2, CURVES["convex"])
     plan = plan_from_curves(curves, sizes, 0.8)
     assert plan_sparsity(plan, sizes) == largest_sparsity(sizes)
     _check_widths(plan, sizes)
 
 
 def test_insensitive_part_is_cut_before_a_sensitive_one():
-    sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")}]
+    sizes = [{part: PartSize(10, 1, 1, 1) for part in PARTS}]
     curves = {(0, "mlp"): [(0.9, 9.0)], (0, "qk"): [(0.9, 0.01)], (0, "vo"): [(0.9, 1.0)]}
     assert plan_from_curves(curves, sizes, 0.4).to_list() == [{"mlp": 10, "qk": 1, "vo": 7}]
 
 
 def test_divergence_is_compared_per_weight_not_per_unit_of_width():
     sizes = [{"mlp": PartSize(10, 30, 1, 1), "qk": PartSize(10, 1, 1, 1), "vo": PartSize(10, 1, 1, 1)}]
-    curves = {(0, part): [(0.9, 1.0)] for part in sizes[0]}
+    curves = equal_curves(1, [(0.9, 1.0)])
     assert plan_from_curves(curves, sizes, 90 / 320).to_list() == [{"mlp": 7, "qk": 10, "vo": 10}]
 
 

@@ -68,7 +68,8 @@ def test_linear_mlp_is_solved_as_by_least_squares():
     samples = windows(rows_of(1, seed=3), down, identity, count=3, noise=1.0)
     (refitted,) = refit_inputs(rows, down, samples, identity, ridge=1e-12, iterations=80)
     root = torch.cat([s.weight.sqrt() for s in samples])[:, None]
-    inputs, target = (root * torch.cat([getattr(s, name) for s in samples]) for name in ("inputs", "target"))
+    inputs = root * torch.cat([s.inputs for s in samples])
+    target = root * torch.cat([s.target for s in samples])
     best = torch.linalg.lstsq(inputs, target).solution  # (d_model, 3); Dᵀ W can take every value
     assert difference(refitted.T @ down, best) < 1e-6
 

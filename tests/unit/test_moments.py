@@ -30,7 +30,7 @@ def test_sum_over_batches_equals_the_moments_of_all_tokens(dtype, ones, weighted
         weight = normal(*SHAPE, seed=seed + 20).exp().float() if weighted else None
         total.add(inputs, target, weight)
         batches.append((inputs, target, torch.ones(SHAPE) if weight is None else weight))
-    tokens = [torch.cat([batch[i].flatten(0, 1) for batch in batches]).double() for i in range(3)]
+    tokens = [torch.cat(parts).flatten(0, 1).double() for parts in zip(*batches, strict=True)]
     expected, found = linear_moments(*tokens, ones=ones), total.value()
     assert found.gram.dtype == found.cross.dtype == torch.float64
     assert difference(found.gram, expected.gram) < 1e-6
