@@ -1,4 +1,4 @@
-"""Check prose against a short list of words to avoid: README, guides, templates, and comments and strings of the code.
+"""Check the prose of README, guides, templates, code and tests against a short list of words to avoid.
 
 python .github/prose.py [--update]
 
@@ -48,10 +48,11 @@ def main() -> int:
 
 
 def files() -> list[Path]:
-    """Return the files with prose that people read."""
-    package, github = ROOT / "optimum_modegpt", ROOT / ".github"
-    prose = [ROOT / "README.md", *github.rglob("*.md"), *package.rglob("*.jinja"), *package.rglob("*.py")]
-    return sorted(prose)
+    """Return the files with prose that people read, except the test of this script, which has examples of each word."""
+    package, tests, github = ROOT / "optimum_modegpt", ROOT / "tests", ROOT / ".github"
+    prose = {ROOT / "README.md", *github.rglob("*.md"), *package.rglob("*.jinja")}
+    prose |= {*package.rglob("*.py"), *tests.rglob("*.py")}
+    return sorted(prose - {tests / "interface" / "test_prose.py"})
 
 
 def findings(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -64,13 +65,15 @@ def findings(path: Path) -> Iterator[tuple[int, str, str]]:
 
 
 def python_prose(source: str) -> Iterator[tuple[int, str]]:
-    """Yield the first line and the text of every comment and string of Python code."""
+    """Yield the first line and the text of every comment, string and test name of Python code."""
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             yield token.start[0], token.string
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.lineno, node.value
+        elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield node.lineno, node.name.replace("_", " ")
 
 
 def read_allowed() -> Counter[str]:

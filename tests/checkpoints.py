@@ -1,4 +1,4 @@
-"""Tiny checkpoints and texts on disk, for tests of what users call."""
+"""Save tiny models and texts to disk, for tests of the user interface."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ RECIPE: dict[str, Any] = {
     "num_samples": 8,
     "sequence_length": 32,
 }
-"""A recipe that takes about a second."""
+"""Compression settings that take about a second."""
 
 
 def save_dense(folder: Path, name: str = "llama-gqa-tied", **changes: Any) -> Path:
-    """A dense random model and its tokenizer."""
+    """Save a dense random model and its tokenizer, and return the folder."""
     dense(name, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 
 
 def save_text(path: Path, seed: int = 0, words: int = 1000) -> Path:
-    """A text of random words; the tokenizer makes one token a character."""
+    """Save a text of random words and return its path. The tokenizer makes one token of each character."""
     draw = random.Random(seed)
-    path.write_text(" ".join("".join(draw.choices("aeionrst", k=draw.randint(2, 7))) for _ in range(words)))
+    letters = [draw.choices("aeionrst", k=draw.randint(2, 7)) for _ in range(words)]
+    path.write_text(" ".join(map("".join, letters)))
     return path

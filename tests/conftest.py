@@ -1,4 +1,4 @@
-"""Settings of the whole suite."""
+"""Configure the test suite and provide shared fixtures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 import signal
 from collections.abc import Iterator
 
-# Before torch and transformers are imported, and for the processes that tests start too. No test touches the network.
-# Bit-equality across processes needs one order of summation, and tiny models are fastest on one thread.
+# Set before torch and transformers are imported; subprocesses of the tests inherit it. No test uses the network.
+# One thread gives one order of summation, so that results of several processes are bit-identical.
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import pytest
@@ -17,19 +17,19 @@ from optimum_modegpt.decompositions.psd import row_type
 
 torch.set_num_threads(1)
 
-# A shell that runs the suite in the background has it ignore Ctrl-C, and the processes that tests interrupt with it.
+# A shell that starts the suite in the background makes it and its subprocesses ignore Ctrl-C. Some tests send Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Sums(list[torch.dtype]):
-    """The types of the rows that were multiplied; `rounds` lets the sums lose their digits."""
+    """Record the dtypes of the multiplied rows. If `rounds` is set, the products are rounded to 16 bits."""
 
     rounds = False
 
 
 @pytest.fixture
 def sums_in_float32() -> Iterator[Sums]:
-    """A processor whose products of 16-bit rows have float32 sums, as accelerators have them; the rows' types."""
+    """Give the CPU the accelerators' product of 16-bit rows with float32 sums, and record the dtypes of the rows."""
     calls = Sums()
 
     def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

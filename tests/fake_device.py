@@ -1,7 +1,7 @@
-"""A device that is not the host: its tensors compute there, but refuse to meet those of the host.
+"""Simulate an accelerator: its tensors compute on the host, and raise when combined with host tensors.
 
-As a program it compresses a tiny model on that device and prints, as JSON, where streams were kept, where they were
-found, which tensors of the result were left on the device, and how far they are from what the host computes.
+As a program, compress a tiny model on the simulated device. Print as JSON the reported and the observed location of
+the residual streams, the result's tensors that are still on the device, and their largest difference from the host's.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from optimum_modegpt.compress import compress
 
 NAME = "elsewhere"
 LACKING: set[torch.dtype] = set()
-"""What its tensors cannot be."""
+"""Dtypes that the device does not support."""
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::index")
-"""Operators that may see tensors of both."""
+"""Operators that accept tensors of both devices."""
 
 
 class Elsewhere(torch.Tensor):
-    """A tensor of the device around one of the host."""
+    """Wrap a host tensor as a tensor of the simulated device."""
 
     inner: torch.Tensor
 
@@ -54,35 +54,47 @@ class Elsewhere(torch.Tensor):
 
 
 class Made(TorchDispatchMode):
-    """Inside, tensors can be made on the device."""
+    """Let operators create tensors on the simulated device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return run(function, args, kwargs or {})
 
 
 def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    name, leaves = function.name(), [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    away = [x for x in leaves if isinstance(x, Elsewhere)]
-    here = [x for x in leaves if not isinstance(x, Elsewhere) and x.ndim and x.numel() and not x.is_meta]
-    if away and here and not name.startswith(COPIES):
-        raise RuntimeError(f"{function}: tensors of two devices, {len(away)} elsewhere and {len(here)} here")
+    """Run an operator on the host tensors inside, and wrap its result if it is on the simulated device."""
+    name, away = function.name(), _device_tensors(function, (args, kwargs))
     wanted = kwargs.get("device")
-    there = torch.device(wanted).type == NAME if wanted is not None else bool(away)
+    on_device = bool(away)
+    if wanted is not None:
+        on_device = torch.device(wanted).type == NAME
     if name.startswith("aten::copy_"):
-        there = isinstance(args[0], Elsewhere)
-    if wanted is not None and there:
+        on_device = isinstance(args[0], Elsewhere)
+    if wanted is not None and on_device:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     result = function(*tree_map(_inner, args), **tree_map(_inner, kwargs))
     known = {id(x.inner): x for x in away}
 
     def outer(value: Any) -> Any:
-        if not there or not isinstance(value, torch.Tensor):
+        if not on_device or not isinstance(value, torch.Tensor):
             return value
         if value.dtype in LACKING:
             raise TypeError(f"{NAME} has no {value.dtype}: float64 is computed on the host")
         return known[id(value)] if id(value) in known else Elsewhere(value)
 
     return tree_map(outer, result)
+
+
+def _device_tensors(function: Any, arguments: Any) -> list[Elsewhere]:
+    """Return the arguments on the simulated device; raise if there are host tensors too."""
+    away, here = [], []
+    for leaf in tree_leaves(arguments):
+        if isinstance(leaf, Elsewhere):
+            away.append(leaf)
+        elif isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.numel() and not leaf.is_meta:
+            here.append(leaf)
+    if away and here and not function.name().startswith(COPIES):
+        raise RuntimeError(f"{function}: tensors of two devices, {len(away)} on {NAME} and {len(here)} on the host")
+    return away
 
 
 def _inner(value: Any) -> Any:

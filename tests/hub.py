@@ -1,8 +1,8 @@
-"""A Hub on this machine: as much of its HTTP API for models as pushing and loading ask for, in memory.
+"""Serve an in-memory Hub on this machine, with the parts of its HTTP API that pushing and loading models need.
 
-`with serving() as hub:` listens at `hub.url`; a client process takes it from HF_ENDPOINT. What clients asked for stands
-in `hub.log`. `hub.refused` and `hub.dropped` hold the repositories whose commits are refused, and whose large files are
-cut off while they are sent; commits to those in `hub.held` are not answered until `hub.released` is set.
+`with serving() as hub:` listens at `hub.url`; client processes read the address from HF_ENDPOINT. `hub.log` records
+the requests. To test failures, add a repository name to `hub.refused` (commits are refused), `hub.dropped` (uploads of
+large files are cut off) or `hub.held` (commits are not answered until `hub.released` is set).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ LARGE = (".safetensors", ".bin", "tokenizer.json", ".png")
 
 @dataclass(frozen=True)
 class Blob:
-    """One version of a file."""
+    """Hold one version of a file."""
 
     data: bytes
     large: bool
 
     @property
     def oid(self) -> str:
-        """SHA-256 of a large file; that of a git blob for others."""
+        """Return the SHA-256 of a large file, or the git blob hash of a small one."""
         if self.large:
             return hashlib.sha256(self.data).hexdigest()
         return hashlib.sha1(b"blob %d\0" % len(self.data) + self.data).hexdigest()
@@ -45,22 +45,22 @@ class Blob:
 
 @dataclass
 class Repo:
-    """Branches and pull requests by name, and the files of each commit."""
+    """Hold branches and pull requests by name, and the files of each commit."""
 
     private: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
 
     def sha(self, revision: str) -> str | None:
-        """The commit of a branch, a pull request or a commit."""
+        """Return the commit of a branch, a pull request or a commit."""
         return revision if revision in self.commits else self.refs.get(revision)
 
     def files(self, revision: str = "main") -> dict[str, Blob]:
-        """The files at a revision."""
+        """Return the files at a revision."""
         return self.commits[self.refs.get(revision, revision)]
 
     def commit(self, ref: str, files: Mapping[str, Blob]) -> str:
-        """Makes a commit of these files and nothing else, and moves `ref` to it."""
+        """Create a commit with exactly these files and move `ref` to it."""
         state = [len(self.commits), *((path, blob.oid) for path, blob in files.items())]
         sha = hashlib.sha1(repr(state).encode()).hexdigest()
         self.commits[sha], self.refs[ref] = dict(files), sha
@@ -69,7 +69,7 @@ class Repo:
 
 @dataclass
 class Hub:
-    """All repositories, who may write, and what was asked."""
+    """Hold the repositories, the access tokens and a log of the requests."""
 
     url: str = ""
     tokens: dict[str, str] = field(default_factory=lambda: {"secret": "user"})
@@ -82,33 +82,37 @@ class Hub:
     released: threading.Event = field(default_factory=threading.Event)
 
     def create(self, name: str, private: bool = False) -> Repo:
-        """A new repository with one commit, as the Hub makes it."""
+        """Create a repository with one commit, like the Hub."""
         repo = self.repos[name] = Repo(private)
         repo.commit("main", {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n", False)})
         return repo
 
     def environment(self, home: Path, *, token: str | None = "secret", **more: str) -> dict[str, str]:
-        """What a client's process sees: this Hub, a cache of its own, and the token of whoever is logged in."""
+        """Return the environment of a client process: this Hub, its own cache, and the token of the user."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         given = {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-        return kept | given | ({} if token is None else {"HF_TOKEN": token}) | more
+        if token is not None:
+            given["HF_TOKEN"] = token
+        return kept | given | more
 
     def asked(self, pattern: str) -> list[str]:
-        """The requests that match."""
+        """Return the logged requests that match."""
         return [line for line in self.log if re.search(pattern, line)]
 
 
 class Refusal(Exception):
-    """An answer that is an error."""
+    """Signal an error response."""
 
     def __init__(self, status: int, message: str, code: str = "") -> None:
         super().__init__(message)
         self.status = status
-        self.headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.headers = {"X-Error-Message": message}
+        if code:
+            self.headers["X-Error-Code"] = code
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """Answer the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -119,10 +123,10 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def log_message(self, *args: Any) -> None:
-        """Nothing on stderr."""
+        """Keep stderr quiet."""
 
     def answer(self) -> None:
-        """Finds the route, and turns a refusal into its status and headers."""
+        """Call the method of the route; answer a `Refusal` with its status and headers."""
         parts = urlsplit(self.path)
         self.hub.log.append(f"{self.command} {unquote(parts.path)}")
         self.unread = int(self.headers.get("Content-Length") or 0)
@@ -138,12 +142,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send(refusal.status, {"error": str(refusal)}, refusal.headers)
 
     def body(self) -> bytes:
-        """What the client sent, as far as it was not read yet."""
+        """Read the rest of the request body."""
         size, self.unread = self.unread, 0
         return self.rfile.read(size)
 
     def send(self, status: int, content: Any, headers: Mapping[str, str] | None = None) -> None:
-        """Bytes as they are, everything else as JSON."""
+        """Send bytes unchanged, and any other content as JSON."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         kind = "application/octet-stream" if isinstance(content, bytes) else "application/json"
@@ -156,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------------------------------------------------- rights
 
     def user(self) -> str | None:
-        """Who asks; None for anonymous requests."""
+        """Return the user of the request, or None for an anonymous one."""
         given = self.headers.get("Authorization")
         if given is None:
             return None
@@ -166,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.hub.tokens[token]
 
     def repo(self, name: str, *, write: bool = False) -> Repo:
-        """A repository that the client may see; what it may not see looks like one that is not there."""
+        """Return a repository; a private one that the client may not read is reported as missing."""
         user, repo = self.user(), self.hub.repos.get(name)
         if repo is None or (repo.private and user != name.split("/")[0]):
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
@@ -175,12 +179,14 @@ class Handler(BaseHTTPRequestHandler):
         return repo
 
     def at(self, repo: Repo, revision: str) -> str:
-        """The commit of a revision."""
+        """Return the commit of a revision."""
         sha = repo.sha(revision)
-        return sha if sha is not None else self.missing(f"Invalid rev id: {revision}", "RevisionNotFound")
+        if sha is None:
+            self.missing(f"Invalid rev id: {revision}", "RevisionNotFound")
+        return sha
 
     def missing(self, message: str, code: str) -> NoReturn:
-        """Refuses."""
+        """Answer that the requested item does not exist."""
         raise Refusal(404, message, code)
 
     # ------------------------------------------------------------------------------------------------------ writing
@@ -231,11 +237,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def lfs_batch(self, repo: str) -> None:
         self.repo(repo, write=True)
-        objects = []
-        for one in json.loads(self.body())["objects"]:
-            href = f"{self.hub.url}/lfs/{repo}/{one['oid']}"
-            actions = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
-            objects.append(one if one["oid"] in self.hub.objects else one | {"actions": actions})
+        objects = json.loads(self.body())["objects"]
+        for requested in objects:
+            if requested["oid"] not in self.hub.objects:
+                href = f"{self.hub.url}/lfs/{repo}/{requested['oid']}"
+                requested["actions"] = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
         self.send(200, {"transfer": "basic", "objects": objects})
 
     def lfs_put(self, repo: str, oid: str) -> None:
@@ -310,7 +316,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_part(blob.data, headers)
 
     def send_part(self, data: bytes, headers: Mapping[str, str]) -> None:
-        """All of it, or the range that was asked for."""
+        """Send all of `data`, or the requested range."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked is None:
             return self.send(200, data, headers)
@@ -346,13 +352,15 @@ def _upload_mode(file: dict[str, Any], known: Mapping[str, Blob]) -> dict[str, A
 
 
 def _tree_entry(path: str, blob: Blob) -> dict[str, Any]:
-    entry = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.oid}
-    return entry | {"lfs": {"oid": blob.oid, "size": len(blob.data), "pointerSize": 134}} if blob.large else entry
+    entry: dict[str, Any] = {"type": "file", "path": path, "size": len(blob.data), "oid": blob.oid}
+    if blob.large:
+        entry["lfs"] = {"oid": blob.oid, "size": len(blob.data), "pointerSize": 134}
+    return entry
 
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A Hub at a free port of the loopback interface."""
+    """Serve a Hub at a free port of the loopback interface."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"

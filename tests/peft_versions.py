@@ -1,4 +1,4 @@
-"""Which adapter calls the installed transformers and PEFT can make together."""
+"""Skip adapter tests that the installed transformers and PEFT do not support together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers
 def own_adapters() -> pytest.MarkDecorator:
     """Return a mark that skips a test of `add_adapter`, `load_adapter` or an adapter's folder.
 
-    transformers 5.24 asks for PEFT 0.22 there, which was not yet released; `get_peft_model` does not ask.
+    These calls require PEFT 0.22 in transformers 5.24, which was not yet released. `get_peft_model` does not.
     """
     return pytest.mark.skipif(bool(reason := _refusal()), reason=reason)
 
@@ -28,5 +28,5 @@ def _refusal() -> str:
     try:
         check_peft_version(min_version=oldest)
     except ValueError:
-        return f"transformers {transformers.__version__} asks for peft >= {oldest}, installed is {peft.__version__}"
+        return f"transformers {transformers.__version__} requires peft >= {oldest}, found {peft.__version__}"
     return ""

@@ -1,4 +1,4 @@
-"""Models loaded in a fresh process, by the package or, without it, by the code in their folders."""
+"""Load models in a fresh process, with the package or with the remote code in their folders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_models import tokens
 
 import optimum_modegpt
 
-# Reads jobs [{folder, auto, dtype, out, save}] and writes the outputs of each model.
+# Reads jobs [{folder, auto, dtype, out, save}] and writes the output of each model.
 WORKER = """
 import json, sys
 jobs, trust = json.loads(sys.argv[1]), sys.argv[2] == "remote"
@@ -39,7 +39,7 @@ for job in jobs:
         model.save_pretrained(job["save"])
 if trust:
     assert not any(name.startswith("optimum_modegpt.") for name in sys.modules)
-    # The code of one repository must not serve the next.
+    # The code of one repository must not be registered for the next one.
     assert "modegpt_llama" not in transformers.CONFIG_MAPPING
     from transformers import pipeline
     made = pipeline("text-generation", jobs[0]["folder"], trust_remote_code=True)("a", max_new_tokens=2)
@@ -48,7 +48,7 @@ if trust:
 
 
 def run_worker(jobs: list[dict[str, Any]], kind: str, cache: Path) -> None:
-    """Runs the jobs in one fresh isolated process."""
+    """Run the jobs in one fresh isolated process. `kind` is "remote" for the code in the folders."""
     package_root = str(Path(next(iter(optimum_modegpt.__path__))).parent)
     environment = os.environ | {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
     done = subprocess.run(

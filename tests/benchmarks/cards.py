@@ -1,4 +1,4 @@
-"""Makes `model_cards/`: each model of the README compressed by 30 % and evaluated, by the package's own commands.
+"""Make `model_cards/`: compress each model of the README by 30 % and evaluate it, with the package's commands.
 
 python tests/benchmarks/cards.py --models DIR --texts DIR [--recover] [NAME …]
 """
@@ -17,10 +17,10 @@ from optimum_modegpt.cli.main import main as run_command
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 KEPT = ("README.md", "config.json", "report.json", "evaluation.json", "tokenizer_config.json", "ranks.png")
-"""The card and all that it is written from; weights are not kept."""
+"""The card and the files that it is written from. Weights are not kept."""
 SPARSITY = "0.3"
 WINDOWS = 64
-"""Most that a model is evaluated on."""
+"""Maximum number of evaluation windows."""
 RECOVERIES = {"demo": {"0.3": (), "0.4": ()}, "stories260k": {"0.3": ("--steps", "60", "--sequence-length", "512")}}
 """Flags of the recoveries in the guides, by model and sparsity."""
 MEASURED = ("perplexity", "kl", "top1_agreement")
@@ -28,7 +28,7 @@ MEASURED = ("perplexity", "kl", "top1_agreement")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is calibrated and evaluated: files of texts, None for the demo's own, windows and tokens a window."""
+    """Set the text files, or None for the demo's texts, the number of windows and the tokens per window."""
 
     calibration: str | None
     evaluation: str | None
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def make(name: str, sparsity: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Makes the compressed model, evaluated beside the dense one, with its card; what was measured."""
+    """Compress a model, evaluate it with the dense one as the reference, write its card, and return the measurement."""
     settings = MODELS[name]
     compress = ["--sparsity", sparsity, "--round-to", "1", "--num-samples", str(settings.num_samples)]
     run(
@@ -76,7 +76,7 @@ def make(name: str, sparsity: str, options: argparse.Namespace, output: Path) ->
 
 
 def evaluate(name: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """What is measured of a model beside the dense one; it stands on its card too."""
+    """Evaluate a model with the dense one as the reference, update its card, and return the measurement."""
     settings = MODELS[name]
     words = ["--reference", dense(name, options), "--max-windows", str(WINDOWS), *length(settings), "--update-card"]
     run("evaluate", str(output), *dataset(settings.evaluation, options), *words)
@@ -85,7 +85,7 @@ def evaluate(name: str, options: argparse.Namespace, output: Path) -> dict[str, 
 
 
 def recovered(name: str, sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A compressed model and what recovery, with the dense one as the teacher, makes of it."""
+    """Compress a model, recover it with the dense one as the teacher, and return both measurements."""
     with tempfile.TemporaryDirectory() as folder:
         small, better = Path(folder) / name, Path(folder) / "recovered"
         before = make(name, sparsity, options, small)

@@ -1,4 +1,4 @@
-"""What the figures of the benchmarks depend on."""
+"""Describe the machine and the code that the results of benchmarks depend on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optimum_modegpt.stages import compute_device
 
 
 def machine(device: str = "auto") -> dict[str, Any]:
-    """The machine and the versions, safe for JSON; memory in bytes, load over the last minute."""
+    """Return the machine and the versions for JSON, with memory in bytes and the load over the last minute."""
     chosen = compute_device(None if device == "auto" else device, torch.device("cpu"))
     return {
         "platform": f"{platform.system()} {platform.machine()}",
@@ -36,15 +36,16 @@ def machine(device: str = "auto") -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU; Linux tells it in a file alone."""
+    """Return the name of the CPU, which Linux has only in a file."""
     info = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    if info.exists() and (name := re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE)):
+        return name[1]
+    return platform.processor() or platform.machine()
 
 
 @cache
 def code() -> str:
-    """The version of the package and a digest of its Python files: it is the same where nothing has changed."""
+    """Return the version of the package and a digest of its Python files."""
     (root,) = map(Path, optimum_modegpt.__path__)
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

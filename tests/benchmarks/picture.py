@@ -37,7 +37,8 @@ def draw(results: dict[str, Any]) -> Figure:
         low, high = panel.dataLim.intervaly
         panel.set(yscale="log")
         panel.minorticks_off()
-        panel.set_yticks(ticks := [low * (high / low) ** (step / 3) for step in range(4)], [f"{y:.3g}" for y in ticks])
+        ticks = [low * (high / low) ** (step / 3) for step in range(4)]
+        panel.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         panel.set_title(model, fontsize=9)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
@@ -49,7 +50,7 @@ def draw(results: dict[str, Any]) -> Figure:
 
 
 def perplexity(results: dict[str, Any], model: str, ratio: float, method: str) -> float:
-    """Return the best perplexity of the recipes whose name starts with `method`, or of the one that is `method`."""
+    """Return the perplexity of the recipe `method`, or the best one of all recipes of the paper for "paper"."""
     rows = [row for row in results["rows"] if (row["model"], row["sparsity"]) == (model, ratio)]
     if method == "paper":
         return min(row["perplexity"] for row in rows if row["recipe"].startswith("paper"))

@@ -1,11 +1,11 @@
-"""Perplexity of real models after compression: ratios × methods × allocations, as a table a model and as JSON.
+"""Measure the perplexity of real models after compression: ratios × methods × allocations, as tables and as JSON.
 
 python tests/benchmarks/quality.py --models DIR --texts DIR [--all] [--json FILE] [NAME …]
 
-The texts and windows of a model are those of its card. By default, a few models: the published method and the default
-at every ratio, and at 30 % what each choice of the default is worth. What the JSON holds is not computed again: the
-same model, ratio, recipe, calibration and evaluation, by the same code. Sensitivities and influences depend on no
-ratio: they are measured once a model, and the time for it stands in the row that did.
+Every model uses the texts and windows of its card. By default, a few models are compressed with the published method
+and with the default at every ratio, and with ablations of the default at 30 %. Rows in the JSON file are not computed
+again if the model, ratio, recipe, calibration, evaluation and code are the same. Sensitivities and influences do not
+depend on the ratio, so they are measured once per model. The row that measures them includes their time.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "default influence": {"allocation": "influence"},
     "default, no refit": {"refit_iterations": 0},
 }
-"""The paper's method on the MLPs alone; the default with other allocations, and without the refit of gate and up."""
+"""The paper's method on the MLPs only; the default with other allocations, and without the refit of gate and up."""
 RECIPES = MAIN | ABLATIONS
 FEW = ("stories260k", "shakespeare-opt-postln")
 ABLATION_RATIO = 0.3
 COLUMNS = {"paper, best ε": tuple(name for name in MAIN if "ε" in name)} | {
     name: (name,) for name in ("paper uniform", *ABLATIONS, "default")
 }
-"""Of the table: each shows the best of its recipes."""
+"""Recipes by column of the table. A column shows the best of its recipes."""
 CELL = ("model", "sparsity", "recipe", "calibration", "evaluation", "code")
-"""What makes a row of the results another one."""
+"""Fields that identify a row of the results."""
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS, help="fractions to remove")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, metavar="RECIPE", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--json", type=Path, default=RESULTS, metavar="FILE", help="for the results (%(default)s)")
-    parser.add_argument("--cards", action="store_true", help="also write the results.json beside the models' cards")
+    parser.add_argument("--cards", action="store_true", help="also write results.json next to the models' cards")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODELS)}; default: {', '.join(FEW)}")
     options = parser.parse_args()
     options.names = options.names or list(MODELS if options.all else FEW)
@@ -106,23 +106,23 @@ def parse() -> argparse.Namespace:
 
 
 def wanted(options: argparse.Namespace) -> list[tuple[float, str]]:
-    """Ratios and recipes of every model."""
-    return [
-        (ratio, recipe)
-        for ratio in options.ratios
-        for recipe in options.recipes or RECIPES
-        if options.recipes or options.all or recipe in MAIN or ratio == ABLATION_RATIO
-    ]
+    """Return the ratios and recipes to measure for each model."""
+    found = []
+    for ratio in options.ratios:
+        for recipe in options.recipes or RECIPES:
+            if options.recipes or options.all or recipe in MAIN or ratio == ABLATION_RATIO:
+                found.append((ratio, recipe))
+    return found
 
 
 @dataclass
 class Subject:
-    """A model with its texts, and what was found about it on the way."""
+    """Load a model and its texts when needed, and keep measurements that several rows share."""
 
     name: str
     options: argparse.Namespace
     reports: dict[str, Report] = field(default_factory=dict)
-    """The first one by allocation: sensitivities and influences are the same at every ratio."""
+    """First report by allocation, which has the sensitivities and influences for all ratios."""
 
     @property
     def source(self) -> Path:
@@ -160,17 +160,18 @@ class Subject:
         return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)
 
     def cell(self, ratio: float, recipe: str) -> dict[str, Any]:
-        """What `CELL` names."""
+        """Return the values of the fields in `CELL`."""
         texts = self.calibration.record["sha256"], self.evaluation.record["sha256"]
         return dict(zip(CELL, (self.name, ratio, recipe, *texts, code()), strict=True))
 
     def measured(self, ratio: float, recipe: str) -> dict[str, Any]:
-        """One compression from the dense model, scored on the evaluation text; seconds by stage."""
+        """Compress the dense model and return the perplexity on the evaluation text and the seconds by stage."""
         model = self.load()
         config = replace(self.config, sparsity=ratio, **RECIPES[recipe])
-        plan = (
-            mlp_only(model, config) if recipe == "MLP only" else self.plan(config, part_sizes(resolve(model), config))
-        )
+        if recipe == "MLP only":
+            plan = mlp_only(model, config)
+        else:
+            plan = self.plan(config, part_sizes(resolve(model), config))
         report = compress(model, config, self.calibration, plan=plan, progress=False)
         if plan is None:
             self.reports[config.resolved_allocation] = report
@@ -181,7 +182,7 @@ class Subject:
         }
 
     def results(self, rows: list[Any]) -> dict[str, Any]:
-        """What stands beside the card of the model, for the table of the README."""
+        """Return the content of results.json in the card's folder."""
         return {
             "model": self.name,
             "calibration": self.calibration.record["name"],
@@ -197,15 +198,15 @@ class Subject:
         }
 
     def plan(self, config: ModeGPTConfig, sizes: Sizes) -> Plan | None:
-        """That of the configuration, from what was measured before; None where nothing was."""
+        """Return the plan from earlier measurements, or None if there are none."""
         report = self.reports.get(config.resolved_allocation)
         if report is None or config.resolved_allocation == "uniform":
             return None
         if config.resolved_allocation == "sensitivity":
-            curves = {
-                (int(block), part): [(sparsity, divergence) for sparsity, divergence in curve]
-                for (block, part), curve in ((key.split("."), curve) for key, curve in report.sensitivities.items())
-            }
+            curves = {}
+            for key, curve in report.sensitivities.items():
+                block, part = key.split(".")
+                curves[int(block), part] = [(sparsity, divergence) for sparsity, divergence in curve]
             return plan_from_curves(curves, sizes, config.sparsity)
         targets = influence_targets(
             report.influences, config.sparsity, temperature=config.influence_temperature, cap=config.max_sparsity
@@ -214,7 +215,7 @@ class Subject:
 
 
 def mlp_only(model: Any, config: ModeGPTConfig) -> Plan:
-    """The same number of weights, all taken from the MLPs."""
+    """Return a plan that removes the same number of weights, all of them from the MLPs."""
     sizes = part_sizes(resolve(model), config)
     mlps = sum(block["mlp"].weights for block in sizes)
     share = config.sparsity * total_weights(sizes) / mlps
@@ -225,31 +226,37 @@ def mlp_only(model: Any, config: ModeGPTConfig) -> Plan:
 
 
 def table(rows: list[Any], dense: float) -> str:
-    """A Markdown table, one line a ratio; g is log(default/dense) / log(best paper/dense)."""
+    """Format a Markdown table with one line per ratio; g is log(default/dense) / log(best paper/dense)."""
     lines = [f"| removed | {' | '.join(COLUMNS)} | g |", "|---" * (len(COLUMNS) + 2) + "|"]
     for ratio in sorted({row["sparsity"] for row in rows}):
         found = {row["recipe"]: row["perplexity"] for row in rows if row["sparsity"] == ratio}
-        shown = [min((found[one] for one in recipes if one in found), default=None) for recipes in COLUMNS.values()]
+        cells = []
+        for recipes in COLUMNS.values():
+            values = [found[recipe] for recipe in recipes if recipe in found]
+            cells.append(f"{min(values):.2f}" if values else "")
         published = [value for recipe, value in found.items() if recipe.startswith("paper")]
-        share = share_left(found["default"], min(published), dense) if published and "default" in found else None
-        lines.append(f"| {ratio:.0%} | " + " | ".join("" if x is None else f"{x:.2f}" for x in (*shown, share)) + " |")
+        if published and "default" in found:
+            cells.append(f"{share_left(found['default'], min(published), dense):.2f}")
+        else:
+            cells.append("")
+        lines.append(f"| {ratio:.0%} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def share_left(ours: float, published: float, dense: float) -> float:
-    """The share of the published method's loss that is left."""
+    """Return our loss of log-perplexity as a fraction of the published method's loss."""
     return math.log(ours / dense) / math.log(published / dense)
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The results until now."""
+    """Return the results so far."""
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     return {"machine": {}, "dense": {}, "rows": []}
 
 
 def write(file: Path, record: dict[str, Any]) -> None:
-    """The results until now, with what made them; rows of other code are left out."""
+    """Save the results so far with a description of the machine. Rows of other code are dropped."""
     record["machine"] = machine()
     record["rows"] = [row for row in record["rows"] if row["code"] == code()]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -257,7 +264,11 @@ def write(file: Path, record: dict[str, Any]) -> None:
 
 
 def find(record: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any] | None:
-    return next((row for row in record["rows"] if all(row[key] == value for key, value in cell.items())), None)
+    """Return the row of a cell, or None if it is not measured yet."""
+    for row in record["rows"]:
+        if all(row[key] == value for key, value in cell.items()):
+            return row
+    return None
 
 
 if __name__ == "__main__":

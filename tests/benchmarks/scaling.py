@@ -1,16 +1,16 @@
-"""Time and memory of compressing random models of Llama's shapes: against size, width, depth and calibration tokens.
+"""Measure time and memory of compression against size, width, depth and calibration tokens, on random Llama models.
 
 python tests/benchmarks/scaling.py --json scaling.json
 python tests/benchmarks/scaling.py --studies llama --blocks 2 all --dtype bfloat16 --windows 128 --length 2048
 
-The second command wants a GPU: blocks as wide as those of Llama-2, 7B, 13B and 70B, a few of them and all. A case that
-does not fit by what `estimate` says is not started, and stands with what it needs.
+The second command needs a GPU. It compresses 2 blocks and all blocks with the shapes of Llama-2 7B, 13B and 70B. Cases
+that do not fit into memory according to `estimate` are not started; the table says why.
 
-Every case is a process of its own that loads its model from a folder, as the command line does. Beside each measured
-peak stands what `estimate` says of it. The exponents are slopes of log(seconds) and log(bytes) on the logarithm of what
-grows. On the host the peak is that of anonymous memory (resident less shared pages) above the one before the work:
-memory maps of files are left out, and glibc returns at once what is freed (MALLOC_MMAP_THRESHOLD_ is set). The study
-"files" says that only 128 MiB of host memory are free, so that residual streams are kept in files.
+Every case is a new process that loads its model from a folder, like the command line. The table shows the measured peak
+and the estimate. The exponents are slopes of log(seconds) and log(bytes) on the logarithm of the varied quantity. The
+peak on the host is the increase of anonymous memory (resident minus shared pages). It excludes memory-mapped files, and
+MALLOC_MMAP_THRESHOLD_ makes glibc return freed memory at once. The study "files" simulates 128 MiB of free host memory,
+so that residual streams are kept in files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -77,18 +78,24 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     named = [*STUDIES, "llama"]
-    parser.add_argument("--studies", nargs="+", choices=named, default=list(STUDIES), help="what grows")
-    parser.add_argument("--llamas", nargs="+", choices=LLAMAS, default=list(LLAMAS), help="of the study llama")
-    parser.add_argument("--blocks", nargs="+", default=["2"], metavar="N", help="of a llama: a number, or all")
-    parser.add_argument("--windows", type=int, default=16, help="for calibration, where they are not what grows")
-    parser.add_argument("--length", type=int, default=256, help="of a window, in tokens")
+    parser.add_argument("--studies", nargs="+", choices=named, default=list(STUDIES), help="quantities to vary")
+    parser.add_argument("--llamas", nargs="+", choices=LLAMAS, default=list(LLAMAS), help="models of the study llama")
+    parser.add_argument(
+        "--blocks",
+        nargs="+",
+        default=["2"],
+        metavar="N",
+        help="blocks of each model of the study llama: a number, or all",
+    )
+    parser.add_argument("--windows", type=int, default=16, help="calibration windows, unless the study varies them")
+    parser.add_argument("--length", type=int, default=256, help="tokens per window")
     parser.add_argument("--allocation", default="uniform", help="as in compress")
     parser.add_argument("--iterations", type=int, default=5, help="refit_iterations of compress")
     parser.add_argument("--sparsity", type=float, default=0.3, help="as in compress")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", default="auto", help="where to compute")
     parser.add_argument(
-        "--folder", type=Path, help="for the models while they are compressed; default: a temporary one"
+        "--folder", type=Path, help="parent of the temporary folders of the models; default: the system's"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -104,19 +111,21 @@ def recipe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def cases(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What each case of a study has of its own."""
+    """Return the settings in which each case of a study differs from the defaults."""
     if name != "llama":
         return STUDIES[name]
-    counts = [None if count == "all" else int(count) for count in options.blocks]
-    return [
-        {"llama": llama, "vocabulary": 32_000, **LLAMAS[llama], **({} if count is None else {"blocks": count})}
-        for llama in options.llamas
-        for count in counts
-    ]
+    found = []
+    for llama in options.llamas:
+        for count in options.blocks:
+            case = {"llama": llama, "vocabulary": 32_000, **LLAMAS[llama]}
+            if count != "all":
+                case["blocks"] = int(count)
+            found.append(case)
+    return found
 
 
 def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All cases of one study, printed as a table, with the exponents where one thing alone grows."""
+    """Run all cases of one study, print a table, and fit exponents if only one quantity varies."""
     rows = []
     common = {"windows": options.windows, "length": options.length, "dtype": options.dtype, "device": options.device}
     for changes in tqdm(cases(name, options), desc=name, disable=not sys.stderr.isatty()):
@@ -138,22 +147,20 @@ def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
         )
     fitted = {}
     if name in GROWS:
-        values = {what: [row[what] for row in rows] for what in (grows, "seconds", "peak")}
-        fitted = {what: exponent(values[grows], values[what]) for what in ("seconds", "peak")}
+        sizes = [row[grows] for row in rows]
+        for measured in ("seconds", "peak"):
+            fitted[measured] = exponent(sizes, [row[measured] for row in rows])
         print(f"seconds ~ {grows}^{fitted['seconds']:.2f}, peak ~ {grows}^{fitted['peak']:.2f}", flush=True)
     return {"grows": grows, "exponents": fitted, "rows": rows}
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
-    """Slope of log(values) on log(sizes)."""
-    x, y = ([math.log(value) for value in each] for each in (sizes, values))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    products = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return products / sum((a - mean_x) ** 2 for a in x)
+    """Return the slope of log(values) on log(sizes)."""
+    return statistics.linear_regression(list(map(math.log, sizes)), list(map(math.log, values))).slope
 
 
 def in_own_process(case: dict[str, Any], place: Path | None) -> dict[str, Any]:
-    """The case with its measured figures, or with why it was not started."""
+    """Measure a case in a new process. Return its settings with the results, or with the reason for its refusal."""
     with tempfile.TemporaryDirectory(dir=place) as folder:
         model = on_meta(AutoModelForCausalLM, shape_of(case), getattr(torch, case["dtype"]))
         sizes, device = {"parameters": count_parameters(model)}, device_of(case)
@@ -169,14 +176,14 @@ def in_own_process(case: dict[str, Any], place: Path | None) -> dict[str, Any]:
 
 
 def save_random(case: dict[str, Any], folder: Path) -> None:
-    """Random weights; nothing of them stays in this process."""
+    """Save a model with random weights."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(shape_of(case), dtype=getattr(torch, case["dtype"]))
     model.save_pretrained(folder, max_shard_size="1GB")
 
 
 def shape_of(case: dict[str, Any]) -> LlamaConfig:
-    """A Llama; unless the case says otherwise with heads of 64 and an MLP of 2.75 times the width."""
+    """Return a Llama configuration. Defaults are heads of 64 and an MLP of 2.75 times the width."""
     width = case["width"]
     heads = case.get("heads", width // HEAD)
     return LlamaConfig(
@@ -203,7 +210,7 @@ def device_of(case: dict[str, Any]) -> torch.device:
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and peak memory of one compression in this process."""
+    """Compress one model in this process and return the seconds and the peak memory."""
     config, device = config_of(case), device_of(case)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, case["vocabulary"], (case["windows"], case["length"]), generator=generator)
@@ -234,7 +241,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def anonymous_peak() -> Iterator[list[int]]:
-    """Samples of the anonymous memory while inside, above that at the beginning."""
+    """Sample the increase of anonymous memory while the context is active."""
     process, done = psutil.Process(), threading.Event()
 
     def anonymous() -> int:

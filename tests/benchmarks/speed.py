@@ -1,9 +1,9 @@
-"""How fast compressed models are beside the dense one, and how fast the weights that are left say they should be.
+"""Measure the speed of compressed models relative to the dense one, and to the number of their weights.
 
 python tests/benchmarks/speed.py --json speed.json
 
-A random model of Llama's shapes is compressed at several ratios; each result takes turns with the dense model. The
-weights counted are those that multiply each token: all but the embedding table.
+A random model of Llama's shapes is compressed at several ratios. Each result takes turns with the dense model. All
+weights are counted except the embedding table, because they multiply every token.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from machine import machine
@@ -26,7 +25,7 @@ from optimum_modegpt.stages import compute_device
 
 WIDTH, BLOCKS, HEAD_DIM, GROUP, VOCABULARY, CONTEXT = 512, 8, 64, 4, 4096, 2048
 WINDOWS, WINDOW = 8, 128
-"""Calibration of random weights: only the widths matter."""
+"""Calibration windows and tokens per window. Few are enough, because only the widths matter."""
 
 
 def main() -> None:
@@ -64,8 +63,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=16, help="decoding steps")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each setting")
     parser.add_argument("--compile", action="store_true", help="measure once more under torch.compile")
-    parser.add_argument("--blocks", type=int, default=BLOCKS, help="of the model")
-    parser.add_argument("--scale", type=int, default=1, help="multiplies the width: 8 takes it to that of 7B")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help="number of blocks of the model")
+    parser.add_argument("--scale", type=int, default=1, help="factor of the width; 8 gives the width of 7B")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--device", default="auto", help="where to compute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
@@ -73,7 +72,7 @@ def parse() -> argparse.Namespace:
 
 
 def random_model(options: argparse.Namespace) -> PreTrainedModel:
-    """A Llama with an MLP of 2.75 times the width and four query heads to a key-value head."""
+    """Return a Llama with an MLP of 2.75 times the width and four query heads per key-value head."""
     width = WIDTH * options.scale
     config = LlamaConfig(
         hidden_size=width,
@@ -89,7 +88,7 @@ def random_model(options: argparse.Namespace) -> PreTrainedModel:
 
 
 def compressed(dense: PreTrainedModel, sparsity: float, device: torch.device) -> PreTrainedModel:
-    """A copy at the given sparsity, all blocks cut alike."""
+    """Return a copy compressed with the same sparsity in all blocks."""
     model = copy.deepcopy(dense)
     tokens = torch.randint(VOCABULARY, (WINDOWS, WINDOW), generator=torch.Generator().manual_seed(0))
     config = ModeGPTConfig(
@@ -100,13 +99,18 @@ def compressed(dense: PreTrainedModel, sparsity: float, device: torch.device) ->
 
 
 def multiplied(model: PreTrainedModel) -> int:
-    """Weights that multiply each token."""
+    """Return the number of weights that multiply each token."""
     return model.num_parameters() - model.get_input_embeddings().weight.numel()
 
 
 def line(row: Row) -> str:
-    ratios: list[Any] = [row.prefill_ratio, row.decode_ratio]
-    cells = [f"{one.median:.2f} [{one.low:.2f}, {one.high:.2f}]" if one else ", ".join(row.failures) for one in ratios]
+    """Format the speedups of one setting, or the failures that prevented their measurement."""
+    cells = []
+    for ratio in (row.prefill_ratio, row.decode_ratio):
+        if ratio:
+            cells.append(f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]")
+        else:
+            cells.append(", ".join(row.failures))
     setting = f"{row.setting.batch_size} × {row.setting.prompt_length}"
     run = "compiled" if row.setting.compiled else "plain"
     return f"{setting:<16}{run:<10}" + "".join(f"{cell:>24}" for cell in cells)

@@ -1,9 +1,9 @@
-"""How long imports and help take, next to the import of torch and of an Auto class of transformers.
+"""Measure the time of imports and of --help, relative to the import of torch and an Auto class of transformers.
 
 python tests/benchmarks/startup.py --json startup.json
 
-Every measurement is a process of its own, from its start to its end. The cases take turns, so that other work on the
-machine slows all of them alike; a ratio is that of the medians.
+Every measurement is the run time of a new process. The cases take turns, so that other load on the machine affects all
+of them equally. Ratios are ratios of medians.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     for _ in tqdm(range(options.repeats + 1), desc="rounds", disable=not sys.stderr.isatty()):
         for name, words in CASES.items():
             seconds[name].append(timed(words))
-    cold = {name: times.pop(0) for name, times in seconds.items()}  # reads files from the disk
+    cold = {name: times.pop(0) for name, times in seconds.items()}  # the first run reads files from the disk
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     rows = [
         {
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
 
 
 def timed(words: list[str]) -> float:
-    """Seconds that a Python process with these arguments takes."""
+    """Return the seconds that a Python process with these arguments takes."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

@@ -1,10 +1,10 @@
-"""What a width costs on this machine: MLPs cut to multiples of 1 to 128, and attention of several head dims.
+"""Measure the cost of widths on this machine: MLPs with multiples of 1 to 128, and attention of several head dims.
 
 python tests/benchmarks/widths.py --json widths.json
 
-Each width takes turns with the dense one. Its cost is the time for a useful operation relative to the dense width:
-1.10 says that a tenth more time is taken than the operations left should take. Medians of the repeats. With one thread
-on a CPU it is the thread's own time that counts, and what else the machine does counts little.
+Each width takes turns with the dense one. Its cost is the time per operation relative to the dense width: 1.10 means
+10 % more time than the number of operations suggests. All values are medians of the repeats. With one thread on a CPU,
+the CPU time of the thread is measured, which other load on the machine affects little.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ STEPS = (1, 8, 16, 32, 64, 128)
 HEADS, KV_HEADS, HEAD_DIM = 16, 4, 64
 HEAD_DIMS = (40, 44, 48, 52, 56, 60, 62)
 PROMPT, CACHED = 256, 1024
-"""Tokens read at once, and tokens in the cache of a decoding step."""
+"""Tokens of the prompt, and tokens in the cache of a decoding step."""
 SHORTEST = 0.005
-"""Seconds of one measurement at least; shorter work is repeated in it."""
+"""Minimum seconds of one measurement. Shorter work is repeated."""
 Works = dict[int, Callable[[], Any]]
-"""What to run at each width, the dense one first."""
+"""The function to measure at each width, the dense width first."""
 
 
 def main() -> None:
@@ -57,10 +57,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of weights and activations")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], help="dtypes of weights and activations"
+    )
     parser.add_argument("--device", default="auto", help="where to compute")
-    parser.add_argument("--scale", type=int, default=1, help="multiplies d_model and MLP width; 4 gives those of 7B")
-    parser.add_argument("--repeats", type=int, default=25, help="turns of each width")
+    parser.add_argument(
+        "--scale", type=int, default=1, help="factor of d_model and MLP width; 4 gives the widths of 7B"
+    )
+    parser.add_argument("--repeats", type=int, default=25, help="measurements of each width")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     return parser.parse_args()
 
@@ -69,7 +73,7 @@ def parse() -> argparse.Namespace:
 
 
 def mlp(scale: int, place: dict[str, Any]) -> dict[str, Works]:
-    """An up and a down projection, of one token and of a prompt."""
+    """Return the measurements of an up and a down projection, for one token and for a prompt."""
     d_model, dense = D_MODEL * scale, MLP * scale
     widths = [dense, *(multiple(KEPT * dense, step) for step in STEPS)]
     ups = {width: torch.randn(width, d_model, **place) for width in widths}
@@ -78,17 +82,20 @@ def mlp(scale: int, place: dict[str, Any]) -> dict[str, Works]:
     def run(x: Tensor, width: int) -> Tensor:
         return linear(linear(x, ups[width]), downs[width])
 
-    inputs = {"decode": torch.randn(1, d_model, **place), "prefill": torch.randn(PROMPT, d_model, **place)}
-    return {task: {width: partial(run, x, width) for width in widths} for task, x in inputs.items()}
+    token, prompt = torch.randn(1, d_model, **place), torch.randn(PROMPT, d_model, **place)
+    return {
+        "decode": {width: partial(run, token, width) for width in widths},
+        "prefill": {width: partial(run, prompt, width) for width in widths},
+    }
 
 
 def multiple(width: float, step: int) -> int:
-    """An odd multiple of `step` near `width`: what rounding to `step` alone is worth."""
+    """Return an odd multiple of `step` near `width`, which is not a multiple of a larger step."""
     return int(width // (2 * step)) * 2 * step + step
 
 
 def attention(place: dict[str, Any]) -> dict[str, Works]:
-    """A prompt's own, and that of one token to a cache; the heads of a group share keys and values."""
+    """Return the measurements of grouped-query attention, for one token with a cache and for a prompt."""
 
     def decode(dim: int) -> Callable[[], Tensor]:
         rows, *cache = (torch.randn(1, KV_HEADS, n, dim, **place) for n in (HEADS // KV_HEADS, CACHED, CACHED))
@@ -106,7 +113,7 @@ def attention(place: dict[str, Any]) -> dict[str, Works]:
 
 
 def measure(works: Works, clock: Callable[[], float], repeats: int) -> dict[int, dict[str, float]]:
-    """Median microseconds and cost of each width."""
+    """Return the median microseconds and the cost of each width."""
     dense, first = next(iter(works.items()))
     seconds(first, clock, 1)  # warms up
     calls = max(1, round(SHORTEST / seconds(first, clock, 1)))
@@ -114,19 +121,18 @@ def measure(works: Works, clock: Callable[[], float], repeats: int) -> dict[int,
     for _ in range(repeats):
         for width, work in works.items():
             found[width].append(seconds(work, clock, calls))
-    return {
-        width: {
+    results = {}
+    for width, times in found.items():
+        relative = statistics.median(a / b for a, b in zip(times, found[dense], strict=True))
+        results[width] = {
             "microseconds": round(statistics.median(times) * 1e6, 1),
-            "cost": round(
-                statistics.median(a / b for a, b in zip(times, found[dense], strict=True)) * dense / width, 3
-            ),
+            "cost": round(relative * dense / width, 3),
         }
-        for width, times in found.items()
-    }
+    return results
 
 
 def seconds(work: Callable[[], Any], clock: Callable[[], float], calls: int) -> float:
-    """Of one call, the device's work included."""
+    """Return the seconds of one call, including its work on the device."""
     start = clock()
     for _ in range(calls):
         result = work()
@@ -135,7 +141,7 @@ def seconds(work: Callable[[], Any], clock: Callable[[], float], calls: int) -> 
 
 
 def table(name: str, tasks: dict[str, dict[int, dict[str, float]]]) -> str:
-    """A row a width: microseconds and cost of each task."""
+    """Format a table with one row per width: microseconds and cost of each task."""
     lines = [name, f"{'width':>12}" + "".join(f"{f'{task}, µs':>15}{'cost':>7}" for task in tasks)]
     for width in next(iter(tasks.values())):
         cells = [found[width] for found in tasks.values()]

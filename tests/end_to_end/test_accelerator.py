@@ -1,4 +1,4 @@
-"""Compressing on a device whose tensors refuse to meet those of the host, with streams there and on the host."""
+"""Test compression on a simulated and a real accelerator, with residual streams on the device and on the host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 
 PATHS = os.pathsep.join(path for path in sys.path if path)
-"""So that another process finds what this one does: the device stays for as long as a process runs."""
+"""Import path for a subprocess, in which the simulated device is registered."""
 PROGRAM = Path(__file__).parents[1] / "fake_device.py"
 
 pytest.importorskip("torch.utils.backend_registration", reason="this torch has no devices written in Python")
@@ -33,7 +33,7 @@ pytest.importorskip("torch.utils.backend_registration", reason="this torch has n
         ({"method": "paper"}, 2**40, "device", False),
     ],
 )
-def test_nothing_meets_what_is_elsewhere(recipe: dict[str, Any], free: int | None, streams: str, float64: bool) -> None:
+def test_no_operator_mixes_devices(recipe: dict[str, Any], free: int | None, streams: str, float64: bool) -> None:
     done = subprocess.run(
         [sys.executable, str(PROGRAM), json.dumps([recipe, free, float64])],
         env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
@@ -57,7 +57,7 @@ def test_nothing_meets_what_is_elsewhere(recipe: dict[str, Any], free: int | Non
         ("opt-post-ln", {"allocation": "influence"}),
     ],
 )
-def test_where_streams_are_kept_changes_nothing(
+def test_result_is_bit_identical_with_streams_on_device_and_host(
     name: str, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device, found = torch.accelerator.current_accelerator(), {}

@@ -1,4 +1,4 @@
-"""A compression that is killed goes on where it was, and ends in the same bits."""
+"""Test that an interrupted compression resumes, with a bit-identical result."""
 
 from __future__ import annotations
 
@@ -32,17 +32,19 @@ from optimum_modegpt.methods.sensitivity import Sweeps
 from optimum_modegpt.walk import checkpoint as module
 from optimum_modegpt.walk.checkpoint import REPLACED, RESULT, Checkpoint, fingerprint
 
-FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+FLAGS: list[str] = []
+for _name, _value in RECIPE.items():
+    FLAGS += [f"--{_name.replace('_', '-')}", str(_value)]
 
 
 @pytest.fixture(autouse=True)
 def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Streams are written after every block, however fast."""
+    """Write streams after every block, regardless of the time since the last write."""
     monkeypatch.setattr(module, "STREAM_SECONDS", 0)
 
 
 class Killed(BaseException):
-    """What a kill looks like from inside."""
+    """Simulate a kill signal inside the process."""
 
 
 def run(model: Any, checkpoint: Checkpoint | None, **fields: Any) -> Any:
@@ -51,7 +53,7 @@ def run(model: Any, checkpoint: Checkpoint | None, **fields: Any) -> Any:
 
 
 def killed_at(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default method dies at the beginning of this block."""
+    """Raise `Killed` when the default method begins this block."""
     original = residual_matched.compress_block
 
     def dies(student: Any, *args: Any, **kwargs: Any) -> Any:
@@ -74,25 +76,26 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("block", [1, 2])
-def test_going_on_ends_in_the_same_bits(name: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight, first, again = dense(name), dense(name), dense(name)
-    report = run(straight, None)
+def test_resumed_run_is_bit_identical(name: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninterrupted, first, again = dense(name), dense(name), dense(name)
+    report = run(uninterrupted, None)
     with monkeypatch.context() as patch:
         killed_at(block, patch)
         with pytest.raises(Killed):
             run(first, Checkpoint(tmp_path / "kept"))
-    assert type(first) is type(dense(name)), "the model in memory is as it was"
+    assert type(first) is type(dense(name)), "an interrupted run must not change the model in memory"
     calls: list[int] = []
     original = residual_matched.compress_block
-    monkeypatch.setattr(
-        residual_matched,
-        "compress_block",
-        lambda student, *a, **k: (calls.append(student.index), original(student, *a, **k))[1],
-    )
+
+    def logged(student: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(student.index)
+        return original(student, *args, **kwargs)
+
+    monkeypatch.setattr(residual_matched, "compress_block", logged)
     checkpoint = Checkpoint(tmp_path / "kept")
     resumed = run(again, checkpoint)
     assert calls == list(range(block, 3))
-    assert_same(states(again), states(straight))
+    assert_same(states(again), states(uninterrupted))
     assert resumed.blocks == report.blocks
     assert resumed.sensitivities == report.sensitivities
     assert resumed.sensitivity_budget == report.sensitivity_budget
@@ -100,41 +103,42 @@ def test_going_on_ends_in_the_same_bits(name: str, block: int, tmp_path: Path, m
     assert not any(stage.name.startswith("allocate") for stage in resumed.stages)
     checkpoint.remove()
     assert list(tmp_path.iterdir()) == []
-    assert_same(states(again), states(straight))
+    assert_same(states(again), states(uninterrupted))
 
 
 @pytest.mark.parametrize("recipe", [{"method": "paper"}, {"allocation": "uniform"}])
-def test_a_checkpoint_changes_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
-    straight, kept = dense("llama-gqa-tied"), dense("llama-gqa-tied")
-    for parameter in (*straight.parameters(), *kept.parameters()):
+def test_run_with_a_checkpoint_is_bit_identical(recipe: dict[str, Any], tmp_path: Path) -> None:
+    plain, kept = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    for parameter in (*plain.parameters(), *kept.parameters()):
         parameter.requires_grad_(parameter.ndim > 1)
-    run(straight, None, **recipe)
+    run(plain, None, **recipe)
     run(kept, Checkpoint(tmp_path / "kept"), **recipe)
-    assert_same(states(kept), states(straight))
-    assert [p.requires_grad for p in kept.parameters()] == [p.requires_grad for p in straight.parameters()]
+    assert_same(states(kept), states(plain))
+    assert [p.requires_grad for p in kept.parameters()] == [p.requires_grad for p in plain.parameters()]
 
 
-def test_finished_blocks_are_maps_of_their_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_blocks_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
     original = Checkpoint.keep_block
     monkeypatch.setattr(Checkpoint, "keep_block", lambda *args: kept.append(original(*args)) or kept[-1])
     run(dense("llama-gqa-tied"), Checkpoint(tmp_path / "kept"))
     maps = Path("/proc/self/maps")
     if not maps.exists():
-        pytest.skip("this system does not tell what is mapped")
+        pytest.skip("needs /proc/self/maps")
     address = kept[1].mlp.down_proj.weight.data_ptr()
-    (line,) = (
-        line
-        for line in maps.read_text().splitlines()
-        if int(line.split("-")[0], 16) <= address < int(line.split("-")[1].split()[0], 16)
-    )
-    assert line.endswith("block-00001.safetensors")
+    mapped = []
+    for line in maps.read_text().splitlines():
+        start, end = line.split()[0].split("-")
+        if int(start, 16) <= address < int(end, 16):
+            mapped.append(line)
+    assert len(mapped) == 1
+    assert mapped[0].endswith("block-00001.safetensors")
 
 
-def test_work_without_streams_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_without_saved_streams_are_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STREAM_SECONDS", 3600)
-    straight, again = dense("llama-mha"), dense("llama-mha")
-    run(straight, None)
+    uninterrupted, again = dense("llama-mha"), dense("llama-mha")
+    run(uninterrupted, None)
     with monkeypatch.context() as patch:
         killed_at(2, patch)
         with pytest.raises(Killed):
@@ -145,7 +149,7 @@ def test_work_without_streams_is_done_again(tmp_path: Path, monkeypatch: pytest.
         "block-00001.safetensors",
     }
     run(again, Checkpoint(tmp_path / "kept"))
-    assert_same(states(again), states(straight))
+    assert_same(states(again), states(uninterrupted))
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,7 @@ def test_work_without_streams_is_done_again(tmp_path: Path, monkeypatch: pytest.
         ({"round_to": 8}, "configuration, round_to was 'auto', now it is 8"),
     ],
 )
-def test_another_compression_is_refused_by_name(
+def test_checkpoint_of_another_compression_is_refused(
     change: dict[str, Any], difference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -174,22 +178,22 @@ def test_another_compression_is_refused_by_name(
     for model, text, name in other:
         with pytest.raises(CheckpointError, match=name):
             compress(model, ModeGPTConfig(sparsity=0.3), text, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
-    fresh, straight = dense("llama-mha"), dense("llama-mha")
+    fresh, uninterrupted = dense("llama-mha"), dense("llama-mha")
     Checkpoint(tmp_path / "kept").remove()
     compress(fresh, config, windows, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
-    compress(straight, config, windows, progress=False)
-    assert_same(states(fresh), states(straight))
+    compress(uninterrupted, config, windows, progress=False)
+    assert_same(states(fresh), states(uninterrupted))
 
 
-def test_two_runs_do_not_share_a_checkpoint(tmp_path: Path) -> None:
+def test_second_run_cannot_open_a_checkpoint_in_use(tmp_path: Path) -> None:
     first, second = Checkpoint(tmp_path / "kept"), Checkpoint(tmp_path / "kept")
     with first.opened({}), pytest.raises(CheckpointError, match="another run is using"), second.opened({}):
         pass
 
 
-def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight, again = dense("qwen2"), dense("qwen2")
-    run(straight, None)
+def test_full_disk_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninterrupted, again = dense("qwen2"), dense("qwen2")
+    run(uninterrupted, None)
     original = module.save_file
 
     def full(tensors: Any, path: Path) -> None:
@@ -206,12 +210,12 @@ def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: pytest
             run(dense("qwen2"), Checkpoint(tmp_path / "kept"))
     assert not list((tmp_path / "kept").glob("*.partial"))
     run(again, Checkpoint(tmp_path / "kept"))
-    assert_same(states(again), states(straight))
+    assert_same(states(again), states(uninterrupted))
 
 
-def test_sensitivities_go_on_after_the_last_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    straight, again = dense("llama-gqa-tied"), dense("llama-gqa-tied")
-    report = run(straight, None)
+def test_sensitivities_resume_after_the_last_finished_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uninterrupted, again = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    report = run(uninterrupted, None)
     measure, sweeps = Sweeps._measure, []
 
     def dies_in_the_third(self: Sweeps, sweep: range, *args: Any) -> Any:
@@ -228,10 +232,10 @@ def test_sensitivities_go_on_after_the_last_sweep(tmp_path: Path, monkeypatch: p
     resumed = run(again, Checkpoint(tmp_path / "kept"))
     assert sweeps == [range(2, 3)]
     assert resumed.sensitivities == report.sensitivities
-    assert_same(states(again), states(straight))
+    assert_same(states(again), states(uninterrupted))
 
 
-def test_a_resumed_run_reports_what_the_first_was_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_reports_warnings_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut = residual_matched.cut_mlp
 
     def cut_badly(*args: Any) -> Any:
@@ -249,10 +253,10 @@ def test_a_resumed_run_reports_what_the_first_was_warned_of(tmp_path: Path, monk
 
 @pytest.mark.parametrize("place", [0, 700, 2999])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_every_weight_counts_in_the_fingerprint(dtype: torch.dtype, place: int) -> None:
+def test_fingerprint_depends_on_every_weight(dtype: torch.dtype, place: int) -> None:
     whole = torch.randn(3020, generator=torch.Generator().manual_seed(0)).to(dtype)
     layer = nn.Linear(50, 60, bias=False)
-    layer.weight = nn.Parameter(whole[5:3005].view(60, 50))  # somewhere in a larger storage
+    layer.weight = nn.Parameter(whole[5:3005].view(60, 50))  # a view into a larger storage
     before = fingerprint(layer)
     assert fingerprint(copy.deepcopy(layer)) == before
     weights = layer.weight.detach().view(-1)
@@ -260,25 +264,25 @@ def test_every_weight_counts_in_the_fingerprint(dtype: torch.dtype, place: int) 
     assert fingerprint(layer) != before
 
 
-def test_the_place_of_weights_counts_in_the_fingerprint() -> None:
+def test_fingerprint_depends_on_the_order_of_weights() -> None:
     layer = nn.Linear(64, 1000)
-    turned = copy.deepcopy(layer)
-    turned.weight.data = layer.weight.detach().flip(0)
-    assert fingerprint(turned) != fingerprint(layer)
+    flipped = copy.deepcopy(layer)
+    flipped.weight.data = layer.weight.detach().flip(0)
+    assert fingerprint(flipped) != fingerprint(layer)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "folder"])
-def test_a_folder_that_is_none_of_ours_is_left_alone(name: str, tmp_path: Path) -> None:
-    place = tmp_path / "models"
-    (place / name).mkdir(parents=True)
-    checkpoint = Checkpoint(place)
+def test_folder_that_is_no_checkpoint_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    (folder / name).mkdir(parents=True)
+    checkpoint = Checkpoint(folder)
     for refused in (lambda: run(dense("llama-mha"), checkpoint), checkpoint.remove):
         with pytest.raises(CheckpointError, match=f"contains files that are not part of a checkpoint: {name}"):
             refused()
-    assert (place / name).is_dir()
+    assert (folder / name).is_dir()
 
 
-def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+def test_unreadable_manifest_raises(tmp_path: Path) -> None:
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"manifest.json cannot be read(.|\n)*--fresh"):
@@ -287,14 +291,14 @@ def test_a_manifest_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
 
 SAVE = "lambda self, model, folder, *_: ((folder / 'half').touch(), die())"
 KILLED = {
-    "while its result is saved": f"quantizer.ModeGPTQuantizer.save = {SAVE}",
-    "before its result is in place": "output._place = die",
-    "when its result is in place": "checkpoint.Checkpoint.remove = die",
+    "while the result is saved": f"quantizer.ModeGPTQuantizer.save = {SAVE}",
+    "before the result is published": "output._place = die",
+    "after the result is published": "checkpoint.Checkpoint.remove = die",
 }
 
 
 @pytest.mark.parametrize("moment", KILLED)
-def test_the_command_ends_well_where_it_was_killed_at_the_end(moment: str, tmp_path: Path) -> None:
+def test_command_killed_near_the_end_completes_when_rerun(moment: str, tmp_path: Path) -> None:
     model, text, output = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt"), tmp_path / "small"
     words = ["compress", str(model), "--dataset", str(text), *FLAGS, "--output"]
     script = (
@@ -309,29 +313,31 @@ def test_the_command_ends_well_where_it_was_killed_at_the_end(moment: str, tmp_p
     )
     done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert output.exists() == (moment == "when its result is in place")
+    assert output.exists() == (moment == "after the result is published")
     if output.exists():
-        assert cli.main([*words, str(output), "--dtype", "float16"]) == 2, "another result is not this one"
+        assert cli.main([*words, str(output), "--dtype", "float16"]) == 2, (
+            "a result with another dtype must not be overwritten"
+        )
     assert cli.main([*words, str(output)]) == 0
-    assert cli.main([*words, str(tmp_path / "straight")]) == 0
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "straight"))
+    assert cli.main([*words, str(tmp_path / "uninterrupted")]) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "uninterrupted"))
     assert_same(one, other)
-    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "straight").iterdir()}
-    assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "small", "straight"}
-    assert cli.main([*words, str(output)]) == 2, "what is finished is not overwritten"
+    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "uninterrupted").iterdir()}
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "small", "uninterrupted"}
+    assert cli.main([*words, str(output)]) == 2, "a finished result must not be overwritten"
 
 
-def test_what_was_overwritten_comes_back_where_the_run_was_killed(tmp_path: Path) -> None:
-    workshop, place = tmp_path / ".small.checkpoint", tmp_path / "small"
+def test_replaced_result_is_restored_after_a_kill(tmp_path: Path) -> None:
+    checkpoint, output = tmp_path / ".small.checkpoint", tmp_path / "small"
     for left in (RESULT, REPLACED):
-        (workshop / left).mkdir(parents=True)
-        (workshop / left / left).touch()
-    taken_back(workshop, place)
-    assert [path.name for path in place.iterdir()] == [REPLACED]
-    assert list(workshop.iterdir()) == []
+        (checkpoint / left).mkdir(parents=True)
+        (checkpoint / left / left).touch()
+    taken_back(checkpoint, output)
+    assert [path.name for path in output.iterdir()] == [REPLACED]
+    assert list(checkpoint.iterdir()) == []
 
 
-def test_a_link_stays_a_link_to_the_result(tmp_path: Path) -> None:
+def test_symbolic_link_as_output_is_kept(tmp_path: Path) -> None:
     model, text = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt")
     (tmp_path / "disk").mkdir()
     (tmp_path / "small").symlink_to(tmp_path / "disk" / "small")
@@ -339,10 +345,10 @@ def test_a_link_stays_a_link_to_the_result(tmp_path: Path) -> None:
     assert cli.main(words) == 0
     assert (tmp_path / "small").is_symlink()
     assert (tmp_path / "small" / "report.json").is_file()
-    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["small"], "unfinished work was beside the result"
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["small"], "the checkpoint must be removed"
 
 
-def test_a_checkpoint_is_known_until_the_last_of_it_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remove_deletes_the_manifest_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         killed_at(2, patch)
         with pytest.raises(Killed):
@@ -353,7 +359,7 @@ def test_a_checkpoint_is_known_until_the_last_of_it_is_gone(tmp_path: Path, monk
     assert [path.name for path in (tmp_path / "kept").iterdir()] == [module.MANIFEST]
 
 
-def test_a_full_disk_while_the_result_is_saved_is_no_defect(
+def test_full_disk_while_saving_the_result_is_reported_as_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, text = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt")
@@ -369,7 +375,7 @@ def test_a_full_disk_while_the_result_is_saved_is_no_defect(
     assert cli.main(words) == 0
 
 
-def test_a_second_command_waits_for_the_result_of_the_first(
+def test_concurrent_command_with_the_same_output_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, text = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt")
@@ -387,7 +393,7 @@ def test_a_second_command_waits_for_the_result_of_the_first(
     assert {path.name for path in tmp_path.iterdir()} == {"dense", "text.txt", "small"}
 
 
-def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
+def test_command_resumes_after_sigkill(tmp_path: Path) -> None:
     checkpoint, text = save_dense(tmp_path / "dense"), save_text(tmp_path / "text.txt")
     words = ["compress", str(checkpoint), "--dataset", str(text), *FLAGS, "--output"]
     kept = tmp_path / ".small.checkpoint"
@@ -407,7 +413,7 @@ def test_the_command_goes_on_after_kill_9(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     assert json.loads((kept / "manifest.json").read_text())["errors"]
     assert cli.main([*words, str(tmp_path / "small")]) == 0
-    assert cli.main([*words, str(tmp_path / "straight")]) == 0
-    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "straight"))
+    assert cli.main([*words, str(tmp_path / "uninterrupted")]) == 0
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "uninterrupted"))
     assert_same(one, other)
     assert not kept.exists()

@@ -1,4 +1,4 @@
-"""Under torch.compile: a model of many different blocks is one graph, also in generation with a static cache."""
+"""Test torch.compile: blocks of different widths give one graph, also in generation with a static cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from optimum_modegpt.modeling.modegpt_common import Widths
 
 BLOCKS = 9
-"""One more than the versions of a function that torch.compile keeps: with a graph for each it would give up."""
+"""More than the recompilations that torch.compile allows, so that one graph per block would fail."""
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,14 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def graphs() -> Iterator[CompileCounter]:
-    """Counts the graphs that torch.compile makes with it as backend; each runs as it is."""
+    """Return a torch.compile backend that counts graphs and runs them eagerly."""
     torch.compiler.reset()
     yield CompileCounter()
     torch.compiler.reset()
 
 
 @torch.no_grad()
-def test_one_graph_for_a_shape_and_one_more_for_all_lengths(model: PreTrainedModel, graphs: CompileCounter) -> None:
+def test_model_compiles_to_one_static_and_one_dynamic_graph(model: PreTrainedModel, graphs: CompileCounter) -> None:
     forward = torch.compile(model, backend=graphs)
     for lengths, expected in (((12, 12), 1), ((17, 31, 9), 2)):
         for length in lengths:
@@ -43,16 +43,16 @@ def test_one_graph_for_a_shape_and_one_more_for_all_lengths(model: PreTrainedMod
         assert graphs.frame_count == expected
 
 
-def test_generation_compiles_one_step_for_a_static_cache(model: PreTrainedModel, graphs: CompileCounter) -> None:
+def test_generation_with_a_static_cache_compiles_one_step(model: PreTrainedModel, graphs: CompileCounter) -> None:
     ids = tokens(2, 12)
     settings = GenerationConfig(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=2)
     expected = model.generate(ids, settings)
 
-    def backend(*arguments: Any) -> Any:  # `generate` would copy the counter
+    def backend(*arguments: Any) -> Any:  # a function, since `generate` would deep-copy the counter
         return graphs(*arguments)
 
     compiling = CompileConfig(backend=backend, fullgraph=True, mode=None)
-    compiling._compile_all_devices = True  # else only an accelerator's steps are compiled
+    compiling._compile_all_devices = True  # by default only the steps on accelerators are compiled
     found = model.generate(ids, settings, cache_implementation="static", compile_config=compiling)
     assert torch.equal(found, expected)
     assert graphs.frame_count == 1

@@ -1,4 +1,4 @@
-"""Compressed without ever holding the weights: they stay in files from the first to the last."""
+"""Test that a compression does not hold all weights in memory: they stay in memory-mapped files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tiny_models import tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 PATHS = os.pathsep.join(path for path in sys.path if path)
-"""So that another process finds what this one does."""
+"""Import path for a subprocess."""
 
 SHAPE = LlamaConfig(
     hidden_size=768,
@@ -40,7 +40,9 @@ def anonymous():
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
 
 def command(model, text, output):
-    flags = [part for name, value in recipe.items() for part in ("--" + name.replace("_", "-"), str(value))]
+    flags = []
+    for name, value in recipe.items():
+        flags += ["--" + name.replace("_", "-"), str(value)]
     assert cli.main(["compress", model, "--dataset", text, *flags, "--device", "cpu", "--output", output]) == 0
 
 def python(model, text, output):
@@ -51,7 +53,7 @@ def python(model, text, output):
     checkpoint.remove()
 
 compress = {"command": command, "python": python}[way]
-compress(*runs[0])  # what libraries load and keep is not the model's
+compress(*runs[0])  # libraries allocate their own memory here, before the measurement
 start, samples, done = anonymous(), [], threading.Event()
 
 def sample():
@@ -67,9 +69,9 @@ print(max(samples))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what memory is anonymous")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")
 @pytest.mark.parametrize("way", ["command", "python"])
-def test_weights_stay_in_files(way: str, tmp_path: Path) -> None:
+def test_peak_memory_is_below_the_size_of_the_weights(way: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(SHAPE, dtype=torch.float32).save_pretrained(tmp_path / "large")
     tokenizer().save_pretrained(tmp_path / "large")

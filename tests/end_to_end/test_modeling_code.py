@@ -1,4 +1,4 @@
-"""The code that a saved folder carries: all that its configuration names, and nothing that is not beside it."""
+"""Test the remote code of saved models: the folder contains every file that its code imports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
 def check_code(folder: Path, name: str) -> None:
-    """The folder has what `auto_map` names, and what that imports: torch, transformers and files beside it."""
+    """Check that the folder has the classes of `auto_map` and imports only torch, transformers and its own files."""
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map.keys() == {"AutoConfig", *classes(name)}
     for reference in auto_map.values():
@@ -42,7 +42,7 @@ def check_code(folder: Path, name: str) -> None:
 
 
 def train(model: Any, folder: Path) -> None:
-    """A step of Trainer, which saves a checkpoint."""
+    """Train one step with Trainer, which saves a checkpoint."""
     data = [{"input_ids": row, "labels": row} for row in tokens()]
     arguments = TrainingArguments(folder, max_steps=1, save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True)
     Trainer(model, arguments, train_dataset=data).train()
@@ -55,11 +55,11 @@ WAYS: dict[str, Callable[[Any, Path], object]] = {
     "configuration": lambda model, folder: model.config.save_pretrained(folder),
     "base model": lambda model, folder: model.base_model.save_pretrained(folder),
     "half precision": lambda model, folder: model.to(torch.bfloat16).save_pretrained(folder),
-    "over itself": lambda model, folder: (
+    "into the same folder": lambda model, folder: (
         model.save_pretrained(folder),
         type(model).from_pretrained(folder).save_pretrained(folder),
     ),
-    "head alone": lambda model, folder: (
+    "base model loaded alone": lambda model, folder: (
         model.save_pretrained(folder),
         AutoModel.from_pretrained(folder).save_pretrained(folder),
     ),
@@ -68,21 +68,21 @@ WAYS: dict[str, Callable[[Any, Path], object]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 @FAMILY
-def test_every_way_of_saving_brings_the_code(name: str, way: str, tmp_path: Path) -> None:
+def test_every_way_of_saving_includes_the_code(name: str, way: str, tmp_path: Path) -> None:
     compressed(name).save_pretrained(tmp_path / "first")
     WAYS[way](AutoModelForCausalLM.from_pretrained(tmp_path / "first"), tmp_path / "second")
     shutil.rmtree(tmp_path / "first")
     check_code(tmp_path / "second", name)
 
 
-def test_checkpoints_of_a_training_bring_the_code(tmp_path: Path) -> None:
+def test_checkpoints_of_trainer_include_the_code(tmp_path: Path) -> None:
     compressed("llama-gqa-tied").save_pretrained(tmp_path / "first")
     train(AutoModelForCausalLM.from_pretrained(tmp_path / "first"), tmp_path / "run")
     check_code(tmp_path / "run" / "result", "llama-gqa-tied")
 
 
 def as_in_the_cache(folder: Path, target: Path) -> Path:
-    """A folder of links to files elsewhere, as the Hub's cache has them; the parts of its name are too."""
+    """Copy a folder into the layout of the Hub's cache, a snapshot of symbolic links."""
     blobs = target / "blobs"
     snapshot = target / "models--user--a.name-3" / "snapshots" / "0a1b"
     shutil.copytree(folder, blobs)
@@ -92,7 +92,7 @@ def as_in_the_cache(folder: Path, target: Path) -> Path:
     return snapshot
 
 
-def test_folders_load_without_the_package_wherever_they_are(tmp_path: Path) -> None:
+def test_models_load_without_the_package_from_any_folder(tmp_path: Path) -> None:
     model = compressed("llama-gqa-tied")
     expected = model(tokens()).logits
     original = tmp_path / "original"
@@ -111,7 +111,7 @@ def test_folders_load_without_the_package_wherever_they_are(tmp_path: Path) -> N
         {"folder": str(folder), "auto": "AutoModelForCausalLM", "dtype": "float32", "out": str(tmp_path / f"{index}")}
         for index, folder in enumerate([*folders, locked])
     ]
-    # Saved by the code of one folder, which then is gone, for the package and for no package to load.
+    # The remote code of one folder saves a copy, which must load after that folder is removed.
     jobs[0]["save"] = str(tmp_path / "saved")
     run_worker(jobs, "remote", tmp_path)
     locked.chmod(0o755)

@@ -1,4 +1,4 @@
-"""Saved and loaded again: in fresh processes, with the package and without it, whole and in shards."""
+"""Test saving and loading in fresh processes: with and without the package, in one file and in shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 
 def narrow_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """Parameters only: `model.to` would round the rotary table too, which a load keeps in float32."""
+    """Convert the parameters only. `model.to` would also round the rotary table, which loading keeps in float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -30,9 +30,9 @@ def narrow_dtype(model: Any, dtype: torch.dtype) -> Any:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Every variant saved by this process and loaded by two others, one with the package and one without it.
+    """Save every variant, and load it in one process with the package and in one without.
 
-    By variant: the folder, the expected outputs, and files with what the other processes found.
+    Return the folders, the expected outputs and the outputs of the other processes, by variant.
     """
     root = tmp_path_factory.mktemp("disk")
     found: dict[str, dict[str, Any]] = {}
@@ -85,17 +85,23 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     run_worker(local_jobs, "local", root)
     run_worker(remote_jobs, "remote", root)
     for name, entry in found.items():
-        entry["found"] = {
-            (kind, out): load_file(path)["out"]
-            for kind in ("local", "remote")
-            for out in ("folder", "sharded", "bf16", "base", "cls", "again", "changed", "inner")
-            if (path := root / f"{name}-{kind}-{out}.safetensors").exists()
-        }
+        entry["found"] = read_outputs(root, name)
+    return found
+
+
+def read_outputs(root: Path, name: str) -> dict[tuple[str, str], torch.Tensor]:
+    """Return the outputs that the other processes wrote for a variant, by process and folder."""
+    found = {}
+    for kind in ("local", "remote"):
+        for out in ("folder", "sharded", "bf16", "base", "cls", "again", "changed", "inner"):
+            path = root / f"{name}-{kind}-{out}.safetensors"
+            if path.exists():
+                found[kind, out] = load_file(path)["out"]
     return found
 
 
 @EVERY
-def test_fresh_process_finds_the_same_bits(name: str, saved: dict[str, dict[str, Any]]) -> None:
+def test_fresh_process_computes_identical_outputs(name: str, saved: dict[str, dict[str, Any]]) -> None:
     entry = saved[name]
     assert torch.equal(entry["found"]["local", "folder"], entry["float32"])
     assert torch.equal(entry["found"]["local", "sharded"], entry["float32"])
@@ -104,17 +110,19 @@ def test_fresh_process_finds_the_same_bits(name: str, saved: dict[str, dict[str,
 
 
 @FAMILY
-def test_without_the_package_remote_code_finds_the_same_bits(name: str, saved: dict[str, dict[str, Any]]) -> None:
+def test_remote_code_computes_identical_outputs_without_the_package(
+    name: str, saved: dict[str, dict[str, Any]]
+) -> None:
     entry = saved[name]
     assert torch.equal(entry["found"]["remote", "folder"], entry["float32"])
     assert torch.equal(entry["found"]["remote", "bf16"], entry["bfloat16"])
     assert torch.equal(entry["found"]["remote", "base"], entry["base"])
     assert torch.equal(entry["found"]["remote", "cls"], entry["classification"])
-    assert torch.equal(entry["found"]["remote", "again"], entry["float32"]), "saved by remote code, loaded by it"
+    assert torch.equal(entry["found"]["remote", "again"], entry["float32"]), "model saved and loaded by remote code"
 
 
 @EVERY
-def test_files_are_small_and_say_what_they_are(name: str, saved: dict[str, dict[str, Any]]) -> None:
+def test_saved_files_have_the_compressed_shapes_and_metadata(name: str, saved: dict[str, dict[str, Any]]) -> None:
     folder = saved[name]["folder"]
     config = json.loads((folder / "config.json").read_text())
     family = VARIANTS[name][0].model_type
@@ -176,9 +184,7 @@ def test_configuration_survives_every_round_trip(name: str, tmp_path: Path) -> N
 
 
 @FAMILY
-def test_loaded_changed_and_saved_again_still_travels(
-    name: str, saved: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_changed_model_can_be_saved_and_moved(name: str, saved: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(saved[name]["folder"])
     assert type(model) is classes(name)["AutoModelForCausalLM"]
     model.resize_token_embeddings(262, mean_resizing=False)
@@ -190,21 +196,21 @@ def test_loaded_changed_and_saved_again_still_travels(
     first.rename(elsewhere)
     config = json.loads((elsewhere / "config.json").read_text())
     assert config["auto_map"].keys() == {"AutoConfig", *classes(name)}
-    assert "--" not in json.dumps(config["auto_map"]), "points to where it once came from"
+    assert "--" not in json.dumps(config["auto_map"]), "auto_map must not refer to the original repository"
     again = AutoModelForCausalLM.from_pretrained(elsewhere)
     assert torch.equal(again(tokens()).logits, expected)
 
 
 @pytest.mark.parametrize("name", ["llama-mha", "opt-bare"])
 def test_changed_folder_loads_without_the_package(name: str, saved: dict[str, dict[str, Any]]) -> None:
-    """Loaded by the package, changed, saved: whole, and the inner model, which is of transformers' own class."""
+    """Load models that the package loaded, changed and saved, with and without the language model head."""
     entry = saved[name]
     assert torch.equal(entry["found"]["remote", "changed"], entry["changed"].logits)
     assert torch.equal(entry["found"]["remote", "inner"], entry["changed"].hidden_states[-1])
 
 
 @EVERY
-def test_other_heads(name: str, saved: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+def test_base_model_and_classifier_can_be_loaded(name: str, saved: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     folder, ids = saved[name]["folder"], tokens()
     base = AutoModel.from_pretrained(folder)
     assert torch.equal(base(ids).last_hidden_state, saved[name]["base"])
@@ -222,7 +228,7 @@ def test_other_heads(name: str, saved: dict[str, dict[str, Any]], tmp_path: Path
 
 
 @FAMILY
-def test_ways_of_loading(name: str, saved: dict[str, dict[str, Any]]) -> None:
+def test_loading_options_give_the_same_logits(name: str, saved: dict[str, dict[str, Any]]) -> None:
     folder, ids, expected = saved[name]["folder"], tokens(), saved[name]["float32"]
     model_class = classes(name)["AutoModelForCausalLM"]
     model = model_class.from_pretrained(folder, attn_implementation="eager")

@@ -1,4 +1,4 @@
-"""Generation with caches of unequal widths: every way ends in the tokens of the uncached model."""
+"""Test generation with key-value caches of different widths: every way gives the tokens of the uncached model."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
 
 
 def greedy(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The reference: the whole text through the model for each token, no cache and no generate()."""
+    """Generate without a cache and without `generate`, as a reference."""
     with torch.no_grad():
         for _ in range(NEW):
             scores = model(ids, use_cache=False).logits[:, -1]
-            scores[:, 2] = -torch.inf  # `generate` is told not to end either
+            scores[:, 2] = -torch.inf  # the end token, which `generate` does not choose either
             ids = torch.cat((ids, scores.argmax(-1, keepdim=True)), dim=1)
     return ids
 
 
 @EVERY
-def test_cached_generation_equals_the_whole_text_again(name: str) -> None:
+def test_cached_generation_matches_uncached_generation(name: str) -> None:
     model, ids = compressed(name), tokens()
     expected = greedy(model, ids)
     assert len(expected[:, -NEW:].unique()) > 1
     assert torch.equal(generate(model, ids), expected)
     assert torch.equal(generate(model, ids, use_cache=False), expected)
-    # Without compilation: what it costs here is minutes, and the forward pass is compiled elsewhere.
+    # Compilation would take minutes; test_compile tests the compiled forward pass.
     static = generate(model, ids, cache_implementation="static", disable_compile=True)
     assert torch.equal(static, expected)
 
 
 @EVERY
-def test_cached_logits_equal_uncached(name: str) -> None:
+def test_cached_logits_match_uncached_logits(name: str) -> None:
     model, ids = compressed(name), tokens(2, 14)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
@@ -64,7 +64,7 @@ def test_cached_logits_equal_uncached(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-mqa-biases", "opt"])
-def test_a_step_with_a_mask_for_each_head(name: str) -> None:
+def test_decoding_step_accepts_a_mask_for_each_head(name: str) -> None:
     model, ids = compressed(name), tokens(2, 10)
     hidden = torch.rand(2, 4, 1, 10, generator=torch.Generator().manual_seed(0)) < 0.3
     mask = torch.zeros(2, 4, 1, 10).masked_fill(hidden, torch.finfo(torch.float32).min)
@@ -80,7 +80,7 @@ def test_a_step_with_a_mask_for_each_head(name: str) -> None:
 
 
 @EVERY
-def test_left_padded_batch_equals_singles(name: str) -> None:
+def test_left_padded_batch_matches_single_sequences(name: str) -> None:
     model, ids = compressed(name), tokens(2, 10)
     short = ids[:1, 4:]
     padded = torch.cat((torch.cat((torch.zeros(1, 4, dtype=torch.long), short), dim=1), ids[1:]))
@@ -103,7 +103,7 @@ def test_beam_search_with_and_without_cache(name: str) -> None:
 
 @FAMILY
 def test_continuous_batching(name: str) -> None:
-    """Its paged cache has one width for all blocks."""
+    """Test the paged cache, which has one width for all blocks."""
     ids = tokens(1, 7)
     if len(batched(dense(name), ids)[0]) < NEW:
         pytest.skip(f"transformers {transformers.__version__} cannot batch the dense {name} continuously either")
@@ -112,10 +112,10 @@ def test_continuous_batching(name: str) -> None:
 
 
 def batched(model: PreTrainedModel, ids: Tensor) -> list[list[int]]:
-    """The new tokens of each text by continuous batching; fewer than asked for if the model's class cannot do it."""
+    """Return the new tokens of each text by continuous batching, or fewer if the model class does not support it."""
     config = model.generation_config
     config.max_new_tokens, config.do_sample, config.eos_token_id = NEW, False, -1
-    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # else it takes all memory there is
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # by default it takes all available memory
     outputs = model.generate_batch([text.tolist() for text in ids], config, small)
     return [output.generated_tokens for output in outputs.values()]
 

@@ -1,4 +1,4 @@
-"""A stage that runs out of memory starts again, once, with half the batch size, and says so."""
+"""Test that a stage that runs out of memory is retried once with half the batch size, with a warning."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def run(model: Any, batch_size: int, checkpoint: Checkpoint | None = None, **fie
 
 
 def exhaust(of: str) -> None:
-    """What torch raises where this memory is used up."""
+    """Raise the error that torch raises if the memory of the device or the host is exhausted."""
     if of == "device":
         raise torch.OutOfMemoryError("out of memory")
     torch.empty(2**60, dtype=torch.uint8)
 
 
 class Memory:
-    """Too small for batches of more than `windows`; at the block `fails_at` it is always too small."""
+    """Simulate memory that is too small for more than `windows` windows, and for any batch at block `fails_at`."""
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, windows: int, fails_at: int | None = None, of: str = "device"
@@ -54,7 +54,7 @@ def states(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("of", ["device", "host"])
-def test_the_batch_size_is_halved_and_the_result_is_that_of_the_half(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_is_bit_identical_to_a_run_with_half_the_batch_size(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
     assert not run(expected, 2).warnings
     Memory(monkeypatch, windows=2, of=of)
@@ -70,7 +70,7 @@ def test_the_batch_size_is_halved_and_the_result_is_that_of_the_half(of: str, mo
     torch.testing.assert_close(states(model), states(expected), rtol=0, atol=0)
 
 
-def test_only_once_and_never_below_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stage_is_retried_only_once_and_never_below_one_window(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dense("llama-gqa-tied")
     before = states(model)
     memory = Memory(monkeypatch, windows=0)
@@ -82,7 +82,7 @@ def test_only_once_and_never_below_one_window(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(states(model), before, rtol=0, atol=0)
 
 
-def test_the_first_stage_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedding_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     expected, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
     run(expected, 2)
     keep = StreamStorage.keep
@@ -97,7 +97,7 @@ def test_the_first_stage_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(states(model), states(expected), rtol=0, atol=0)
 
 
-def test_another_error_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
     def breaks(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +110,7 @@ def test_another_error_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(calls) == 1
 
 
-def test_the_allocation_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_allocation_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     original, sizes = sensitivity.Sweeps.measured, []
 
     def measured(sweeps: Any, *args: Any, **kwargs: Any) -> Any:
@@ -133,10 +133,10 @@ def test_the_allocation_recovers_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sizes == [4, 2]
     assert f"allocate (sensitivity): {SEEN.format(4, 2)}" in report.warnings
     assert report.batch_size == 2
-    assert decomposed == {2}, "what is decomposed after it is batched as the report says"
+    assert decomposed == {2}, "the decomposition must use the reported batch size"
 
 
-def test_a_resumed_run_takes_over_the_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_run_keeps_the_reduced_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "STREAM_SECONDS", 0)
     expected, model = dense("llama-gqa-tied"), dense("llama-gqa-tied")
     with monkeypatch.context() as patches:
@@ -146,7 +146,7 @@ def test_a_resumed_run_takes_over_the_batch_size(tmp_path: Path, monkeypatch: py
         memory = Memory(patches, windows=2, fails_at=2)
         with pytest.raises(torch.OutOfMemoryError):
             run(model, 4, Checkpoint(tmp_path / "parts"))
-    assert memory.largest == [4, 4, 2, 2]  # the second attempt goes on after the first block
+    assert memory.largest == [4, 4, 2, 2]  # the retry resumes after the first block
     memory = Memory(monkeypatch, windows=2)
     report = run(model, 4, Checkpoint(tmp_path / "parts"))
     assert memory.largest == [2]
@@ -155,9 +155,7 @@ def test_a_resumed_run_takes_over_the_batch_size(tmp_path: Path, monkeypatch: py
     torch.testing.assert_close(states(model), states(expected), rtol=0, atol=0)
 
 
-def test_a_resumed_run_takes_another_batch_size_that_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_accepts_another_batch_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "STREAM_SECONDS", 0)
     model = dense("llama-gqa-tied")
     Memory(monkeypatch, windows=1)

@@ -1,4 +1,4 @@
-"""Several processes, each with its share of the calibration, come to what one alone comes to."""
+"""Test distributed compression: several ranks, each with a shard of the calibration data, match one process."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from optimum_modegpt.walk import resume
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
 WINDOWS, LENGTH, PROCESSES = 14, 24, 3
-"""Shares of 5, 5 and 4 windows."""
+"""Shards of 5, 5 and 4 windows."""
 
 PATHS = os.pathsep.join(path for path in sys.path if path)
-"""So that other processes find what this one does."""
+"""Import path for subprocesses."""
 
 KINDS = ("out", "err")
-"""Of what a process prints."""
+"""File name endings of the output and the errors of a process."""
 
 SECONDS = 300
-"""None of them lives longer."""
+"""Time limit of each process."""
 
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in (*FAMILIES, "opt-post-ln", "llama-mqa-biases")},
@@ -49,7 +49,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def run(job: str) -> tuple[Any, Report]:
-    """A model in float64 and its report; budgets so small that some processes have no part in them."""
+    """Compress a model in float64, with sample budgets so small that some ranks get no sample."""
     name, recipe = JOBS[job]
     model = dense(name).double()
     config = ModeGPTConfig(sparsity=0.3, batch_size=2, **recipe)
@@ -62,7 +62,7 @@ def run(job: str) -> tuple[Any, Report]:
 
 
 def work(folder: Path) -> None:
-    """What each of the processes does."""
+    """Run every job on this rank and save the results."""
     with distributed.joined(torch.device("cpu")):
         for job in JOBS:
             model, report = run(job)
@@ -72,9 +72,9 @@ def work(folder: Path) -> None:
 
 
 def run_together(count: int, folder: Path, commands: list[list[str]]) -> list[list[tuple[int, str, str]]]:
-    """Of each of the commands, one after the other: (exit code, output, errors) of processes that work together on it.
+    """Run each command on `count` ranks; return (exit code, output, errors) of every rank of every command.
 
-    They are forks of one that has imported everything, which takes far longer than most of what they do.
+    The ranks are forks of one process that has imported everything, because imports take most of the time.
     """
     done = subprocess.run(
         [sys.executable, __file__, str(count), str(folder), json.dumps(commands)],
@@ -84,17 +84,18 @@ def run_together(count: int, folder: Path, commands: list[list[str]]) -> list[li
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [
-        [
-            (code, *((folder / f"{number}.{rank}.{kind}").read_text() for kind in KINDS))
-            for rank, code in enumerate(codes)
-        ]
-        for number, codes in enumerate(json.loads(done.stdout))
-    ]
+    results = []
+    for number, codes in enumerate(json.loads(done.stdout)):
+        ranks = []
+        for rank, code in enumerate(codes):
+            output, errors = ((folder / f"{number}.{rank}.{kind}").read_text() for kind in KINDS)
+            ranks.append((code, output, errors))
+        results.append(ranks)
+    return results
 
 
 def fork_all(count: int, folder: Path, commands: list[list[str]]) -> None:
-    """Does each command with `count` forks of this process, then prints their exit codes."""
+    """Run each command with `count` forks of this process, then print their exit codes."""
     codes = []
     for number, words in enumerate(commands):
         with socket.socket() as free:
@@ -107,7 +108,7 @@ def fork_all(count: int, folder: Path, commands: list[list[str]]) -> None:
                 os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 for stream, kind in enumerate(KINDS, start=1):
                     os.dup2(os.open(folder / f"{number}.{rank}.{kind}", os.O_CREAT | os.O_WRONLY), stream)
-                sys.exit(ended(words[0], words[1], words[2:]) if words else work(folder))
+                sys.exit(run_command(words[0], words[1], words[2:]) if words else work(folder))
             children.append(child)
         codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
     print(json.dumps(codes))
@@ -122,13 +123,14 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_they_come_to_what_one_comes_to(job: str, together: Path) -> None:
+def test_several_ranks_match_one_process(job: str, together: Path) -> None:
     model, report = run(job)
     found = Report.load(together / f"{job}.json")
     assert found.processes == PROCESSES
-    assert [{name: part.rank for name, part in block.parts.items()} for block in found.blocks] == [
-        {name: part.rank for name, part in block.parts.items()} for block in report.blocks
-    ]
+    for block, expected in zip(found.blocks, report.blocks, strict=True):
+        assert {name: part.rank for name, part in block.parts.items()} == {
+            name: part.rank for name, part in expected.parts.items()
+        }
     assert found.sensitivity_budget == report.sensitivity_budget
     for name, curve in report.sensitivities.items():
         assert torch.allclose(torch.tensor(found.sensitivities[name]), torch.tensor(curve), rtol=1e-6)
@@ -141,7 +143,7 @@ def test_they_come_to_what_one_comes_to(job: str, together: Path) -> None:
             assert difference <= 1e-6, (rank, name, float(difference))
 
 
-def test_the_budgets_leave_some_without_a_part(together: Path) -> None:
+def test_budgets_are_smaller_than_the_number_of_ranks(together: Path) -> None:
     budget = Report.load(together / "opt.json").sensitivity_budget
     assert budget["divergence_windows"] < PROCESSES
 
@@ -151,7 +153,7 @@ def test_the_budgets_leave_some_without_a_part(together: Path) -> None:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The command but for the folder of the result."""
+    """Return the command line without the output folder."""
     folder = tmp_path_factory.mktemp("dense")
     checkpoint, text = save_dense(folder / "model"), save_text(folder / "text.txt")
     flags = ["--sparsity", "0.3", "--num-samples", "8", "--sequence-length", "32", "--device", "cpu"]
@@ -160,7 +162,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def launched(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The result of two processes, alone in its folder, and what they printed."""
+    """Return the output folder of a run on two ranks, and its standard output."""
     output = tmp_path_factory.mktemp("launched") / "small"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "optimum_modegpt"]
     environment = {**os.environ, "PYTHONPATH": PATHS}
@@ -171,7 +173,7 @@ def launched(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
     return output, done.stdout
 
 
-def test_the_first_process_saves_and_prints(words: list[str], launched: tuple[Path, str], tmp_path: Path) -> None:
+def test_rank_0_saves_and_prints(words: list[str], launched: tuple[Path, str], tmp_path: Path) -> None:
     output, printed = launched
     assert printed.count("saved in") == 1
     assert "on cpu, 2 processes" in printed
@@ -184,7 +186,7 @@ def test_the_first_process_saves_and_prints(words: list[str], launched: tuple[Pa
 
 
 MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
-    "none": (Checkpoint, "remove", lambda *_: False),
+    "never": (Checkpoint, "remove", lambda *_: False),
     "error": (residual_matched, "compress_block", lambda student, *_: student.index == 1),
     "in a block": (residual_matched, "compress_block", lambda student, *_: student.index == 1),
     "in a sweep": (
@@ -192,20 +194,30 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
         "keep_plan",
         lambda _, plan, measured, __: not plan and len(measured["sensitivities"]) > 3,
     ),
-    "at the streams": (Checkpoint, "_write_tensors", lambda _, path, __: path.name.startswith("streams-00002")),
-    "at the record": (Checkpoint, "_write_manifest", lambda self: self.finished == 2),
-    "when placed": (Checkpoint, "remove", lambda self: self.manifest.saved is not None),
-    "while the first saves": (sys.modules["optimum_modegpt.compress"], "make_report", lambda *_: True),
+    "while streams are saved": (
+        Checkpoint,
+        "_write_tensors",
+        lambda _, path, __: path.name.startswith("streams-00002"),
+    ),
+    "while the manifest is saved": (Checkpoint, "_write_manifest", lambda self: self.finished == 2),
+    "after the result is published": (Checkpoint, "remove", lambda self: self.manifest.saved is not None),
+    "while rank 0 saves": (sys.modules["optimum_modegpt.compress"], "make_report", lambda *_: True),
     "another model": (resume, "fingerprint", lambda _: True),
 }
-"""Where a process ends: before this call, with such arguments."""
+"""The call before which a process fails, and the condition on its arguments."""
 
-ENDS = [("error", 1), ("in a block", 0), ("in a sweep", 1), ("at the streams", 1), ("at the record", 0)]
-"""A moment, and which of two processes."""
+ENDS = [
+    ("error", 1),
+    ("in a block", 0),
+    ("in a sweep", 1),
+    ("while streams are saved", 1),
+    ("while the manifest is saved", 0),
+]
+"""The moment of the failure, and the failing rank of two."""
 
 
-def ended(moment: str, failing: str, words: list[str]) -> int:
-    """The command, where one process finds an error that the others do not, or is killed."""
+def run_command(moment: str, failing: str, words: list[str]) -> int:
+    """Run the command; the rank `failing` raises or is killed at `moment`."""
     target, name, when = MOMENTS[moment]
     original = getattr(target, name)
 
@@ -225,25 +237,26 @@ def ended(moment: str, failing: str, words: list[str]) -> int:
 
 
 @pytest.fixture(scope="module")
-def broken_off(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Any, Path]]:
-    """By moment and process: how the processes ended; the folder, after the same command was run again."""
+def interrupted(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Any, Path]]:
+    """Return the results of each interrupted run and its folder after a rerun, by moment and failing rank."""
     printed, folders = tmp_path_factory.mktemp("printed"), [tmp_path_factory.mktemp("output") for _ in ENDS]
     commands = []
     for (moment, failing), folder in zip(ENDS, folders, strict=True):
         commands += [
             [moment, str(failing), *words, str(folder / "small")],
-            ["none", "0", *words, str(folder / "small")],
+            ["never", "0", *words, str(folder / "small")],
         ]
     results = run_together(2, printed, commands)
-    for code, _, errors in (each for again in results[1::2] for each in again):
-        assert code == 0, errors[-3000:]
+    for rerun in results[1::2]:
+        for code, _, errors in rerun:
+            assert code == 0, errors[-3000:]
     return dict(zip(ENDS, zip(results[::2], folders, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_where_one_ends_all_do(end: tuple[str, int], broken_off: Any) -> None:
+def test_all_ranks_exit_if_one_fails(end: tuple[str, int], interrupted: Any) -> None:
     moment, failing = end
-    for rank, (code, output, errors) in enumerate(broken_off[end][0]):
+    for rank, (code, output, errors) in enumerate(interrupted[end][0]):
         assert output == ""
         if rank != failing:
             assert code == cli.FAILED
@@ -256,8 +269,8 @@ def test_where_one_ends_all_do(end: tuple[str, int], broken_off: Any) -> None:
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_the_same_command_goes_on(end: tuple[str, int], broken_off: Any, launched: tuple[Path, str]) -> None:
-    folder = broken_off[end][1]
+def test_rerun_resumes_and_is_bit_identical(end: tuple[str, int], interrupted: Any, launched: tuple[Path, str]) -> None:
+    folder = interrupted[end][1]
     assert [path.name for path in folder.iterdir()] == ["small"]
     assert Report.load(folder / "small" / "report.json").stages[0].name == "earlier runs"
     found, expected = (load_file(path / "model.safetensors") for path in (folder / "small", launched[0]))
@@ -265,7 +278,7 @@ def test_the_same_command_goes_on(end: tuple[str, int], broken_off: Any, launche
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_what_is_read_is_the_same_everywhere(words: list[str], tmp_path: Path) -> None:
+def test_ranks_that_read_different_models_are_refused(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "printed").mkdir()
     command = [*words, str(tmp_path / "output" / "small")]
     (results,) = run_together(2, tmp_path / "printed", [["another model", "1", *command]])
@@ -274,7 +287,7 @@ def test_what_is_read_is_the_same_everywhere(words: list[str], tmp_path: Path) -
     assert not (tmp_path / "output").exists()
 
 
-def test_unfinished_work_is_for_as_many_processes_as_began_it(
+def test_checkpoint_of_another_world_size_is_refused(
     words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "printed").mkdir()
@@ -285,20 +298,20 @@ def test_unfinished_work_is_for_as_many_processes_as_began_it(
     assert cli.main([*command, "--fresh"]) == 0
 
 
-@pytest.mark.parametrize(("moment", "failing"), [("when placed", 0), ("while the first saves", 1)])
-def test_where_the_result_is_in_its_place_the_rest_is_put_away(
+@pytest.mark.parametrize(("moment", "failing"), [("after the result is published", 0), ("while rank 0 saves", 1)])
+def test_rerun_after_a_published_result_removes_the_checkpoint(
     moment: str, failing: int, words: list[str], tmp_path: Path
 ) -> None:
     (tmp_path / "printed").mkdir()
     command = [*words, str(tmp_path / "output" / "small")]
-    commands = [[moment, str(failing), *command], ["none", "0", *command]]
+    commands = [[moment, str(failing), *command], ["never", "0", *command]]
     killed, again = run_together(2, tmp_path / "printed", commands)
     assert killed[failing][0] == -signal.SIGKILL
     assert [code for code, _, _ in again] == [0, 0], again
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["small"]
 
 
-def test_a_launch_that_is_none_is_refused(
+def test_incomplete_launch_environment_is_refused(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -311,19 +324,17 @@ def test_a_launch_that_is_none_is_refused(
 # ------------------------------------------------------------------------------------------------------ one process
 
 
-def test_a_process_alone_gets_back_what_it_gave() -> None:
+def test_collectives_return_their_input_in_a_single_process() -> None:
     windows = tokens(3, 4)
     with distributed.joined(None) as device:
         assert device is None
         assert distributed.shard(windows) is windows
         assert distributed.all_reduce(windows) is windows
         assert distributed.broadcast(windows) is windows
-        assert (
-            distributed.all_reduce(2),
-            distributed.exclusive_sum(3),
-            distributed.world_size(),
-            distributed.is_first(),
-        ) == (2, 0, 1, True)
+        assert distributed.all_reduce(2) == 2
+        assert distributed.exclusive_sum(3) == 0
+        assert distributed.world_size() == 1
+        assert distributed.is_first()
 
 
 if __name__ == "__main__":

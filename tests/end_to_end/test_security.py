@@ -1,4 +1,4 @@
-"""What a stranger can put into a model's folder: it is refused by name, runs nothing and takes no memory."""
+"""Test that hostile model folders are refused with a clear error, run no code and use no excessive memory."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from optimum_modegpt.cli import main as cli
 from optimum_modegpt.report import REPORT_VERSION, Report
 
 MEMORY = 64 * 2**20
-"""Bytes of Python objects that a refusal may take at most; the import of a module is among them."""
+"""The most bytes of Python objects that a refusal may allocate, including the import of a module."""
 
 
 class Payload:
-    """Once unpickled, a file is there that was not."""
+    """Create a folder when unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -45,7 +45,7 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Saved models, not to be changed: "llama", "opt", "qwen2", and in shards "sharded"."""
+    """Save read-only models: "llama", "opt", "qwen2", and "sharded" in several shards."""
     root = tmp_path_factory.mktemp("originals")
     for name, variant in (("llama", "llama-gqa-tied"), ("opt", "opt"), ("qwen2", "qwen2-mixed-window")):
         compressed(variant).save_pretrained(root / name)
@@ -57,10 +57,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Iterator[Path]:
-    """What would be there if hostile code had run."""
+    """Return a path that hostile code would create, and check that it does not exist at the end."""
     path = tmp_path / "owned"
     yield path
-    assert not path.exists(), "the code of a stranger ran"
+    assert not path.exists(), "hostile code ran"
 
 
 @pytest.fixture
@@ -81,14 +81,14 @@ def copy_of(root: Path, name: str, target: Path) -> Path:
 
 
 def edit(folder: Path, file: str = "config.json", **values: Any) -> Path:
-    """Changes keys of a JSON file in place."""
+    """Change keys of a JSON file in place."""
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     return folder
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command that fails prints as its error."""
+    """Run a command that must fail and return its error message."""
     capsys.readouterr()
     assert cli.main([str(argument) for argument in arguments]) == 2
     errors = capsys.readouterr().err
@@ -97,7 +97,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 
 def loads_fail(folder: Path, match: str, error: type[Exception] = ValueError) -> None:
-    """Every way into a model refuses it, with the same words."""
+    """Check that every Auto class refuses the folder with the same message."""
     for load in (AutoModelForCausalLM, AutoModel, ModeGPTModelForCausalLM):
         with pytest.raises(error, match=match):
             load.from_pretrained(folder)
@@ -107,7 +107,7 @@ def loads_fail(folder: Path, match: str, error: type[Exception] = ValueError) ->
 
 
 def pickle_weights(folder: Path, trace: Path, *, sharded: bool = False) -> None:
-    """In place of the safetensors, pickles of them with a payload."""
+    """Replace the safetensors by pickles with a payload."""
     weights = folder / "model.safetensors"
     state: dict[str, Any] = dict(load_file(weights))
     weights.unlink()
@@ -118,7 +118,7 @@ def pickle_weights(folder: Path, trace: Path, *, sharded: bool = False) -> None:
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
-def test_the_payload_would_run(tmp_path: Path) -> None:
+def test_payload_runs_when_unpickled(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Payload(tmp_path / "owned")))
     assert (tmp_path / "owned").exists()
 
@@ -137,13 +137,13 @@ def test_pickles_are_never_opened(
     assert "no readable safetensors" in refused(capsys, "inspect", folder)
 
 
-def test_a_pickle_stands_in_for_nothing(root: Path, tmp_path: Path, trace: Path) -> None:
-    """Beside damaged safetensors, named by their index, and named by the configuration."""
-    beside = copy_of(root, "llama", tmp_path / "beside")
-    whole = (beside / "model.safetensors").read_bytes()
-    pickle_weights(beside, trace)
-    (beside / "model.safetensors").write_bytes(whole[:-10])
-    loads_fail(beside, r"model\.safetensors is cut off or damaged")
+def test_pickles_never_replace_safetensors(root: Path, tmp_path: Path, trace: Path) -> None:
+    """Try a pickle next to damaged safetensors, one named by the index and one named by the configuration."""
+    damaged = copy_of(root, "llama", tmp_path / "damaged")
+    whole = (damaged / "model.safetensors").read_bytes()
+    pickle_weights(damaged, trace)
+    (damaged / "model.safetensors").write_bytes(whole[:-10])
+    loads_fail(damaged, r"model\.safetensors is cut off or damaged")
 
     indexed = copy_of(root, "llama", tmp_path / "indexed")
     keys = load_file(indexed / "model.safetensors").keys()
@@ -158,7 +158,7 @@ def test_a_pickle_stands_in_for_nothing(root: Path, tmp_path: Path, trace: Path)
     loads_fail(edit(named, transformers_weights="adapter_model.bin"), "transformers_weights.*no compressed model has")
 
 
-def test_an_adapters_pickle_runs_nothing(root: Path, tmp_path: Path, trace: Path) -> None:
+def test_pickle_of_an_adapter_runs_no_code(root: Path, tmp_path: Path, trace: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     model = AutoModelForCausalLM.from_pretrained(root / "llama")
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
@@ -170,10 +170,10 @@ def test_an_adapters_pickle_runs_nothing(root: Path, tmp_path: Path, trace: Path
         peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "llama"), tmp_path / "lora")
 
 
-def test_dense_models_of_old_checkpoints_are_read_as_weights_only(
+def test_pickles_of_dense_models_are_read_as_weights_only(
     tmp_path: Path, trace: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Many, OPT's among them, have no safetensors; torch restores nothing but tensors from their pickles."""
+    """Dense models such as OPT may have no safetensors. torch then restores only tensors from the pickles."""
     folder = save_dense(tmp_path / "dense", "opt")
     expected = AutoModelForCausalLM.from_pretrained(folder)(tokens()).logits
     state: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
@@ -205,13 +205,13 @@ SIZES = {
     "qwen2": (*_COMMON, "num_key_value_heads", "intermediate_size"),
 }
 HARMLESS = {"max_position_embeddings": (33, 10**9), "num_labels": (33,)}
-"""No tensor's size: a rotary table has no rows, and a language model no labels. OPT's positions are a table."""
+"""Values of fields that size no tensor and may be loaded. (OPT's positions are a table and do size one.)"""
 HOSTILE = (10**12, 10**9, 0, -4, 33, "32", 32.0, float("nan"), float("inf"), True, [32], {"a": 1})
 
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Inside, at most `MEMORY` bytes of Python objects are made, and a tensor of a gigabyte is a RuntimeError."""
+    """Limit Python objects to `MEMORY` bytes, and make the allocation of a gigabyte a RuntimeError."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limits = resource.getrlimit(resource.RLIMIT_AS)
     tracemalloc.start()
@@ -224,13 +224,13 @@ def bounded() -> Iterator[None]:
         tracemalloc.stop()
 
 
-def test_the_bound_is_real() -> None:
+def test_memory_limit_works() -> None:
     with bounded(), pytest.raises(RuntimeError, match="alloc"):
         torch.empty(2**31, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in SIZES.items() for field in fields])
-def test_hostile_sizes(name: str, field: str, root: Path, tmp_path: Path) -> None:
+def test_hostile_sizes_are_refused(name: str, field: str, root: Path, tmp_path: Path) -> None:
     folder = copy_of(root, name, tmp_path / "model")
     for value in HOSTILE:
         fits = value in HARMLESS.get(field, ()) and (name, field) != ("opt", "max_position_embeddings")
@@ -238,13 +238,13 @@ def test_hostile_sizes(name: str, field: str, root: Path, tmp_path: Path) -> Non
         with bounded(), expectation as caught:
             AutoModelForCausalLM.from_pretrained(edit(folder, **{field: value}))
         if caught is not None:
-            # Fields of the dense class are typed, and transformers says so first.
+            # transformers checks the types of the dense class first.
             is_ours = isinstance(caught.value, ValueError)
             assert is_ours or "StrictDataclass" in type(caught.value).__name__, repr(caught.value)
 
 
-def test_sizes_with_nothing_in_the_checkpoint_to_contradict_them(root: Path, tmp_path: Path) -> None:
-    """Absent tensors would be made up, in the sizes that the configuration says."""
+def test_hostile_sizes_of_missing_tensors_are_refused(root: Path, tmp_path: Path) -> None:
+    """transformers would initialize missing tensors with the sizes of the configuration."""
     folder = edit(copy_of(root, "llama", tmp_path / "model"), hidden_size=2**29, vocab_size=2**30)
     for keep in ("model.layers.0.self_attn.rope_index", "model.norm.weight"):
         state = load_file(root / "llama" / "model.safetensors")
@@ -274,12 +274,12 @@ def entries(count: int) -> dict[str, Any]:
         (entries(2) | {"2": {"hidden_size": 10**9}}, "has \\['hidden_size'\\]; expected only"),
     ],
 )
-def test_hostile_blocks(blocks: Any, match: str, root: Path, tmp_path: Path) -> None:
+def test_hostile_widths_of_blocks_are_refused(blocks: Any, match: str, root: Path, tmp_path: Path) -> None:
     folder = edit(copy_of(root, "llama", tmp_path / "model"), per_layer_config=blocks)
     loads_fail(folder, match)
 
 
-def test_blocks_that_are_too_many_to_build(root: Path, tmp_path: Path) -> None:
+def test_too_many_blocks_are_refused(root: Path, tmp_path: Path) -> None:
     folder = copy_of(root, "llama", tmp_path / "model")
     loads_fail(edit(folder, num_hidden_layers=20_000, per_layer_config=entries(20_000)), r"in \[1, 4096\]")
 
@@ -288,7 +288,7 @@ def test_blocks_that_are_too_many_to_build(root: Path, tmp_path: Path) -> None:
     "content", ["[" * 100_000, '{"a":' * 100_000, "", "{", "[]", "null", '"modegpt_llama"', "\x00"]
 )
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json"])
-def test_hostile_json(
+def test_hostile_json_is_refused(
     file: str, content: str, root: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copy_of(root, "sharded", tmp_path / "model")
@@ -298,8 +298,8 @@ def test_hostile_json(
 
 
 @pytest.mark.parametrize("key", ["_auto_class", "auto_classes", "family", "widths", "save_pretrained", "_check_blocks"])
-def test_a_configuration_replaces_nothing_of_its_class(key: str, root: Path, tmp_path: Path) -> None:
-    """`auto_classes` for one is what a later save writes as `auto_map`."""
+def test_configuration_cannot_override_attributes_of_its_class(key: str, root: Path, tmp_path: Path) -> None:
+    """For example, a later save writes `auto_classes` as `auto_map`."""
     evil = {"AutoModelForCausalLM": "evil/repo--modeling.Evil"}
     loads_fail(edit(copy_of(root, "llama", tmp_path / "model"), **{key: evil}), f"config.json has \\['{key}'\\]")
 
@@ -325,7 +325,7 @@ def test_commands_refuse_dense_models_of_hostile_sizes(
 
 
 def plant(folder: Path, trace: Path) -> Path:
-    """Hostile files of every name from which transformers can take code."""
+    """Add hostile files under every name from which transformers may import code."""
     code = f"import os\nos.mkdir({str(trace)!r})\nclass Evil: pass\n"
     for name in ("evil.py", "modegpt_llama.py", "modegpt_common.py", "modeling_evil.py", "tokenization_evil.py"):
         (folder / name).write_text(code)
@@ -336,7 +336,7 @@ def plant(folder: Path, trace: Path) -> Path:
 
 @pytest.mark.parametrize("module", ["evil.Evil", "evil/repo--evil.Evil", "../evil.Evil", "modegpt_llama.Evil"])
 @pytest.mark.parametrize("trust", [None, False])
-def test_code_beside_the_weights_is_not_run(
+def test_code_in_the_folder_is_not_run(
     module: str, trust: bool | None, root: Path, tmp_path: Path, trace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     autos = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
@@ -345,23 +345,23 @@ def test_code_beside_the_weights_is_not_run(
     for load in (AutoModelForCausalLM, AutoModel, ModeGPTModelForCausalLM):
         assert type(load.from_pretrained(folder, trust_remote_code=trust)).__module__.startswith("optimum_modegpt.")
     assert cli.main(["inspect", str(folder)]) == 0
-    # Saved again, it names our code, and carries it.
+    # A new save names and includes the code of the package.
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
     assert "evil" not in (tmp_path / "again" / "config.json").read_text().lower()
     assert "evil" not in (tmp_path / "again" / "modegpt_llama.py").read_text().lower()
 
 
-def test_even_with_trust_our_own_classes_win(root: Path, tmp_path: Path, trace: Path) -> None:
+def test_classes_of_the_package_are_used_even_with_trust_remote_code(root: Path, tmp_path: Path, trace: Path) -> None:
     folder = copy_of(root, "llama", tmp_path / "model")
     plant(folder, trace)
-    shutil.rmtree(folder / "custom_generate")  # that is run with trust, as its owner asked for
+    shutil.rmtree(folder / "custom_generate")  # transformers runs this with trust_remote_code=True
     for module in ("evil.Evil", "evil/repo--evil.Evil"):
         edit(folder, auto_map=dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), module))
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         assert type(model).__module__ == "optimum_modegpt.modeling.modegpt_llama"
 
 
-def test_tokenizers_bring_no_code(
+def test_tokenizer_code_is_not_run(
     root: Path, tmp_path: Path, trace: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = plant(copy_of(root, "llama", tmp_path / "model"), trace)
@@ -386,8 +386,8 @@ def test_chat_templates_are_sandboxed(root: Path, tmp_path: Path, trace: Path) -
         AutoTokenizer.from_pretrained(folder).apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
 
 
-def test_a_model_cannot_ask_to_be_compressed(tmp_path: Path, text: Path) -> None:
-    """It would name the text that is read, and the hours that it takes."""
+def test_model_folder_cannot_request_compression(tmp_path: Path, text: Path) -> None:
+    """Otherwise the folder would choose the text that is read and the time that it takes."""
     folder = save_dense(tmp_path / "dense")
     edit(folder, quantization_config={"quant_method": "modegpt", "dataset": str(text), "method": "paper"})
     with pytest.raises(ValueError, match="Only the caller can request one"):
@@ -398,12 +398,12 @@ def test_a_model_cannot_ask_to_be_compressed(tmp_path: Path, text: Path) -> None
 
 
 def lengthened(data: bytes, length: int) -> bytes:
-    """A safetensors file that says its header has another length."""
+    """Return a safetensors file that states another length of its header."""
     return struct.pack("<Q", length) + data[8:]
 
 
 def reheaded(data: bytes, change: Callable[[dict[str, Any]], object]) -> bytes:
-    """A safetensors file with another header."""
+    """Return a safetensors file with a changed header."""
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     change(header)
@@ -425,27 +425,27 @@ def grow(header: dict[str, Any]) -> None:
 
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
-    "nothing": lambda data: b"",
+    "empty": lambda data: b"",
     "cut in the header's length": lambda data: data[:5],
     "cut in the header": lambda data: data[:100],
     "cut in the data": lambda data: data[: len(data) // 2],
     "cut by a byte": lambda data: data[:-1],
     "longer by a byte": lambda data: data + b"\0",
-    "a header of 2**60 bytes": lambda data: lengthened(data, 2**60),
-    "a header of 0 bytes": lambda data: lengthened(data, 0),
-    "a header longer than the file": lambda data: lengthened(data, len(data)),
+    "header of 2**60 bytes": lambda data: lengthened(data, 2**60),
+    "header of 0 bytes": lambda data: lengthened(data, 0),
+    "header longer than the file": lambda data: lengthened(data, len(data)),
     "zeros": lambda data: bytes(len(data)),
-    "a header that is no JSON": lambda data: data[:9] + b"!" + data[10:],
-    "tensors over each other": lambda data: reheaded(data, overlap),
-    "tensors beyond the file": lambda data: reheaded(data, beyond),
-    "a tensor larger than its bytes": lambda data: reheaded(data, grow),
-    "a page of HTML": lambda data: b"<!doctype html><title>502 Bad Gateway</title>" * 40,
-    "a pointer of git-lfs": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+    "header that is not JSON": lambda data: data[:9] + b"!" + data[10:],
+    "overlapping tensors": lambda data: reheaded(data, overlap),
+    "tensors beyond the end of the file": lambda data: reheaded(data, beyond),
+    "tensor larger than its bytes": lambda data: reheaded(data, grow),
+    "HTML page": lambda data: b"<!doctype html><title>502 Bad Gateway</title>" * 40,
+    "git-lfs pointer": lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files_are_named(
+def test_damaged_files_are_refused_by_name(
     damage: str, root: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("llama", "sharded"):
@@ -475,18 +475,18 @@ Path(sys.argv[2]).write_text(json.dumps(found))
 """
 
 
-def test_models_of_the_hub_are_held_to_the_same(root: Path, tmp_path: Path, trace: Path) -> None:
-    """One process for all: only a fresh one reads another Hub."""
+def test_hostile_models_of_the_hub_are_refused(root: Path, tmp_path: Path, trace: Path) -> None:
+    """Load all models in one fresh process, since the address of the Hub is read at import."""
     whole = load_file(root / "llama" / "model.safetensors").keys()
-    folders = {"sound": copy_of(root, "sharded", tmp_path / "sound")}
+    folders = {"valid": copy_of(root, "sharded", tmp_path / "valid")}
     for number, path in enumerate(("pytorch_model.bin", "../outside.safetensors", "a/b.safetensors")):
         folder = folders[f"astray{number}"] = copy_of(root, "llama", tmp_path / f"astray{number}")
         pickle_weights(folder, trace)
         index = {"metadata": {}, "weight_map": dict.fromkeys(whole, path)}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     untyped = folders["astray-untyped"] = shutil.copytree(folders["astray0"], tmp_path / "untyped")
-    edit(untyped, dtype=None)  # then transformers looks into a file for it
-    damages = ("cut in the data", "cut in the header", "nothing", "a page of HTML")
+    edit(untyped, dtype=None)  # then transformers reads the dtype from a weights file
+    damages = ("cut in the data", "cut in the header", "empty", "HTML page")
     for number, damage in enumerate(damages):
         folder = folders[f"damaged{number}"] = copy_of(root, "llama", tmp_path / f"damaged{number}")
         file = folder / "model.safetensors"
@@ -498,14 +498,15 @@ def test_models_of_the_hub_are_held_to_the_same(root: Path, tmp_path: Path, trac
         words = [sys.executable, "-I", "-c", REMOTE, json.dumps([*folders]), str(tmp_path / "found.json")]
         subprocess.run(words, env=hub.environment(tmp_path / "home"), capture_output=True, check=True, timeout=300)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found.pop("sound") == "loaded"
+    assert found.pop("valid") == "loaded"
     for name, message in found.items():
-        astray = r"model\.safetensors\.index\.json names .*; expected safetensors files of its own folder"
-        damaged = rf"the weights of 'user/{name}' are cut off or damaged .*force_download=True"
-        assert re.match(rf"ValueError: .*{astray if name.startswith('astray') else damaged}", message), (name, message)
+        expected = rf"the weights of 'user/{name}' are cut off or damaged .*force_download=True"
+        if name.startswith("astray"):
+            expected = r"model\.safetensors\.index\.json names .*; expected safetensors files of its own folder"
+        assert re.match(rf"ValueError: .*{expected}", message), (name, message)
 
 
-def test_missing_shards_are_named(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_shards_are_refused_by_name(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copy_of(root, "sharded", tmp_path / "model")
     file = sorted(folder.glob("*.safetensors"))[1]
     file.unlink()
@@ -518,23 +519,23 @@ def test_missing_shards_are_named(root: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("variant", [None, "half"])
-def test_weights_of_a_former_save_are_not_read_in_place_of_new_ones(variant: str | None, tmp_path: Path) -> None:
-    """One file has precedence over an index, and transformers removes neither where it writes the other."""
+def test_save_removes_weights_of_an_earlier_save(variant: str | None, tmp_path: Path) -> None:
+    """transformers prefers one file to an index when it loads, and does not remove one when it saves the other."""
     model, others = compressed("llama-gqa-tied"), None if variant else "half"
     model.save_pretrained(tmp_path, variant=others)
-    beside = {path.name: path.read_bytes() for path in tmp_path.glob("model*")}
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("model*")}
     for size in ("50GB", "20KB", "50GB", "30KB", "20KB"):
         with torch.no_grad():
             model.get_input_embeddings().weight.mul_(2)
         model.save_pretrained(tmp_path, max_shard_size=size, variant=variant)
         again = AutoModelForCausalLM.from_pretrained(tmp_path, variant=variant)
         assert torch.equal(again(tokens()).logits, model(tokens()).logits), size
-        names = {path.name for path in tmp_path.glob("model*")} - beside.keys()
+        names = {path.name for path in tmp_path.glob("model*")} - kept.keys()
         assert (size == "50GB") == (len(names) == 1), names
-    assert all((tmp_path / name).read_bytes() == data for name, data in beside.items())
+    assert all((tmp_path / name).read_bytes() == data for name, data in kept.items())
 
 
-def test_a_save_that_fails_leaves_the_former_weights(root: Path, tmp_path: Path) -> None:
+def test_failed_save_keeps_the_earlier_weights(root: Path, tmp_path: Path) -> None:
     folder = copy_of(root, "sharded", tmp_path / "model")
     before = {path.name: path.read_bytes() for path in folder.glob("model*")}
     with pytest.raises(ValueError, match="Unit"):
@@ -544,7 +545,7 @@ def test_a_save_that_fails_leaves_the_former_weights(root: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 4.0])
-def test_rotary_pairs_that_are_no_integers(value: float, root: Path, tmp_path: Path) -> None:
+def test_rope_index_without_integers_is_refused(value: float, root: Path, tmp_path: Path) -> None:
     folder = copy_of(root, "llama", tmp_path / "model")
     state = load_file(folder / "model.safetensors")
     index = state["model.layers.0.self_attn.rope_index"].float()
@@ -554,13 +555,13 @@ def test_rotary_pairs_that_are_no_integers(value: float, root: Path, tmp_path: P
     loads_fail(folder, r"rope_index has values outside \[0, 4\)")
 
 
-# --------------------------------------------------------------------------------------------------------- paths, words
+# ------------------------------------------------------------------------------------------------------ paths, text
 
 
 @pytest.mark.parametrize(
     "path", ["../outside.safetensors", "{outside}", "..\\outside.safetensors", "", ".", "a:b.safetensors", 3, None]
 )
-def test_an_index_stays_in_its_folder(
+def test_index_with_paths_outside_its_folder_is_refused(
     path: Any, root: Path, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     outside = shutil.copy(root / "llama" / "model.safetensors", tmp_path / "outside.safetensors")
@@ -582,7 +583,7 @@ def test_an_index_stays_in_its_folder(
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\rremoved 99%\u202e\nremoved 99.00%\x9b31m"
 
 
-def test_a_models_words_cannot_command_a_terminal(
+def test_control_characters_of_a_model_are_escaped(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = {"format_version": 1, "base_model": ESCAPE, "base_revision": ESCAPE, "recipe": {ESCAPE: ESCAPE}}
@@ -599,12 +600,12 @@ def test_a_models_words_cannot_command_a_terminal(
 
 
 @pytest.mark.parametrize("recipe", [[], "x", 3, {"sparsity": "x"}, {"sparsity": float("nan")}, {"a": {"b": [1]}}, None])
-def test_hostile_records_are_shown_as_they_are(recipe: Any, root: Path, tmp_path: Path) -> None:
+def test_inspect_accepts_any_stored_recipe(recipe: Any, root: Path, tmp_path: Path) -> None:
     record = {"format_version": 1, "base_model": ["x"], "recipe": recipe}
     assert cli.main(["inspect", str(edit(copy_of(root, "llama", tmp_path / "model"), modegpt=record))]) == 0
 
 
-def test_what_is_to_be_run_next_is_quoted(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_suggested_command_is_quoted(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, dataset = tmp_path / "a; touch 'x'\n$(y)", tmp_path / "t `z`.txt"
     save_dense(model)
     shutil.copy(text, dataset)
@@ -615,14 +616,14 @@ def test_what_is_to_be_run_next_is_quoted(tmp_path: Path, text: Path, capsys: py
     _, _, command = shown[shown.index("next, ") :].partition(": ")
     words = shlex.split(command)
     assert words[words.index("evaluate") :][:4] == ["evaluate", str(output), "--reference", str(model)]
-    assert str(dataset) not in words, "what it was calibrated on flatters it"
+    assert str(dataset) not in words, "the calibration text would give too low a perplexity"
 
 
 # -------------------------------------------------------------------------------------------------------------- reports
 
 
 @pytest.mark.parametrize("version", [REPORT_VERSION + 1, 10**9])
-def test_reports_of_a_newer_version(version: int, tmp_path: Path) -> None:
+def test_reports_of_a_newer_version_are_refused(version: int, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps({"report_version": version, "anything": "else"}))
     with pytest.raises(EvaluationError, match=f"report_version {version}; the supported maximum is {REPORT_VERSION}"):
         Report.load(tmp_path / "report.json")
@@ -631,7 +632,7 @@ def test_reports_of_a_newer_version(version: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", "null", "3", "{}", '{"report_version": "1"}', '{"report_version": 1}']
 )
-def test_what_is_no_report(content: str, tmp_path: Path) -> None:
+def test_files_that_are_no_report_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(content)
     with pytest.raises(EvaluationError, match=r"report\.json is not a compression report"):
         Report.load(tmp_path / "report.json")

@@ -1,4 +1,4 @@
-"""The self-check: a model that would generate nonsense is not installed, not saved and named by `inspect --check`."""
+"""Test the self-check: compression fails, and `inspect --check` reports an error, if the result does not work."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def windows() -> TokenWindows:
 
 @pytest.fixture
 def forgetful_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache that stores keys and values, and gives back only the new ones."""
+    """Patch the key-value cache to return only the new keys and values."""
     update = DynamicCache.update
 
     def forget(self: Any, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def forgetful_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_right_model_passes(name: str, dtype: torch.dtype) -> None:
+def test_working_models_pass(name: str, dtype: torch.dtype) -> None:
     model = compressed(name).to(dtype)
     check_reloads(model)
     found = self_check(model, tokens(1, 40)[0])
@@ -50,7 +50,7 @@ def test_a_right_model_passes(name: str, dtype: torch.dtype) -> None:
     assert 0 < found.difference < found.tolerance / 2
 
 
-def test_it_costs_less_than_one_window() -> None:
+def test_self_check_costs_less_than_one_window() -> None:
     model, seen = compressed("llama-mha"), []
     model.base_model.register_forward_hook(lambda *call: seen.append(call[-1].last_hidden_state.shape[1]))
     self_check(model, tokens(1, 60)[0])
@@ -60,7 +60,7 @@ def test_it_costs_less_than_one_window() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_cache_that_keeps_only_the_prefill(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_that_drops_decoded_tokens_fails(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     update = DynamicCache.update
 
     def keep_prefill(self: Any, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def test_a_cache_that_keeps_only_the_prefill(name: str, dtype: torch.dtype, monk
         self_check(compressed(name).to(dtype), tokens(1, 40)[0])
 
 
-def test_an_output_without_a_cache() -> None:
+def test_output_without_a_cache_fails() -> None:
     model = compressed("llama-mha")
     model.register_forward_hook(lambda module, arguments, output: output.__class__(logits=output.logits))
     with pytest.raises(UnsupportedModel, match="output has no key-value cache, only logits"):
@@ -82,7 +82,7 @@ def test_an_output_without_a_cache() -> None:
 
 
 @pytest.mark.usefixtures("forgetful_cache")
-def test_a_wrong_cache_leaves_the_model_as_it_was() -> None:
+def test_failed_check_does_not_change_the_model() -> None:
     model = dense("llama-gqa-tied")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(UnsupportedModel, match="results with the key-value cache differ from those without by 1"):
@@ -94,7 +94,7 @@ def test_a_wrong_cache_leaves_the_model_as_it_was() -> None:
 
 
 @pytest.mark.usefixtures("forgetful_cache")
-def test_a_wrong_cache_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_check_writes_no_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dense("llama-gqa-tied").save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, twice. " * 40)
@@ -105,14 +105,14 @@ def test_a_wrong_cache_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "small").exists()
 
 
-def test_logits_that_are_not_finite() -> None:
+def test_non_finite_logits_fail() -> None:
     model = compressed("llama-mha")
     model.lm_head.weight.data[5, 3] = torch.nan
     with pytest.raises(NumericalError, match="logits are not finite"):
         self_check(model, tokens(1, 12)[0])
 
 
-def test_a_configuration_that_does_not_rebuild_the_model() -> None:
+def test_configuration_that_does_not_match_the_model_fails() -> None:
     model = compressed("qwen2")
     model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 9, bias=False)
     with pytest.raises(UnsupportedModel, match=r"would not find the tensors.*layers\.1\.mlp\.up_proj\.weight"):
@@ -120,7 +120,7 @@ def test_a_configuration_that_does_not_rebuild_the_model() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_report_has_it(name: str) -> None:
+def test_report_contains_the_self_check(name: str) -> None:
     report = compress(dense(name), CONFIG, windows())
     assert report.self_check["tokens"] == PREFILL + STEPS
     assert 0 < report.self_check["difference"] < 1e-4
@@ -128,15 +128,18 @@ def test_the_report_has_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["compressed", "dense"])
-def test_inspect_checks_any_folder(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (compressed if kind == "compressed" else dense)("opt").save_pretrained(tmp_path / "model")
+def test_inspect_checks_compressed_and_dense_models(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = compressed("opt") if kind == "compressed" else dense("opt")
+    model.save_pretrained(tmp_path / "model")
     assert main(["inspect", str(tmp_path / "model"), "--check", "--json", str(tmp_path / "found.json")]) == 0
     assert "self-check: logits of 12 tokens are finite, and equal with and without" in capsys.readouterr().out
     assert json.loads((tmp_path / "found.json").read_text())["self_check"]["difference"] < 1e-4
 
 
 @pytest.mark.usefixtures("forgetful_cache")
-def test_inspect_names_a_wrong_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_reports_a_wrong_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compressed("llama-mha").save_pretrained(tmp_path / "model")
     assert main(["inspect", str(tmp_path / "model"), "--check"]) == 2
     assert "The model would generate nonsense" in capsys.readouterr().err

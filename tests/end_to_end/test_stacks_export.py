@@ -1,4 +1,4 @@
-"""Exported by torch: programs and ONNX files of any batch and length, run by torch and onnxruntime."""
+"""Test torch.export and ONNX export with dynamic batch and length, run by torch and onnxruntime."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch.export import Dim, ExportedProgram
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
 SIZES = [(1, 31), (3, 9)]
-"""Batch and length of what the exports are run on, none of them that of the example."""
+"""Batch sizes and lengths of the test inputs; the example input has others."""
 
 
 def inputs(batch: int, length: int) -> dict[str, Tensor]:
-    """Token ids with padding on the left, two more of it in each row."""
+    """Return token ids with left padding that grows by two tokens a row."""
     padding = torch.arange(length) < 2 * torch.arange(batch)[:, None] % length
     ids = tokens(batch, length).masked_fill(padding, 0)
     return {"input_ids": ids, "attention_mask": (~padding).long()}
@@ -26,13 +26,13 @@ def inputs(batch: int, length: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Of what is no padding: (tokens, vocabulary)."""
+    """Return the logits of all tokens except padding: (tokens, vocabulary)."""
     return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
 
 
 @cache
 def exported(name: str) -> tuple[Any, ExportedProgram]:
-    """A model, and its program for token ids and mask of any batch and length up to the context's."""
+    """Return a model and its exported program, with dynamic batch and length up to the context length."""
     model = compressed(name)
     batch, length = Dim("batch", max=64), Dim("length", min=2, max=64)
     sizes = {0: batch, 1: length}
@@ -46,7 +46,7 @@ def exported(name: str) -> tuple[Any, ExportedProgram]:
 
 
 @FAMILY
-def test_exported_saved_and_reloaded(name: str, tmp_path: Path) -> None:
+def test_exported_program_can_be_saved_and_reloaded(name: str, tmp_path: Path) -> None:
     model, program = exported(name)
     torch.export.save(program, tmp_path / "model.pt2")
     again = torch.export.load(tmp_path / "model.pt2").module()
@@ -58,7 +58,7 @@ def test_exported_saved_and_reloaded(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "opt"])
-def test_onnx_file_in_onnxruntime(name: str, tmp_path: Path) -> None:
+def test_onnxruntime_matches_torch(name: str, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason=f"{package} is not installed (pip install {package})")
     import onnxruntime

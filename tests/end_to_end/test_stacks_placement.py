@@ -1,4 +1,4 @@
-"""Placed by others: spread over devices, offloaded to memory and disk, loaded by accelerate, always the same bits."""
+"""Test placement by transformers and accelerate: device maps, offload to memory and disk, with identical logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Saved = dict[str, tuple[dict[str, Path], Tensor]]
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """By family: the folder of a compressed model in one file and in shards, and its logits."""
+    """Return, by family, the folders of a compressed model in one file and in shards, and its logits."""
     root = tmp_path_factory.mktemp("placement")
     found: Saved = {}
     for name in FAMILIES:
@@ -42,7 +42,7 @@ def logits(model: Any) -> Tensor:
 
 
 def empty(folder: Path) -> Any:
-    """The model of a folder without its weights."""
+    """Return the model of a folder on the meta device."""
     with accelerate.init_empty_weights():
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     model.tie_weights()
@@ -50,26 +50,28 @@ def empty(folder: Path) -> Any:
 
 
 def partly_on_disk(model: Any) -> dict[str, str]:
-    """A device map: the second block on disk, all else in memory."""
+    """Return a device map with the second block on disk and the rest in memory."""
     path = f"model.{model.config.family.blocks}"
-    placed = {f"{path}.{index}": "disk" if index == 1 else "cpu" for index, _ in enumerate(model.get_submodule(path))}
+    placed = {f"{path}.{index}": "cpu" for index, _ in enumerate(model.get_submodule(path))}
+    placed[f"{path}.1"] = "disk"
     while path:
         path, _, inner = path.rpartition(".")
-        beside = (key for key, _ in model.get_submodule(path).named_children() if key != inner)
-        placed |= {f"{path}.{key}".lstrip("."): "cpu" for key in beside}
+        for key, _ in model.get_submodule(path).named_children():
+            if key != inner:
+                placed[f"{path}.{key}".lstrip(".")] = "cpu"
     return placed
 
 
 @FAMILY
 @LAYOUT
-def test_automatic_placement(name: str, layout: str, saved: Saved) -> None:
+def test_automatic_device_map(name: str, layout: str, saved: Saved) -> None:
     folders, expected = saved[name]
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folders[layout], device_map="auto")), expected)
 
 
 @FAMILY
 @LAYOUT
-def test_partly_on_disk(name: str, layout: str, saved: Saved, tmp_path: Path) -> None:
+def test_device_map_with_a_block_on_disk(name: str, layout: str, saved: Saved, tmp_path: Path) -> None:
     folders, expected = saved[name]
     placed = partly_on_disk(empty(folders[layout]))
     model = AutoModelForCausalLM.from_pretrained(folders[layout], device_map=placed, offload_folder=tmp_path)
@@ -82,7 +84,7 @@ def test_partly_on_disk(name: str, layout: str, saved: Saved, tmp_path: Path) ->
 
 @FAMILY
 @LAYOUT
-def test_loaded_by_accelerate(name: str, layout: str, saved: Saved, tmp_path: Path) -> None:
+def test_load_checkpoint_and_dispatch(name: str, layout: str, saved: Saved, tmp_path: Path) -> None:
     folders, expected = saved[name]
     for placed in ("auto", partly_on_disk(empty(folders[layout]))):
         model = empty(folders[layout])
@@ -102,8 +104,8 @@ def dispatch(model: Any, folder: Path, placed: Any, offload: Path, *, buffers: b
     )
 
 
-def test_rotary_pairs_are_never_made_up(saved: Saved, tmp_path: Path) -> None:
-    """Unless told to offload buffers, accelerate does not load those of a block on disk, and must not go on."""
+def test_missing_rope_index_raises(saved: Saved, tmp_path: Path) -> None:
+    """accelerate does not load the buffers of a block on disk unless `offload_buffers` is set."""
     folder = saved["llama-gqa-tied"][0]["whole"]
     model = empty(folder)
     with pytest.raises(ValueError, match="rope_index is on the meta device"):
@@ -118,7 +120,7 @@ OFFLOADS: dict[str, Callable[[Any, Path], Any]] = {
 
 @FAMILY
 @pytest.mark.parametrize("kind", OFFLOADS)
-def test_offloaded_when_loaded(name: str, kind: str, saved: Saved, tmp_path: Path) -> None:
+def test_offload_after_loading(name: str, kind: str, saved: Saved, tmp_path: Path) -> None:
     folders, expected = saved[name]
     model = OFFLOADS[kind](AutoModelForCausalLM.from_pretrained(folders["whole"]), tmp_path)
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -126,8 +128,7 @@ def test_offloaded_when_loaded(name: str, kind: str, saved: Saved, tmp_path: Pat
 
 
 @FAMILY
-def test_saved_from_disk(name: str, saved: Saved, tmp_path: Path) -> None:
-    """What lies on disk is fetched for a save, so the copy is whole."""
+def test_model_offloaded_to_disk_is_saved_completely(name: str, saved: Saved, tmp_path: Path) -> None:
     folders, expected = saved[name]
     placed = partly_on_disk(empty(folders["whole"]))
     model = AutoModelForCausalLM.from_pretrained(folders["sharded"], device_map=placed, offload_folder=tmp_path / "off")

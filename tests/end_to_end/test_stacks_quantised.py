@@ -1,4 +1,4 @@
-"""Quantised by others: a compressed model is loaded in int8 or nf4, saved so, and loaded again to the same bits."""
+"""Test quantisation of compressed models by bitsandbytes and torchao: load, save and reload with identical logits."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ METHODS: dict[str, Callable[[], Any]] = {
 }
 METHOD = pytest.mark.parametrize("method", METHODS)
 MOST_ERROR = {"int8": 0.06, "nf4": 0.5, "torchao": 0.06}
-"""Of the logits of random weights, which forgive least; those of an unrelated model are at 1.4."""
+"""Largest relative change of the logits. Random weights are sensitive; an unrelated model has 1.4."""
 WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 WIDE_OPT: dict[str, Any] = {"hidden_size": 128, "ffn_dim": 192, "word_embed_proj_dim": 128}
 FITTING = [Widths(16, 32, 64), Widths(32, 16, 128), Widths(32, 32, 192)]
-"""Projections of multiples of 64, all that bitsandbytes computes rightly from 4 bits on the processor."""
+"""Multiples of 64, the only widths that bitsandbytes computes correctly in 4 bits on a CPU."""
 
 
 def model_for(method: str, name: str) -> Any:
-    """A compressed model whose widths the method takes: any, but for 4 bits on the processor."""
+    """Return a compressed model with widths that the method supports: any, except for 4 bits on a CPU."""
     if method != "nf4":
         return compressed(name)
     return compressed(name, widths=FITTING, **(WIDE_OPT if name == "opt" else WIDE))
 
 
 def projections(model: Any) -> list[nn.Module]:
-    """The linear maps of all blocks."""
+    """Return the linear modules of all blocks."""
     blocks = model.base_model.get_submodule(model.config.family.blocks)
     return [module for module in blocks.modules() if isinstance(module, nn.Linear)]
 
@@ -64,10 +64,10 @@ def quantised(folder: Path, method: str, **kwargs: Any) -> Any:
 
 
 def saved(method: str, name: str, folder: Path) -> tuple[Any, Any]:
-    """A compressed model and its quantised twin, which is saved in `folder`.
+    """Return a compressed model and its quantised version, which is saved in `folder`.
 
-    It is saved before it runs: bitsandbytes 0.50 packs 4-bit weights for the processor in the first forward pass and
-    loses their scales when it unpacks them for a save, those of dense models too.
+    It is saved before its first forward pass, because bitsandbytes 0.50 packs 4-bit weights for the CPU in that pass
+    and loses their scales when it unpacks them for a save. This affects dense models too.
     """
     original = model_for(method, name)
     original.save_pretrained(folder / "small")
@@ -77,7 +77,7 @@ def saved(method: str, name: str, folder: Path) -> tuple[Any, Any]:
 
 
 def change(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """Root mean square of the difference, relative to what was expected."""
+    """Return the root mean square of the difference relative to that of `expected`."""
     return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
@@ -88,7 +88,7 @@ def generate(model: Any) -> torch.Tensor:
 @FAMILY
 @METHOD
 @torch.no_grad()
-def test_close_to_the_original_and_the_same_when_reloaded(name: str, method: str, tmp_path: Path) -> None:
+def test_quantised_model_is_close_to_the_original_and_reloads_exactly(name: str, method: str, tmp_path: Path) -> None:
     original, model = saved(method, name, tmp_path)
     assert type(model) is type(original)
     assert len(projections(model)) == len(projections(original))
@@ -109,7 +109,7 @@ def test_close_to_the_original_and_the_same_when_reloaded(name: str, method: str
             assert torch.equal(again.get_buffer(key), buffer)
 
 
-def test_quantised_folders_load_without_the_package(tmp_path: Path) -> None:
+def test_quantised_models_load_without_the_package(tmp_path: Path) -> None:
     jobs, expected = [], []
     for method in METHODS:
         for name in ("llama-gqa-tied", "opt"):
@@ -126,23 +126,22 @@ def test_quantised_folders_load_without_the_package(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_what_four_bits_do_not_fit_stays_in_full_precision(tmp_path: Path) -> None:
-    """On the processor bitsandbytes 0.50 refuses or miscomputes other shapes, those of dense models too."""
+def test_projections_with_unsupported_shapes_can_stay_in_full_precision(tmp_path: Path) -> None:
+    """bitsandbytes 0.50 refuses or miscomputes some 4-bit shapes on a CPU, also for dense models."""
     original = compressed("llama-mha", hidden_size=128, intermediate_size=192, head_dim=32)
     original.save_pretrained(tmp_path)
-    unfit = [
-        path
-        for path, module in original.named_modules()
-        if isinstance(module, nn.Linear) and (module.out_features % 32 or module.in_features % 64)
-    ]
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=unfit)
+    unsupported = []
+    for path, module in original.named_modules():
+        if isinstance(module, nn.Linear) and (module.out_features % 32 or module.in_features % 64):
+            unsupported.append(path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=unsupported)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     assert 0 < sum(is_quantised(module, "nf4") for module in projections(model)) < len(projections(model))
     assert 0 < change(original(tokens()).logits, model(tokens()).logits) < MOST_ERROR["nf4"]
 
 
 @METHOD
-def test_a_quantised_model_is_not_compressed(method: str, tmp_path: Path) -> None:
+def test_quantised_model_cannot_be_compressed(method: str, tmp_path: Path) -> None:
     dense("llama-mha", hidden_size=128, intermediate_size=192, head_dim=32).save_pretrained(tmp_path)
     config = ModeGPTConfig(sparsity=0.3, dataset=str(demo.CALIBRATION_TEXT), num_samples=2)
     with pytest.raises(InvalidConfig, match="compress and save first"):
@@ -153,7 +152,7 @@ def test_a_quantised_model_is_not_compressed(method: str, tmp_path: Path) -> Non
 
 @METHOD
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "opt"])
-def test_adapter_on_a_quantised_model(method: str, name: str, tmp_path: Path) -> None:
+def test_adapter_can_be_trained_on_a_quantised_model(method: str, name: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     _, model = saved(method, name, tmp_path / "base")
     prepared = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Residual streams give the same bits wherever they are kept, and leave nothing behind."""
+"""Test that results are bit-identical with streams in memory and in files, and that no stream files remain."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No machine has less."""
+    """Simulate a machine without available memory, so that streams are kept in files."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0, total=2**30))
 
 
 @pytest.fixture
 def spilled(monkeypatch: pytest.MonkeyPatch) -> list[Path | None]:
-    """The folder of every tensor that is kept; the folder has no files, whenever one looks."""
+    """Record the folder of every stored tensor, and check that its file is not visible there."""
     folders: list[Path | None] = []
     original = StreamStorage.keep
 
@@ -75,7 +75,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
-def test_files_give_the_bits_of_memory(
+def test_streams_in_files_give_bit_identical_results(
     recipe: dict[str, Any], spilled: list[Path | None], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     expected = run(**recipe)
@@ -87,7 +87,9 @@ def test_files_give_the_bits_of_memory(
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES.values(), {"name": "opt-post-ln"}], ids=[*RECIPES, "opt-post-ln"])
-def test_what_is_on_its_way_is_never_read(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_are_not_read_before_their_copy_has_completed(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected, waited = run(**recipe), 0
 
     def sent(tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -106,7 +108,7 @@ def test_what_is_on_its_way_is_never_read(recipe: dict[str, Any], monkeypatch: p
 
 
 @pytest.mark.parametrize("starts_with", [0, 2**40])
-def test_a_run_goes_on_with_other_memory_and_the_recorded_batch_size(
+def test_run_resumes_with_other_memory_and_the_recorded_batch_size(
     starts_with: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "STREAM_SECONDS", 0)
@@ -133,7 +135,7 @@ def test_a_run_goes_on_with_other_memory_and_the_recorded_batch_size(
     assert whole.batch_size == resumed.batch_size == (12 if starts_with else 1)
 
 
-def test_without_a_checkpoint_files_are_in_the_systems_folder_and_hold_the_finished_blocks_too(
+def test_without_a_checkpoint_streams_and_finished_blocks_are_in_the_temporary_folder(
     spilled: list[Path | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     expected = run("llama-mha", allocation="uniform")
@@ -144,26 +146,27 @@ def test_without_a_checkpoint_files_are_in_the_systems_folder_and_hold_the_finis
     assert set(spilled) == {tmp_path}
     assert_same(found, expected)
     for name, tensor in found.items():
-        assert StreamStorage.of(tensor).folder == (tmp_path if ".layers." in name else None), name
-    found["model.layers.0.mlp.down_proj.weight"].zero_()  # they can be trained
+        folder = tmp_path if ".layers." in name else None
+        assert StreamStorage.of(tensor).folder == folder, name
+    found["model.layers.0.mlp.down_proj.weight"].zero_()  # the weights are writable
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_what_is_kept_is_what_was_given(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_stored_tensors_keep_values_and_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     given = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = StreamStorage(HOST, tmp_path).keep(given)
     assert found.dtype == dtype
     assert torch.equal(found, given)
     assert StreamStorage.of(found).keep(found) is found
-    (turned,) = store_like([given[1:].mT], [found])  # neither contiguous nor whole
-    assert torch.equal(turned, given[1:].mT)
-    assert StreamStorage.of(turned) == StreamStorage(HOST, tmp_path)
+    (transposed,) = store_like([given[1:].mT], [found])  # a view that is not contiguous
+    assert torch.equal(transposed, given[1:].mT)
+    assert StreamStorage.of(transposed) == StreamStorage(HOST, tmp_path)
     assert next(store_like([given], [given])) is given
 
 
 @contextmanager
 def full_disk(largest: int) -> Iterator[None]:
-    """The system refuses to write larger files."""
+    """Limit the size of files, so that writing a larger one fails."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
     try:
@@ -172,7 +175,7 @@ def full_disk(largest: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_an_error_that_says_what_to_do(little_memory: None, tmp_path: Path) -> None:
+def test_full_disk_raises_with_advice(little_memory: None, tmp_path: Path) -> None:
     message = r"kept cannot hold the residual streams: .*\n.*rerun the same command"
     with full_disk(4096), pytest.raises(CheckpointError, match=message):
         run("llama-mha", Checkpoint(tmp_path / "kept"))
@@ -180,8 +183,8 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(little_memory: None, tmp_p
 
 
 @pytest.mark.parametrize("recipe", [{}, {"allocation": "uniform"}, {"method": "paper"}], ids=str)
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
-def test_the_estimate_counts_the_files(
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+def test_estimate_includes_stream_files(
     recipe: dict[str, Any], little_memory: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peak, original = 0, StreamStorage.keep
@@ -189,10 +192,12 @@ def test_the_estimate_counts_the_files(
     def keep(place: StreamStorage, tensor: torch.Tensor) -> torch.Tensor:
         nonlocal peak
         found = original(place, tensor)
-        maps = [
-            line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines() if ".stream" in line
-        ]
-        peak = max(peak, sum(int(end, 16) - int(start, 16) for start, end in maps))
+        mapped = 0
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if ".stream" in line:
+                start, end = line.split()[0].split("-")
+                mapped += int(end, 16) - int(start, 16)
+        peak = max(peak, mapped)
         return found
 
     monkeypatch.setattr(StreamStorage, "keep", keep)

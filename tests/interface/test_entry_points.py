@@ -1,4 +1,4 @@
-"""Every way to ask for compression gives the same model, and refuses the same things."""
+"""Test that all entry points give the same compressed model and refuse the same input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def expected(checkpoint: Path, config: ModeGPTConfig) -> PreTrainedModel:
-    """The model that the quantizer makes of one that is loaded already."""
+    """Compress a loaded model with the quantizer."""
     return ModeGPTQuantizer(config).quantize_model(LlamaForCausalLM.from_pretrained(checkpoint))
 
 
@@ -112,7 +112,7 @@ def test_every_entry_point_gives_the_same_model(
 
 
 @pytest.mark.parametrize("keyword", ["compression_config", "quantization_config"])
-def test_no_trace_of_quantisation_is_left(
+def test_compressed_model_is_not_marked_as_quantised(
     keyword: str, checkpoint: Path, config: ModeGPTConfig, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **{keyword: config})
@@ -124,10 +124,10 @@ def test_no_trace_of_quantisation_is_left(
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert not {"quantization_config", "compression_config"} & saved.keys()
-    assert model.to(torch.bfloat16).dtype is torch.bfloat16  # refused by transformers for quantised models
+    assert model.to(torch.bfloat16).dtype is torch.bfloat16  # transformers refuses this for quantised models
 
 
-def test_a_saved_model_reloads_by_name(checkpoint: Path, compressed: Path, expected: PreTrainedModel) -> None:
+def test_saved_model_can_be_reloaded(checkpoint: Path, compressed: Path, expected: PreTrainedModel) -> None:
     for reload in (AutoModelForCausalLM, ModeGPTModelForCausalLM):
         model = reload.from_pretrained(compressed)
         with torch.no_grad():
@@ -138,24 +138,24 @@ def test_a_saved_model_reloads_by_name(checkpoint: Path, compressed: Path, expec
 
 
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, ModeGPTModelForCausalLM])
-def test_a_compressed_model_is_not_compressed_again(loader: Any, compressed: Path, config: ModeGPTConfig) -> None:
+def test_compressed_model_is_refused(loader: Any, compressed: Path, config: ModeGPTConfig) -> None:
     with pytest.raises(AlreadyCompressed, match="already compressed"):
         loader.from_pretrained(compressed, compression_config=config)
 
 
-def test_the_quantizer_refuses_a_compressed_model(compressed: Path, config: ModeGPTConfig) -> None:
+def test_quantizer_refuses_a_compressed_model(compressed: Path, config: ModeGPTConfig) -> None:
     model = AutoModelForCausalLM.from_pretrained(compressed)
     with pytest.raises(AlreadyCompressed):
         ModeGPTQuantizer(config).quantize_model(model)
 
 
 @pytest.mark.parametrize("thing", ["Qwen/Qwen2.5-1.5B", None, torch.nn.Linear(2, 2)])
-def test_the_quantizer_refuses_what_is_no_model(thing: Any, config: ModeGPTConfig) -> None:
+def test_quantizer_refuses_objects_that_are_no_model(thing: Any, config: ModeGPTConfig) -> None:
     with pytest.raises(InvalidConfig, match=f"expected a loaded PreTrainedModel, found {type(thing).__name__}"):
         ModeGPTQuantizer(config).quantize_model(thing)
 
 
-def test_an_unknown_family_is_refused_before_its_weights_are_read(tmp_path: Path, config: ModeGPTConfig) -> None:
+def test_unknown_family_is_refused_before_weights_are_read(tmp_path: Path, config: ModeGPTConfig) -> None:
     small = BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)
     BloomForCausalLM(small).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -165,25 +165,25 @@ def test_an_unknown_family_is_refused_before_its_weights_are_read(tmp_path: Path
 
 
 def loaders(name: Path, config: ModeGPTConfig) -> list[Callable[[], Any]]:
-    """Every way to compress while loading, ready to be called."""
+    """Return functions that load and compress the model, one per entry point."""
     entries = [entry for title, entry in ENTRY_POINTS.items() if not title.startswith("quantizer")]
     return [partial(entry, name, config) for entry in entries]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_weights_that_transformers_made_up_are_not_compressed(name: str, tmp_path: Path, config: ModeGPTConfig) -> None:
+def test_model_with_missing_weights_is_refused(name: str, tmp_path: Path, config: ModeGPTConfig) -> None:
     folder = save_dense(tmp_path, name)
     lost = "model.decoder.layers.2.fc1.weight" if name == "opt" else "model.layers.2.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
     del tensors[lost]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for load in loaders(folder, config) if name == FAMILIES[0] else loaders(folder, config)[:1]:
-        # UnsupportedModel is a ValueError; `pipeline` raises one of its own that quotes it.
+        # UnsupportedModel is a ValueError; `pipeline` raises a ValueError with its message.
         with pytest.raises(ValueError, match=rf"cannot be loaded: .*\n *missing: {lost}\n *The folder is incomplete"):
             load()
 
 
-def test_weights_of_another_shape_are_not_compressed(tmp_path: Path, config: ModeGPTConfig) -> None:
+def test_model_with_mismatched_weights_is_refused(tmp_path: Path, config: ModeGPTConfig) -> None:
     folder = save_dense(tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] = torch.zeros(3, 32)
@@ -213,12 +213,12 @@ def test_both_keywords_are_refused(checkpoint: Path, config: ModeGPTConfig) -> N
         (0.3, "found float"),
     ],
 )
-def test_a_bad_configuration_is_refused(given: Any, message: str, checkpoint: Path) -> None:
+def test_invalid_configuration_is_refused(given: Any, message: str, checkpoint: Path) -> None:
     with pytest.raises(InvalidConfig, match=message):
         AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=given)
 
 
-def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path, config: ModeGPTConfig) -> None:
+def test_quantised_model_is_refused(tmp_path: Path, config: ModeGPTConfig) -> None:
     folder = save_dense(tmp_path)
     stored = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
@@ -236,14 +236,14 @@ def test_a_model_that_is_quantised_already_is_refused(tmp_path: Path, config: Mo
         ({"model": "cpu", "lm_head": 0}, "several devices"),
     ],
 )
-def test_weights_that_are_elsewhere_are_refused(
+def test_device_map_with_several_devices_or_disk_is_refused(
     device_map: dict[str, Any], message: str, checkpoint: Path, config: ModeGPTConfig
 ) -> None:
     with pytest.raises(InvalidConfig, match=message):
         AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=config, device_map=device_map)
 
 
-def test_automatic_placement_on_disk_points_to_the_command(
+def test_error_for_weights_on_disk_recommends_the_command(
     checkpoint: Path, config: ModeGPTConfig, tmp_path: Path
 ) -> None:
     with pytest.raises(InvalidConfig, match=r"weights on disk(.|\n)*optimum-cli modegpt compress MODEL --output DIR"):
@@ -256,7 +256,9 @@ def test_automatic_placement_on_disk_points_to_the_command(
         )
 
 
-def test_one_device_by_device_map(checkpoint: Path, config: ModeGPTConfig, expected: PreTrainedModel) -> None:
+def test_device_map_with_one_device_is_accepted(
+    checkpoint: Path, config: ModeGPTConfig, expected: PreTrainedModel
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, compression_config=config, device_map={"": "cpu"})
     with torch.no_grad():
         assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
@@ -267,7 +269,7 @@ def test_own_class_refuses_a_dense_model_without_a_configuration(checkpoint: Pat
         ModeGPTModelForCausalLM.from_pretrained(checkpoint)
 
 
-def test_a_failing_compression_leaves_the_callers_model_alone(checkpoint: Path, config: ModeGPTConfig) -> None:
+def test_failed_compression_does_not_change_the_model(checkpoint: Path, config: ModeGPTConfig) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(CalibrationDataError):
@@ -289,7 +291,7 @@ def test_a_failing_compression_leaves_the_callers_model_alone(checkpoint: Path, 
         (ModeGPTModelForCausalLM, "compression_config"),
     ],
 )
-def test_the_tokenizer_is_read_with_the_callers_arguments(
+def test_tokenizer_is_loaded_with_the_arguments_of_the_caller(
     loader: Any,
     keyword: str,
     tmp_path: Path,
@@ -297,11 +299,11 @@ def test_the_tokenizer_is_read_with_the_callers_arguments(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     save_dense(tmp_path / "inner")
-    asked: list[tuple[str, dict[str, Any]]] = []
+    calls: list[tuple[str, dict[str, Any]]] = []
     original = AutoTokenizer.from_pretrained
 
     def listen(name: str, **arguments: Any) -> Any:
-        asked.append((name, arguments))
+        calls.append((name, arguments))
         return original(name, **arguments)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", listen)
@@ -313,12 +315,12 @@ def test_the_tokenizer_is_read_with_the_callers_arguments(
         "local_files_only": True,
     }
     loader.from_pretrained(tmp_path, **{keyword: config}, **given)
-    ((name, arguments),) = asked
+    ((name, arguments),) = calls
     assert name == str(tmp_path)
     assert {key: arguments[key] for key in given} == given
 
 
-def test_the_quantizer_reads_the_tokenizer_with_the_callers_arguments(
+def test_quantizer_loads_the_tokenizer_with_the_arguments_of_the_caller(
     tmp_path: Path, config: ModeGPTConfig, expected: PreTrainedModel
 ) -> None:
     save_dense(tmp_path / "inner")
@@ -331,7 +333,7 @@ def test_the_quantizer_reads_the_tokenizer_with_the_callers_arguments(
     assert model.config.modegpt["achieved"] == expected.config.modegpt["achieved"]
 
 
-def test_the_record_names_the_commit_that_was_read(tmp_path: Path) -> None:
+def test_source_resolves_the_commit_of_a_cached_model(tmp_path: Path) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     for name, content in (("refs/main", commit), (f"snapshots/{commit}/config.json", "{}")):
         file = tmp_path / "models--me--model" / name
@@ -343,21 +345,21 @@ def test_the_record_names_the_commit_that_was_read(tmp_path: Path) -> None:
     assert Source(str(tmp_path), {"revision": "other"}).revision == "other"
 
 
-def test_the_embedded_model_brings_its_own_text() -> None:
+def test_demo_model_defaults_to_the_demo_text() -> None:
     assert default_dataset(ModeGPTConfig(), Source("demo")).dataset == "demo"
     assert default_dataset(ModeGPTConfig(dataset="c4"), Source("demo")).dataset == "c4"
     assert default_dataset(ModeGPTConfig(), Source("me/model")).dataset == "wikitext2"
 
 
-def test_a_folder_is_recorded_by_its_last_part(tmp_path: Path) -> None:
+def test_base_model_of_a_folder_is_its_name(tmp_path: Path) -> None:
     (tmp_path / "demo").mkdir()
     assert Source(str(tmp_path)).base_model == tmp_path.name
     assert Source("me/model").base_model == "me/model"
     assert Source("demo").base_model == "demo"
-    assert Source(str(tmp_path / "demo")).base_model == "./demo"  # not the embedded one
+    assert Source(str(tmp_path / "demo")).base_model == "./demo"  # a folder, not the demo model
 
 
-def test_ready_tokens_need_no_tokenizer(tmp_path: Path, config: ModeGPTConfig) -> None:
+def test_token_ids_as_dataset_need_no_tokenizer(tmp_path: Path, config: ModeGPTConfig) -> None:
     dense("llama-gqa-tied").save_pretrained(tmp_path)
     windows = tokens(batch=8, length=32)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=fields(config, dataset=windows))
@@ -369,7 +371,7 @@ def test_ready_tokens_need_no_tokenizer(tmp_path: Path, config: ModeGPTConfig) -
         AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=config)
 
 
-def test_the_configuration_names_a_tokenizer(
+def test_tokenizer_of_the_configuration_is_used(
     tmp_path: Path, checkpoint: Path, config: ModeGPTConfig, expected: PreTrainedModel
 ) -> None:
     dense("llama-gqa-tied").save_pretrained(tmp_path)
@@ -379,7 +381,7 @@ def test_the_configuration_names_a_tokenizer(
             assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
 
 
-def test_a_model_from_nowhere_needs_a_tokenizer(config: ModeGPTConfig) -> None:
+def test_model_without_a_source_needs_a_tokenizer(config: ModeGPTConfig) -> None:
     with pytest.raises(CalibrationDataError, match="pass a tokenizer"):
         ModeGPTQuantizer(config).quantize_model(dense("llama-gqa-tied"))
 
@@ -387,7 +389,9 @@ def test_a_model_from_nowhere_needs_a_tokenizer(config: ModeGPTConfig) -> None:
 # ------------------------------------------------------------------------------------------------ quantizer and keyword
 
 
-def test_the_quantizer_saves_everything(checkpoint: Path, config: ModeGPTConfig, tmp_path: Path) -> None:
+def test_quantizer_saves_model_tokenizer_code_and_report(
+    checkpoint: Path, config: ModeGPTConfig, tmp_path: Path
+) -> None:
     quantizer = ModeGPTQuantizer(config, sparsity=0.2)
     model = quantizer.quantize_model(AutoModelForCausalLM.from_pretrained(checkpoint), progress=False)
     quantizer.save(model, tmp_path)
@@ -402,13 +406,13 @@ def test_the_quantizer_saves_everything(checkpoint: Path, config: ModeGPTConfig,
     assert report["base_model"] == checkpoint.name
 
 
-def test_the_keyword_is_installed_once() -> None:
+def test_keyword_is_installed_only_once() -> None:
     before = PreTrainedModel.from_pretrained.__func__
     install_keyword(PreTrainedModel)
     assert PreTrainedModel.from_pretrained.__func__ is before
 
 
-def test_the_keyword_can_be_switched_off(checkpoint: Path, config: ModeGPTConfig) -> None:
+def test_keyword_can_be_disabled(checkpoint: Path, config: ModeGPTConfig) -> None:
     code = f"""
 from transformers import LlamaForCausalLM, PreTrainedModel
 before = PreTrainedModel.from_pretrained.__func__

@@ -1,4 +1,4 @@
-"""Imports point down: which part of the package may know which, read from the source."""
+"""Test that every part of the package imports only the layers below it, by parsing the source."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ LAYERS = (
     ("cli",),
     ("__init__", "__main__"),
 )
-"""What an import may reach: layers above its target's, and the module or package itself."""
+"""A module may import from earlier layers, and from its own package."""
 
-BESIDE = "modeling"
+MODELING = "modeling"
 MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "loading", "hub", "integration", "cli")
-"""The compressed classes are outside the layers; these may use them."""
+"""Parts that may import the compressed classes, which belong to no layer."""
 DESCRIPTION = f"{PACKAGE}.modeling.modegpt_family"
-"""The description of families, which imports nothing. Every part may use it."""
+"""The description of families, which imports nothing. Every part may import it."""
 
 READING = ("data", "sources", "parsing")
-"""The modules of `calibration` that read text; they know nothing of models."""
+"""The modules of `calibration` that read text. They may not import models."""
 
 ONLY = {
     "errors": (),
@@ -54,13 +54,13 @@ ONLY = {
         (f"{PACKAGE}.config", f"{PACKAGE}.errors", *(f"{PACKAGE}.calibration.{name}" for name in READING)),
     ),
 }
-"""All that these may import of ours and of others, beside the standard library; ours is not limited where none is named
-and the layers allow it. `modeling` is remote code as well: it finds its own files by relative imports alone."""
+"""The only imports of these parts besides the standard library. The layers apply if no module of the package is listed.
+`modeling` is also used as remote code, so it imports its own files by relative imports only."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import: the module it stands in, its line, what it names in full, and how it is written."""
+    """Describe one import: the importing module, the line, the full name of the target, and the form."""
 
     module: str
     line: int
@@ -69,18 +69,18 @@ class Import:
 
     @property
     def source(self) -> str:
-        """The module or package below the root that the import stands in."""
+        """The top-level module or subpackage that contains the import."""
         return self.module.partition(".")[0]
 
     @property
     def ours(self) -> str | None:
-        """The module or package below the root that is imported; None for other packages."""
+        """The imported top-level module or subpackage; None for other packages."""
         root, _, rest = self.target.partition(".")
         return (rest.partition(".")[0] or "__init__") if root == PACKAGE else None
 
 
 def imports_of(root: Path) -> Iterator[Import]:
-    """Every import of the package at `root`, deferred ones and those under TYPE_CHECKING included."""
+    """Yield every import of the package at `root`, including deferred ones and those under TYPE_CHECKING."""
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         package = [PACKAGE, *parts[:-1]]
@@ -98,7 +98,7 @@ def _targets(node: ast.AST, package: list[str], root: Path) -> Iterator[tuple[st
         base = package[: len(package) - node.level + 1] if node.level else []
         module = ".".join((*base, *([node.module] if node.module else [])))
         for alias in node.names:
-            # `from package import name` may name a module or something in the package's own file.
+            # `from package import name` may import a module, or a name defined in `__init__.py`.
             below = root.joinpath(*module.split(".")[1:], alias.name)
             names_module = module.split(".")[0] == PACKAGE and (below.is_dir() or below.with_suffix(".py").is_file())
             yield (f"{module}.{alias.name}" if names_module else module), bool(node.level)
@@ -109,7 +109,7 @@ def _targets(node: ast.AST, package: list[str], root: Path) -> Iterator[tuple[st
 
 
 def violations(root: Path) -> list[str]:
-    """What points the wrong way, a line each."""
+    """Return one line per module without a layer and per import that is not allowed."""
     found = [_unplaced(path.relative_to(root)) for path in sorted(root.iterdir())]
     found += [_violation(one) for one in imports_of(root)]
     return [line for line in found if line]
@@ -118,23 +118,25 @@ def violations(root: Path) -> list[str]:
 def _unplaced(path: Path) -> str | None:
     name = path.with_suffix("").name
     is_code = path.suffix == ".py" or (path.suffix == "" and not name.startswith(("__", ".")) and "." not in path.name)
-    placed = {BESIDE, *(one for layer in LAYERS for one in layer)}
-    return f"{path}: has no place in LAYERS" if is_code and path.name != "py.typed" and name not in placed else None
+    placed = {MODELING}.union(*LAYERS)
+    if is_code and path.name != "py.typed" and name not in placed:
+        return f"{path}: not in LAYERS"
+    return None
 
 
 def _violation(one: Import) -> str | None:
     place = f"{one.module}:{one.line} imports {one.target}"
     if one.ours is None:
-        return f"{place}: not among what it may use" if _is_foreign(one) else None
-    if one.source == BESIDE:
-        return (
-            None if one.relative and one.ours == BESIDE else f"{place}: remote code imports its own files, relatively"
-        )
+        return f"{place}: package is not allowed" if _is_foreign(one) else None
+    if one.source == MODELING:
+        if one.relative and one.ours == MODELING:
+            return None
+        return f"{place}: remote code may only import its own files, relatively"
     if one.relative:
         return f"{place}: relative"
     if _is_limited(one):
-        return f"{place}: not among what it may use"
-    if one.ours == BESIDE:
+        return f"{place}: module is not allowed"
+    if one.ours == MODELING:
         return (
             None
             if one.source in MODELING_USERS or one.target.startswith(DESCRIPTION)
@@ -146,27 +148,32 @@ def _violation(one: Import) -> str | None:
 
 
 def _is_foreign(one: Import) -> bool:
-    """Whether another package is imported where only named ones may be."""
+    """Return whether the import is of another package that `ONLY` does not allow."""
     root = one.target.partition(".")[0]
     limits = [allowed for name, allowed in ONLY.items() if one.source == name]
     return root not in sys.stdlib_module_names and any(root not in allowed for allowed in limits)
 
 
 def _is_limited(one: Import) -> bool:
-    """Whether one of our modules is imported where only named ones of ours may be."""
-    limits = [allowed for name, allowed in ONLY.items() if name in (one.source, one.module)]
-    named = [[name for name in allowed if name.startswith(PACKAGE)] for allowed in limits]
-    return any(names and not one.target.startswith(tuple(names)) for names in named)
+    """Return whether the import is of a module of the package that `ONLY` does not allow."""
+    for part, allowed in ONLY.items():
+        ours = tuple(name for name in allowed if name.startswith(PACKAGE))
+        if part in (one.source, one.module) and ours and not one.target.startswith(ours):
+            return True
+    return False
 
 
 def _layer(name: str) -> int:
-    return next((index for index, layer in enumerate(LAYERS) if name in layer), -1)
+    for index, layer in enumerate(LAYERS):
+        if name in layer:
+            return index
+    return -1
 
 
 # --------------------------------------------------------------------------------------------------------- the package
 
 
-def test_imports_point_down():
+def test_imports_follow_the_layers():
     assert violations(ROOT) == []
 
 
@@ -186,11 +193,11 @@ def circle_of(root: Path) -> list[str]:
     return []
 
 
-def test_no_modules_import_each_other():
+def test_package_has_no_import_circles():
     assert circle_of(ROOT) == []
 
 
-def test_a_circle_inside_a_package_is_found(tmp_path):
+def test_import_circle_inside_a_subpackage_is_found(tmp_path):
     files = {
         "comparison/table.py": f"from {PACKAGE}.comparison.records import x",
         "comparison/records.py": f"def f():\n    from {PACKAGE}.comparison.table import y",
@@ -199,7 +206,7 @@ def test_a_circle_inside_a_package_is_found(tmp_path):
     assert set(circle_of(tmp_path)) == {"comparison.table", "comparison.records"}
 
 
-def test_every_module_is_read():
+def test_all_modules_are_parsed():
     modules = {one.module for one in imports_of(ROOT)}
     assert {"compress", "decompositions.psd", "modeling.modegpt_common", "cli.main"} <= modules
     assert len(modules) > 30
@@ -209,7 +216,7 @@ def test_every_module_is_read():
 
 
 def plant(root: Path, files: dict[str, str]) -> Path:
-    """A package with one legal import a layer, and `files` over it."""
+    """Write a package with allowed imports in every layer, and add or replace `files`."""
     legal = {
         "errors.py": "import enum",
         "decompositions/__init__.py": "",
@@ -241,7 +248,7 @@ def plant(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_legal_tree_has_no_violation(tmp_path):
+def test_allowed_imports_are_accepted(tmp_path):
     assert violations(plant(tmp_path, {})) == []
 
 
@@ -255,34 +262,34 @@ PLANTED = {
     "up, by name at run time": ("methods/published.py", f'importlib.import_module("{PACKAGE}.compress")'),
     "up, from a package's own file": ("methods/__init__.py", f"from {PACKAGE}.compress import compress"),
     "sideways": ("decompositions/psd.py", f"from {PACKAGE}.allocation.plan import Plan"),
-    "sideways, of single files": ("report.py", f"from {PACKAGE}.config import ModeGPTConfig"),
+    "sideways, between single files": ("report.py", f"from {PACKAGE}.config import ModeGPTConfig"),
     "sideways, near the top": ("evaluation/perplexity.py", f"from {PACKAGE}.demo import x"),
     "architectures to calibration": ("architectures/block.py", f"from {PACKAGE}.calibration.data import x"),
-    "errors know somebody": ("errors.py", f"from {PACKAGE}.config import x"),
-    "decompositions know the configuration": ("decompositions/psd.py", f"from {PACKAGE}.config import x"),
-    "decompositions know transformers": ("decompositions/psd.py", "import transformers"),
-    "decompositions know numpy": ("decompositions/psd.py", "def f():\n    from numpy import array"),
-    "allocation knows torch": ("allocation/plan.py", "from torch import Tensor"),
-    "errors know torch": ("errors.py", "import torch.cuda"),
-    "the recipe knows transformers": ("recipe.py", "import transformers"),
-    "calibration data know the architectures": ("calibration/data.py", f"from {PACKAGE}.architectures import block"),
-    "modeling knows ours": ("modeling/modegpt_llama.py", f"from {PACKAGE}.errors import ModeGPTError"),
+    "errors import another module": ("errors.py", f"from {PACKAGE}.config import x"),
+    "decompositions import the configuration": ("decompositions/psd.py", f"from {PACKAGE}.config import x"),
+    "decompositions import transformers": ("decompositions/psd.py", "import transformers"),
+    "decompositions import numpy": ("decompositions/psd.py", "def f():\n    from numpy import array"),
+    "allocation imports torch": ("allocation/plan.py", "from torch import Tensor"),
+    "errors import torch": ("errors.py", "import torch.cuda"),
+    "recipe imports transformers": ("recipe.py", "import transformers"),
+    "calibration data imports the architectures": ("calibration/data.py", f"from {PACKAGE}.architectures import block"),
+    "modeling imports another part": ("modeling/modegpt_llama.py", f"from {PACKAGE}.errors import ModeGPTError"),
     "modeling imports its own files absolutely": (
         "modeling/modegpt_llama.py",
         f"from {PACKAGE}.modeling import modegpt_common",
     ),
-    "modeling leaves its folder": ("modeling/modegpt_llama.py", "from ..errors import ModeGPTError"),
-    "modeling knows safetensors": ("modeling/modegpt_llama.py", "import safetensors"),
-    "calibration knows modeling": ("calibration/moments.py", f"from {PACKAGE}.modeling import modegpt_common"),
-    "evaluation knows modeling": ("evaluation/perplexity.py", f"from {PACKAGE}.modeling import modegpt_common"),
-    "relative": ("methods/published.py", "from .factors import x"),
-    "a module without a place": ("utils.py", ""),
-    "a package without a place": ("helpers/things.py", ""),
+    "modeling imports from its parent": ("modeling/modegpt_llama.py", "from ..errors import ModeGPTError"),
+    "modeling imports safetensors": ("modeling/modegpt_llama.py", "import safetensors"),
+    "calibration imports modeling": ("calibration/moments.py", f"from {PACKAGE}.modeling import modegpt_common"),
+    "evaluation imports modeling": ("evaluation/perplexity.py", f"from {PACKAGE}.modeling import modegpt_common"),
+    "relative import": ("methods/published.py", "from .factors import x"),
+    "module without a layer": ("utils.py", ""),
+    "subpackage without a layer": ("helpers/things.py", ""),
 }
 
 
 @pytest.mark.parametrize(("name", "text"), PLANTED.values(), ids=list(PLANTED))
-def test_planted_violation_is_caught(name, text, tmp_path):
+def test_violation_is_found(name, text, tmp_path):
     assert len(violations(plant(tmp_path, {name: text}))) == 1
 
 
@@ -290,36 +297,37 @@ def test_planted_violation_is_caught(name, text, tmp_path):
 
 
 def opened_without_encoding(source: str) -> list[int]:
-    """The lines that open, read or write a text file and leave its encoding to the machine."""
-    return [
-        node.lineno
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Call) and _is_text(node) and not any(key.arg == "encoding" for key in node.keywords)
-    ]
+    """Return the lines that open, read or write a text file without an encoding."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not _is_text(node):
+            continue
+        if "encoding" not in [keyword.arg for keyword in node.keywords]:
+            lines.append(node.lineno)
+    return lines
 
 
 def _is_text(call: ast.Call) -> bool:
-    """Whether a call works on a text file, by its name; a mode with a `b` is for bytes, and `os.open` has no mode."""
+    """Return whether a call opens, reads or writes a text file. `os.open` and modes with a `b` do not."""
     name, owner = getattr(call.func, "attr", None), getattr(call.func, "value", None)
     if name in ("read_text", "write_text"):
         return True
     is_open = getattr(call.func, "id", None) == "open" or (name == "open" and getattr(owner, "id", None) != "os")
-    modes = [
-        value for each in (*call.args, *(k.value for k in call.keywords)) for value in [getattr(each, "value", "")]
-    ]
-    return is_open and not any(isinstance(mode, str) and "b" in mode and len(mode) <= 3 for mode in modes)
+    for argument in (*call.args, *(keyword.value for keyword in call.keywords)):
+        mode = getattr(argument, "value", "")
+        if isinstance(mode, str) and "b" in mode and len(mode) <= 3:
+            return False
+    return is_open
 
 
 def test_text_files_are_opened_with_an_encoding():
-    lines = {
-        str(path.relative_to(ROOT)): opened_without_encoding(path.read_text(encoding="utf-8"))
-        for path in ROOT.rglob("*.py")
-    }
-    assert len(lines) > 50
-    assert {path: found for path, found in lines.items() if found} == {}
+    paths = list(ROOT.rglob("*.py"))
+    assert len(paths) > 50
+    for path in paths:
+        assert opened_without_encoding(path.read_text(encoding="utf-8")) == [], path
 
 
-def test_a_text_file_without_encoding_is_found():
+def test_text_file_opened_without_encoding_is_found():
     source = """
 open("a")
 Path("a").open("w")

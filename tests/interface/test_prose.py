@@ -48,6 +48,17 @@ def test_other_words_are_accepted(prose: ModuleType, tmp_path: Path, sentence: s
     assert list(prose.findings(tmp_path / "page.md")) == []
 
 
-def test_names_in_code_are_no_prose(prose: ModuleType, tmp_path: Path) -> None:
+def test_package_and_tests_are_checked(prose: ModuleType) -> None:
+    names = {path.relative_to(prose.ROOT).as_posix() for path in prose.files()}
+    assert {"README.md", "optimum_modegpt/compress.py", "tests/conftest.py", "tests/unit/test_psd.py"} <= names
+    assert Path(__file__) not in prose.files(), "its examples are not prose"
+
+
+def test_test_names_are_prose(prose: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("def test_what_was_read():\n    pass\n", encoding="utf-8")
+    assert [line for line, *_ in prose.findings(tmp_path / "code.py")] == [1]
+
+
+def test_other_names_are_no_prose(prose: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("what = beside = lies = 1\n", encoding="utf-8")
     assert list(prose.findings(tmp_path / "code.py")) == []

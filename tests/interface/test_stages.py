@@ -1,4 +1,4 @@
-"""Where to compute, what a stage took, and what the sensitivities may cost."""
+"""Test the choice of the device, the measurements of stages and the budget of the sensitivities."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optimum_modegpt.stages import StageClock, compute_device
 CPU = torch.device("cpu")
 
 
-def test_the_resident_size_is_sampled_and_labelled_so() -> None:
+def test_resident_memory_is_sampled_on_the_host() -> None:
     clock = StageClock(CPU)
     with clock.stage("allocate"):
         block = torch.ones(2**25)  # 128 MiB, written to
@@ -26,7 +26,7 @@ def test_the_resident_size_is_sampled_and_labelled_so() -> None:
     assert stage.peak_memory > block.nbytes
 
 
-def test_an_accelerator_reports_the_peak_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_of_the_allocator_is_reported_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     backend = types.SimpleNamespace(
         reset_peak_memory_stats=lambda _: calls.append("reset"),
@@ -52,7 +52,7 @@ def test_an_accelerator_reports_the_peak_of_its_allocator(monkeypatch: pytest.Mo
         ("xpu:0", "cpu", "xpu:0"),
     ],
 )
-def test_the_accelerator_computes_unless_told_otherwise(
+def test_accelerator_is_the_default_device(
     wanted: Any, home: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -61,26 +61,26 @@ def test_the_accelerator_computes_unless_told_otherwise(
     assert compute_device(wanted, torch.device(home)) == torch.device(expected)
 
 
-def test_without_an_accelerator_the_model_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_is_the_default_device_without_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert compute_device(None, CPU) == CPU
     assert compute_device("cpu", CPU) == CPU
 
 
-def test_a_small_model_gets_all_windows_and_ratios() -> None:
+def test_small_model_uses_all_windows_and_ratios() -> None:
     found = budget(5, 64)
     assert (found.moment_windows, found.divergence_windows) == (MOMENT_WINDOWS, DIVERGENCE_WINDOWS)
     assert found.ratios == RATIOS
 
 
 @pytest.mark.parametrize("blocks", [8, 16, 24, 32])
-def test_deeper_models_stay_within_the_cost_of_the_streams(blocks: int) -> None:
+def test_budget_of_deeper_models_is_limited(blocks: int) -> None:
     found = budget(blocks, 128)
     forwards = len(PARTS) * len(found.ratios) * blocks * (blocks + 1) // 2 * found.divergence_windows
     assert forwards <= max(LEAST_BUDGET, 2 * blocks * 128)
 
 
-def test_few_windows_are_shared_out() -> None:
+def test_few_windows_are_split_between_moments_and_divergences() -> None:
     for windows in range(1, 60):
         found = budget(4, windows)
         assert found.moment_windows >= 1

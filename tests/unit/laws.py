@@ -1,4 +1,4 @@
-"""Builders for the laws: moments of a given rank, condition and scale, explicit data, heads, rotary tables."""
+"""Build test inputs: moments of a given rank, condition and scale, explicit data, rotary tables."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ MOMENTS: dict[str, dict[str, Any]] = {
     "scale 1e20": {"scale": 1e20, "condition": 1e4},
     "zero": {"rank": 0},
 }
-"""Arguments of `moment` by situation; 12 wide they are all unlike in rank."""
+"""Arguments of `moment` by situation."""
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal numbers, float64."""
+    """Draw standard normal numbers, float64."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def eye(size: int) -> Tensor:
-    """The identity, float64."""
+    """Return the identity matrix, float64."""
     return torch.eye(size, dtype=torch.float64)
 
 
 def moment(
     width: int = 12, *, rank: int | None = None, condition: float = 10.0, scale: float = 1.0, seed: int = 0
 ) -> Tensor:
-    """A second moment (width, width) whose `rank` nonzero eigenvalues fall from `scale` to `scale` / `condition`."""
+    """Return a second moment (width, width) with `rank` nonzero eigenvalues from `scale` to `scale` / `condition`."""
     rank = width if rank is None else rank
     directions = torch.linalg.qr(normal(width, width, seed=seed)).Q[:, :rank]
     values = scale * torch.logspace(0, -math.log10(condition), rank, dtype=torch.float64)
@@ -50,7 +50,7 @@ def moment(
 def linear_moments(
     inputs: Tensor, target: Tensor, weight: Tensor | None = None, *, ones: bool = False
 ) -> LinearMoments:
-    """The moments of explicit tokens: `inputs` (tokens, n), `target` (tokens, d), `weight` (tokens,)."""
+    """Compute the moments of explicit tokens: `inputs` (tokens, n), `target` (tokens, d), `weight` (tokens,)."""
     weight = inputs.new_ones(len(inputs)) if weight is None else weight
     inputs = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1) if ones else inputs
     weighted = inputs * weight[:, None]
@@ -59,42 +59,42 @@ def linear_moments(
 
 
 def rotary_angles(length: int, head_dim: int) -> Tensor:
-    """Angles of every position and pair, (length, head_dim / 2)."""
+    """Return the angles of every position and pair, (length, head_dim / 2)."""
     frequencies = 100.0 ** (-torch.arange(head_dim // 2, dtype=torch.float64) * 2 / head_dim)
     return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
 
 
 def rotary_tables(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (1, length, head_dim), the halves alike, as transformers hands them to a block."""
+    """Return cos and sin (1, length, head_dim) as transformers passes them to a block: both halves are equal."""
     angles = rotary_angles(length, head_dim).repeat(1, 2)[None]
     return angles.cos(), angles.sin()
 
 
 def turned(vectors: Tensor, angles: Tensor) -> Tensor:
-    """`vectors` (…, d) with every pair (i, i + d/2), read as a complex number, turned by `angles` (…, d/2)."""
+    """Rotate every pair (i, i + d/2) of `vectors` (…, d), read as a complex number, by `angles` (…, d/2)."""
     first, second = vectors.chunk(2, dim=-1)
     rotated = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((rotated.real, rotated.imag), dim=-1)
 
 
 def attention_block(head_dim: int, window: int | None = None) -> Any:
-    """What the attention curvature reads of a block."""
+    """Return an object with the block attributes that the attention curvature reads."""
     attention = SimpleNamespace(scaling=head_dim**-0.5, attention_window=window)
     return SimpleNamespace(attention=attention, family=Family("llama"))
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:
-    """Relative difference in the Frobenius norm; absolute where nothing is expected."""
+    """Return the relative difference in the Frobenius norm; absolute if `expected` is zero."""
     actual, expected = actual.detach(), expected.detach()
     return float((actual - expected).norm() / (expected.norm() or 1.0))
 
 
 def weighted_error(moment: Tensor, gap: Tensor) -> float:
-    """tr(gapᵀ moment gap): the squared error of a map whose inputs have this moment."""
+    """Return tr(gapᵀ moment gap), the squared error of a map whose inputs have this moment."""
     return float((gap * (moment @ gap)).sum())
 
 
 def subspace_gap(basis: Tensor, other: Tensor) -> float:
-    """Distance of the projectors onto two column spaces."""
+    """Return the distance between the projectors onto two column spaces."""
     first, second = (torch.linalg.qr(columns).Q for columns in (basis, other))
     return float((first @ first.T - second @ second.T).norm())

@@ -1,4 +1,4 @@
-"""Where how much is removed: targets from influences, widths from targets, widths from measured curves."""
+"""Test the distribution of sparsity: targets from influences, widths from targets, widths from measured curves."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ from optimum_modegpt.allocation.sensitivity import interpolate, lower_hull, plan
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
 from optimum_modegpt.modeling.modegpt_family import Widths
 
+PARTS = ("mlp", "qk", "vo")
+Curves = dict[tuple[int, str], list[tuple[float, float]]]
 INFLUENCES = {
     "falling": [0.9, 0.5, 0.3, 0.2, 0.1],
     "equal": [0.3] * 5,
-    "one block stands out": [0.01, 1.4, 1.5, 1.5, 1.6],
+    "one block differs": [0.01, 1.4, 1.5, 1.5, 1.6],
     "two extremes": [0.0, 0.0, 2.0, 2.0],
     "one block": [0.4],
 }
@@ -52,7 +54,7 @@ def test_mean_is_the_sparsity_and_no_block_exceeds_the_cap(influences, temperatu
 
 
 @TEMPERATURES
-def test_without_the_cap_it_is_the_papers_softmax(temperature):
+def test_without_a_cap_targets_are_the_softmax_of_the_paper(temperature):
     influences = INFLUENCES["falling"]
     targets = influence_targets(influences, 0.1, temperature=temperature, cap=1.0)
     lowest = min(influences)
@@ -64,18 +66,24 @@ def test_without_the_cap_it_is_the_papers_softmax(temperature):
 @TEMPERATURES
 @pytest.mark.parametrize("sparsity", [0.2, 0.5])
 def test_targets_are_the_optimum_under_the_cap(influences, temperature, sparsity):
-    """max −Σ s φ + ε H(φ) under Σ φ = const, φ ≤ cap: s_i + ε log φ_i is one level, and no higher where capped."""
+    """Check the optimality conditions of max −Σ s φ + ε H(φ) under Σ φ = const, φ ≤ cap.
+
+    s_i + ε log φ_i is the same for every block below the cap, and no higher for a capped block.
+    """
     cap = 0.7
     targets = influence_targets(influences, sparsity, temperature=temperature, cap=cap)
-    level = [
-        (s + temperature * math.log(target), target >= cap * (1 - 1e-12))
-        for s, target in zip(influences, targets, strict=True)
-        if target > 1e-300
-    ]
-    free = [value for value, capped in level if not capped]
+    free, capped = [], []
+    for influence, target in zip(influences, targets, strict=True):
+        if target <= 1e-300:
+            continue
+        level = influence + temperature * math.log(target)
+        if target >= cap * (1 - 1e-12):
+            capped.append(level)
+        else:
+            free.append(level)
     assert max(free, default=0) - min(free, default=0) < 1e-9
     if free:
-        assert all(value <= free[0] + 1e-9 for value, capped in level if capped)
+        assert max(capped, default=free[0]) <= free[0] + 1e-9
 
 
 def test_equal_influences_give_equal_targets():
@@ -83,16 +91,16 @@ def test_equal_influences_give_equal_targets():
     assert uniform_targets(4, 0.25) == [0.25] * 4
 
 
-def test_cold_softmax_fills_block_after_block():
+def test_low_temperature_fills_one_block_after_another():
     assert influence_targets([0.1, 0.9, 0.5], 0.5, temperature=1e-3, cap=0.8) == pytest.approx([0.8, 0, 0.7])
 
 
-def test_cold_softmax_spares_no_block_that_is_needed():
+def test_low_temperature_fills_further_blocks_if_the_target_needs_them():
     assert influence_targets([0.0, 1.0, 2.0], 0.5, temperature=1e-4, cap=0.9) == pytest.approx([0.9, 0.6, 0])
     assert influence_targets([0.0, 1.0, 1.0], 0.5, temperature=1e-4, cap=0.9) == pytest.approx([0.9, 0.3, 0.3])
 
 
-def test_hot_softmax_is_uniform():
+def test_high_temperature_gives_uniform_targets():
     assert influence_targets([0.1, 0.9, 0.5], 0.5, temperature=1e6, cap=0.8) == pytest.approx([0.5] * 3, abs=1e-6)
 
 
@@ -114,7 +122,7 @@ def test_hot_softmax_is_uniform():
         (64, 3, False, 3),
     ],
 )
-def test_grid_of_a_head(head_dim, round_to, pairs, step):
+def test_head_step(head_dim, round_to, pairs, step):
     assert head_step(head_dim, round_to, pairs=pairs) == step
 
 
@@ -134,7 +142,7 @@ def test_grid_of_a_head(head_dim, round_to, pairs, step):
         (48, 8, 8),
     ],
 )
-def test_grid_of_an_mlp(width, round_to, step):
+def test_mlp_step(width, round_to, step):
     assert mlp_step(width, round_to) == step
 
 
@@ -150,7 +158,7 @@ def test_grid_of_an_mlp(width, round_to, step):
         (20, 1, 0.95, 1),
     ],
 )
-def test_floor_leaves_what_the_cap_asks_for_and_lies_on_the_grid(dense, step, max_sparsity, floor):
+def test_floor_respects_the_largest_sparsity_and_the_step(dense, step, max_sparsity, floor):
     size = part_size(dense, 10, step, max_sparsity)
     assert size.floor == floor
     assert size.weights == 10 * dense
@@ -160,7 +168,7 @@ def test_floor_leaves_what_the_cap_asks_for_and_lies_on_the_grid(dense, step, ma
     assert size.widths() == sorted(set(size.widths()), reverse=True)
 
 
-def test_dense_width_off_the_grid_is_still_allowed():
+def test_dense_width_is_allowed_if_it_is_no_multiple_of_the_step():
     size = part_size(30, 1, 8, 0.9)
     assert size.widths() == [30, 24, 16, 8]
     assert [size.nearest(width) for width in (31, 28, 26, 11, -5)] == [30, 30, 24, 8, 8]
@@ -184,9 +192,9 @@ def test_sparsity_counts_the_weights_of_all_parts():
     assert plan_sparsity(plan, sizes) == pytest.approx((176 * 384 + 32 * 512) / total_weights(sizes))
 
 
-def test_largest_sparsity_is_that_of_the_floors():
+def test_largest_sparsity_is_reached_at_the_floors():
     sizes = block_sizes(2)
-    floors = 2 * (32 * 384 + 2 * 8 * 512)  # 17.6 and 3.2 rounded up to the grid
+    floors = 2 * (32 * 384 + 2 * 8 * 512)  # 17.6 and 3.2 rounded up to the step
     assert largest_sparsity(sizes) == pytest.approx(1 - floors / total_weights(sizes))
     assert largest_sparsity(block_sizes(2, cap=0.5)) == pytest.approx(0.5)
 
@@ -203,25 +211,25 @@ def test_total_is_met_within_half_a_step(sparsity, step, mlp_step, temperature):
     if temperature:
         targets = influence_targets(INFLUENCES["falling"], sparsity, temperature=temperature, cap=0.8)
     plan = plan_from_targets(targets, sizes)
-    half = max(size.step * size.weights_per_unit for block in sizes for size in block.values()) / 2
+    half = max(size.step * size.weights_per_unit for size in sizes[0].values()) / 2  # all blocks are equal
     assert abs(plan_sparsity(plan, sizes) - sparsity) <= half / total_weights(sizes) + 1e-12
     _check_widths(plan, sizes)
     if sparsity == 0:
         assert plan == Plan.dense(sizes)
 
 
-def test_parts_of_a_block_get_its_target():
+def test_every_part_gets_the_target_of_its_block():
     plan = plan_from_targets([0.25, 0.5], block_sizes(2, step=1, mlp_step=1))
     assert plan.to_list() == [{"qk": 48, "vo": 48, "mlp": 264}, {"qk": 32, "vo": 32, "mlp": 176}]
 
 
-def test_mlp_takes_what_the_heads_cannot():
+def test_mlp_compensates_for_heads_that_cannot_be_cut():
     sizes = [{"mlp": PartSize(100, 10, 1, 1), "qk": PartSize(10, 10, 10, 10), "vo": PartSize(10, 10, 10, 10)}]
     assert plan_from_targets([0.25], sizes).to_list() == [{"qk": 10, "vo": 10, "mlp": 70}]
 
 
-def test_what_a_block_could_not_meet_is_carried_on():
-    stiff = {part: PartSize(10, 10, 10, 10) for part in ("mlp", "qk", "vo")}
+def test_next_block_compensates_for_a_block_that_misses_its_target():
+    stiff = {part: PartSize(10, 10, 10, 10) for part in PARTS}
     soft = {"mlp": PartSize(100, 10, 1, 1), "qk": PartSize(10, 10, 10, 10), "vo": PartSize(10, 10, 10, 10)}
     assert plan_from_targets([0.5, 0.25], [stiff, soft]).widths[1].mlp == 100 - 15 - 30
 
@@ -232,16 +240,16 @@ def test_what_a_block_could_not_meet_is_carried_on():
 CURVES = {
     "convex": [(0.25, 0.1), (0.5, 0.4), (0.75, 1.6)],
     "concave": [(0.25, 1.0), (0.5, 1.5), (0.75, 1.6)],
-    "falls again": [(0.25, 0.2), (0.5, 0.1), (0.75, 0.9)],
+    "not monotone": [(0.25, 0.2), (0.5, 0.1), (0.75, 0.9)],
     "flat": [(0.25, 0.0), (0.75, 0.0)],
     "negative noise": [(0.1, -0.01), (0.5, 0.3)],
-    "unsorted, twice the same": [(0.75, 1.0), (0.25, 0.2), (0.25, 0.3)],
+    "unsorted with a duplicate": [(0.75, 1.0), (0.25, 0.2), (0.25, 0.3)],
     "nothing measured": [],
 }
 
 
 @pytest.mark.parametrize("curve", CURVES.values(), ids=list(CURVES))
-def test_hull_starts_at_zero_is_convex_and_below_the_curve_made_monotone(curve):
+def test_hull_is_the_largest_convex_monotone_curve_below_the_running_maximum(curve):
     hull = lower_hull(curve)
     assert hull[0] == (0.0, 0.0)
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in itertools.pairwise(hull)]
@@ -250,19 +258,19 @@ def test_hull_starts_at_zero_is_convex_and_below_the_curve_made_monotone(curve):
     for sparsity, _ in curve:
         highest = max(max(d for s, d in curve if s <= sparsity), 0)
         assert interpolate(hull, sparsity) <= highest + 1e-12
-    if curve:  # and it is the largest such: its corners lie on that curve
+    if curve:  # its corners are points of the running maximum
         for sparsity, divergence in hull[1:]:
-            at = [d for s, d in curve if s == sparsity]
-            assert divergence in {max(d, 0, *(e for t, e in curve if t < sparsity)) for d in at}
-            assert divergence == max(min(at), 0, *(e for t, e in curve if t < sparsity))
+            before = [d for s, d in curve if s < sparsity]
+            least = min(d for s, d in curve if s == sparsity)
+            assert divergence == max(least, 0, *before)
 
 
-def test_hull_of_a_convex_curve_is_the_curve():
+def test_hull_of_a_convex_curve_is_the_curve_itself():
     assert lower_hull(CURVES["convex"]) == [(0.0, 0.0), *CURVES["convex"]]
     assert lower_hull(CURVES["concave"]) == [(0.0, 0.0), (0.75, 1.6)]
 
 
-def test_between_points_the_hull_is_straight_and_beyond_the_last_it_goes_on():
+def test_hull_is_interpolated_and_extrapolated_linearly():
     hull = lower_hull(CURVES["convex"])
     for sparsity, expected in [(0, 0), (0.125, 0.05), (0.25, 0.1), (0.625, 1.0), (0.75, 1.6), (1.0, 2.8)]:
         assert interpolate(hull, sparsity) == pytest.approx(expected)
@@ -270,10 +278,12 @@ def test_between_points_the_hull_is_straight_and_beyond_the_last_it_goes_on():
 
 
 def cost(plan, curves, sizes) -> float:
-    return sum(
-        interpolate(lower_hull(curve), 1 - getattr(plan.widths[block], part) / sizes[block][part].dense)
-        for (block, part), curve in curves.items()
-    )
+    """Sum the divergence of a plan over all parts."""
+    total = 0.0
+    for (block, part), curve in curves.items():
+        removed = 1 - getattr(plan.widths[block], part) / sizes[block][part].dense
+        total += interpolate(lower_hull(curve), removed)
+    return total
 
 
 def changed(plan, block, part, width) -> Plan:
@@ -284,7 +294,7 @@ def changed(plan, block, part, width) -> Plan:
 
 
 def cheapest(curves, sizes, removed: float) -> float:
-    """The least divergence of all plans that remove at least this share of the weights; every plan is counted."""
+    """Return the least divergence of all plans that remove at least this share of the weights, by enumeration."""
     least = {0: 0.0}  # weights removed -> least divergence, over the parts so far
     for (block, part), curve in curves.items():
         size, hull, longer = sizes[block][part], lower_hull(curve), {}
@@ -299,17 +309,26 @@ def cheapest(curves, sizes, removed: float) -> float:
     )
 
 
-def random_curve(random_numbers: random.Random) -> list[tuple[float, float]]:
-    power, factor = random_numbers.uniform(1, 4), random_numbers.expovariate(1)
-    return [(s, factor * s**power) for s in (0.15, 0.3, 0.45, 0.6, 0.75, 0.95)]
+def equal_curves(blocks: int, curve: list[tuple[float, float]]) -> Curves:
+    """Return the same curve for every part of every block."""
+    return {(block, part): curve for block, part in itertools.product(range(blocks), PARTS)}
+
+
+def random_curves(blocks: int, random_numbers: random.Random) -> Curves:
+    """Return a random curve for every part of every block."""
+    curves = {}
+    for block, part in itertools.product(range(blocks), PARTS):
+        power, factor = random_numbers.uniform(1, 4), random_numbers.expovariate(1)
+        curves[block, part] = [(s, factor * s**power) for s in (0.15, 0.3, 0.45, 0.6, 0.75, 0.95)]
+    return curves
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("sparsity", [0.1, 0.37, 0.5, 0.8])
-def test_no_other_plan_removes_as_much_for_less(seed, sparsity):
+def test_plan_has_the_least_divergence(seed, sparsity):
     random_numbers = random.Random(seed)
-    sizes = [{part: PartSize(8, 5, 2, 2) for part in ("mlp", "qk", "vo")} for _ in range(2)]
-    curves = {(block, part): random_curve(random_numbers) for block in range(2) for part in sizes[0]}
+    sizes = [{part: PartSize(8, 5, 2, 2) for part in PARTS} for _ in range(2)]
+    curves = random_curves(2, random_numbers)
     plan = plan_from_curves(curves, sizes, sparsity)
     removed = plan_sparsity(plan, sizes)
     assert abs(removed - sparsity) <= 10 / total_weights(sizes) / 2 + 1e-12 or removed == largest_sparsity(sizes)
@@ -318,30 +337,31 @@ def test_no_other_plan_removes_as_much_for_less(seed, sparsity):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("sparsity", [0.2, 0.45, 0.7])
-def test_unlike_parts_end_within_one_step_of_the_cheapest_plan(seed, sparsity):
+def test_plan_for_parts_of_different_sizes_is_within_one_step_of_the_least_divergence(seed, sparsity):
     random_numbers = random.Random(seed)
     sizes = [{"mlp": PartSize(24, 3, 2, 2), "qk": PartSize(8, 4, 2, 2), "vo": PartSize(8, 4, 1, 1)} for _ in range(1)]
     sizes += [{"mlp": PartSize(12, 6, 2, 2), "qk": PartSize(8, 4, 2, 2), "vo": PartSize(8, 4, 4, 4)}]
-    curves = {(block, part): random_curve(random_numbers) for block in range(2) for part in sizes[0]}
+    curves = random_curves(2, random_numbers)
     plan = plan_from_curves(curves, sizes, sparsity)
     removed, found = plan_sparsity(plan, sizes), cost(plan, curves, sizes)
-    steps = (
-        cost(changed(plan, block, part, width), curves, sizes) - found
-        for block, parts in enumerate(sizes)
-        for part, size in parts.items()
-        for width in size.widths()
-        if getattr(plan.widths[block], part) - size.step <= width < getattr(plan.widths[block], part)
-    )
-    assert found <= cheapest(curves, sizes, removed) + max(steps, default=0.0) + 1e-12
+    largest_step = 0.0
+    for block, parts in enumerate(sizes):
+        for part, size in parts.items():
+            planned = getattr(plan.widths[block], part)
+            for width in size.widths():
+                if planned - size.step <= width < planned:
+                    step = cost(changed(plan, block, part, width), curves, sizes) - found
+                    largest_step = max(largest_step, step)
+    assert found <= cheapest(curves, sizes, removed) + largest_step + 1e-12
     _check_widths(plan, sizes)
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.2, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("blocks", [2, 8])
 @pytest.mark.parametrize("seed", range(3))
-def test_target_is_met_on_a_grid_of_kernels(sparsity, blocks, seed):
+def test_target_is_met_with_the_steps_of_kernels(sparsity, blocks, seed):
     random_numbers, sizes = random.Random(seed), block_sizes(blocks)
-    curves = {(block, part): random_curve(random_numbers) for block in range(blocks) for part in sizes[0]}
+    curves = random_curves(blocks, random_numbers)
     plan = plan_from_curves(curves, sizes, sparsity)
     finest = 8 * 512 / total_weights(sizes)
     assert abs(plan_sparsity(plan, sizes) - sparsity) <= max(finest / 2 if blocks == 2 else 0, 0.005)
@@ -352,44 +372,44 @@ def test_target_is_met_on_a_grid_of_kernels(sparsity, blocks, seed):
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9])
 def test_any_curve_gives_a_plan_that_meets_the_target(curve, sparsity):
     sizes = block_sizes(6, step=1, mlp_step=1)
-    curves = {(block, part): curve for block in range(6) for part in sizes[0]}
+    curves = equal_curves(6, curve)
     plan = plan_from_curves(curves, sizes, sparsity)
     assert plan_sparsity(plan, sizes) == pytest.approx(sparsity, abs=0.001)
     _check_widths(plan, sizes)
 
 
 def test_equal_parts_are_cut_evenly():
-    sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")} for _ in range(4)]
-    curves = {(block, part): [(0.9, 1.0)] for block in range(4) for part in sizes[0]}
+    sizes = [{part: PartSize(10, 1, 1, 1) for part in PARTS} for _ in range(4)]
+    curves = equal_curves(4, [(0.9, 1.0)])
     plan = plan_from_curves(curves, sizes, 0.5)
     assert set(plan.widths) == {Widths(5, 5, 5)}
 
 
-def test_nothing_to_remove_leaves_every_part_dense():
+def test_sparsity_zero_keeps_every_part_dense():
     sizes = block_sizes(2)
-    curves = {(block, part): CURVES["flat"] for block in range(2) for part in sizes[0]}
+    curves = equal_curves(2, CURVES["flat"])
     plan = plan_from_curves(curves, sizes, 0.0)
     assert plan == Plan.dense(sizes)
     assert plan_sparsity(plan, sizes) == 0
 
 
-def test_more_than_the_floors_allow_ends_at_the_floors():
+def test_sparsity_above_the_largest_gives_the_floors():
     sizes = block_sizes(2, cap=0.5)
-    curves = {(block, part): CURVES["convex"] for block in range(2) for part in sizes[0]}
+    curves = equal_curves(2, CURVES["convex"])
     plan = plan_from_curves(curves, sizes, 0.8)
     assert plan_sparsity(plan, sizes) == largest_sparsity(sizes)
     _check_widths(plan, sizes)
 
 
-def test_cheap_part_is_cut_and_dear_one_is_kept():
-    sizes = [{part: PartSize(10, 1, 1, 1) for part in ("mlp", "qk", "vo")}]
+def test_insensitive_part_is_cut_before_a_sensitive_one():
+    sizes = [{part: PartSize(10, 1, 1, 1) for part in PARTS}]
     curves = {(0, "mlp"): [(0.9, 9.0)], (0, "qk"): [(0.9, 0.01)], (0, "vo"): [(0.9, 1.0)]}
     assert plan_from_curves(curves, sizes, 0.4).to_list() == [{"mlp": 10, "qk": 1, "vo": 7}]
 
 
-def test_divergence_counts_per_weight_not_per_unit_of_width():
+def test_divergence_is_compared_per_weight_not_per_unit_of_width():
     sizes = [{"mlp": PartSize(10, 30, 1, 1), "qk": PartSize(10, 1, 1, 1), "vo": PartSize(10, 1, 1, 1)}]
-    curves = {(0, part): [(0.9, 1.0)] for part in sizes[0]}
+    curves = equal_curves(1, [(0.9, 1.0)])
     assert plan_from_curves(curves, sizes, 90 / 320).to_list() == [{"mlp": 7, "qk": 10, "vo": 10}]
 
 

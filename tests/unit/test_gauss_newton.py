@@ -1,4 +1,4 @@
-"""The Gauss–Newton step on the MLP's input side: exact where the problem is linear, never worse than no step."""
+"""Test the Gauss–Newton steps on the MLP's input weights: exact for a linear MLP, never worse than the start."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows_of(matrices: int, width: int = WIDTH, seed: int = 0) -> tuple[Tensor, .
 def windows(
     rows: tuple[Tensor, ...], down: Tensor, activation, *, count: int = 8, noise: float = 0.0, seed: int = 0
 ) -> list[TokenSample]:
-    """Windows whose targets another MLP of `rows` and `down` has made."""
+    """Return windows whose targets are the outputs of the MLP of `rows` and `down`."""
     result = []
     for index in range(count):
         inputs = normal(TOKENS, D_MODEL, seed=seed + index)
@@ -37,15 +37,16 @@ def windows(
 
 
 def error(rows, down, samples, activation) -> float:
-    """Σ w ‖target − output‖²."""
-    return sum(
-        float((s.weight[:, None] * (s.target - hidden_channels(rows, s.inputs, activation) @ down).square()).sum())
-        for s in samples
-    )
+    """Return Σ w ‖target − output‖²."""
+    total = 0.0
+    for sample in samples:
+        gap = sample.target - hidden_channels(rows, sample.inputs, activation) @ down
+        total += float((sample.weight[:, None] * gap.square()).sum())
+    return total
 
 
 def problem(matrices: int, activation, *, seed: int = 0) -> tuple[tuple[Tensor, ...], Tensor, list[TokenSample]]:
-    """Rows of 4 channels that are to stand in for 6, some of the way off."""
+    """Return the rows of 4 of 6 channels, and the windows of all 6 that they are to approximate."""
     wide, down = rows_of(matrices, 6, seed), normal(6, D_MODEL, seed=seed + 30)
     samples = windows(wide, down, activation, seed=seed)
     return tuple(row[:WIDTH] for row in wide), down[:WIDTH], samples
@@ -67,12 +68,13 @@ def test_linear_mlp_is_solved_as_by_least_squares():
     samples = windows(rows_of(1, seed=3), down, identity, count=3, noise=1.0)
     (refitted,) = refit_inputs(rows, down, samples, identity, ridge=1e-12, iterations=80)
     root = torch.cat([s.weight.sqrt() for s in samples])[:, None]
-    inputs, target = (root * torch.cat([getattr(s, name) for s in samples]) for name in ("inputs", "target"))
-    best = torch.linalg.lstsq(inputs, target).solution  # (d_model, 3), of which Dᵀ W covers every value
+    inputs = root * torch.cat([s.inputs for s in samples])
+    target = root * torch.cat([s.target for s in samples])
+    best = torch.linalg.lstsq(inputs, target).solution  # (d_model, 3); Dᵀ W can take every value
     assert difference(refitted.T @ down, best) < 1e-6
 
 
-def test_biases_are_the_last_column_of_the_rows():
+def test_last_column_of_the_rows_is_the_bias():
     wanted, down = normal(WIDTH, D_MODEL + 1, seed=3), normal(WIDTH, 6, seed=1)
     samples = []
     for index in range(8):
@@ -85,7 +87,7 @@ def test_biases_are_the_last_column_of_the_rows():
 
 
 @SHAPES
-def test_ridge_holds_the_rows_where_they_are(matrices):
+def test_larger_ridge_keeps_the_rows_closer_to_the_start(matrices):
     rows, down, samples = problem(matrices, nn.SiLU())
     moves = []
     for ridge in (1e-3, 1.0, 1e3, 1e6):
@@ -100,7 +102,7 @@ def test_ridge_holds_the_rows_where_they_are(matrices):
 
 @SHAPES
 @EVERY
-def test_hidden_channels_follow_their_definition(activation, matrices):
+def test_hidden_channels_match_their_definition(activation, matrices):
     rows, inputs = rows_of(matrices), normal(3, D_MODEL, seed=1)
     for t, y in enumerate(inputs):
         for k in range(WIDTH):
@@ -110,7 +112,7 @@ def test_hidden_channels_follow_their_definition(activation, matrices):
 
 @SHAPES
 @EVERY
-def test_gradient_is_that_of_finite_differences(activation, matrices):
+def test_gradient_matches_finite_differences(activation, matrices):
     rows, down, samples = problem(matrices, activation)
     gradients = _Linearised(rows, down, samples, activation, 0.1)._gradient()
     step = 1e-6
@@ -128,17 +130,16 @@ def test_gradient_is_that_of_finite_differences(activation, matrices):
 
 @SHAPES
 @EVERY
-def test_curvature_is_that_of_the_linearised_output(activation, matrices):
+def test_curvature_matches_the_linearised_output(activation, matrices):
     rows, down, samples = problem(matrices, activation)
     linearised = _Linearised(rows, down, samples, activation, 0.1)
     direction = [normal(WIDTH, D_MODEL, seed=70 + i) for i in range(matrices)]
     step, form = 1e-6, 0.0
+    ahead = [row + step * d for row, d in zip(rows, direction, strict=True)]
+    behind = [row - step * d for row, d in zip(rows, direction, strict=True)]
     for s in samples:
-        ahead, behind = (
-            hidden_channels([r + sign * step * d for r, d in zip(rows, direction, strict=True)], s.inputs, activation)
-            for sign in (1, -1)
-        )
-        slope = (ahead - behind) @ down / (2 * step)
+        change = hidden_channels(ahead, s.inputs, activation) - hidden_channels(behind, s.inputs, activation)
+        slope = change @ down / (2 * step)
         form += float((s.weight[:, None] * slope.square()).sum())
     form += sum(mu * float(d.square().sum()) for mu, d in zip(linearised.damping, direction, strict=True))
     product = linearised._normal_product(direction)
@@ -177,33 +178,35 @@ def test_error_on_held_back_windows_never_rises(activation, matrices, seed):
     refitted = refit_inputs(rows, down, samples, activation, ridge=0.1, iterations=4)
     before, after = (error(r, down, samples[:2], activation) for r in (rows, refitted))
     assert after <= before
-    assert after < 0.95 * before  # and these problems leave something to gain
+    assert after < 0.95 * before  # these problems can be improved
 
 
 @SHAPES
-def test_target_that_is_met_leaves_the_rows_alone(matrices):
+def test_rows_that_meet_the_target_are_not_changed(matrices):
     rows, down = rows_of(matrices), normal(WIDTH, D_MODEL, seed=30)
     refitted = refit_inputs(rows, down, windows(rows, down, nn.SiLU()), nn.SiLU(), ridge=0.1, iterations=4)
     assert all(torch.equal(a, b) for a, b in zip(refitted, rows, strict=True))
 
 
 @SHAPES
-def test_iterate_that_is_best_on_held_back_windows_is_taken(matrices):
+def test_best_iterate_on_held_back_windows_is_returned(matrices):
     rows, down, samples = problem(matrices, nn.SiLU())
-    noisy = samples[:2] + [
-        TokenSample(s.inputs, s.target + 3 * normal(*s.target.shape, seed=i), s.weight)
-        for i, s in enumerate(samples[2:5])
-    ]
+    noisy = samples[:2]
+    for i, s in enumerate(samples[2:5]):
+        noisy.append(TokenSample(s.inputs, s.target + 3 * normal(*s.target.shape, seed=i), s.weight))
     steps = list(_Linearised(rows, down, noisy[2:], nn.SiLU(), 1e-3).iterates(20))
-    errors = [error([r + d for r, d in zip(rows, step, strict=True)], down, noisy[:2], nn.SiLU()) for step in steps]
+    errors = []
+    for step in steps:
+        moved = [row + change for row, change in zip(rows, step, strict=True)]
+        errors.append(error(moved, down, noisy[:2], nn.SiLU()))
     best = min(range(20), key=errors.__getitem__)
     assert best < 19
     refitted = refit_inputs(rows, down, noisy, nn.SiLU(), ridge=1e-3, iterations=20)
     assert error(refitted, down, noisy[:2], nn.SiLU()) <= errors[best] * (1 + 1e-9)
 
 
-def test_step_that_overshoots_is_halved_until_it_helps():
-    # φ = x² from 0.1 towards an output of 1: the linear step of 4.95 lands at 25; a quarter of it at 1.8.
+def test_overshooting_step_is_halved_until_it_reduces_the_error():
+    # The output x² is to become 1, from x = 0.1. The linear step of 4.95 gives an output of 25, a quarter of it 1.8.
     samples = [TokenSample(*(torch.ones(1, 1).double() for _ in range(2)), torch.ones(1).double())] * 6
     (refitted,) = refit_inputs(
         (torch.full((1, 1), 0.1).double(),), torch.ones(1, 1).double(), samples, torch.square, ridge=1e-12, iterations=1
@@ -211,14 +214,14 @@ def test_step_that_overshoots_is_halved_until_it_helps():
     assert float(refitted) == pytest.approx(0.1 + 4.95 / 4)
 
 
-def test_step_that_never_helps_is_declined():
+def test_step_that_never_reduces_the_error_is_rejected():
     rows, down, samples = problem(2, nn.SiLU())
     output = [hidden_channels(rows, s.inputs, nn.SiLU()) @ down for s in samples]
-    # Held-back windows want the opposite of what the fitted ones ask for.
-    against = [
-        TokenSample(s.inputs, o - (s.target - o) if index < 2 else s.target, s.weight)
-        for index, (s, o) in enumerate(zip(samples, output, strict=True))
-    ]
+    # The held-back windows have the opposite error of the fitted ones.
+    against = list(samples)
+    for index in range(2):
+        s = samples[index]
+        against[index] = TokenSample(s.inputs, output[index] - (s.target - output[index]), s.weight)
     refitted = refit_inputs(rows, down, against, nn.SiLU(), ridge=0.1, iterations=4)
     assert all(torch.equal(a, b) for a, b in zip(refitted, rows, strict=True))
 
@@ -228,7 +231,7 @@ def test_an_eighth_of_the_windows_is_held_back(count, held):
     rows, down = rows_of(1), normal(WIDTH, D_MODEL, seed=30)
     unmet = windows(rows_of(1, seed=3), down, identity, count=count)
     met = windows(rows, down, identity, count=count)
-    # Where all fitted windows are met there is no step, whatever stands in those held back.
+    # No step is taken if the rows meet all fitted windows, regardless of the held-back ones.
     (same,) = refit_inputs(rows, down, [*unmet[:held], *met[held:]], identity, ridge=0.1, iterations=4)
     assert torch.equal(same, rows[0])
     (moved,) = refit_inputs(rows, down, [*unmet[: held + 1], *met[held + 1 :]], identity, ridge=0.1, iterations=4)
@@ -246,19 +249,17 @@ def test_few_windows_are_all_used(count):
 
 
 @SHAPES
-def test_weight_of_a_token_is_how_often_it_is_there(matrices):
+def test_weight_of_a_token_acts_as_its_number_of_repetitions(matrices):
     rows, down, samples = problem(matrices, nn.SiLU())
     times = [torch.arange(TOKENS) % 3 + 1] * len(samples)
     weighted = [TokenSample(s.inputs, s.target, n.double()) for s, n in zip(samples, times, strict=True)]
-    repeated = [
-        TokenSample(
-            s.inputs.repeat_interleave(n, 0), s.target.repeat_interleave(n, 0), torch.ones(int(n.sum())).double()
-        )
-        for s, n in zip(samples, times, strict=True)
-    ]
-    for a, b in zip(
-        *(refit_inputs(rows, down, x, nn.SiLU(), ridge=0.1, iterations=4) for x in (weighted, repeated)), strict=True
-    ):
+    repeated = []
+    for s, n in zip(samples, times, strict=True):
+        inputs, target = s.inputs.repeat_interleave(n, 0), s.target.repeat_interleave(n, 0)
+        repeated.append(TokenSample(inputs, target, torch.ones(int(n.sum())).double()))
+    expected = refit_inputs(rows, down, repeated, nn.SiLU(), ridge=0.1, iterations=4)
+    refitted = refit_inputs(rows, down, weighted, nn.SiLU(), ridge=0.1, iterations=4)
+    for a, b in zip(refitted, expected, strict=True):
         assert difference(a, b) < 1e-10
 
 
@@ -267,9 +268,9 @@ def test_weight_of_a_token_is_how_often_it_is_there(matrices):
 def test_scale_of_the_token_weights_does_not_matter(matrices, scale):
     rows, down, samples = problem(matrices, nn.SiLU())
     scaled = [TokenSample(s.inputs, s.target, scale * s.weight) for s in samples]
-    for a, b in zip(
-        *(refit_inputs(rows, down, x, nn.SiLU(), ridge=0.1, iterations=4) for x in (samples, scaled)), strict=True
-    ):
+    expected = refit_inputs(rows, down, samples, nn.SiLU(), ridge=0.1, iterations=4)
+    refitted = refit_inputs(rows, down, scaled, nn.SiLU(), ridge=0.1, iterations=4)
+    for a, b in zip(refitted, expected, strict=True):
         assert difference(a, b) < 1e-9
 
 
@@ -284,7 +285,7 @@ def test_order_of_the_channels_does_not_matter(matrices):
 
 
 @SHAPES
-def test_dead_channels_and_constant_inputs_do_no_harm(matrices):
+def test_dead_channels_and_zero_inputs_keep_their_weights(matrices):
     rows, down, samples = problem(matrices, nn.SiLU())
     down[1] = 0
     samples = [TokenSample(s.inputs * torch.tensor([1.0, 0, 1, 1, 1]), s.target, s.weight) for s in samples]
@@ -297,7 +298,7 @@ def test_dead_channels_and_constant_inputs_do_no_harm(matrices):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_result_is_the_same_every_time_and_without_gradients(mode):
+def test_result_is_deterministic_and_independent_of_gradient_mode(mode):
     rows, down, samples = problem(2, nn.SiLU())
     expected = refit_inputs(rows, down, samples, nn.SiLU(), ridge=0.1, iterations=4)
     with mode():
@@ -316,7 +317,7 @@ def test_float32_rows_give_nearly_the_same():
 
 
 @SHAPES
-def test_derivatives_that_are_kept_are_those_that_are_computed_again(matrices):
+def test_kept_and_recomputed_derivatives_give_the_same_result(matrices):
     rows, down, samples = problem(matrices, nn.SiLU())
     calls = []
 
@@ -332,4 +333,6 @@ def test_derivatives_that_are_kept_are_those_that_are_computed_again(matrices):
         results.append(len(calls))
     assert all(torch.equal(a, b) for a, b in zip(kept[0], again[0], strict=True))
     fitted = len(samples) - max(2, len(samples) // 8)
-    assert again[1] - kept[1] == 5 * fitted, "the gradient and every iteration"
+    assert again[1] - kept[1] == 5 * fitted, (
+        "expected one more pass over the fitted windows for the gradient and each iteration"
+    )

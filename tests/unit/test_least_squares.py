@@ -1,4 +1,4 @@
-"""Centred ridge regression on moments against explicit regressions on tokens."""
+"""Compare the centred ridge regression on moments with explicit regressions on tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ONES = pytest.mark.parametrize("ones", [False, True])
 
 
 def tokens(*, rank: int = WIDTH, ones: bool = False):
-    """Inputs with a mean of their own, targets, positive weights, dense weights, and the moments of these tokens."""
+    """Return inputs with a nonzero mean, targets, token weights, dense weights and the moments of these tokens."""
     inputs = normal(TOKENS, rank) @ normal(rank, WIDTH, seed=1) + 0.5
     target, weight = normal(TOKENS, OUT, seed=2), normal(TOKENS, seed=3).exp()
     dense = normal(WIDTH + ones, OUT, seed=4)
@@ -34,7 +34,7 @@ def test_refit_is_the_ridge_regression_around_the_dense_weights(ones, rank, rela
 
 @ONES
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_without_data_the_dense_weights_stay(ones, scale):
+def test_without_data_the_dense_weights_are_kept(ones, scale):
     dense = scale * normal(WIDTH + ones, OUT)
     nothing = linear_moments(torch.zeros(TOKENS, WIDTH).double(), torch.zeros(TOKENS, OUT).double(), ones=ones)
     nothing = LinearMoments(0 * nothing.gram, nothing.cross, nothing.energy, ones)
@@ -59,7 +59,7 @@ def test_constant_input_recovers_a_bias():
     assert difference(refitted, torch.cat((weight, bias))) < 1e-9
 
 
-def test_ridge_is_relative_to_the_inputs_and_leaves_the_constant_out():
+def test_ridge_is_relative_to_the_inputs_without_the_constant():
     inputs = 1e3 * normal(TOKENS, WIDTH)
     plain, extended = (linear_moments(inputs, normal(TOKENS, OUT), ones=ones) for ones in (False, True))
     assert plain.width == extended.width == WIDTH
@@ -68,7 +68,7 @@ def test_ridge_is_relative_to_the_inputs_and_leaves_the_constant_out():
 
 
 @ONES
-def test_relative_error_is_that_of_the_tokens(ones):
+def test_relative_error_equals_the_error_on_the_tokens(ones):
     inputs, target, weight, dense, moments = tokens(ones=ones)
     output = inputs @ dense[:WIDTH] + dense[WIDTH:].sum(0)
     lost = (weight[:, None] * (target - output).square()).sum()
@@ -77,13 +77,13 @@ def test_relative_error_is_that_of_the_tokens(ones):
     assert moments.relative_error(torch.zeros_like(dense)) == pytest.approx(1)
 
 
-def test_perfect_fit_has_no_error_below_zero():
+def test_relative_error_of_a_perfect_fit_is_not_negative():
     inputs, weight = normal(TOKENS, WIDTH), normal(WIDTH, OUT, seed=1)
     assert 0 <= linear_moments(inputs, inputs @ weight).relative_error(weight) < 1e-7
 
 
 @ONES
-def test_mapped_inputs_have_mapped_moments(ones):
+def test_mapped_moments_are_the_moments_of_mapped_inputs(ones):
     inputs, target, weight, _, moments = tokens(ones=ones)
     mapping = normal(WIDTH, 3)
     expected = linear_moments(inputs @ mapping, target, weight, ones=ones)
@@ -92,7 +92,7 @@ def test_mapped_inputs_have_mapped_moments(ones):
 
 
 @ONES
-def test_kept_inputs_have_their_own_moments_and_the_constant(ones):
+def test_kept_moments_are_the_moments_of_kept_inputs_and_the_constant(ones):
     inputs, target, weight, _, moments = tokens(ones=ones)
     index = torch.tensor([1, 4])
     _same(moments.kept(index), linear_moments(inputs[:, index], target, weight, ones=ones))

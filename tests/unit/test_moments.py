@@ -1,4 +1,4 @@
-"""Sums over tokens: moments of 16-bit activations, token weights, slopes between two streams, block influence."""
+"""Test sums over tokens: moments of 16-bit activations, token weights, slopes between two streams, block influence."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NORMS = pytest.mark.parametrize("norm", [nn.LayerNorm(6), LlamaRMSNorm(6)], ids=
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ones", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_sums_over_batches_are_the_moments_of_all_tokens(dtype, ones, weighted):
+def test_sum_over_batches_equals_the_moments_of_all_tokens(dtype, ones, weighted):
     total, batches = LinearMomentSum(ones=ones), []
     for seed in range(3):
         inputs, target = normal(*SHAPE, 5, seed=seed).to(dtype), normal(*SHAPE, 4, seed=seed + 10).to(dtype)
         weight = normal(*SHAPE, seed=seed + 20).exp().float() if weighted else None
         total.add(inputs, target, weight)
         batches.append((inputs, target, torch.ones(SHAPE) if weight is None else weight))
-    tokens = [torch.cat([batch[i].flatten(0, 1) for batch in batches]).double() for i in range(3)]
+    tokens = [torch.cat(parts).flatten(0, 1).double() for parts in zip(*batches, strict=True)]
     expected, found = linear_moments(*tokens, ones=ones), total.value()
     assert found.gram.dtype == found.cross.dtype == torch.float64
     assert difference(found.gram, expected.gram) < 1e-6
@@ -47,7 +47,7 @@ def sums_of(inputs: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | N
 @pytest.mark.parametrize("width", [5, 300])
 @pytest.mark.parametrize("ones", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_rows_in_16_bits_give_moments_in_float32(width, ones, weighted, sums_in_float32, monkeypatch):
+def test_16_bit_rows_are_summed_in_float32(width, ones, weighted, sums_in_float32, monkeypatch):
     monkeypatch.setattr(psd, "GRAM_WIDTH", 64)
     inputs, target = normal(*SHAPE, width).bfloat16(), normal(*SHAPE, 4, seed=1).float()
     weight = normal(*SHAPE, seed=2).exp().float() if weighted else None
@@ -64,7 +64,7 @@ def test_rows_in_16_bits_give_moments_in_float32(width, ones, weighted, sums_in_
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_other_rows_are_what_they_were(dtype, request):
+def test_other_dtypes_do_not_use_the_16_bit_kernel(dtype, request):
     inputs, target, weight = normal(*SHAPE, 5).to(dtype), normal(*SHAPE, 4, seed=1).to(dtype), normal(*SHAPE).exp()
     weight = weight.to(torch.promote_types(dtype, torch.float32))
     expected = sums_of(inputs, target, weight, ones=True)
@@ -75,7 +75,7 @@ def test_other_rows_are_what_they_were(dtype, request):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_where_float32_cannot_be_the_sum_rows_are_raised(weighted):
+def test_16_bit_rows_are_converted_if_the_device_cannot_sum_them_in_float32(weighted):
     inputs, target = normal(*SHAPE, 5).bfloat16(), normal(*SHAPE, 4, seed=1).float()
     weight = normal(*SHAPE, seed=2).exp().float() if weighted else None
     found = sums_of(inputs, target, weight, ones=True)
@@ -86,18 +86,18 @@ def test_where_float32_cannot_be_the_sum_rows_are_raised(weighted):
     assert torch.equal(found.energy, targets.square().sum().double())
 
 
-def test_a_sum_that_is_rounded_is_none(sums_in_float32):
+def test_kernel_that_rounds_its_sums_is_not_used(sums_in_float32):
     assert psd.row_type(torch.device("cpu"), torch.bfloat16) == torch.bfloat16
     psd.row_type.cache_clear()
     sums_in_float32.rounds = True
     assert psd.row_type(torch.device("cpu"), torch.bfloat16) == torch.float32
 
 
-def test_constant_input_stands_last():
+def test_constant_input_is_the_last_column():
     assert with_ones(torch.zeros(3, 2)).tolist() == [[0, 0, 1]] * 3
 
 
-def test_token_weight_is_what_the_next_norm_divides_by():
+def test_token_weight_is_the_inverse_square_of_the_next_norm():
     residual = normal(*SHAPE, 6).float() * 3 + 2
     centred = residual - residual.mean(-1, keepdim=True)
     assert difference(token_weights(residual, Norm()), 1 / residual.square().mean(-1)) < 1e-6
@@ -105,12 +105,12 @@ def test_token_weight_is_what_the_next_norm_divides_by():
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_silent_token_has_a_finite_weight(centred):
+def test_zero_token_has_a_finite_weight(centred):
     assert token_weights(torch.zeros(6), Norm(centred=centred)) == pytest.approx(1e8)
 
 
 @NORMS
-def test_slope_is_the_least_squares_between_the_normalised_streams(norm):
+def test_slope_is_the_least_squares_slope_between_the_normalised_streams(norm):
     with torch.no_grad():
         norm.weight.copy_(normal(6) * torch.tensor([1, 1, 0, 1, 1, 1]))
         if isinstance(norm, nn.LayerNorm):
@@ -141,7 +141,7 @@ def test_gain_of_a_norm_that_adds_one():
     assert difference(norm(stream), 2 * once) < 1e-6
 
 
-def test_silent_channel_has_slope_one():
+def test_zero_channel_has_slope_one():
     total = SlopeSum(LlamaRMSNorm(6), Norm())
     stream = normal(*SHAPE, 6).float() * torch.tensor([1, 1, 0, 1, 1, 1.0])
     total.add(stream, stream)
@@ -159,7 +159,7 @@ def test_influence_is_one_minus_the_mean_cosine():
     assert total.value() == pytest.approx(1 - sum(cosines) / 6, abs=1e-6)
 
 
-def test_block_that_only_scales_has_no_influence():
+def test_block_that_only_scales_has_zero_influence():
     total = InfluenceSum()
     total.add(normal(2, 3, 4), 7 * normal(2, 3, 4))
     assert total.value() == pytest.approx(0, abs=1e-6)

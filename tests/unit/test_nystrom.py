@@ -1,4 +1,4 @@
-"""The MLP's channels: ridge leverage and Nyström refit of the paper, backward elimination."""
+"""Test the choice of MLP channels: ridge leverage and Nyström refit of the paper, backward elimination."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SITUATIONS = pytest.mark.parametrize("situation", MOMENTS)
 
 @SITUATIONS
 @pytest.mark.parametrize("ridge", [1e-2, 1.0, 100.0])
-def test_leverage_lies_between_zero_and_one_and_sums_to_the_effective_dimension(situation, ridge):
+def test_leverage_is_between_zero_and_one_and_sums_to_the_effective_dimension(situation, ridge):
     matrix = moment(**MOMENTS[situation])
     leverage = ridge_leverage(matrix, ridge)
     assert leverage.min() >= -1e-12
@@ -38,21 +38,21 @@ def test_leverage_lies_between_zero_and_one_and_sums_to_the_effective_dimension(
     assert float(leverage.sum()) == pytest.approx(float(effective), rel=1e-9, abs=1e-9)
 
 
-def test_leverage_is_the_diagonal_of_the_formula():
+def test_leverage_matches_the_explicit_formula():
     matrix, ridge = moment(), 0.3
     damping = ridge * matrix.trace() / 12
     direct = (matrix @ torch.linalg.inv(matrix + damping * eye(12))).diagonal()
     assert difference(ridge_leverage(matrix, ridge), direct) < 1e-12
 
 
-def test_loud_channels_are_kept_in_order_and_silent_ones_are_not():
+def test_channels_with_the_largest_inputs_are_kept_in_order():
     inputs = normal(40, 6) * torch.tensor([0.0, 3.0, 0.1, 2.0, 0.0, 1.0])
     assert select_by_leverage(inputs.T @ inputs, 3, ridge=1e-2).tolist() == [1, 3, 5]
     assert select_by_leverage(inputs.T @ inputs, 4, ridge=1e-2).tolist() == [1, 2, 3, 5]
 
 
 @SITUATIONS
-def test_full_rank_keeps_every_channel_and_the_weights(situation):
+def test_full_rank_keeps_all_channels_and_weights(situation):
     matrix, down = moment(**MOMENTS[situation]), normal(12, 3)
     kept = select_by_leverage(matrix, 12, ridge=1e-2)
     assert kept.tolist() == list(range(12))
@@ -61,7 +61,7 @@ def test_full_rank_keeps_every_channel_and_the_weights(situation):
     assert weighted_error(matrix, refitted - down) <= 1e-8 * weighted_error(matrix, down)
 
 
-def test_refit_is_exact_where_pruned_channels_are_combinations_of_kept_ones():
+def test_refit_is_exact_if_pruned_channels_are_combinations_of_kept_ones():
     inputs, kept = normal(40, 8), torch.tensor([0, 3, 4])
     inputs[:, [1, 2, 5, 6, 7]] = inputs[:, kept] @ normal(3, 5, seed=1)
     down = normal(8, 4, seed=2)
@@ -69,13 +69,13 @@ def test_refit_is_exact_where_pruned_channels_are_combinations_of_kept_ones():
     assert difference(inputs[:, kept] @ refitted, inputs @ down) < 1e-6
 
 
-def test_refit_is_the_least_squares_of_the_output():
+def test_refit_is_the_least_squares_solution_for_the_output():
     inputs, kept, down = normal(40, 8), torch.tensor([0, 3, 4]), normal(8, 4, seed=2)
     best = torch.linalg.lstsq(inputs[:, kept], inputs @ down).solution
     assert difference(nystrom_refit(inputs.T @ inputs, kept, down), best) < 1e-6
 
 
-def test_silent_channels_are_pruned_exactly():
+def test_pruning_zero_channels_changes_no_output():
     inputs, down = torch.zeros(40, 8).double(), normal(8, 4, seed=2)
     inputs[:, [1, 2, 6]] = normal(40, 3)
     matrix = inputs.T @ inputs
@@ -83,7 +83,7 @@ def test_silent_channels_are_pruned_exactly():
     assert difference(inputs[:, kept] @ nystrom_refit(matrix, kept, down), inputs @ down) < 1e-6
 
 
-def test_silent_mlp_is_cut_to_finite_weights():
+def test_mlp_with_zero_inputs_gets_finite_weights():
     matrix = moment(rank=0)
     kept = select_by_leverage(matrix, 5, ridge=1e-2)
     assert len(set(kept.tolist())) == 5
@@ -94,7 +94,7 @@ def test_silent_mlp_is_cut_to_finite_weights():
 
 
 def problem(width: int = 10, out: int = 3, *, seed: int = 0, ones: bool = False) -> tuple[Tensor, Tensor]:
-    """A damped moment and the least squares it is solved by, from correlated inputs."""
+    """Return a damped moment of correlated inputs and its least-squares weights."""
     mixing = eye(width) + 0.4 * normal(width, width, seed=seed + 1)
     inputs = normal(60, width, seed=seed) @ mixing
     moments = linear_moments(inputs, inputs @ normal(width, out, seed=seed + 2) + normal(60, out, seed=seed + 3) + ones)
@@ -105,21 +105,21 @@ def problem(width: int = 10, out: int = 3, *, seed: int = 0, ones: bool = False)
 
 
 def refitted_error(hessian: Tensor, weight: Tensor, kept: list[int]) -> float:
-    """What the rows `kept` lose of the quadratic form, with their weights solved again."""
+    """Return the increase of the quadratic form if only the rows `kept` remain, with their weights solved again."""
     best = torch.zeros_like(weight)
     best[kept] = torch.linalg.solve(hessian[kept][:, kept], (hessian @ weight)[kept])
     return weighted_error(hessian, best - weight)
 
 
 def eliminate(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 64) -> Tensor:
-    """The `rank` rows that are left, increasing, when all others have gone."""
+    """Return the `rank` remaining rows in increasing order."""
     width = len(hessian) - protected
     order = elimination_order(inverse(hessian), weight.clone(), width - rank, protected=protected, rounds=rounds)
     return remaining(order, width)
 
 
 def greedy(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 10**6) -> list[int]:
-    """Backward elimination by solving every trial from scratch, with `eliminate`'s rule for chunks."""
+    """Eliminate backwards by solving every trial from scratch, with the same chunks as `eliminate`."""
     width = len(hessian) - protected
     everything, gone = set(range(len(hessian))), set()
     chunk = max(1, (width - rank) // rounds)
@@ -135,20 +135,20 @@ def greedy(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, ro
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_one_by_one_is_the_greedy_elimination(seed):
+def test_removing_one_by_one_matches_greedy_elimination(seed):
     hessian, weight = problem(seed=10 * seed)
     for rank in (7, 4, 1):
         assert eliminate(hessian, weight, rank).tolist() == greedy(hessian, weight, rank)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_chunks_are_removed_with_exact_downdates(seed):
+def test_removing_in_chunks_matches_greedy_elimination(seed):
     hessian, weight = problem(18, seed=10 * seed)
     assert eliminate(hessian, weight, 4, rounds=4).tolist() == greedy(hessian, weight, 4, rounds=4)
 
 
 @pytest.mark.parametrize("rounds", [3, 64])
-def test_constant_input_takes_part_but_is_never_removed(rounds):
+def test_constant_input_is_never_removed(rounds):
     hessian, weight = problem(ones=True)
     kept = eliminate(hessian, weight, 4, protected=1, rounds=rounds).tolist()
     assert kept == greedy(hessian, weight, 4, protected=1, rounds=rounds)
@@ -156,9 +156,9 @@ def test_constant_input_takes_part_but_is_never_removed(rounds):
     assert max(kept) < 10
 
 
-def test_protected_row_counts_in_the_cost_of_the_others():
+def test_cost_of_a_row_includes_the_protected_row():
     inputs = normal(200, 3) * torch.tensor([0.2, 1.0, 1.0])
-    inputs[:, 0] += 1  # explained by the constant but for a little
+    inputs[:, 0] += 1  # the constant explains most of it
     moments = linear_moments(inputs, inputs @ torch.ones(3, 1).double(), ones=True)
     hessian = moments.gram + moments.ridge(1e-9) * eye(4)
     weight = torch.linalg.solve(hessian, moments.cross)
@@ -166,7 +166,7 @@ def test_protected_row_counts_in_the_cost_of_the_others():
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 64])
-def test_of_identical_channels_exactly_one_goes(rounds):
+def test_one_of_two_identical_channels_is_removed(rounds):
     inputs, target = normal(80, 6).repeat(1, 2), normal(80, 3, seed=1)
     moments = linear_moments(inputs, target)
     hessian = moments.gram + moments.ridge(1e-6) * eye(12)
@@ -174,10 +174,9 @@ def test_of_identical_channels_exactly_one_goes(rounds):
     weight = torch.linalg.solve(hessian, moments.cross)
     kept = eliminate(hessian, weight, 6, rounds=rounds)
     assert sorted(index % 6 for index in kept.tolist()) == list(range(6))
-    small = moments.kept(kept)
-    before, after = (
-        m.relative_error(centred_refit(m, d, moments.ridge(1e-6))) for m, d in ((moments, dense), (small, dense[kept]))
-    )
+    ridge, small = moments.ridge(1e-6), moments.kept(kept)
+    before = moments.relative_error(centred_refit(moments, dense, ridge))
+    after = small.relative_error(centred_refit(small, dense[kept], ridge))
     assert after == pytest.approx(before, abs=1e-6)
 
 
@@ -190,7 +189,7 @@ def test_order_of_the_channels_does_not_matter(rounds):
 
 
 @pytest.mark.parametrize("rounds", [1, 64])
-def test_dead_channels_go_first(rounds):
+def test_dead_channels_are_removed_first(rounds):
     inputs = normal(80, 10)
     inputs[:, [0, 4, 7]] = 0
     moments, dense = linear_moments(inputs, normal(80, 3, seed=1)), normal(10, 3, seed=2)
@@ -215,7 +214,7 @@ def test_scale_of_moments_and_weights_does_not_matter(scale):
 
 
 @pytest.mark.parametrize("situation", MOMENTS)
-def test_any_damped_moment_gives_as_many_channels_as_asked_for(situation):
+def test_every_damped_moment_gives_the_requested_number_of_channels(situation):
     hessian = damp(moment(**MOMENTS[situation]), 1e-4)
     for rank in (12, 11, 5, 1):
         kept = eliminate(hessian, normal(12, 3), rank, rounds=3).tolist()
@@ -223,7 +222,7 @@ def test_any_damped_moment_gives_as_many_channels_as_asked_for(situation):
         assert kept == sorted(kept)
 
 
-def test_arguments_are_left_as_they_were():
+def test_arguments_are_not_modified():
     hessian, weight = problem()
     copies = hessian.clone(), weight.clone()
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Solves and roots of moments: well-posed, singular, zero, badly scaled, not finite."""
+"""Test solves and roots of moments: well-posed, singular, zero, badly scaled, not finite."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_regular_moment_is_solved_without_a_warning(situation):
 
 
 @REGULAR
-def test_inverse_is_symmetric_and_undoes_the_moment(situation):
+def test_inverse_is_symmetric_and_accurate(situation):
     matrix = moment(**MOMENTS[situation])
     result = inverse(matrix)
     assert torch.equal(result, result.T)
@@ -64,7 +64,7 @@ def test_batch_is_solved_matrix_by_matrix():
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
-def test_singular_moment_warns_and_is_solved_in_its_range(scale):
+def test_solving_a_singular_moment_warns_and_is_exact_in_its_range(scale):
     matrix = scale * torch.diag(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
     with pytest.warns(IllConditionedWarning, match="3-wide"):
         solution = solve(matrix, matrix @ normal(3, 2))
@@ -74,13 +74,13 @@ def test_singular_moment_warns_and_is_solved_in_its_range(scale):
     assert floored[2, 2] * scale == pytest.approx(1 / (2 * PRODUCT_NOISE))
 
 
-def test_indefinite_by_rounding_is_treated_as_singular():
+def test_moment_with_a_tiny_negative_eigenvalue_is_treated_as_singular():
     matrix = torch.diag(torch.tensor([1.0, -1e-17], dtype=torch.float64))
     with pytest.warns(IllConditionedWarning):
         assert solve(matrix, eye(2))[1, 1] == pytest.approx(1 / PRODUCT_NOISE)
 
 
-def test_singular_moment_in_a_batch_leaves_the_others_right():
+def test_singular_moment_in_a_batch_does_not_affect_the_others():
     batch = torch.stack((moment(4), torch.zeros(4, 4, dtype=torch.float64)))
     right = torch.stack((normal(4, 1), torch.zeros(4, 1, dtype=torch.float64)))
     with pytest.warns(IllConditionedWarning):
@@ -107,7 +107,7 @@ def test_roots_of_any_moment_are_finite_and_consistent(situation):
         assert difference(root, root.T) < 1e-12
 
 
-def test_roots_of_a_batch_keep_the_scale_of_each():
+def test_roots_of_a_batch_are_computed_at_the_scale_of_each_matrix():
     batch = torch.stack((moment(4), moment(4, scale=1e-20), moment(4, scale=1e20)))
     root, _ = roots(batch)
     for squared, matrix in zip(root @ root, damp(batch, ROOT_RIDGE), strict=True):
@@ -116,7 +116,7 @@ def test_roots_of_a_batch_keep_the_scale_of_each():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("function", [roots, inverse, require_finite, lambda m: solve(m, m)])
-def test_moment_that_is_not_finite_is_an_error(function, value):
+def test_non_finite_moment_raises(function, value):
     matrix = moment()
     matrix[3, 4] = value
     with pytest.raises(NumericalError, match="not finite"):
@@ -124,7 +124,7 @@ def test_moment_that_is_not_finite_is_an_error(function, value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_right_side_that_is_not_finite_is_an_error(value):
+def test_non_finite_right_side_raises(value):
     right = normal(12, 2)
     right[3, 1] = value
     with pytest.raises(NumericalError, match="not finite"):
@@ -140,14 +140,14 @@ def test_damping_is_relative_to_the_mean_diagonal_of_each_matrix():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_every_dtype_becomes_float64_with_the_same_values(dtype):
+def test_conversion_to_float64_keeps_the_values(dtype):
     x = normal(5).to(dtype)
     assert to_float64(x).dtype == torch.float64
     assert torch.equal(to_float64(x).to(dtype), x)
 
 
 class _NoFloat64:
-    """A tensor on a device without float64."""
+    """Act as a tensor on a device without float64."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -167,7 +167,7 @@ def test_device_without_float64_falls_back_to_the_cpu():
 
 @pytest.mark.parametrize("width", [1, 5, 64, 200, 256, 333])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gram_matrix_is_the_product_that_it_spares_half_of(
+def test_gram_matrix_equals_the_product_at_lower_cost(
     width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(psd, "GRAM_WIDTH", 64)

@@ -1,4 +1,4 @@
-"""The gain before a softmax: a convex problem, solved a Newton step at a time, never to the worse."""
+"""Test the Newton steps for the gain before a softmax: they converge, and the divergence never increases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BIAS, HEAD = 0.2 * normal(D_MODEL, seed=8), normal(VOCABULARY, D_MODEL, seed=7)
 
 
 def sample(gain: Tensor, seed: int, loudness: Tensor | float = 1.0) -> SoftmaxSample:
-    """Tokens whose wanted distribution is that of `gain`."""
+    """Return tokens whose target distribution is that of `gain`."""
     features = loudness * normal(TOKENS, D_MODEL, seed=seed)
     return SoftmaxSample(features, ((gain * features + BIAS) @ HEAD.T).softmax(-1))
 
@@ -25,7 +25,7 @@ def divergence(gain: Tensor, tokens: SoftmaxSample) -> float:
     return float((tokens.target * (tokens.target.log() - log_q)).sum(-1).mean())
 
 
-def test_steps_lead_to_the_gain_that_made_the_distribution():
+def test_steps_converge_to_the_gain_of_the_target_distribution():
     gain, divergences = torch.ones(D_MODEL).double(), []
     for _ in range(6):
         divergences.append(divergence(gain, sample(WANTED, 0)))
@@ -34,25 +34,25 @@ def test_steps_lead_to_the_gain_that_made_the_distribution():
     assert difference(gain, WANTED) < 1e-5
 
 
-def test_distribution_that_is_met_leaves_the_gain_alone():
+def test_gain_that_meets_the_target_is_not_changed():
     assert torch.equal(match_softmax(WANTED, BIAS, HEAD, sample(WANTED, 0), sample(WANTED, 1)), WANTED)
 
 
-def test_step_that_does_not_help_on_held_back_tokens_is_declined():
+def test_step_that_does_not_help_on_held_back_tokens_is_rejected():
     start = torch.ones(D_MODEL).double()
     against = sample(2 * start - WANTED, 1)
     assert torch.equal(match_softmax(start, BIAS, HEAD, sample(WANTED, 0), against), start)
 
 
 @pytest.mark.parametrize("start", [0.01, 10.0])
-def test_far_from_the_solution_the_divergence_still_falls(start):
+def test_step_far_from_the_solution_reduces_the_divergence(start):
     gain = torch.full((D_MODEL,), start, dtype=torch.float64)
     moved = match_softmax(gain, BIAS, HEAD, sample(WANTED, 0), sample(WANTED, 1))
     for seed in (0, 1):
         assert divergence(moved, sample(WANTED, seed)) < divergence(gain, sample(WANTED, seed))
 
 
-def test_silent_channels_keep_their_gain():
+def test_zero_channels_keep_their_gain():
     loud = torch.tensor([1.0, 0, 1, 1, 1, 1])
     fitted, held_back = (sample(WANTED, seed, loud) for seed in (0, 1))
     moved = match_softmax(torch.ones(D_MODEL).double(), BIAS, HEAD, fitted, held_back)
@@ -65,5 +65,8 @@ def test_every_eighth_window_is_held_back(count, held):
     samples = [SoftmaxSample(torch.full((2, 1), float(i)), torch.zeros(2, 3)) for i in range(count)]
     fitted, held_back = split_sample(samples)
     assert held_back.features[::2, 0].tolist() == held
-    assert fitted.features[::2, 0].tolist() == ([0] if count == 1 else [i for i in range(count) if i not in held])
+    expected = [0]  # the only window is used twice
+    if count > 1:
+        expected = [i for i in range(count) if i not in held]
+    assert fitted.features[::2, 0].tolist() == expected
     assert len(fitted.target) == len(fitted.features)

@@ -1,4 +1,4 @@
-"""Copies beside the computing: what waits for what, on a device that is simulated (a real one: test_accelerator)."""
+"""Test the order of overlapping copies on a simulated device; test_accelerator uses a real one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOST, AWAY = torch.device("cpu"), torch.device("meta")
 
 
 class Event:
-    """What a queue was asked for until then; copies are done when the host waits for it, not before."""
+    """Mark a point of a queue. Its copies run only once the host waits for the event."""
 
     def __init__(self, name: str, log: list[str], copies: list[Callable[[], Any]]) -> None:
         self.name, self.log, self.copies = name, log, copies
@@ -29,7 +29,7 @@ class Event:
 
 
 class Queue:
-    """A stream that notes what it is asked for."""
+    """Act as a device stream that logs its calls."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log, self.events, self.copies = name, log, 0, []
@@ -62,7 +62,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         noted.append(f"hold {len(tensor)} for {queue.name}")
 
     monkeypatch.setattr(transfers, "overlaps", lambda device: True)
-    monkeypatch.setattr(transfers, "copies", lambda device, direction: queues[direction])
+    monkeypatch.setattr(transfers, "copy_stream", lambda device, direction: queues[direction])
     monkeypatch.setattr(transfers, "pinned", torch.zeros_like)
     monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: queues["computing"])
     monkeypatch.setattr(torch.Tensor, "record_stream", hold)
@@ -70,7 +70,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return noted
 
 
-def test_the_next_batch_is_sent_before_this_one_is_waited_for(log: list[str]) -> None:
+def test_next_batch_is_sent_before_the_current_one_is_waited_for(log: list[str]) -> None:
     for batch in prefetch((torch.ones(n) for n in (1, 2, 3)), AWAY):
         assert batch.device == AWAY
         log.append(f"compute {len(batch)}")
@@ -82,7 +82,7 @@ def test_the_next_batch_is_sent_before_this_one_is_waited_for(log: list[str]) ->
 
 
 def computed(log: list[str], sizes: Iterable[int]) -> Iterator[torch.Tensor]:
-    """Tensors of these sizes, full of them; 0 is an error."""
+    """Yield tensors of these sizes filled with their size; raise at size 0."""
     for n in sizes:
         if n == 0:
             raise RuntimeError("it fails")
@@ -91,14 +91,14 @@ def computed(log: list[str], sizes: Iterable[int]) -> Iterator[torch.Tensor]:
 
 
 def seen(log: list[str], sizes: Iterable[int]) -> Iterator[int]:
-    """The sizes of what comes to the host, all of it."""
+    """Yield the size of each tensor that arrives on the host, after checking its values."""
     for tensor in offload(computed(log, sizes)):
         assert tensor.tolist() == [len(tensor)] * len(tensor)
         log.append(f"see {len(tensor)}")
         yield len(tensor)
 
 
-def test_what_leaves_is_seen_once_it_is_there_and_the_next_are_computed_meanwhile(log: list[str]) -> None:
+def test_tensors_are_yielded_after_their_copy_while_the_next_are_computed(log: list[str]) -> None:
     assert list(seen(log, (1, 2, 3, 4))) == [1, 2, 3, 4]
 
     def sent(n: int) -> tuple[str, ...]:
@@ -112,17 +112,20 @@ def test_what_leaves_is_seen_once_it_is_there_and_the_next_are_computed_meanwhil
     ]
 
 
-def test_few_are_on_their_way(log: list[str]) -> None:
+def test_number_of_pending_copies_is_limited(log: list[str]) -> None:
     assert list(seen(log, range(1, 9))) == list(range(1, 9))
-    on_their_way = [
-        sum(line.startswith("hold") for line in log[:index]) - sum(line.startswith("host") for line in log[:index])
-        for index, line in enumerate(log)
-        if line.startswith("compute ")
-    ]
-    assert max(on_their_way) == LEAVING
+    pending = most = 0
+    for line in log:
+        if line.startswith("hold"):
+            pending += 1
+        elif line.startswith("host"):
+            pending -= 1
+        elif line.startswith("compute "):
+            most = max(most, pending)
+    assert most == LEAVING
 
 
-def test_an_error_drops_what_is_on_its_way(log: list[str]) -> None:
+def test_error_discards_pending_copies(log: list[str]) -> None:
     found = []
     with pytest.raises(RuntimeError, match="it fails"):
         found.extend(seen(log, (1, 2, 3, 0)))
@@ -133,12 +136,12 @@ def test_an_error_drops_what_is_on_its_way(log: list[str]) -> None:
     ]
 
 
-def test_alone_it_is_waited_for_at_once(log: list[str]) -> None:
+def test_single_copy_is_waited_for_at_once(log: list[str]) -> None:
     assert to_host(torch.ones(2)).tolist() == [1, 1]
     assert log[-1] == "host waits for from 0"
 
 
-def test_a_pass_keeps_streams_on_the_host_beside_the_computing(log: list[str]) -> None:
+def test_map_stream_overlaps_copies_to_the_host_with_computation(log: list[str]) -> None:
     stream = [torch.full((n,), float(n)) for n in (1, 2, 3, 4)]
     found = map_stream(lambda one, other: log.append("compute") or one + other, HOST, stream, stream)
     assert [tensor.tolist() for tensor in found] == [[2 * n] * n for n in (1, 2, 3, 4)]
@@ -146,20 +149,20 @@ def test_a_pass_keeps_streams_on_the_host_beside_the_computing(log: list[str]) -
     assert order[:5] == [*(LEAVING + 1) * ["compute"], "host waits for from 0", "compute"]
 
 
-def test_each_direction_has_one_queue_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_direction_has_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "Stream", lambda device: object())
-    monkeypatch.setattr(transfers, "copies", functools.cache(transfers.copies.__wrapped__))
-    assert transfers.copies(AWAY, "to") is transfers.copies(AWAY, "to")
-    assert transfers.copies(AWAY, "to") is not transfers.copies(AWAY, "from")
+    monkeypatch.setattr(transfers, "copy_stream", functools.cache(transfers.copy_stream.__wrapped__))
+    assert transfers.copy_stream(AWAY, "to") is transfers.copy_stream(AWAY, "to")
+    assert transfers.copy_stream(AWAY, "to") is not transfers.copy_stream(AWAY, "from")
 
 
-def test_what_is_there_already_is_not_copied(log: list[str]) -> None:
+def test_tensors_on_the_target_device_are_not_copied(log: list[str]) -> None:
     batches = [torch.ones(n, device=AWAY) for n in (1, 2)]
     assert [one is other for one, other in zip(prefetch(batches, AWAY), batches, strict=True)] == [True, True]
     assert log == []
 
 
-def test_on_the_host_nothing_is_asked_for_ahead() -> None:
+def test_nothing_is_prefetched_on_the_host() -> None:
     asked: list[int] = []
 
     def batches() -> Iterator[torch.Tensor]:
@@ -176,11 +179,11 @@ def test_on_the_host_nothing_is_asked_for_ahead() -> None:
     assert list(offload([])) == []
 
 
-def test_what_is_on_the_host_stays_what_it_is() -> None:
+def test_to_host_returns_a_host_tensor_itself() -> None:
     tensor = torch.ones(3)
     assert to_host(tensor) is tensor
 
 
 @pytest.mark.parametrize(("size", "taken"), [(1, 1), (2, 2), (3, 4), (4096, 4096), (4097, 8192)])
-def test_pinned_memory_is_taken_in_powers_of_two(size: int, taken: int) -> None:
+def test_pinned_memory_is_allocated_in_powers_of_two(size: int, taken: int) -> None:
     assert pinned_size(size) == taken

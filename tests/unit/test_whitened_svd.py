@@ -1,4 +1,4 @@
-"""Free bases: query/key without rotation, value/output by the paper's joint SVD and by ours."""
+"""Test bases without rotary constraints: query/key, and value/output by the paper's joint SVD and by ours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def damped(matrix: Tensor) -> Tensor:
 
 
 def tail(matrix: Tensor, rank: int) -> float:
-    """Σ_{i>rank} σ_i²."""
+    """Return Σ_{i>rank} σ_i²."""
     return float(torch.linalg.svdvals(matrix)[rank:].square().sum())
 
 
@@ -34,7 +34,7 @@ def tail(matrix: Tensor, rank: int) -> float:
 
 
 def logit_error(query: Tensor, key: Tensor, product: Tensor) -> float:
-    """E (qᵀk − qᵀ product k)² over independent q and k: ‖C_Q^½ (I − product) C_K^½‖²."""
+    """Return E (qᵀk − qᵀ product k)² over independent q and k, which is ‖C_Q^½ (I − product) C_K^½‖²."""
     gap = eye(len(query)) - product
     return float((gap.T @ query @ gap @ key).trace())
 
@@ -44,14 +44,14 @@ def heads(situation: str, seed: int = 0) -> Tensor:
 
 
 @SITUATIONS
-def test_full_rank_basis_changes_no_logit(situation):
+def test_full_rank_basis_keeps_all_logits(situation):
     query_map, key_map = two_sided_basis(heads("well-posed"), heads(situation, 10), 12)
     assert difference(query_map.mT @ key_map, eye(12).expand(3, -1, -1)) < 1e-7
 
 
 @SITUATIONS
 @pytest.mark.parametrize("rank", [1, 5, 11])
-def test_error_of_the_logits_is_the_tail(situation, rank):
+def test_error_of_the_logits_is_the_tail_of_the_singular_values(situation, rank):
     query, key = heads(situation), heads("well-posed", 10)
     query_map, key_map = two_sided_basis(query, key, rank)
     assert query_map.shape == key_map.shape == (3, rank, 12)
@@ -66,7 +66,7 @@ def test_error_of_the_logits_is_the_tail(situation, rank):
             assert float(relative[group]) == pytest.approx((best / total) ** 0.5, abs=1e-9)
 
 
-def test_error_is_that_of_explicit_tokens():
+def test_tail_error_matches_explicit_tokens():
     query, key = normal(30, 12), normal(40, 12, seed=1) @ moment(condition=100)
     moments = [(x.T @ x)[None] for x in (query, key)]
     query_map, key_map = two_sided_basis(*moments, 5)
@@ -74,7 +74,7 @@ def test_error_is_that_of_explicit_tokens():
     assert float(lost.norm() / (query @ key.T).norm()) == pytest.approx(float(tail_error(*moments, 5)), rel=1e-4)
 
 
-def test_no_other_coordinates_lose_less():
+def test_nearby_coordinates_have_a_larger_error():
     query, key = heads("well-posed"), heads("well-posed", 10)
     query_map, key_map = two_sided_basis(query, key, 5)
     best = logit_error(query[0], key[0], query_map[0].T @ key_map[0])
@@ -83,14 +83,14 @@ def test_no_other_coordinates_lose_less():
         assert logit_error(query[0], key[0], other.T @ key_map[0]) > best
 
 
-def test_query_and_key_are_left_equally_loud():
+def test_compressed_query_and_key_have_equal_moments():
     query, key = heads("well-posed"), heads("scale 1e20", 10)
     query_map, key_map = two_sided_basis(query, key, 5)
     loudness = [(m @ damped(c) @ m.mT) for m, c in ((query_map, query), (key_map, key))]
     assert difference(*loudness) < 1e-6
 
 
-def test_silent_heads_have_finite_maps_and_no_error():
+def test_zero_heads_have_finite_maps_and_zero_error():
     silent = heads("zero")
     for query, key in ((silent, silent), (silent, heads("well-posed"))):
         assert all(m.isfinite().all() for m in two_sided_basis(query, key, 5))
@@ -102,7 +102,7 @@ def test_silent_heads_have_finite_maps_and_no_error():
 
 
 def projections(per_group: int = 1, *, situation: str = "well-posed", seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """C (d_model, d_model), W_V (d_model, d) and the outputs of the group's heads side by side (d, heads · d_model)."""
+    """Return C (d_model, d_model), W_V (d_model, d) and the concatenated outputs of the heads (d, heads · d_model)."""
     arguments = MOMENTS[situation]
     return (
         moment(D_MODEL, **arguments, seed=seed),
@@ -111,7 +111,7 @@ def projections(per_group: int = 1, *, situation: str = "well-posed", seed: int 
     )
 
 
-def test_one_head_is_the_papers_svd_in_the_model_dimension():
+def test_one_head_matches_the_svd_of_the_paper_in_the_model_dimension():
     second_moment, value, output = projections()
     values, vectors = torch.linalg.eigh(second_moment)
     root, inverse_root = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
@@ -138,7 +138,7 @@ def test_error_of_the_group_is_the_tail_of_its_joint_singular_values(situation, 
     assert error == pytest.approx(tail(root.T @ value @ output, rank), rel=1e-6, abs=1e-12 * total)
 
 
-def test_joint_basis_is_better_than_random_ones_and_that_of_the_values_alone():
+def test_joint_basis_is_better_than_random_bases_and_the_basis_of_the_values():
     second_moment, value, output = projections(2)
     values = value.T @ second_moment @ value
     basis, new_output = joint_value_output(values, output, RANK)
@@ -154,7 +154,7 @@ def test_joint_basis_is_better_than_random_ones_and_that_of_the_values_alone():
         assert best_error(other) > 1.01 * joint
 
 
-def test_dead_value_directions_cost_nothing():
+def test_removing_dead_value_directions_changes_no_output():
     second_moment, value, output = projections()
     value[:, [1, 4]] = 0
     basis, new_output = joint_value_output(value.T @ second_moment @ value, output, 4)
@@ -162,7 +162,7 @@ def test_dead_value_directions_cost_nothing():
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3])
-def test_directions_that_no_token_visits_do_not_blow_up_the_weights(tokens):
+def test_directions_without_tokens_do_not_give_large_weights(tokens):
     vectors, output = normal(tokens, HEAD_DIM), normal(HEAD_DIM, D_MODEL, seed=1)
     basis, new_output = joint_value_output(vectors.T @ vectors, output, 5)
     assert difference(vectors @ basis @ new_output, vectors @ output) < 1e-9
@@ -171,7 +171,7 @@ def test_directions_that_no_token_visits_do_not_blow_up_the_weights(tokens):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_an_error(value):
+def test_non_finite_values_raise(value):
     with pytest.raises(NumericalError, match="not finite"):
         joint_value_output(torch.full((HEAD_DIM, HEAD_DIM), value).double(), normal(HEAD_DIM, D_MODEL), RANK)
 
@@ -180,14 +180,14 @@ def test_values_that_are_not_finite_are_an_error(value):
 
 
 def refitted_error(inputs: Tensor, output: Tensor, basis: Tensor) -> float:
-    """What is left when the output is solved again on the basis."""
+    """Return the error after the output is solved again on the basis."""
     refit = torch.linalg.solve(basis.T @ inputs @ basis, basis.T @ inputs @ output)
     return weighted_error(inputs, output - basis @ refit)
 
 
 @pytest.mark.parametrize("situation", ["well-posed", "singular", "scale 1e-20", "scale 1e20"])
 @pytest.mark.parametrize("rank", [1, 4, 12])
-def test_basis_of_one_head_loses_only_the_tail(situation, rank):
+def test_error_of_the_basis_of_one_head_is_the_tail_of_the_singular_values(situation, rank):
     inputs, output = damped(moment(**MOMENTS[situation])), normal(12, D_MODEL)
     basis = value_basis(moment(**MOMENTS[situation]), output, rank)
     root = roots(moment(**MOMENTS[situation]))[0]
@@ -197,13 +197,13 @@ def test_basis_of_one_head_loses_only_the_tail(situation, rank):
         assert refitted_error(inputs, output, basis) < 1e-9 * total
 
 
-def test_basis_is_orthonormal_however_little_the_tokens_say():
+def test_basis_is_orthonormal_at_any_scale():
     for scale in (1.0, 1e-12):
         basis = value_basis(scale * moment(), normal(12, D_MODEL), 4)
         assert difference(basis.T @ basis, eye(4)) < 1e-9
 
 
-def test_no_other_basis_of_one_head_loses_less():
+def test_other_bases_of_one_head_have_a_larger_error():
     inputs, output = moment(condition=1e3), normal(12, D_MODEL)
     best = refitted_error(inputs, output, value_basis(inputs, output, 4))
     for seed in range(10):
@@ -220,13 +220,13 @@ def test_basis_of_any_moment_is_finite(situation):
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
-def test_scale_of_the_moment_turns_no_basis(scale):
+def test_scale_of_moments_and_weights_does_not_change_the_basis(scale):
     expected = value_basis(moment(), normal(12, D_MODEL), 4)
     assert subspace_gap(value_basis(scale * moment(), normal(12, D_MODEL), 4), expected) < 1e-7
     assert subspace_gap(value_basis(moment(), scale * normal(12, D_MODEL), 4), expected) < 1e-7
 
 
-def test_block_diagonal_repeats_each_group_and_passes_the_constant():
+def test_block_diagonal_repeats_each_group_and_keeps_the_constant():
     bases = torch.stack((torch.full((2, 1), 1.0), torch.full((2, 1), 2.0))).double()
     expected = torch.zeros(9, 5).double()
     for head, value in enumerate((1.0, 1.0, 2.0, 2.0)):
