@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from demo_model import text as demo_text
 from quality import mlp_only
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,3 +49,9 @@ def test_the_published_method_is_clearly_worse_and_the_mlps_alone_worse_still(sc
 def test_the_demo_is_small() -> None:
     files = [path for path in demo.MODEL_DIR.iterdir()] + [demo.CALIBRATION_TEXT, demo.EVALUATION_TEXT]
     assert sum(path.stat().st_size for path in files) <= 3_000_000
+
+
+def test_the_generator_reproduces_the_texts() -> None:
+    for file, seed, held_out in ((demo.CALIBRATION_TEXT, 1, False), (demo.EVALUATION_TEXT, 2, True)):
+        first_pages = demo_text.write_text(seed, 10_000, held_out=held_out)
+        assert file.read_text(encoding="utf-8").startswith(first_pages.rstrip("\n"))

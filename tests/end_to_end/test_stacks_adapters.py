@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +14,10 @@ from tiny_models import FAMILIES, SHARED_CODE, VARIANTS, classes, compressed, fi
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from optimum_modegpt.integration.registration import TARGETS, register
-
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
+TARGETS = ["q_proj", "v_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -59,71 +54,24 @@ def family_of(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------- the targets
 
 
+def test_peft_needs_target_modules() -> None:
+    with pytest.raises(ValueError, match="target_modules"):
+        peft.get_peft_model(compressed("llama-mha"), peft.LoraConfig())
+
+
 @FAMILY
-def test_default_targets_are_those_of_the_dense_family(name: str, bases: dict[str, Path]) -> None:
-    defaults = importlib.import_module(TARGETS).TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[family_of(name)]
-    adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig())
-    assert adapted.peft_config["default"].target_modules == set(defaults)
+def test_all_linear_targets_every_projection_of_the_blocks(name: str, bases: dict[str, Path]) -> None:
+    model = load(bases[name])
+    projections = {path for path, module in model.named_modules() if type(module) is torch.nn.Linear}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    assert set(adapted.targeted_module_names) == projections - {"lm_head"}
 
 
-def test_every_method_of_peft_has_its_own_targets() -> None:
-    tables = {key: value for key, value in vars(importlib.import_module(TARGETS)).items() if isinstance(value, dict)}
-    assert len([value for value in tables.values() if "modegpt_llama" in value]) > 5
-    for key, table in tables.items():
-        for name in FAMILIES:
-            assert table.get(f"modegpt_{family_of(name)}") == table.get(family_of(name)), key
-    adapted = peft.get_peft_model(compressed("llama-mha"), peft.IA3Config())
-    assert adapted.peft_config["default"].feedforward_modules == {"down_proj"}
-
-
-def test_targets_are_entered_when_peft_comes_second() -> None:
-    script = f"""
-import sys, optimum_modegpt
-assert "peft" not in sys.modules, "seconds of every import"
-from {TARGETS} import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
-assert all(table["modegpt_" + dense] == table[dense] for dense in ("llama", "mistral", "opt", "qwen2"))
-"""
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_targets_are_entered_when_the_first_import_of_peft_fails() -> None:
-    script = f"""
-import importlib, importlib.machinery, sys, optimum_modegpt
-load = importlib.machinery.SourceFileLoader.exec_module
-def breaking(loader, module):
-    if module.__name__ == "{TARGETS}":
-        raise ImportError("half way")
-    load(loader, module)
-importlib.machinery.SourceFileLoader.exec_module = breaking
-for attempt in range(2):
-    try:
-        import peft
-    except ImportError as error:
-        assert "half way" in str(error)
-    else:
-        raise AssertionError("it was to fail")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
-        del sys.modules[name]
-importlib.machinery.SourceFileLoader.exec_module = load
-from {TARGETS} import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
-assert table["modegpt_llama"] == table["llama"]
-import inspect
-assert "MAPPING" in inspect.getsource(sys.modules["{TARGETS}"])
-"""
-    done = subprocess.run([sys.executable, "-c", script], env=os.environ, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_targets_are_entered_when_peft_came_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = importlib.import_module(TARGETS).TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    monkeypatch.delitem(table, "modegpt_llama")
-    monkeypatch.setitem(table, "modegpt_opt", ["somebody's own choice"])
-    finders = list(sys.meta_path)
-    register()
-    assert table["modegpt_llama"] == table["llama"]
-    assert table["modegpt_opt"] == ["somebody's own choice"]
-    assert sys.meta_path == finders
+def test_other_methods_of_peft_take_their_targets() -> None:
+    config = peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    adapted = peft.get_peft_model(compressed("llama-mha"), config)
+    losses = fine_tune(adapted)
+    assert losses[-1] < losses[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
@@ -131,7 +79,7 @@ def test_targets_are_entered_when_peft_came_first(monkeypatch: pytest.MonkeyPatc
 
 @FAMILY
 def test_trained_saved_and_reloaded(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig(r=4))
+    adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig(r=4, target_modules=TARGETS))
     losses = fine_tune(adapted)
     assert losses[-1] < losses[0] - 0.05
     expected = logits(adapted)
@@ -149,7 +97,9 @@ def test_trained_saved_and_reloaded(name: str, bases: dict[str, Path], tmp_path:
 @own_adapters()
 @FAMILY
 def test_the_folder_of_an_adapter_loads(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig(r=4, init_lora_weights=False))
+    adapted = peft.get_peft_model(
+        load(bases[name]), peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False)
+    )
     adapted.save_pretrained(tmp_path)
     by_adapter = load(tmp_path)
     assert type(by_adapter) is classes(name)["AutoModelForCausalLM"]

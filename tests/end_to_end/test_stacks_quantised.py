@@ -156,7 +156,7 @@ def test_adapter_can_be_trained_on_a_quantised_model(method: str, name: str, tmp
     peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
     _, model = saved(method, name, tmp_path / "base")
     prepared = peft.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    adapted = peft.get_peft_model(prepared, peft.LoraConfig(r=4))
+    adapted = peft.get_peft_model(prepared, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     losses = fine_tune(adapted)
     assert losses[-1] < losses[0] - 0.05
     adapted.save_pretrained(tmp_path / "adapter")

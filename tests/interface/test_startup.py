@@ -20,7 +20,7 @@ import optimum_modegpt
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer
 from optimum_modegpt.architectures import FAMILIES
 from optimum_modegpt.cli import arguments
-from optimum_modegpt.integration.post_import import when_imported
+from optimum_modegpt.integration.registration import when_imported
 from optimum_modegpt.modeling import DENSE_TYPES
 
 QUANTISATION = "torchao bitsandbytes gptqmodel compressed_tensors hqq auto_round"

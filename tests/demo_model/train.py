@@ -1,8 +1,8 @@
 """Train the demo model from `grammar.txt` and seeds alone: text, tokenizer and weights.
 
-    python -m optimum_modegpt.demo.train --output DIR
+    python tests/demo_model/train.py --output DIR
 
-writes `DIR/model`, `DIR/calibration.txt` and `DIR/evaluation.txt`, the same files as those next to this script.
+writes `DIR/model`, `DIR/calibration.txt` and `DIR/evaluation.txt`, the same files as those in `optimum_modegpt/demo`.
 Training takes about 15 minutes on one CPU core. It uses Muon for the matrices and AdamW for the other parameters. The
 texts and the tokenizer are reproduced bit-identically, the weights up to the order of floating-point sums.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from text import write_text
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
@@ -22,8 +23,6 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from optimum_modegpt.demo.text import write_text
 
 BOS, EOS, PAGE_BREAK = "<s>", "</s>", "\n\n"
 BOS_ID, EOS_ID = 0, 1
