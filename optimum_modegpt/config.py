@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+import dataclasses
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.recipe import IN_MEMORY, Recipe
 
-__all__ = ["IN_MEMORY", "ModeGPTConfig"]
+__all__ = ["IN_MEMORY", "ModeGPTConfig", "as_config"]
 
 
 class ModeGPTConfig(Recipe, QuantizationConfigMixin):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -22,3 +24,16 @@ class ModeGPTConfig(Recipe, QuantizationConfigMixin):  # pyright: ignore[reportI
 
     def __iter__(self) -> Generator[tuple[str, Any]]:
         yield from self.to_dict().items()
+
+
+def as_config(config: Any, **fields: Any) -> ModeGPTConfig:
+    """Return a `ModeGPTConfig` from one, or from a dict with or without `quant_method`; `fields` override its own.
+
+    Raises:
+        InvalidConfig: `config` is of another type, or a field is unknown.
+    """
+    if isinstance(config, ModeGPTConfig):
+        return dataclasses.replace(config, **fields) if fields else config
+    if isinstance(config, Mapping):
+        return ModeGPTConfig.from_dict({**config, **fields})
+    raise InvalidConfig(f"expected a ModeGPTConfig or a dict of its fields, found {type(config).__name__}.")

@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser without abbreviations, which reports an error in one line and names the help to read."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Print the error without the usage, which is longer than a screen."""
@@ -43,20 +43,19 @@ class Parser(argparse.ArgumentParser):
         """Parse the arguments of a command, and report unknown ones here instead of in the parser of all commands."""
         if self._subparsers is not None:
             return super().parse_known_args(args, namespace)
-        self._check_options(args)
+        # An unknown option is reported before a missing one: a mistyped option causes both errors.
+        known = self._option_string_actions
+        for word in args:
+            option = word.partition("=")[0]
+            if word == "--":
+                break
+            if re.match("--?[a-zA-Z]", option) and option not in known:
+                near = difflib.get_close_matches(option, known, n=1)
+                self.error(f"unknown option {option}." + (f" Did you mean {near[0]}?" if near else ""))
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unexpected argument: {' '.join(unknown)}")
         return options, unknown
-
-    def _check_options(self, words: Sequence[str]) -> None:
-        """Report an unknown option before a missing one: a mistyped option causes both errors."""
-        known = self._option_string_actions
-        for word in words[: words.index("--")] if "--" in words else words:
-            option = word.partition("=")[0]
-            if re.match("--?[a-zA-Z]", option) and option not in known:
-                near = difflib.get_close_matches(option, known, n=1)
-                self.error(f"unknown option {option}." + (f" Did you mean {near[0]}?" if near else ""))
 
 
 def main(arguments: Sequence[str] | None = None, program: str = PROGRAM) -> int:
@@ -129,7 +128,7 @@ def build_parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     """Return the parser of all commands; it stores the name of the command to run as `command`."""
     parser = Parser(program, description="Compress, evaluate and compare language models with MoDeGPT.")
     parser.set_defaults(program=program)
-    verbs = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add(verbs)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add_command in COMMANDS:
+        add_command(commands)
     return parser

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from optimum_modegpt.cli.terminal import one_line
@@ -14,7 +14,7 @@ from optimum_modegpt.report import PARTS
 
 if TYPE_CHECKING:
     from optimum_modegpt.budget.estimate import Estimate
-    from optimum_modegpt.evaluation.speed import Benchmark, Row, Size, Speed, Spread
+    from optimum_modegpt.evaluation.speed import Benchmark, Row, Speed, Spread
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Names of data types in torch, by their names in safetensors."""
@@ -22,18 +22,33 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "f
 STREAMS = {"device": "the accelerator's memory", "host": "host memory", "files": "files"}
 
 
+def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
+    """Return rows as lines, with the first `left` columns aligned to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        line = ""
+        for column, cell in enumerate(row):
+            width = widths[column]
+            line += (f"{cell:<{width}}" if column < left else f"{cell:>{width}}") + "  "
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
 def scores_table(result: dict[str, Any]) -> str:
     """Return perplexity and parameters as text; with a reference, also those of the reference and the distance."""
-    rows = [f"{'perplexity':<16}{result['perplexity']:>14.4f}", f"{'parameters':<16}{result['parameters']:>14,}"]
+    perplexity = ["perplexity", f"{result['perplexity']:.4f}"]
+    parameters = ["parameters", f"{result['parameters']:,}"]
+    rows = [perplexity, parameters, ["scored positions", f"{result['tokens']:,}"]]
     if "kl" in result:
-        rows = [
-            f"{'':<16}{'model':>14}{'reference':>14}",
-            f"{rows[0]}{result['reference_perplexity']:>14.4f}",
-            f"{rows[1]}{result['reference_parameters']:>14,}",
-            f"{'KL divergence':<16}{result['kl']:>14.4f}  nats per position",
-            f"{'top-1 agreement':<16}{result['top1_agreement']:>14.2%}",
-        ]
-    return "\n".join([*rows, f"{'scored positions':<16}{result['tokens']:>14,}"])
+        perplexity.append(f"{result['reference_perplexity']:.4f}")
+        parameters.append(f"{result['reference_parameters']:,}")
+        rows.insert(0, ["", "model", "reference"])
+        rows.insert(3, ["KL divergence", f"{result['kl']:.4f}", "nats per position"])
+        rows.insert(4, ["top-1 agreement", f"{result['top1_agreement']:.2%}"])
+        for row in rows:
+            row += [""] * (3 - len(row))
+    return aligned(rows, left=1)
 
 
 def tasks_table(scores: TaskScores, reference: TaskScores | None) -> str:
@@ -43,164 +58,155 @@ def tasks_table(scores: TaskScores, reference: TaskScores | None) -> str:
     independent runs, so it is an upper estimate: both models answer the same questions. The kept fraction is the
     model's score divided by the reference's, for metrics of which higher is better; chance level is not subtracted.
     """
-    rows = [
-        _task_row((task, metric), score, None if reference is None else reference[task][metric])
-        for task, metrics in scores.items()
-        for metric, score in metrics.items()
-    ]
+    columns = ["score"] if reference is None else ["reference", "model", "difference", "kept"]
+    rows = [["task", "metric", "n-shot", "samples", *columns]]
+    versions = set()
+    for task, metrics in scores.items():
+        for metric, score in metrics.items():
+            before = None if reference is None else reference[task][metric]
+            rows.append([task, metric, *_score_cells(score, before)])
+            versions.add(score.lm_eval)
+    legend = f"± is one standard error; lm-eval {', '.join(versions)}"
     main = main_scores(scores)
     if len(main) > 1:
         before = None if reference is None else mean_score(main_scores(reference))
-        rows.append(_task_row((f"mean of {len(main)}", "*"), mean_score(main), before))
-    columns = ("score",) if reference is None else ("reference", "model", "difference", "kept")
-    lines = _aligned([("task", "metric", "n-shot", "samples", *columns), *rows], left=2)
-    versions = {score.lm_eval for metrics in scores.values() for score in metrics.values()}
-    legend = f"\n* of each task {', else '.join(MAIN_METRICS)}" if len(main) > 1 else ""
-    return f"{lines}\n± is one standard error; lm-eval {', '.join(versions)}{legend}"
+        rows.append([f"mean of {len(main)}", "*", *_score_cells(mean_score(main), before)])
+        legend += f"\n* of each task {', else '.join(MAIN_METRICS)}"
+    return f"{aligned(rows, left=2)}\n{legend}"
 
 
-def _task_row(names: tuple[str, str], score: Score, before: Score | None) -> tuple[str, ...]:
+def _score_cells(score: Score, before: Score | None) -> list[str]:
     shots = "" if score.num_fewshot is None else str(score.num_fewshot)
-    shown = (*names, shots, f"{score.samples:,}")
+    cells = [shots, f"{score.samples:,}"]
     if before is None:
-        return (*shown, _with_error(score.value, score.stderr))
-    errors = [each.stderr for each in (score, before) if each.stderr is not None]
-    difference = _with_error(score.value - before.value, math.hypot(*errors) if len(errors) == 2 else None, sign="+")
-    kept = f"{score.value / before.value:.1%}" if score.higher_is_better and before.value > 0 else ""
-    return (*shown, _with_error(before.value, before.stderr), _with_error(score.value, score.stderr), difference, kept)
+        return [*cells, _with_error(score.value, score.stderr)]
+    stderr = None
+    if score.stderr is not None and before.stderr is not None:
+        stderr = math.hypot(score.stderr, before.stderr)
+    cells.append(_with_error(before.value, before.stderr))
+    cells.append(_with_error(score.value, score.stderr))
+    cells.append(_with_error(score.value - before.value, stderr, sign="+"))
+    cells.append(f"{score.value / before.value:.1%}" if score.higher_is_better and before.value > 0 else "")
+    return cells
 
 
 def _with_error(value: float, stderr: float | None, sign: str = "") -> str:
     digits = ".4f" if abs(value) < 1e6 else ".4e"
-    return f"{value:{sign}{digits}}" + ("" if stderr is None else f" ± {stderr:{digits}}")
-
-
-def _aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Return rows as lines, with the first `left` columns aligned to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(
-            cell.ljust(width) if place < left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    if stderr is None:
+        return f"{value:{sign}{digits}}"
+    return f"{value:{sign}{digits}} ± {stderr:{digits}}"
 
 
 def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
     """Return ranks by block and part, sparsity and compression record as text, then any recovery and measurements."""
-    dtype = "" if found.dtype is None else f", {TORCH_NAMES.get(found.dtype, found.dtype)}"
-    rows = [f"{found.model_type}, {found.parameters:,} parameters{dtype}"]
+    lines = [f"{found.model_type}, {found.parameters:,} parameters"]
+    if found.dtype is not None:
+        lines[0] += f", {TORCH_NAMES.get(found.dtype, found.dtype)}"
     if not found.blocks:
-        return rows[0]
-    rows.append(f"{'block':>5}" + "".join(f"{part:>14}" for part in PARTS))
+        return lines[0]
+    rows = [["block", *PARTS]]
     for block in found.blocks:
-        cells = (f"{block.ranks[part]}/{block.dense_ranks[part]}" for part in PARTS)
-        rows.append(f"{block.index:>5}" + "".join(f"{cell:>14}" for cell in cells))
+        rows.append([str(block.index), *(f"{block.ranks[part]}/{block.dense_ranks[part]}" for part in PARTS)])
+    lines.append(aligned(rows, left=0))
     record = found.record or {}
-    recipe = record["recipe"] if isinstance(record.get("recipe"), dict) else {}
-    asked = f" (requested {recipe['sparsity']:.2%})" if isinstance(recipe.get("sparsity"), float) else ""
-    rows.append(f"removed {found.sparsity:.2%} of the block projections{asked}")
-    revision = record.get("base_revision")
-    at = "" if revision is None else f" (revision {one_line(revision)})"
-    rows.append(f"compressed from {one_line(record.get('base_model'))}{at} with")
-    rows += [
-        f"  {one_line(key)} = {one_line(value)}"
-        for key, value in recipe.items()
-        if value is not None and key != "quant_method"
-    ]
     known = fitted(record, RECORD) or {}
-    if opened := _opened(known.get("calibration") or {}):
-        rows.append(f"calibrated with {opened}")
-    rows += _tokenizer_rows(known.get("calibration") or {})
-    return "\n".join([*rows, *_recovery_rows(known), *_evaluation_rows(evaluation)])
+    lines += _recipe_lines(record, found.sparsity)
+    lines += _calibration_lines(known.get("calibration") or {})
+    if recovered := known.get("recovered"):
+        shown = {"on": "dataset", "steps": "steps", "teacher": "teacher"}
+        details = [f"{name} {recovered[key]}" for name, key in shown.items() if key in recovered]
+        lines.append(f"fine-tuned afterwards: {', '.join(details)}")
+    return "\n".join(lines + _evaluation_lines(evaluation))
 
 
-def _tokenizer_rows(calibration: dict[str, Any]) -> list[str]:
-    """Return lines on the calibration's tokenizer, with the digests of its vocabulary and chat template."""
-    digests = {"vocabulary": "vocabulary_sha256", "chat template": "chat_template_sha256"}
-    found = [f"{name} {calibration[key]}" for name, key in digests.items() if key in calibration]
-    if not found:
-        return []
-    rows = [f"tokenizer {calibration.get('tokenizer', 'in memory')}, sha256 of its {', of its '.join(found)}"]
+def _recipe_lines(record: dict[str, Any], sparsity: float) -> list[str]:
+    """Return lines on the sparsity, the base model and the settings; the record may be edited, so it is escaped."""
+    recipe = record.get("recipe")
+    if not isinstance(recipe, dict):
+        recipe = {}
+    removed = f"removed {sparsity:.2%} of the block projections"
+    if isinstance(recipe.get("sparsity"), float):
+        removed += f" (requested {recipe['sparsity']:.2%})"
+    base = f"compressed from {one_line(record.get('base_model'))}"
+    if record.get("base_revision") is not None:
+        base += f" (revision {one_line(record['base_revision'])})"
+    lines = [removed, f"{base} with"]
+    for key, value in recipe.items():
+        if value is not None and key != "quant_method":
+            lines.append(f"  {one_line(key)} = {one_line(value)}")
+    return lines
+
+
+def _calibration_lines(calibration: dict[str, Any]) -> list[str]:
+    lines = []
+    if calibration.get("first_token"):
+        lines.append("calibrated with each window starting with BOS")
+    if "vocabulary_sha256" in calibration:
+        tokenizer = f"tokenizer {calibration.get('tokenizer', 'in memory')}"
+        tokenizer += f", sha256 of its vocabulary {calibration['vocabulary_sha256']}"
+        if "chat_template_sha256" in calibration:
+            tokenizer += f", of its chat template {calibration['chat_template_sha256']}"
+        lines.append(tokenizer)
     if "foreign_tokenizer" in calibration:
-        rows.append(f"  not the dense model's own: it differs in {calibration['foreign_tokenizer']}")
-    return rows
+        lines.append(f"  not the dense model's own: it differs in {calibration['foreign_tokenizer']}")
+    return lines
 
 
-def _opened(text: dict[str, Any]) -> str:
-    """Return how the token windows of a record begin; "" if no token was put first."""
-    return "each window starting with BOS" if text.get("first_token") else ""
-
-
-def _recovery_rows(record: dict[str, Any]) -> list[str]:
-    """Return one line on the fine-tuning; no line if the model was not fine-tuned."""
-    recovered = record.get("recovered")
-    if recovered is None:
-        return []
-    shown = {"on": recovered.get("dataset"), "steps": recovered.get("steps"), "teacher": recovered.get("teacher")}
-    details = [f"{key} {value}" for key, value in shown.items() if value is not None]
-    return [f"fine-tuned afterwards: {', '.join(details)}".rstrip(": ")]
-
-
-def _evaluation_rows(evaluation: dict[str, Any]) -> list[str]:
+def _evaluation_lines(evaluation: dict[str, Any]) -> list[str]:
     """Return lines on the measurements of `evaluate --update-card` for these weights."""
-    rows = [_text_row(entry) for entry in evaluation.get("texts", [])]
+    lines = []
+    for entry in evaluation.get("texts", []):
+        text = entry["text"]
+        line = f"  {text['name']}, {text['windows']:,} × {text['sequence_length']:,} tokens"
+        if text.get("first_token"):
+            line += ", each window starting with BOS"
+        line += f": perplexity {entry['perplexity']:.4f}"
+        if "kl" in entry and "reference_perplexity" in entry:
+            line += f" (reference {entry['reference_perplexity']:.4f}, KL divergence {entry['kl']:.4f})"
+        lines.append(line)
     for task, metrics in evaluation.get("tasks", {}).items():
         before = evaluation.get("reference_tasks", {}).get(task, {})
         for metric, score in metrics.items():
-            beside = f" (reference {before[metric]['value']:.4f})" if metric in before else ""
-            rows.append(f"  {task}, {metric}: {score['value']:.4f}{beside}")
-    return ["measured", *rows] if rows else []
-
-
-def _text_row(entry: dict[str, Any]) -> str:
-    text = entry["text"]
-    row = f"  {text['name']}, {text['windows']:,} × {text['sequence_length']:,} tokens"
-    row += f", {opened}: " if (opened := _opened(text)) else ": "
-    row += f"perplexity {entry['perplexity']:.4f}"
-    if {"kl", "reference_perplexity"} <= entry.keys():
-        row += f" (reference {entry['reference_perplexity']:.4f}, KL divergence {entry['kl']:.4f})"
-    return row
+            line = f"  {task}, {metric}: {score['value']:.4f}"
+            if metric in before:
+                line += f" (reference {before[metric]['value']:.4f})"
+            lines.append(line)
+    return ["measured", *lines] if lines else []
 
 
 def estimate_table(found: Estimate) -> str:
     """Return the estimate of memory, disk and work as text, in sums and parts."""
-    rows = [
+    lines = [
         "ESTIMATE from shapes alone; the report of a compression has the measured values.",
         f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
         f"{found.calibration_tokens:,} calibration tokens",
     ]
     if found.processes > 1:
-        rows.append(f"{found.processes} processes: host memory and files are totals, device memory is per process")
+        lines.append(f"{found.processes} processes: host memory and files are totals, device memory is per process")
     for title, arrangement in (("with an accelerator", found.with_accelerator), ("without one", found.without)):
-        needs, place = arrangement.needs, STREAMS[arrangement.streams]
-        rows.append(f"{title}: streams in {place}, {arrangement.batch_size} windows at a time")
-        rows += _parts("device memory", needs.device)
-        rows += _parts("host memory", needs.host)
-        rows += _parts("files of streams", needs.files)
-    rows += _parts("disk, while it runs", found.disk)
+        place = STREAMS[arrangement.streams]
+        lines.append(f"{title}: streams in {place}, {arrangement.batch_size} windows at a time")
+        lines += _byte_lines("device memory", arrangement.needs.device)
+        lines += _byte_lines("host memory", arrangement.needs.host)
+        lines += _byte_lines("files of streams", arrangement.needs.files)
+    lines += _byte_lines("disk, while it runs", found.disk)
     if found.mapped_weights:
-        rows.append(
-            f"weights stay in their files: {_bytes(found.mapped_weights)}, counted as resident memory while in use"
-        )
-    passes = found.forward_passes
-    rows.append(
-        f"work: {sum(passes.values()):.1f} forward passes over the calibration tokens "
-        f"({found.forward_multiply_adds:.2e} multiply-adds each)"
-    )
-    rows += [f"  {count:>12.2f}  {name}" for name, count in passes.items()]
-    return "\n".join(rows)
+        size = _bytes(found.mapped_weights)
+        lines.append(f"weights stay in their files: {size}, counted as resident memory while in use")
+    passes, work = sum(found.forward_passes.values()), found.forward_multiply_adds
+    lines.append(f"work: {passes:.1f} forward passes over the calibration tokens ({work:.2e} multiply-adds each)")
+    for name, count in found.forward_passes.items():
+        lines.append(f"  {count:>12.2f}  {name}")
+    return "\n".join(lines)
 
 
-def _parts(title: str, needs: dict[str, int]) -> list[str]:
+def _byte_lines(title: str, needs: dict[str, int]) -> list[str]:
     if not needs:
         return []
-    return [
-        f"{title}: {_bytes(sum(needs.values()))}",
-        *(f"  {_bytes(size):>12}  {name}" for name, size in needs.items()),
-    ]
+    lines = [f"{title}: {_bytes(sum(needs.values()))}"]
+    for name, size in needs.items():
+        lines.append(f"  {_bytes(size):>12}  {name}")
+    return lines
 
 
 def _bytes(size: float) -> str:
@@ -210,55 +216,56 @@ def _bytes(size: float) -> str:
 def benchmark_table(found: Benchmark) -> str:
     """Return the measurements of every setting as text; with a reference, also the speed relative to it."""
     machine = found.machine
-    paired = found.reference is not None
-    columns = ("model", "reference", "times as fast") if paired else ("model",)
-    rows = [line for row in found.rows for line in _benchmark_rows(row, paired)]
     lines = [
         f"{machine['device_name']} ({machine['device']}), {machine['dtype']}, {machine['attention']} attention, "
-        f"torch {machine['torch']}, transformers {machine['transformers']}",
-        *(f"{name}: {_size(size)}" for name, size in (("model", found.model), ("reference", found.reference)) if size),
-        _aligned([("batch × prompt", "run", "measure", *columns), *rows], left=3),
+        f"torch {machine['torch']}, transformers {machine['transformers']}"
+    ]
+    for name, size in (("model", found.model), ("reference", found.reference)):
+        if size is not None:
+            line = f"{name}: {size.parameters:,} parameters, {_bytes(size.weight_bytes)} of weights"
+            lines.append(line if size.disk_bytes is None else f"{line}, {_bytes(size.disk_bytes)} on disk")
+    rows = [["batch × prompt", "run", "measure", "model", "reference", "times as fast"]]
+    for row in found.rows:
+        rows += _benchmark_rows(row, found.reference is not None)
+    if found.reference is None:
+        rows = [row[:-2] for row in rows]
+    lines += [
+        aligned(rows, left=3),
         f"medians of {found.repeats} runs with {found.new_tokens} new tokens; minimum and maximum in brackets",
         f"peak memory: the weights, plus the increase of the {found.memory_kind} during a run over its level before",
     ]
-    failures = [f"{_setting(row)} {failure}" for row in found.rows for failure in row.failures]
-    return "\n".join([*lines, *failures, *found.notes])
+    for row in found.rows:
+        lines += [f"{_setting(row)} {failure}" for failure in row.failures]
+    return "\n".join([*lines, *found.notes])
 
 
-def _benchmark_rows(row: Row, paired: bool) -> list[tuple[str, ...]]:
+def _benchmark_rows(row: Row, has_reference: bool) -> list[list[str]]:
     """Return one line per measure; the first also names the setting."""
-    speeds = (row.model, row.reference) if paired else (row.model,)
-    measures = [
-        ("prefill tokens/s", row.prefill_ratio, lambda one: f"{one.prefill_tokens_per_second.median:,.1f}"),
-        ("decode tokens/s", row.decode_ratio, lambda one: f"{one.decode_tokens_per_second.median:,.1f}"),
-        ("time to first token, ms", None, lambda one: f"{1e3 * one.first_token_seconds.median:,.2f}"),
-        ("cache bytes per token", None, lambda one: _number(one.cache_bytes_per_token)),
-        ("peak memory", None, lambda one: _bytes(one.peak_memory)),
-    ]
-    lines = [
-        (name, *(_cell(one, show) for one in speeds), *((_ratio(ratio),) if paired else ()))
-        for name, ratio, show in measures
-    ]
-    places = [(_setting(row), "compiled" if row.setting.compiled else "plain"), *[("", "")] * (len(lines) - 1)]
-    return [(*place, *line) for place, line in zip(places, lines, strict=True)]
+    model = _speed_cells(row.model)
+    reference = _speed_cells(row.reference) if has_reference else [""] * len(model)
+    ratios = [_ratio(row.prefill_ratio), _ratio(row.decode_ratio), "", "", ""]
+    names = ("prefill tokens/s", "decode tokens/s", "time to first token, ms", "cache bytes per token", "peak memory")
+    rows = [["", "", *cells] for cells in zip(names, model, reference, ratios, strict=True)]
+    rows[0][:2] = [_setting(row), "compiled" if row.setting.compiled else "plain"]
+    return rows
 
 
-def _cell(speed: Speed | None, show: Callable[[Speed], str]) -> str:
-    return "out of memory" if speed is None else show(speed)
+def _speed_cells(speed: Speed | None) -> list[str]:
+    if speed is None:
+        return ["out of memory"] * 5
+    cache = speed.cache_bytes_per_token
+    return [
+        f"{speed.prefill_tokens_per_second.median:,.1f}",
+        f"{speed.decode_tokens_per_second.median:,.1f}",
+        f"{1e3 * speed.first_token_seconds.median:,.2f}",
+        "" if cache is None else f"{cache:,.0f}",
+        _bytes(speed.peak_memory),
+    ]
 
 
 def _ratio(ratio: Spread | None) -> str:
     return "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}"
-
-
 def _setting(row: Row) -> str:
     return f"{row.setting.batch_size} × {row.setting.prompt_length}"
-
-
-def _size(size: Size) -> str:
-    on_disk = "" if size.disk_bytes is None else f", {_bytes(size.disk_bytes)} on disk"
-    return f"{size.parameters:,} parameters, {_bytes(size.weight_bytes)} of weights{on_disk}"

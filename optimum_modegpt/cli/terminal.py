@@ -9,13 +9,13 @@ import re
 from io import TextIOWrapper
 from typing import Any, TextIO
 
-COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters except tab and newline, which begin escape sequences, and those that change the text direction."""
 
 
 def printable(text: str) -> str:
     """Return the text with every control character escaped, as in `\\x1b`."""
-    return COMMANDS.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda found: found.group().encode("unicode_escape").decode(), text)
 
 
 def one_line(value: Any) -> str:
@@ -41,12 +41,10 @@ class PlainOutput:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write the text and return its number of characters."""
         self._stream.write(printable(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream."""
         self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:

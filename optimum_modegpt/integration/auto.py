@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from optimum_modegpt.config import as_config
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.integration.hf_quantizer import kept_in
-from optimum_modegpt.integration.quantizer import as_config
-from optimum_modegpt.loading.source import Source, default_dataset, loading
+from optimum_modegpt.integration.job import Job
+from optimum_modegpt.loading.source import Source, default_dataset
 from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
 
-def with_quantization_config(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a `from_pretrained` with `compression_config` renamed to `quantization_config`.
+def requested_job(name: Any, compression_config: Any, arguments: Mapping[str, Any]) -> Job:
+    """Return the job that the arguments of a `from_pretrained` request by either keyword.
 
     Raises:
-        InvalidConfig: both keywords are given.
+        InvalidConfig: both keywords are given, or the configuration is invalid.
     """
-    rest = {key: value for key, value in arguments.items() if key != "compression_config"}
-    config = arguments.get("compression_config")
-    if config is None:
-        return rest
-    if rest.get("quantization_config") is not None:
+    quantization_config = arguments.get("quantization_config")
+    if compression_config is None:
+        compression_config = quantization_config
+    elif quantization_config is not None:
         raise InvalidConfig(
             "found both compression_config and quantization_config. To compress and quantise, compress and save "
             "first, then load the result with quantization_config."
         )
-    return {**rest, "quantization_config": as_config(config)}
+    return Job(as_config(compression_config), Source.of_arguments(name, arguments))
 
 
 class ModeGPTModelForCausalLM:
@@ -62,16 +63,17 @@ class ModeGPTModelForCausalLM:
             AlreadyCompressed: the model is compressed and `compression_config` is given.
             CheckpointError: the checkpoint belongs to another compression, is in use, or cannot be written.
         """
-        source = Source.of_arguments(pretrained_model_name_or_path, kwargs)
         if compression_config is None:
+            source = Source.of_arguments(pretrained_model_name_or_path, kwargs)
             _check_compressed(source)
             if checkpoint is not None:
                 raise InvalidConfig("found a checkpoint for a compressed model; checkpoints are only for compressions.")
-        else:
-            compression_config = default_dataset(as_config(compression_config), source)
-        arguments = with_quantization_config({**kwargs, "compression_config": compression_config})
-        with loading(source), kept_in(checkpoint):
-            return AutoModelForCausalLM.from_pretrained(source.path, *args, **arguments)
+            return AutoModelForCausalLM.from_pretrained(source.path, *args, **kwargs)
+        job = requested_job(pretrained_model_name_or_path, compression_config, kwargs)
+        job = replace(job, config=default_dataset(job.config, job.source), checkpoint=checkpoint)
+        kwargs["quantization_config"] = job.config
+        with job.running():
+            return AutoModelForCausalLM.from_pretrained(job.source.path, *args, **kwargs)
 
 
 def _check_compressed(source: Source) -> None:

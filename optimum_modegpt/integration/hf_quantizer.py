@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,26 +10,13 @@ from transformers.utils import logging
 
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.integration.job import Job, running_job
 
 # transformers imports this module during its own import, so modules that need models are imported in functions.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optimum_modegpt.calibration.data import TokenWindows
-    from optimum_modegpt.loading.source import Source
-    from optimum_modegpt.walk.checkpoint import Checkpoint
-
-_CHECKPOINT: ContextVar[Checkpoint | None] = ContextVar("modegpt_checkpoint", default=None)
-
-
-@contextmanager
-def kept_in(checkpoint: Checkpoint | None) -> Iterator[None]:
-    """Use this checkpoint for a compression that `from_pretrained` starts inside the context."""
-    token = _CHECKPOINT.set(checkpoint)
-    try:
-        yield
-    finally:
-        _CHECKPOINT.reset(token)
 
 
 class ModeGPTHfQuantizer(HfQuantizer):
@@ -48,6 +32,7 @@ class ModeGPTHfQuantizer(HfQuantizer):
 
         super().__init__(quantization_config, **kwargs)
         self.quantizer = ModeGPTQuantizer(quantization_config)
+        self.job: Job | None = None
         self.windows: TokenWindows | None = None
 
     @property
@@ -71,15 +56,17 @@ class ModeGPTHfQuantizer(HfQuantizer):
                 "config.json of this model has a quantization_config that requests a compression, with its own dataset "
                 "and settings. Only the caller can request one: remove it, and pass compression_config."
             )
-        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else {str(device_map)}
-        if places & {"disk", "meta"}:
+        devices = {str(device_map)}
+        if isinstance(device_map, dict):
+            devices = set(map(str, device_map.values()))
+        if absent := sorted(devices & {"disk", "meta"}):
             raise InvalidConfig(
-                f"device_map puts weights on {', '.join(sorted(places & {'disk', 'meta'}))}, and they cannot be "
-                "compressed there. Omit device_map: only one block at a time needs the accelerator. For a model larger "
-                "than memory, use `optimum-cli modegpt compress MODEL --output DIR`, or ModeGPTModelForCausalLM with a "
-                "checkpoint: they leave weights in their files."
+                f"device_map puts weights on {', '.join(absent)}, and they cannot be compressed there. Omit "
+                "device_map: only one block at a time needs the accelerator. For a model larger than memory, use "
+                "`optimum-cli modegpt compress MODEL --output DIR`, or ModeGPTModelForCausalLM with a checkpoint: they "
+                "leave weights in their files."
             )
-        if len(places) > 1 or places & {"balanced", "balanced_low_0", "sequential"}:
+        if len(devices) > 1 or devices & {"balanced", "balanced_low_0", "sequential"}:
             raise InvalidConfig(
                 "device_map dispatches the model across several devices, and a compression would lose the hooks that "
                 "move its activations. Load it on one device or omit device_map, save the result, and dispatch that."
@@ -100,38 +87,31 @@ class ModeGPTHfQuantizer(HfQuantizer):
     """The method that transformers 5.16 calls at this point instead."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from optimum_modegpt.loading.source import Source
+
+        # Without the patched keyword, only the name in the configuration is known.
+        self.job = running_job() or Job(self.quantizer.config, Source.of_model(model))
         # transformers builds the model on the meta device; without this, token ids would be made there too.
         with torch.device("cpu"):
-            self.windows = self.quantizer.prepare(model.config, None, self._source(model))
+            self.windows = self.quantizer.prepare(model.config, None, self.job.source)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from optimum_modegpt.loading.models import check_loaded
 
-        if self.windows is None:
-            raise RuntimeError("the weights were loaded before the calibration text was read.")
-        self._check_placement(model)
-        source = self._source(model)
-        check_loaded(source, model)
+        assert self.job is not None
+        assert self.windows is not None
+        if placement := getattr(model, "hf_device_map", None):
+            self.validate_environment(device_map=placement)  # "auto" is resolved only while the weights are loaded
+        check_loaded(self.job.source, model)
         self._remove_traces(model)
         self.quantizer.compress_with(
             model,
             self.windows,
-            source=source,
-            checkpoint=_CHECKPOINT.get(),
+            source=self.job.source,
+            checkpoint=self.job.checkpoint,
             progress=logging.is_progress_bar_enabled(),
         )
         return model
-
-    def _source(self, model: PreTrainedModel) -> Source:
-        from optimum_modegpt.loading.source import Source, being_loaded
-
-        return being_loaded() or Source.of_model(model)
-
-    def _check_placement(self, model: PreTrainedModel) -> None:
-        """Check the device map again: device_map="auto" is resolved only while the weights are loaded."""
-        placement = getattr(model, "hf_device_map", None)
-        if placement:
-            self.validate_environment(device_map=placement)
 
     def _remove_traces(self, model: PreTrainedModel) -> None:
         from transformers import PreTrainedModel

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
-KEYWORDS = {"compression_config", "quantization_config"}
+from optimum_modegpt.integration.job import running_job
+from optimum_modegpt.recipe import Recipe
 
 
 def install_keyword(model_class: Any) -> None:
@@ -18,16 +20,25 @@ def install_keyword(model_class: Any) -> None:
         return
 
     @functools.wraps(inner)
-    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if not KEYWORDS & kwargs.keys():
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, *args: Any, compression_config: Any = None, **kwargs: Any
+    ) -> Any:
+        is_running = running_job() is not None and compression_config is None
+        if is_running or (compression_config is None and not _is_ours(kwargs.get("quantization_config"))):
             return inner(cls, pretrained_model_name_or_path, *args, **kwargs)
         # Imported here because transformers imports this module during its own import.
-        from optimum_modegpt.integration.auto import with_quantization_config
-        from optimum_modegpt.loading.source import Source, loading
+        from optimum_modegpt.integration.auto import requested_job
 
-        arguments = with_quantization_config(kwargs)
-        with loading(Source.of_arguments(pretrained_model_name_or_path, kwargs)):
-            return inner(cls, pretrained_model_name_or_path, *args, **arguments)
+        job = requested_job(pretrained_model_name_or_path, compression_config, kwargs)
+        kwargs["quantization_config"] = job.config
+        with job.running():
+            return inner(cls, pretrained_model_name_or_path, *args, **kwargs)
 
     from_pretrained.accepts_compression_config = True  # pyright: ignore[reportAttributeAccessIssue]
     model_class.from_pretrained = classmethod(from_pretrained)
+
+
+def _is_ours(quantization_config: Any) -> bool:
+    if isinstance(quantization_config, Mapping):
+        return quantization_config.get("quant_method") == Recipe.quant_method
+    return isinstance(quantization_config, Recipe)

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
-from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.config import ModeGPTConfig, as_config
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.hub.upload import KEPT_REPORT, Upload
-from optimum_modegpt.loading.source import Source, calibrate, find_tokenizer
+from optimum_modegpt.loading.calibration import calibrate, find_tokenizer
+from optimum_modegpt.loading.source import Source
 from optimum_modegpt.report import Report
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.request import Base
@@ -153,17 +154,3 @@ class ModeGPTQuantizer:
     def from_dict(cls, config_dict: Mapping[str, Any]) -> ModeGPTQuantizer:
         """Create a quantizer from a dict; the inverse of `to_dict`."""
         return cls(config_dict)
-
-
-def as_config(config: Any, **fields: Any) -> ModeGPTConfig:
-    """Return a `ModeGPTConfig` from one, or from a dict with or without `quant_method`; `fields` override its own.
-
-    Raises:
-        InvalidConfig: `config` is of another type, or a field is unknown.
-    """
-    if isinstance(config, ModeGPTConfig):
-        own = {name: getattr(config, name) for name in ModeGPTConfig.__dataclass_fields__}
-        return ModeGPTConfig.from_dict({**own, **fields}) if fields else config
-    if isinstance(config, Mapping):
-        return ModeGPTConfig.from_dict({**config, **fields})
-    raise InvalidConfig(f"expected a ModeGPTConfig or a dict of its fields, found {type(config).__name__}.")

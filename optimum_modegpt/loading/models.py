@@ -61,11 +61,9 @@ def load_config(source: Source) -> Any:
             check_sizes(PreTrainedConfig.get_config_dict(source.path, **source.arguments())[0])
             config = AutoConfig.from_pretrained(source.path, **source.arguments())
     except OSError as error:
-        found = (
-            "has no readable config.json"
-            if Path(source.path).is_dir()
-            else "is not a local folder and could not be read from the Hub"
-        )
+        found = "is not a local folder and could not be read from the Hub"
+        if Path(source.path).is_dir():
+            found = "has no readable config.json"
         raise OSError(f"{source.name!r} {found}: {error}{source.cache_report()}") from error
     if getattr(config, "modegpt", None) is not None and not is_compressed(config.model_type):
         raise UnsupportedModel(
@@ -97,13 +95,11 @@ def load_model(source: Source, dtype: str) -> Any:
     model, info = loaded
     check_loaded(source, model, info["missing_keys"], info["mismatched_keys"])
     if unexpected := sorted(info["unexpected_keys"]):
-        more = f" and {len(unexpected) - MOST_NAMES} more" if len(unexpected) > MOST_NAMES else ""
+        names = ", ".join(unexpected[:MOST_NAMES])
+        if len(unexpected) > MOST_NAMES:
+            names += f" and {len(unexpected) - MOST_NAMES} more"
         logger.warning(
-            "%r has tensors that %s does not use; they are ignored: %s%s.",
-            source.name,
-            type(model).__name__,
-            ", ".join(unexpected[:MOST_NAMES]),
-            more,
+            "%r has tensors that %s does not use; they are ignored: %s.", source.name, type(model).__name__, names
         )
     return model
 
@@ -117,22 +113,20 @@ def check_loaded(
     """Raise an error if transformers initialised tensors of a model at random because its weight files lack them.
 
     transformers marks every parameter that it has read. The marks also cover the model below an adapter, and are
-    available inside `from_pretrained`, unlike the lists of the loading report.
-
-    Args:
-        source: the source of the model, for the message.
-        model: as `from_pretrained` returns it.
-        missing: `missing_keys` of the loading report.
-        mismatched: `mismatched_keys` of the loading report: name, shape in the file, shape in the model.
+    available inside `from_pretrained`, unlike `missing` and `mismatched` (name, shape in the file, shape in the model)
+    of the loading report.
 
     Raises:
         UnsupportedModel: tensors are missing or have wrong shapes; the message names them.
     """
-    shapes = {name: (tuple(found), tuple(expected)) for name, found, expected in mismatched}
-    unread = (name for name, each in model.named_parameters() if not getattr(each, "_is_hf_initialized", False))
-    problems = [f"missing: {name}" for name in sorted({*missing, *unread} - shapes.keys())]
-    for name, (found, expected) in sorted(shapes.items()):
-        problems.append(f"wrong shape: {name} is {found}, the configuration says {expected}")
+    absent, wrong = set(missing), []
+    for name, parameter in model.named_parameters():
+        if not getattr(parameter, "_is_hf_initialized", False):
+            absent.add(name)
+    for name, found, expected in sorted(mismatched):
+        absent.discard(name)
+        wrong.append(f"wrong shape: {name} is {tuple(found)}, the configuration says {tuple(expected)}")
+    problems = [f"missing: {name}" for name in sorted(absent)] + wrong
     with readable(source):
         refuse(model, problems)
 
@@ -148,10 +142,11 @@ def pick_device(name: str) -> torch.device | None:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it stores no values")
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("the cpu has no index")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidConfig(f"--device {name} cannot be used: {reason}. Use --device auto to choose one.") from error
-    if device.type == "meta" or (device.type == "cpu" and device.index):
-        reason = "it stores no values" if device.type == "meta" else "the cpu has no index"
-        raise InvalidConfig(f"--device {name} cannot be used: {reason}. Use --device auto to choose one.")
     return device

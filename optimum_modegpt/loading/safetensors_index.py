@@ -24,7 +24,9 @@ def read_headers(source: Source) -> dict[str, TensorHeader]:
     """
     folder = Path(source.path or "")
     try:
-        return _local(folder) if folder.is_dir() else _remote(source)
+        if folder.is_dir():
+            return _local(folder)
+        return _remote(source)
     except (NotASafetensorsRepoError, SafetensorError, FileNotFoundError, LookupError, ValueError) as error:
         raise EvaluationError(f"{source.base_model!r} has no readable safetensors weights: {error}") from error
 
@@ -46,8 +48,9 @@ def _local(folder: Path) -> dict[str, TensorHeader]:
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-                found |= {key: TensorHeader(one.get_dtype(), tuple(one.get_shape())) for key, one in slices.items()}
+                for name in file.keys():  # noqa: SIM118 - not a mapping
+                    tensor = file.get_slice(name)
+                    found[name] = TensorHeader(tensor.get_dtype(), tuple(tensor.get_shape()))
         except SafetensorError as error:
             raise ValueError(f"{path} is cut off or damaged ({error}). Save or download it again.") from error
     if not found:
@@ -58,8 +61,8 @@ def _local(folder: Path) -> dict[str, TensorHeader]:
 def _remote(source: Source) -> dict[str, TensorHeader]:
     api = HfApi(token=source.hub.get("token"))
     metadata = api.get_safetensors_metadata(str(source.path), revision=source.hub.get("revision"))
-    return {
-        name: TensorHeader(str(tensor.dtype), tuple(tensor.shape))
-        for file in metadata.files_metadata.values()
-        for name, tensor in file.tensors.items()
-    }
+    found = {}
+    for file in metadata.files_metadata.values():
+        for name, tensor in file.tensors.items():
+            found[name] = TensorHeader(str(tensor.dtype), tuple(tensor.shape))
+    return found

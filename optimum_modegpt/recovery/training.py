@@ -178,7 +178,7 @@ class BestStep(TrainerCallback):
             raise EvaluationError(f"training diverged by step {step}: lower the learning rate. {error}") from error
         if found < self.perplexity:
             self.perplexity, self.step, self.weights = found, step, self._copy()
-        self.bar.set_postfix(perplexity=f"{found:.3f}", best=f"{self.perplexity:.3f}")
+        self.bar.set_postfix(perplexity=f"{found:.3f}", best=f"{self.perplexity:.3f}", refresh=False)
 
     def _copy(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.adapter]

@@ -11,7 +11,7 @@ from checkpoints import RECIPE, save_dense, save_text
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.cli.commands import compress as compress_command
 from optimum_modegpt.cli.commands import recover as recover_command
-from optimum_modegpt.cli.commands.common import reference_of
+from optimum_modegpt.cli.commands.common import configuration, reference_of
 from optimum_modegpt.loading.source import Source
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -46,8 +46,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_the_next_step_reads_the_models_as_this_run_did(words: list[str], expected: str) -> None:
-    parser, command = cli.build_parser("program"), compress_command if words[0] == "compress" else recover_command
-    step = command._next_step(parser.parse_args([*words, *READ]))
+    parser = cli.build_parser("program")
+    options = parser.parse_args([*words, *READ])
+    if options.command == "compress":
+        step = compress_command.next_step(options, configuration(options))
+    else:
+        step = recover_command.next_step(options)
     assert "hf_secret" not in step
     _, *advised = shlex.split(step.partition(": ")[2])
     assert advised == [*shlex.split(expected), *SAME]

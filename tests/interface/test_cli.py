@@ -29,10 +29,10 @@ from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, demo, perplexity
 from optimum_modegpt.calibration.data import evaluation_windows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.cli import register as cli_register
-from optimum_modegpt.cli.arguments.configuration import field_texts
+from optimum_modegpt.cli.arguments import field_texts
 from optimum_modegpt.cli.commands import compress as compress_command
 from optimum_modegpt.cli.commands import inspect as inspect_command
-from optimum_modegpt.cli.commands.configuration import configuration
+from optimum_modegpt.cli.commands.common import configuration
 from optimum_modegpt.cli.commands.demo import whole_sentences
 from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.report import Report
@@ -433,16 +433,19 @@ def test_a_file_that_is_a_folder_is_refused_before_any_work(
     assert "sub is a folder; expected a file to write" in refusal(capsys, *words, "sub")
 
 
+def next_step(words: list[str]) -> str:
+    options = cli.build_parser("program").parse_args(words)
+    return compress_command.next_step(options, configuration(options))
+
+
 def test_the_next_step_is_ready_for_a_shell(tmp_path: Path) -> None:
     words = ["compress", "my model", "--output", "my result", "--trust-remote-code"]
-    next_step = compress_command._next_step(cli.build_parser("program").parse_args(words))
-    assert next_step == "next: program evaluate 'my result' --reference 'my model' --trust-remote-code"
+    assert next_step(words) == "next: program evaluate 'my result' --reference 'my model' --trust-remote-code"
 
 
 def test_the_next_step_names_another_text_than_the_calibrations(text: Path) -> None:
     words = ["compress", "m", "--output", "o", "--dataset", str(text), "--sequence-length", "32"]
-    next_step = compress_command._next_step(cli.build_parser("program").parse_args(words))
-    assert next_step == (
+    assert next_step(words) == (
         "next, on text that it was not calibrated on: program evaluate o --reference m --dataset '<your-text.txt>' "
         "--sequence-length 32"
     )

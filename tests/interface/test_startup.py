@@ -74,7 +74,7 @@ assert "transformers.modeling_utils" not in sys.modules
     assert done.stderr == ""
 
 
-COMMANDS = [module.__name__.rpartition(".")[2] for module in arguments.COMMANDS]
+COMMANDS = [add_command.__name__ for add_command in arguments.COMMANDS]
 
 
 def test_help_and_mistakes_import_neither_torch_nor_transformers() -> None:

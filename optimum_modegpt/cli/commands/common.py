@@ -1,8 +1,10 @@
-"""Helpers that several commands share: sources of models, progress bars, output files."""
+"""Helpers that several commands share: sources of models, settings, progress bars, files and advice."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -15,14 +17,22 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers.utils import logging
 
 from optimum_modegpt import progress
+from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, OutputError
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
+from optimum_modegpt.hub.card.commands import flags
+from optimum_modegpt.loading.calibration import check_tokenizer, tokenizer_named
 from optimum_modegpt.loading.models import load_model
-from optimum_modegpt.loading.source import Source, check_tokenizer, tokenizer_named
+from optimum_modegpt.loading.source import Source
 from optimum_modegpt.stages import compute_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+YOUR_TEXT = "<your-text.txt>"
+YOUR_TOKEN = "<your-token>"
+NEW_FOLDER = "<new-folder>"
+"""Placeholders in advised commands. They are quoted there, because a shell would read them as redirections."""
 
 
 def source_of(options: Namespace) -> Source:
@@ -31,17 +41,13 @@ def source_of(options: Namespace) -> Source:
 
 
 def reference_of(options: Namespace) -> Source | None:
-    """Return the source of the dense model to compare with or to distill from; None if none is named.
-
-    Raises:
-        InvalidConfig: a revision is given without a model.
-    """
-    if options.reference is None and options.reference_revision is not None:
-        raise InvalidConfig(
-            f"found a revision of the dense model, {options.reference_revision!r}, but no dense model. Name it with "
-            "--reference, or with --teacher for recover."
-        )
+    """Return the source of the dense model to compare with or to distill from; None if none is named."""
     if options.reference is None:
+        if options.reference_revision is not None:
+            raise InvalidConfig(
+                f"found a revision of the dense model, {options.reference_revision!r}, but no dense model. Name it "
+                "with --reference, or with --teacher for recover."
+            )
         return None
     arguments = {
         "revision": options.reference_revision,
@@ -57,7 +63,9 @@ def models_on(
     """Load a model and its reference onto the device on which they run."""
     device = compute_device(device, torch.device("cpu"))
     model = load_model(source, dtype).to(device)
-    return model, None if reference is None else load_model(reference, dtype).to(device)
+    if reference is None:
+        return model, None
+    return model, load_model(reference, dtype).to(device)
 
 
 def shared_tokenizer(name: str | None, source: Source, reference: Source | None, *, allow_foreign: bool = False) -> Any:
@@ -69,8 +77,9 @@ def shared_tokenizer(name: str | None, source: Source, reference: Source | None,
     """
     if name is not None:
         tokenizer = tokenizer_named(name, source)
-        for model in filter(None, (source, reference)):
-            check_tokenizer(tokenizer, model, allow_foreign=allow_foreign)
+        check_tokenizer(tokenizer, source, allow_foreign=allow_foreign)
+        if reference is not None:
+            check_tokenizer(tokenizer, reference, allow_foreign=allow_foreign)
         return tokenizer
     try:
         own = source.tokenizer()
@@ -84,6 +93,28 @@ def shared_tokenizer(name: str | None, source: Source, reference: Source | None,
     return own
 
 
+def configuration(options: Namespace) -> ModeGPTConfig:
+    """Return the configuration: flags override the file of `--config`, which overrides the defaults.
+
+    Raises:
+        InvalidConfig: the file cannot be read, a field is unknown, or a value is out of range.
+    """
+    fields = {}
+    if file := options.config:
+        if file.is_dir():
+            raise InvalidConfig(f"--config {file} is a folder; expected a JSON file with fields of the configuration.")
+        try:
+            fields = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InvalidConfig(f"--config {file} cannot be read as JSON: {error}") from error
+        if not isinstance(fields, dict):
+            raise InvalidConfig(f"--config {file} contains a {type(fields).__name__}; expected an object of fields.")
+    for field in dataclasses.fields(ModeGPTConfig):
+        if hasattr(options, field.name):
+            fields[field.name] = getattr(options, field.name)
+    return ModeGPTConfig.from_dict(fields)
+
+
 def shows_progress() -> bool:
     """Return whether the running command shows its progress, as bars or as lines."""
     return progress.style() != "nothing"
@@ -95,10 +126,11 @@ def quiet_bars() -> Iterator[None]:
 
     `HF_HUB_DISABLE_PROGRESS_BARS` disables all of them.
     """
-    switched_off = are_progress_bars_disabled()
-    style = "nothing" if switched_off else "bars" if sys.stderr.isatty() else "lines"
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    is_disabled, was_on = are_progress_bars_disabled(), logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # disables the bars of the Hub too
+    style: progress.Style = "nothing"
+    if not is_disabled:
+        style = "bars" if sys.stderr.isatty() else "lines"
     if style == "bars":
         enable_progress_bars()
     try:
@@ -107,7 +139,7 @@ def quiet_bars() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
-        if switched_off:  # enabling the bars of transformers also enables those of the Hub
+        if is_disabled:
             disable_progress_bars()
 
 
@@ -125,3 +157,25 @@ def write_json(file: Path | None, data: dict[str, Any]) -> None:
     """Write a result as JSON if a file is named."""
     if file is not None:
         file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+
+def existing_paths(*names: Any) -> list[Path]:
+    """Return those of the names that are files or folders."""
+    return [Path(name) for name in names if isinstance(name, str | Path) and Path(name).exists()]
+
+
+def advised(options: Namespace, *words: str, **more: Any) -> str:
+    """Return a command to run next, quoted for a shell, with the flags for access and hardware of this run.
+
+    Args:
+        options: the options of this run.
+        words: the command and its arguments.
+        more: flags of the command by name; `None` leaves a flag out.
+    """
+    for name in ("device", "dtype"):
+        if getattr(options, name, "auto") != "auto":
+            more[name] = getattr(options, name)
+    if options.token is not None:
+        more["token"] = YOUR_TOKEN  # the token itself is secret
+    more["trust_remote_code"] = options.trust_remote_code
+    return f"{options.program} {shlex.join([*words, *flags(more)])}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from optimum_modegpt import demo
-from optimum_modegpt.cli.arguments.compare import BROKEN
+from optimum_modegpt.cli.arguments import BROKEN
 from optimum_modegpt.cli.commands.common import (
     check_file,
     models_on,
@@ -27,8 +27,10 @@ from optimum_modegpt.comparison.prompts import Prompt, read_prompts
 from optimum_modegpt.comparison.records import Comparison, PromptComparison
 from optimum_modegpt.comparison.thresholds import Check, Thresholds
 from optimum_modegpt.errors import EvaluationError, OutputError
+from optimum_modegpt.loading.calibration import check_vocabulary
 from optimum_modegpt.loading.models import load_config, pick_device
-from optimum_modegpt.loading.source import Source, check_vocabulary
+from optimum_modegpt.loading.source import Source
+from optimum_modegpt.modeling.modegpt_family import is_compressed
 
 DEMO_PROMPTS, DEMO_WORDS = 64, 24
 """Number of prompts of the demo, and words in each: the first words of pages of the embedded text."""
@@ -41,18 +43,22 @@ def run(options: Namespace) -> int:
         EvaluationError: a threshold cannot be evaluated; the comparison was printed and written nevertheless.
     """
     thresholds = Thresholds(options.max_kl, options.min_agreement, options.max_perplexity_ratio)
-    _check_files(options.prompts, [options.html, options.jsonl, options.json])
+    check_files(options)
     source, reference = source_of(options), reference_of(options)
     assert reference is not None
-    prompts, device = _prompts(options.prompts, reference), pick_device(options.device)
+    prompts, device = prompts_of(options, reference), pick_device(options.device)
     # Loaded before the tokenizers: transformers reads those through the configuration and fails on a broken one.
-    configs = [load_config(each) for each in (reference, source)]
-    _check_order(options, *(getattr(config, "modegpt", None) is not None for config in configs))
+    dense_config, model_config = load_config(reference), load_config(source)
+    if is_compressed(dense_config.model_type) and not is_compressed(model_config.model_type):
+        raise EvaluationError(  # every threshold would apply to the dense model
+            f"{options.reference} is a compressed model and {options.model} a dense one. Name the dense one first: "
+            f"{shlex.join(['compare', options.model, options.reference])}"
+        )
     tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
-    check_vocabulary(tokenizer, configs[-1].get_text_config().vocab_size)
+    check_vocabulary(tokenizer, model_config.get_text_config().vocab_size)
     model, dense = models_on(device, options.dtype, source, reference)
     assert dense is not None
-    with _streaming(options.jsonl) as on_record:
+    with streaming(options.jsonl) as on_record:
         found = compare_models(
             model,
             dense,
@@ -66,34 +72,28 @@ def run(options: Namespace) -> int:
     try:
         checks = found.check(thresholds)
     except EvaluationError:
-        _write(options, found, ())
+        write(options, found, ())
         raise
     for check in checks:
         print(check)
-    _write(options, found, checks)
+    write(options, found, checks)
     return 0 if all(check.held for check in checks) else BROKEN
 
 
-def _check_order(options: Namespace, first_is_compressed: bool, second_is_compressed: bool) -> None:
-    """Raise an error if the models are in the wrong order: every threshold would apply to the dense model."""
-    if first_is_compressed and not second_is_compressed:
-        raise EvaluationError(
-            f"{options.reference} is a compressed model and {options.model} a dense one. Name the dense one first: "
-            f"{shlex.join(['compare', options.model, options.reference])}"
-        )
-
-
-def _check_files(prompts: Path | None, written: list[Path | None]) -> None:
+def check_files(options: Namespace) -> None:
     """Raise an error if a file cannot be written or is named for two purposes."""
-    used = [] if prompts is None else [prompts.resolve()]
-    for file in filter(None, written):
-        check_file(file)
+    used = []
+    for file in (options.prompts, options.html, options.jsonl, options.json):
+        if file is None:
+            continue
+        if file is not options.prompts:
+            check_file(file)
         if file.resolve() in used:
             raise OutputError(f"{file} is named twice; prompts and each result need separate files.")
         used.append(file.resolve())
 
 
-def _write(options: Namespace, found: Comparison, checks: tuple[Check, ...]) -> None:
+def write(options: Namespace, found: Comparison, checks: tuple[Check, ...]) -> None:
     names = {"model": options.model, "reference": options.reference}
     outcomes = [
         {"measure": each.measure, "found": each.found, "allowed": each.allowed, "held": each.held} for each in checks
@@ -104,9 +104,9 @@ def _write(options: Namespace, found: Comparison, checks: tuple[Check, ...]) -> 
         print(f"page: {options.html}")
 
 
-def _prompts(file: Path | None, reference: Source) -> list[Prompt]:
-    if file is not None:
-        return read_prompts(file)
+def prompts_of(options: Namespace, reference: Source) -> list[Prompt]:
+    if options.prompts is not None:
+        return read_prompts(options.prompts)
     if not reference.is_demo:
         raise EvaluationError(
             "--prompts is missing. Name a .txt, .jsonl or .json file with prompts like those the model will receive."
@@ -116,7 +116,7 @@ def _prompts(file: Path | None, reference: Source) -> list[Prompt]:
 
 
 @contextmanager
-def _streaming(file: Path | None) -> Iterator[Callable[[PromptComparison], None] | None]:
+def streaming(file: Path | None) -> Iterator[Callable[[PromptComparison], None] | None]:
     """Yield a function that writes a record as a line and flushes it, so that the file can be followed.
 
     Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import tempfile
 from argparse import Namespace
@@ -14,16 +13,17 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import evaluation_windows, resolve_sequence_length
-from optimum_modegpt.cli.commands.common import models_on, source_of
+from optimum_modegpt.cli.commands.common import configuration, models_on, source_of
 from optimum_modegpt.cli.commands.compress import LEGEND, compress_to
 from optimum_modegpt.cli.commands.evaluate import scores
 from optimum_modegpt.cli.tables import scores_table
-from optimum_modegpt.evaluation.speed import Benchmark, benchmark
+from optimum_modegpt.evaluation.speed import benchmark
+from optimum_modegpt.loading.calibration import context_of
 from optimum_modegpt.loading.models import pick_device
 from optimum_modegpt.loading.safetensors_index import weight_bytes
-from optimum_modegpt.loading.source import Source, context_of
+from optimum_modegpt.loading.source import Source
 
-DEMO_WINDOWS = 64
+WINDOWS = 64
 PROMPT_WORDS, SAMPLE_TOKENS = 12, 120
 
 
@@ -33,31 +33,34 @@ def run(options: Namespace) -> None:
         output = options.output or Path(folder) / "demo"
         print("1. compress the embedded model")
         print(LEGEND)
-        print(compress_to(output, options, pick_device(options.device)).summary())
-        _compare(output, options)
+        print(compress_to(output, options, configuration(options), pick_device(options.device)).summary())
+        compare(output, options)
     print(f"\nnext, a model of your own: {options.program} compress MODEL --sparsity 0.2 --output DIR")
     if options.output is not None:
         print(f"The compressed model was saved in {output}.")
 
 
-def _compare(folder: Path, options: Namespace) -> None:
+def compare(folder: Path, options: Namespace) -> None:
     """Reload the saved model and compare it with the dense one."""
     small, dense = models_on(pick_device(options.device), "auto", Source(str(folder)), source_of(options))
     assert dense is not None
     tokenizer = Source(str(folder)).tokenizer()
-    windows = evaluation_windows(
-        demo.EVALUATION_TEXT,
-        tokenizer,
-        sequence_length=resolve_sequence_length(None, context_of(small.config)),
-        max_windows=DEMO_WINDOWS,
-    )
+    length = resolve_sequence_length(None, context_of(small.config))
+    windows = evaluation_windows(demo.EVALUATION_TEXT, tokenizer, sequence_length=length, max_windows=WINDOWS)
     result = scores(small, dense, windows, None)
     print(f"\n2. reload and evaluate, on {result['tokens']:,} tokens of text that was not used before")
     print(scores_table(result))
     print_samples(small, dense, tokenizer)
-    speed = benchmark(small, dense, batch_sizes=(8,), prompt_lengths=(128,), new_tokens=32)
+    speed = benchmark(small, dense, batch_sizes=(8,), prompt_lengths=(128,), new_tokens=32).rows[0]
+    before, after = result["reference_parameters"], result["parameters"]
+    large, little = weight_bytes(demo.MODEL_DIR) or 0, weight_bytes(folder) or 0
     print("\n4. verdict")
-    print("\n".join(verdict(result, speed, (weight_bytes(folder), weight_bytes(demo.MODEL_DIR)))))
+    print(f"size: {before:,} -> {after:,} parameters, {1 - after / before:.0%} fewer; ", end="")
+    print(f"{large / 1e6:.1f} -> {little / 1e6:.1f} MB on disk")
+    if speed.prefill_ratio is not None and speed.decode_ratio is not None:
+        print(f"speed: reads a prompt {speed.prefill_ratio.median:.2f} and writes ", end="")
+        print(f"{speed.decode_ratio.median:.2f} times as fast (larger models gain more)")
+    print(f"quality: perplexity {result['reference_perplexity']:.2f} -> {result['perplexity']:.2f} on unseen text")
 
 
 def print_samples(small: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any) -> None:
@@ -71,25 +74,6 @@ def print_samples(small: PreTrainedModel, dense: PreTrainedModel, tokenizer: Any
         )
         text = tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True)
         print(f"\n--- {name}:{whole_sentences(text)}")
-
-
-def verdict(result: dict[str, Any], speed: Benchmark, file_bytes: tuple[int | None, int | None]) -> list[str]:
-    """Return size, speed and quality of the compressed model compared with the dense one, one line each.
-
-    Args:
-        result: scores of both models on the same text.
-        speed: a benchmark whose first row has both models.
-        file_bytes: size of the weights on disk, compressed and dense.
-    """
-    before, after = result["reference_parameters"], result["parameters"]
-    small, large = ("?" if size is None else f"{size / 1e6:.1f}" for size in file_bytes)
-    row = speed.rows[0]
-    prefill, decode = (math.nan if one is None else one.median for one in (row.prefill_ratio, row.decode_ratio))
-    return [
-        f"size: {before:,} -> {after:,} parameters, {1 - after / before:.0%} fewer; {large} -> {small} MB on disk",
-        f"speed: reads a prompt {prefill:.2f} and writes {decode:.2f} times as fast (larger models gain more)",
-        f"quality: perplexity {result['reference_perplexity']:.2f} -> {result['perplexity']:.2f} on unseen text",
-    ]
 
 
 def whole_sentences(text: str) -> str:

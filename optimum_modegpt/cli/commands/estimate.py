@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,46 +12,46 @@ from optimum_modegpt import distributed
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.budget.estimate import Estimate, estimate, on_meta
 from optimum_modegpt.calibration.data import resolve_sequence_length
-from optimum_modegpt.cli.commands.common import check_file, source_of, write_json
-from optimum_modegpt.cli.commands.configuration import configuration
+from optimum_modegpt.cli.commands.common import check_file, configuration, source_of, write_json
 from optimum_modegpt.cli.tables import estimate_table
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.loading.calibration import context_of
 from optimum_modegpt.loading.models import load_config, pick_device, readable
-from optimum_modegpt.loading.source import Source, context_of
+from optimum_modegpt.loading.source import Source
 
 
 def run(options: Namespace) -> None:
     """Print the memory and work that a compression needs, without loading the weights."""
     check_file(options.json)
     source, device = source_of(options), pick_device(options.device)
-    found = estimate_of(source, configuration(options), options.dtype, device, options.processes)
+    config = configuration(options)
+    found = estimate_of(source, load_config(source), config, options.dtype, device, options.processes)
     write_json(options.json, found.to_dict())
     print(estimate_table(found))
 
 
 def estimate_of(
     source: Source,
+    model_config: Any,
     config: ModeGPTConfig,
-    dtype: str = "auto",
-    device: torch.device | None = None,
-    together: int | None = None,
+    dtype: str,
+    device: torch.device | None,
+    processes: int | None = None,
 ) -> Estimate:
     """Estimate the cost of compressing a model whose weights are loaded as `dtype`; "auto" is the stored type.
 
-    `together` is the number of processes that share the work; None uses the current number of ranks.
+    `processes` is the number of processes that share the work; None uses the current number of ranks.
     """
-    model_config = load_config(source)
     check_model_type(model_config.model_type)
     length = resolve_sequence_length(config.sequence_length, context_of(model_config))
     stored = model_config.dtype or torch.get_default_dtype()
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
     with readable(source):
-        model = on_meta(AutoModelForCausalLM, model_config, wanted)
         return estimate(
-            model,
+            on_meta(AutoModelForCausalLM, model_config, wanted),
             config,
             length,
             weights_mapped=wanted == stored,
             device=device,
-            processes=together or distributed.world_size(),
+            processes=processes or distributed.world_size(),
         )

@@ -14,6 +14,7 @@ from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows, resolve_sequence_length
 from optimum_modegpt.cli.commands.common import (
     check_file,
+    existing_paths,
     models_on,
     reference_of,
     shared_tokenizer,
@@ -29,65 +30,64 @@ from optimum_modegpt.evaluation.harness import Tasks, TaskScores, harness, load_
 from optimum_modegpt.evaluation.perplexity import perplexity
 from optimum_modegpt.hub.card import CARD, EVALUATION, add_evaluation, check_evaluation
 from optimum_modegpt.hub.card.write import may_be_replaced
+from optimum_modegpt.loading.calibration import check_vocabulary, context_of
 from optimum_modegpt.loading.models import load_config, pick_device
-from optimum_modegpt.loading.source import DEMO, Source, check_vocabulary, context_of, dataset_hub
+from optimum_modegpt.loading.source import DEMO, Source
 from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import count_parameters
 
 TEXT_FLAGS = ("dataset_split", "text_column", "sequence_length", "max_windows")
 TASK_FLAGS = ("num_fewshot", "limit", "include_path")
+SETTINGS = (
+    *("tokenizer", "dataset", "include_path", "dataset_split", "text_column", "batch_size"),
+    *("allow_foreign_tokenizer", "dtype", "reference_revision"),
+)
+"""The flags that a card shows."""
 
 
 def run(options: Namespace) -> None:
     """Measure perplexity on a text, scores on tasks, or both."""
     check_file(options.json)
-    _check_flags(options)
+    check_flags(options)
     source, reference = source_of(options), reference_of(options)
     device, model_config = pick_device(options.device), load_config(source)
     if reference is not None:
         load_config(reference)  # refuses an invalid name before the text is read
     if options.update_card:
-        _check_card(options, model_config)
+        check_card(options, model_config)
     tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
     check_vocabulary(tokenizer, model_config.get_text_config().vocab_size)
     tasks = None
-    if options.tasks is not None:
+    if options.tasks:
         tasks = load_tasks(options.tasks, include_path=options.include_path, progress=shows_progress())
-    result: dict[str, Any] = {"model": options.model, "settings": _settings(options, reference)}
+    result: dict[str, Any] = {"model": options.model, "settings": settings(options, reference)}
     if tasks is None or options.dataset is not None:
-        windows = _windows(options, source, model_config, tokenizer)
-        result |= _text_scores(options, source, reference, windows, device)
+        windows = read_text(options, source, model_config, tokenizer)
+        models = models_on(device, options.dtype, source, reference)
+        result |= {**scores(*models, windows, options.batch_size), "text": windows.record}
+        del models
         print(scores_table(result))
     if tasks is not None:
-        found = _task_scores(options, source, tasks, tokenizer, device)
-        dense = None if reference is None else _task_scores(options, reference, tasks, tokenizer, device)
-        result |= _records(found, dense)
+        found, dense = task_scores(options, source, tasks, tokenizer, device), None
+        result["tasks"] = as_dicts(found)
+        if reference is not None:
+            dense = task_scores(options, reference, tasks, tokenizer, device)
+            result["reference_tasks"] = as_dicts(dense)
         print(tasks_table(found, dense))
     write_json(options.json, result)
     if options.update_card:
-        folder = Path(options.model)
-        add_evaluation(folder, result)
-        if may_be_replaced(folder / CARD):
-            print(f"card updated: {folder / CARD}")
-        else:
-            print(f"{folder / CARD} is not a generated card and was not changed; the result is in {EVALUATION}.")
+        update_card(Path(options.model), result)
 
 
-def _check_flags(options: Namespace) -> None:
-    """Raise an error for a flag that has no effect.
-
-    Raises:
-        InvalidConfig: a flag requires another one; the message names both.
-    """
+def check_flags(options: Namespace) -> None:
+    """Raise an error for a flag that has no effect, because it requires another one."""
     idle, needed = (TASK_FLAGS, "tasks") if options.tasks is None else (TEXT_FLAGS, "dataset")
-    if getattr(options, needed) is not None:
-        return
     for name in idle:
-        if getattr(options, name) is not None:
+        if getattr(options, name) is not None and getattr(options, needed) is None:
             raise InvalidConfig(f"--{name.replace('_', '-')} requires --{needed}.")
 
 
-def _check_card(options: Namespace, model_config: Any) -> None:
+def check_card(options: Namespace, model_config: Any) -> None:
     if not Path(options.model).is_dir() or not is_compressed(model_config.model_type):
         raise InvalidConfig(f"--update-card requires the folder of a compressed model, found {options.model!r}.")
     check_evaluation(Path(options.model))
@@ -95,50 +95,64 @@ def _check_card(options: Namespace, model_config: Any) -> None:
         raise InvalidConfig("--limit is for trials, and a card shows whole tasks. Omit --limit or --update-card.")
 
 
-def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
-    """Return the settings of the measurement for the command on a card; of paths only the last part."""
-    named = {name: getattr(options, name) for name in ("tokenizer", "dataset", "include_path")}
-    found = {name: value for name, value in named.items() if value is not None}
-    paths = [name for name, value in found.items() if Path(value).exists()]
-    settings: dict[str, Any] = {
-        name: Path(value).resolve().name if name in paths else str(value) for name, value in found.items()
-    }
-    for name in ("dataset_split", "text_column", "batch_size"):
-        if (value := getattr(options, name)) is not None:
-            settings[name] = value
-    if options.allow_foreign_tokenizer:
-        settings["allow_foreign_tokenizer"] = True
-    if options.dtype != "auto":
-        settings["dtype"] = options.dtype
+def update_card(folder: Path, result: dict[str, Any]) -> None:
+    add_evaluation(folder, result)
+    if may_be_replaced(folder / CARD):
+        print(f"card updated: {folder / CARD}")
+    else:
+        print(f"{folder / CARD} is not a generated card and was not changed; the result is in {EVALUATION}.")
+
+
+def settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
+    """Return the flags of the measurement for the command on a card; of paths only the last part."""
+    found: dict[str, Any] = {}
+    paths = []
+    for name in SETTINGS:
+        value = getattr(options, name)
+        if name in ("tokenizer", "dataset", "include_path") and existing_paths(value):
+            value = Path(value).resolve().name
+            paths.append(name)
+        if value not in (None, False, "auto"):
+            found[name] = value
     if reference is not None:
-        settings["reference"] = reference.base_model
-        if options.reference_revision is not None:
-            settings["reference_revision"] = options.reference_revision
-        paths += ["reference"] * (not reference.is_demo and Path(reference.path).is_dir())
-    return settings | ({"paths": paths} if paths else {})
+        found["reference"] = reference.base_model
+        if reference.is_folder and not reference.is_demo:
+            paths.append("reference")
+    return {**found, "paths": paths} if paths else found
 
 
-def _windows(options: Namespace, source: Source, model_config: Any, tokenizer: Any) -> TokenWindows:
+def read_text(options: Namespace, source: Source, model_config: Any, tokenizer: Any) -> TokenWindows:
+    """Read the windows to score; the default text of the embedded model, also compressed, is its own."""
+    record = getattr(model_config, "modegpt", None) or {}
+    dataset: Any = options.dataset
+    if dataset is None:
+        is_demo = source.is_demo or record.get("base_model") == DEMO
+        dataset = demo.EVALUATION_TEXT if is_demo else ModeGPTConfig.dataset
     return evaluation_windows(
-        options.dataset or _evaluation_text(source, model_config),
+        dataset,
         tokenizer,
         sequence_length=resolve_sequence_length(options.sequence_length, context_of(model_config)),
         max_windows=options.max_windows,
         split=options.dataset_split,
         text_column=options.text_column,
         vocab_size=model_config.get_text_config().vocab_size,
-        hub=dataset_hub(source),
+        hub=source.dataset_arguments(),
     )
 
 
-def _text_scores(
-    options: Namespace, source: Source, reference: Source | None, windows: TokenWindows, device: torch.device | None
+def scores(
+    model: PreTrainedModel, reference: PreTrainedModel | None, windows: TokenWindows, batch_size: int | None
 ) -> dict[str, Any]:
-    model, dense = models_on(device, options.dtype, source, reference)
-    return {**scores(model, dense, windows, options.batch_size), "text": windows.record}
+    """Return perplexity, positions and parameters; with a reference also its own, KL and top-1 agreement."""
+    show = shows_progress()
+    if reference is None:
+        found = dataclasses.asdict(perplexity(model, windows.tokens, batch_size=batch_size, progress=show))
+        return {**found, "parameters": count_parameters(model)}
+    found = dataclasses.asdict(fidelity(model, reference, windows.tokens, batch_size=batch_size, progress=show))
+    return {**found, "parameters": count_parameters(model), "reference_parameters": count_parameters(reference)}
 
 
-def _task_scores(
+def task_scores(
     options: Namespace, source: Source, tasks: Tasks, tokenizer: Any, device: torch.device | None
 ) -> TaskScores:
     """Return the scores of the requested names, with only this model in memory; a group may have its own score."""
@@ -155,31 +169,9 @@ def _task_scores(
     return {name: found[name] for name in tasks.names if name in found}
 
 
-def _records(found: TaskScores, reference: TaskScores | None) -> dict[str, Any]:
-    named = {"tasks": found} if reference is None else {"tasks": found, "reference_tasks": reference}
-    return {
-        key: {
-            task: {metric: dataclasses.asdict(score) for metric, score in metrics.items()}
-            for task, metrics in scores.items()
-        }
-        for key, scores in named.items()
-    }
-
-
-def scores(
-    model: PreTrainedModel, reference: PreTrainedModel | None, windows: TokenWindows, batch_size: int | None
-) -> dict[str, Any]:
-    """Return perplexity, positions and parameters; with a reference also its own, KL and top-1 agreement."""
-    if reference is None:
-        found = dataclasses.asdict(perplexity(model, windows.tokens, batch_size=batch_size, progress=shows_progress()))
-        return {**found, "parameters": count_parameters(model)}
-    found = dataclasses.asdict(
-        fidelity(model, reference, windows.tokens, batch_size=batch_size, progress=shows_progress())
-    )
-    return {**found, "parameters": count_parameters(model), "reference_parameters": count_parameters(reference)}
-
-
-def _evaluation_text(source: Source, model_config: Any) -> Any:
-    record = getattr(model_config, "modegpt", None) or {}
-    is_demo = source.is_demo or record.get("base_model") == DEMO
-    return demo.EVALUATION_TEXT if is_demo else ModeGPTConfig.dataset
+def as_dicts(scores: TaskScores) -> dict[str, dict[str, Any]]:
+    """Return scores by task and metric, safe for JSON."""
+    found: dict[str, dict[str, Any]] = {}
+    for task, metrics in scores.items():
+        found[task] = {metric: dataclasses.asdict(score) for metric, score in metrics.items()}
+    return found

@@ -8,8 +8,10 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from optimum_modegpt.cli.commands.advice import YOUR_TEXT, advised
 from optimum_modegpt.cli.commands.common import (
+    YOUR_TEXT,
+    advised,
+    existing_paths,
     models_on,
     reference_of,
     shared_tokenizer,
@@ -21,42 +23,47 @@ from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.hub.card import REPORT
 from optimum_modegpt.hub.output import check_output, replacing, saving, taken_back, workshop_of
 from optimum_modegpt.hub.upload import KEPT_REPORT
+from optimum_modegpt.loading.calibration import calibrate
 from optimum_modegpt.loading.models import load_config, pick_device
-from optimum_modegpt.loading.source import DEMO, Source, calibrate
+from optimum_modegpt.loading.source import DEMO, Source
 from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.recovery.recover import Recovery, check_compressed, recover
 from optimum_modegpt.report import Report
 
 
 def run(options: Namespace) -> None:
-    """Fine-tune a model and save it; the output folder appears only once complete.
-
-    Raises:
-        EvaluationError: the perplexity of the held-out windows did not improve, so nothing was saved.
-    """
+    """Fine-tune a model and save it; the output folder appears only once complete."""
     source, teacher = source_of(options), reference_of(options)
-    config = RecoveryConfig(**{name: getattr(options, name) for name in RecoveryConfig.__dataclass_fields__})
     output = options.output.resolve()  # the folder next to it is on the same disk
     workshop = workshop_of(output)
     with workshop.alone():
         taken_back(workshop.folder, output)
-        check_output(output, overwrite=options.overwrite, used=_used_paths(source, teacher, options))
-        recovery = _recover_to(output, workshop.folder, source, teacher, config, options)
+        used = existing_paths(source.path, options.dataset)
+        if teacher is not None:
+            used += existing_paths(teacher.path)
+        check_output(output, overwrite=options.overwrite, used=used)
+        recovery = recover_to(output, workshop.folder, source, teacher, options)
     print(recovery.summary())
     print(f"saved in {options.output}")
-    print(_next_step(options))
+    print(next_step(options))
 
 
-def _recover_to(
-    output: Path, workshop: Path, source: Source, teacher: Source | None, config: RecoveryConfig, options: Namespace
-) -> Recovery:
+def recover_to(output: Path, workshop: Path, source: Source, teacher: Source | None, options: Namespace) -> Recovery:
+    """Fine-tune a model and save it in `output`.
+
+    Raises:
+        EvaluationError: the perplexity of the held-out windows did not improve, so nothing was saved.
+    """
+    config = RecoveryConfig(**{name: getattr(options, name) for name in RecoveryConfig.__dataclass_fields__})
     device, model_config = pick_device(options.device), load_config(source)
     check_compressed(model_config)
     if teacher is not None:
         load_config(teacher)  # refuses an invalid name before the text is read
-    tokenizer, report = shared_tokenizer(None, source, teacher), _report(source)
+    tokenizer = shared_tokenizer(None, source, teacher)
+    file = cached_file(source.path, REPORT, _raise_exceptions_for_missing_entries=False, **source.hub)
+    report = None if file is None else Report.load(file)
     with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
-        windows = calibrate(_text(options, model_config), tokenizer, model_config, source, fewer=True)
+        windows = calibrate(text(options, model_config), tokenizer, model_config, source, fewer=True)
         model, dense = models_on(device, options.dtype, source, teacher)
         recovery = recover(
             model,
@@ -81,8 +88,8 @@ def _recover_to(
     return recovery
 
 
-def _text(options: Namespace, model_config: Any) -> ModeGPTConfig:
-    """Return the dataset to train on, as the configuration of a compression."""
+def text(options: Namespace, model_config: Any) -> ModeGPTConfig:
+    """Return the text to train on, as the configuration of a compression."""
     own = DEMO if model_config.modegpt.get("base_model") == DEMO else ModeGPTConfig.dataset
     return ModeGPTConfig(
         dataset=options.dataset or own,
@@ -94,27 +101,18 @@ def _text(options: Namespace, model_config: Any) -> ModeGPTConfig:
     )
 
 
-def _report(source: Source) -> Report | None:
-    """Load the report of the compression; None if the model comes without one."""
-    file = cached_file(source.path, REPORT, _raise_exceptions_for_missing_entries=False, **source.hub)
-    return None if file is None else Report.load(file)
-
-
-def _used_paths(source: Source, teacher: Source | None, options: Namespace) -> list[Path]:
-    named = (source.path, teacher.path if teacher else None, options.dataset)
-    return [Path(name) for name in named if name is not None and Path(name).exists()]
-
-
-def _next_step(options: Namespace) -> str:
+def next_step(options: Namespace) -> str:
     """Return the command that evaluates the result, with a placeholder for a file of other text."""
-    is_file = options.dataset is not None and Path(options.dataset).exists()
+    dataset, text_column = options.dataset, options.text_column
+    if existing_paths(dataset):
+        dataset, text_column = YOUR_TEXT, None
     command = advised(
         options,
         *("evaluate", str(options.output)),
         reference=options.reference,
         reference_revision=options.reference_revision,
-        dataset=YOUR_TEXT if is_file else options.dataset,
-        text_column=None if is_file else options.text_column,
+        dataset=dataset,
+        text_column=text_column,
         sequence_length=options.sequence_length,
     )
     return f"next, on text that was not trained on: {command}"

@@ -1,0 +1,311 @@
+"""The arguments of the commands: one function per command, with the name of the command, declares them.
+
+This module imports neither torch nor transformers, so help and argument errors are printed at once. The modules in
+`optimum_modegpt.cli.commands` run the commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect as introspection
+import re
+from pathlib import Path
+from typing import Any
+
+from optimum_modegpt.recipe import ALLOCATIONS, METHODS, Recipe
+from optimum_modegpt.recovery.config import RecoveryConfig
+
+BROKEN = 1
+"""Exit code of `compare` if a threshold is not met."""
+DEMO_SPARSITY = 0.2
+"""Fraction that `demo` removes; a model this small no longer writes well without 30 % of its weights."""
+COMMAND_LINE_TEXTS = {
+    "dataset": "calibration text: wikitext2, c4, alpaca, a dataset id of the Hub, or a local .txt, .jsonl, .json or "
+    ".parquet file, or a folder saved by datasets.",
+    "tokenizer": "name or folder of a tokenizer; by default the model's own.",
+    "allow_foreign_tokenizer": "accept a --tokenizer that differs from the model's own in vocabulary, special tokens "
+    "or chat template, with a warning.",
+}
+"""Descriptions of the fields that accept more in Python than on the command line."""
+
+
+def compress(commands: Any) -> None:
+    parser = _command(commands, "compress", "Compress MODEL and save it.")
+    _add_output(parser)
+    parser.add_argument("--fresh", action="store_true", help="discard the checkpoint of an interrupted run")
+    parser.add_argument("--ignore-estimate", action="store_true", help="continue even if memory or disk seem too small")
+    parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report to this file")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to the Hub, as user/name")
+    parser.add_argument("--private", action="store_true", help="make REPO private if it is new")
+    parser.add_argument("--create-pr", action="store_true", help="upload as a pull request")
+    _add_configuration(parser)
+    _add_device(parser)
+
+
+def evaluate(commands: Any) -> None:
+    text = "Measure perplexity or task scores of MODEL, and compare them with those of DENSE."
+    parser = _command(commands, "evaluate", text)
+    parser.add_argument("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
+    _add_reference_revision(parser)
+    _add_tokenizer(parser, "MODEL's own, else that of DENSE")
+    text = "windows or requests per forward pass; default: chosen by the size of the logits, 1 for tasks"
+    parser.add_argument("--batch-size", type=count, metavar="N", help=text)
+    _add_json(parser)
+    text = "also add the result to the folder MODEL and its model card"
+    parser.add_argument("--update-card", action="store_true", help=text)
+    _add_device(parser)
+    text = "Measured if --tasks is omitted, and in addition to tasks if --dataset is given."
+    perplexity = parser.add_argument_group("perplexity", text)
+    _add_dataset(perplexity, "test, validation or train")
+    perplexity.add_argument("--max-windows", type=count, metavar="N", help="score only the first N windows")
+    tasks = parser.add_argument_group("tasks", "Measured with lm-eval: pip install 'optimum-modegpt[eval]'.")
+    text = "tasks, groups or tags; lm_eval ls tasks lists them"
+    tasks.add_argument("--tasks", type=_names, metavar="NAME,NAME", help=text)
+    text = "examples before each question; by default the task's"
+    tasks.add_argument("--num-fewshot", type=_shots, metavar="N", help=text)
+    text = "score only the first N samples of each task, as a trial"
+    tasks.add_argument("--limit", type=count, metavar="N", help=text)
+    text = "folder with YAML files that define your own tasks"
+    tasks.add_argument("--include-path", type=path, metavar="DIR", help=text)
+
+
+def compare(commands: Any) -> None:
+    text = "Compare COMPRESSED with DENSE prompt by prompt; thresholds determine the exit code."
+    parser = commands.add_parser("compare", help=text, description=text)
+    parser.add_argument("reference", metavar="DENSE", help="name on the Hub, folder, or demo for the embedded model")
+    parser.add_argument("model", metavar="COMPRESSED", help="name on the Hub, or folder")
+    _add_access(parser, "COMPRESSED")
+    _add_reference_revision(parser)
+    parser.add_argument(
+        "--prompts",
+        type=path,
+        metavar="FILE",
+        help='.txt: one prompt per line; .jsonl: {"prompt": …}, {"text": …} or {"messages": […]} per line; .json: a '
+        "list of these or of strings. Required unless DENSE is demo, which has its own text",
+    )
+    text = "length of a continuation; default %(default)s"
+    parser.add_argument("--max-new-tokens", type=count, default=48, metavar="N", help=text)
+    _add_tokenizer(parser, "that of the models")
+    _add_device(parser)
+    text = f"Exit code {BROKEN} if a threshold is not met, 0 if all are met or none is set, 2 for an error."
+    limits = parser.add_argument_group("thresholds", text)
+    limits.add_argument("--max-kl", type=float, metavar="X", help="maximum mean KL divergence, in nats per position")
+    limits.add_argument("--min-agreement", type=float, metavar="X", help="minimum top-1 agreement, as a fraction")
+    text = "maximum perplexity of COMPRESSED divided by that of DENSE"
+    limits.add_argument("--max-perplexity-ratio", type=float, metavar="X", help=text)
+    files = parser.add_argument_group("files")
+    files.add_argument("--html", type=path, metavar="FILE", help="write the comparison as one self-contained page")
+    text = "write one record per prompt as soon as it is measured"
+    files.add_argument("--jsonl", type=path, metavar="FILE", help=text)
+    files.add_argument("--json", type=path, metavar="FILE", help="write all results at the end")
+
+
+def benchmark(commands: Any) -> None:
+    parser = _command(commands, "benchmark", "Measure prefill speed, decode speed and memory of MODEL.")
+    text = "model to measure in alternation with MODEL; ratios are relative to it"
+    parser.add_argument("--reference", metavar="DENSE", help=text)
+    _add_reference_revision(parser)
+    text = "prompts per batch; default 1,8"
+    parser.add_argument("--batch-sizes", type=_counts, default=(1, 8), metavar="N,…", help=text)
+    text = "tokens, truncated to the context; default 128,1024"
+    parser.add_argument("--prompt-lengths", type=_counts, default=(128, 1024), metavar="N,…", help=text)
+    text = "decoding steps; default %(default)s"
+    parser.add_argument("--new-tokens", type=count, default=32, metavar="N", help=text)
+    text = "measurements per setting; default %(default)s"
+    parser.add_argument("--repeats", type=count, default=5, metavar="N", help=text)
+    parser.add_argument("--compile", action="store_true", help="measure again under torch.compile; takes minutes")
+    _add_device(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument("--json", type=path, metavar="FILE", help="write all measurements, the machine and versions")
+    files.add_argument("--plot", type=path, metavar="FILE", help="plot the speeds; .png, .svg or .pdf")
+
+
+def recover(commands: Any) -> None:
+    text = "Fine-tune a compressed MODEL with LoRA, merge the adapters and save the result."
+    parser = _command(commands, "recover", text)
+    _add_output(parser)
+    text = "distill this model's predictions instead of training on the text's tokens"
+    parser.add_argument("--teacher", dest="reference", metavar="DENSE", help=text)
+    _add_reference_revision(parser, "--teacher-revision")
+    _add_dataset(parser, "train")
+    text = "maximum number of windows; default %(default)s"
+    parser.add_argument("--num-samples", type=count, default=4096, metavar="N", help=text)
+    text = "peak learning rate; default 0.03 / sqrt(d_model)"
+    parser.add_argument("--learning-rate", type=float, metavar="X", help=text)
+    for flag, kind, text in (
+        ("steps", count, "optimizer steps"),
+        ("batch-size", count, "windows per step"),
+        ("lora-rank", count, "rank of the LoRA adapters"),
+        ("seed", int, "seed of the choice and order of the windows and of the initial adapters"),
+    ):
+        default = getattr(RecoveryConfig, flag.replace("-", "_"))
+        parser.add_argument(f"--{flag}", type=kind, default=default, metavar="N", help=f"{text}; default %(default)s")
+    _add_device(parser)
+
+
+def inspect(commands: Any) -> None:
+    text = "Show the ranks, parameters, compression record and measurements of MODEL without loading it."
+    parser = _command(commands, "inspect", text)
+    text = "also load MODEL and compare its logits with and without the key-value cache on a few tokens"
+    parser.add_argument("--check", action="store_true", help=text)
+    _add_json(parser)
+
+
+def estimate(commands: Any) -> None:
+    text = "Estimate the memory and work of compressing MODEL without loading its weights."
+    parser = _command(commands, "estimate", text)
+    _add_json(parser)
+    text = "number of processes that share the work on this machine; default %(default)s"
+    parser.add_argument("--processes", type=count, default=1, metavar="N", help=text)
+    _add_configuration(parser)
+    _add_device(parser)
+
+
+def demo(commands: Any) -> None:
+    parser = commands.add_parser("demo", help="Compress the embedded model, reload it, evaluate it and generate text.")
+    parser.set_defaults(model="demo", revision=None, token=None, trust_remote_code=False)
+    parser.set_defaults(dtype="auto", config=None, report=None, fresh=False, ignore_estimate=True)
+    _add_output(parser, required=False)
+    text = "as in compress; default %(default)s"
+    parser.add_argument("--sparsity", type=float, default=DEMO_SPARSITY, help=text)
+    parser.add_argument("--method", default=argparse.SUPPRESS, help="as in compress")
+    _add_device(parser, dtype=False)
+    _add_debug(parser)
+
+
+COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, estimate, demo)
+"""The commands, in the order in which the help lists them."""
+
+
+# ---------------------------------------------------------------------------------------------------- shared arguments
+
+
+def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """Add the parser of a command that works on one model."""
+    parser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("model", metavar="MODEL", help="name on the Hub, folder, or demo for the embedded model")
+    _add_access(parser, "MODEL")
+    return parser
+
+
+def _add_access(parser: Any, model: str) -> None:
+    parser.add_argument("--revision", metavar="R", help=f"branch, tag or commit of {model}")
+    parser.add_argument("--token", metavar="T", help="access token of the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    _add_debug(parser)
+
+
+def _add_reference_revision(parser: Any, flag: str = "--reference-revision") -> None:
+    parser.add_argument(flag, dest="reference_revision", metavar="R", help="branch, tag or commit of DENSE")
+
+
+def _add_debug(parser: Any) -> None:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _add_output(parser: Any, *, required: bool = True) -> None:
+    text = "folder to write; it appears only once complete"
+    parser.add_argument("--output", type=path, required=required, metavar="DIR", help=text)
+    text = "overwrite an existing result once the command succeeds"
+    parser.add_argument("--overwrite", action="store_true", help=text)
+
+
+def _add_json(parser: Any) -> None:
+    parser.add_argument("--json", type=path, metavar="FILE", help="also write the result to this file")
+
+
+def _add_dataset(parser: Any, splits: str) -> None:
+    parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
+    text = f"split to read, or a slice such as train[:10%%]; by default {splits}"
+    parser.add_argument("--dataset-split", metavar="NAME", help=text)
+    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text or token ids")
+    text = "tokens per window; default min(2048, context)"
+    parser.add_argument("--sequence-length", type=int, metavar="N", help=text)
+
+
+def _add_device(parser: Any, *, dtype: bool = True) -> None:
+    text = "device to compute on; auto uses an accelerator if one is available"
+    parser.add_argument("--device", default="auto", help=text)
+    if dtype:
+        choices = ("auto", "float32", "bfloat16", "float16")
+        text = "data type of the weights; auto keeps the stored one"
+        parser.add_argument("--dtype", choices=choices, default="auto", help=text)
+
+
+def _add_tokenizer(parser: Any, default: str) -> None:
+    parser.add_argument("--tokenizer", metavar="NAME", help=f"name or folder; by default {default}")
+    text = "accept a --tokenizer that differs from the model's own, with a warning"
+    parser.add_argument("--allow-foreign-tokenizer", action="store_true", help=text)
+
+
+def _add_configuration(parser: Any) -> None:
+    """Add a flag for every field of `ModeGPTConfig`, with its name, type and description."""
+    group = parser.add_argument_group("configuration", "Flags override --config, which overrides the defaults.")
+    group.add_argument("--config", type=path, metavar="FILE", help="JSON file with any of these fields")
+    texts = field_texts()
+    kinds: dict[str, dict[str, Any]] = {
+        "bool": {"action": "store_true"},
+        "int": {"type": int, "metavar": "N"},
+        "float": {"type": float, "metavar": "X"},
+        "method": {"choices": METHODS},
+        "allocation": {"choices": ALLOCATIONS},
+        "round_to": {"type": _integer_or_word, "metavar": "N|auto"},
+    }
+    for field in dataclasses.fields(Recipe):
+        text = texts[field.name]
+        if field.default is not None and field.default is not False:
+            text += f" Default: {field.default}."
+        kind = str(field.type).removesuffix(" | None")
+        options = kinds.get(field.name) or kinds.get(kind) or {"metavar": "NAME"}
+        flag = f"--{field.name.replace('_', '-')}"
+        group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+
+
+def field_texts() -> dict[str, str]:
+    """Return the description of each field in the docstring of `Recipe`, worded for the command line."""
+    section = introspection.cleandoc(Recipe.__doc__ or "").partition("Args:\n")[2].partition("\nRaises:")[0]
+    texts = {}
+    for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, flags=re.MULTILINE):
+        words = " ".join(re.sub('[`"]', "", text).split())
+        texts[name] = re.sub(r"\bNone (?=takes|chooses)", "left out, it ", words)
+    return texts | COMMAND_LINE_TEXTS
+
+
+# --------------------------------------------------------------------------------------------------- types of arguments
+
+
+def count(text: str) -> int:
+    """Parse an integer of at least 1."""
+    if not re.fullmatch(r"\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, found {text!r}")
+    return int(text)
+
+
+def path(text: str) -> Path:
+    """Parse a path, and refuse an empty one: it would mean the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found nothing")
+    return Path(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(count(part.strip()) for part in text.split(","))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"expected integers of at least 1 such as 1,8, found {text!r}") from error
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"expected names separated by commas, found {text!r}")
+    return names
+
+
+def _shots(text: str) -> int:
+    return 0 if text == "0" else count(text)
+
+
+def _integer_or_word(text: str) -> int | str:
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
