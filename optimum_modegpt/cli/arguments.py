@@ -18,8 +18,6 @@ from optimum_modegpt.recovery.config import RecoveryConfig
 
 BROKEN = 1
 """Exit code of `compare` if a threshold is not met."""
-DEMO_SPARSITY = 0.2
-"""Fraction that `demo` removes; a model this small no longer writes well without 30 % of its weights."""
 COMMAND_LINE_TEXTS = {
     "dataset": "calibration text: wikitext2, c4, alpaca, a dataset id of the Hub, or a local .txt, .jsonl, .json or "
     ".parquet file, or a folder saved by datasets.",
@@ -33,12 +31,13 @@ COMMAND_LINE_TEXTS = {
 def compress(commands: Any) -> None:
     parser = _command(commands, "compress", "Compress MODEL and save it.")
     _add_output(parser)
-    parser.add_argument("--fresh", action="store_true", help="discard the checkpoint of an interrupted run")
-    parser.add_argument("--ignore-estimate", action="store_true", help="continue even if memory or disk seem too small")
-    parser.add_argument("--report", type=path, metavar="FILE.json", help="also write the report to this file")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to the Hub, as user/name")
-    parser.add_argument("--private", action="store_true", help="make REPO private if it is new")
-    parser.add_argument("--create-pr", action="store_true", help="upload as a pull request")
+    add = parser.add_argument
+    add("--fresh", action="store_true", help="discard the checkpoint of an interrupted run")
+    add("--ignore-estimate", action="store_true", help="continue even if memory or disk seem too small")
+    add("--report", type=path, metavar="FILE.json", help="also write the report to this file")
+    add("--push-to-hub", metavar="REPO", help="also upload the result to the Hub, as user/name")
+    add("--private", action="store_true", help="make REPO private if it is new")
+    add("--create-pr", action="store_true", help="upload as a pull request")
     _add_configuration(parser)
     _add_device(parser)
 
@@ -46,101 +45,90 @@ def compress(commands: Any) -> None:
 def evaluate(commands: Any) -> None:
     text = "Measure perplexity or task scores of MODEL, and compare them with those of DENSE."
     parser = _command(commands, "evaluate", text)
-    parser.add_argument("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
+    add = parser.add_argument
+    add("--reference", metavar="DENSE", help="model to compare with, usually the dense one")
     _add_reference_revision(parser)
     _add_tokenizer(parser, "MODEL's own, else that of DENSE")
-    text = "windows or requests per forward pass; default: chosen by the size of the logits, 1 for tasks"
-    parser.add_argument("--batch-size", type=count, metavar="N", help=text)
+    add("--batch-size", type=count, metavar="N", help="windows or requests per forward pass; chosen by default")
     _add_json(parser)
-    text = "also add the result to the folder MODEL and its model card"
-    parser.add_argument("--update-card", action="store_true", help=text)
+    add("--update-card", action="store_true", help="also add the result to the folder MODEL and its model card")
     _add_device(parser)
     text = "Measured if --tasks is omitted, and in addition to tasks if --dataset is given."
-    perplexity = parser.add_argument_group("perplexity", text)
-    _add_dataset(perplexity, "test, validation or train")
-    perplexity.add_argument("--max-windows", type=count, metavar="N", help="score only the first N windows")
-    tasks = parser.add_argument_group("tasks", "Measured with lm-eval: pip install 'optimum-modegpt[eval]'.")
-    text = "tasks, groups or tags; lm_eval ls tasks lists them"
-    tasks.add_argument("--tasks", type=_names, metavar="NAME,NAME", help=text)
-    text = "examples before each question; by default the task's"
-    tasks.add_argument("--num-fewshot", type=_shots, metavar="N", help=text)
-    text = "score only the first N samples of each task, as a trial"
-    tasks.add_argument("--limit", type=count, metavar="N", help=text)
-    text = "folder with YAML files that define your own tasks"
-    tasks.add_argument("--include-path", type=path, metavar="DIR", help=text)
+    group = parser.add_argument_group("perplexity", text)
+    _add_dataset(group, "test, validation or train")
+    group.add_argument("--max-windows", type=count, metavar="N", help="score only the first N windows")
+    group = parser.add_argument_group("tasks", "Measured with lm-eval: pip install 'optimum-modegpt[eval]'.")
+    add = group.add_argument
+    add("--tasks", type=_names, metavar="NAME,NAME", help="tasks, groups or tags; lm_eval ls tasks lists them")
+    add("--num-fewshot", type=_shots, metavar="N", help="examples before each question; by default the task's")
+    add("--limit", type=count, metavar="N", help="score only the first N samples of each task, as a trial")
+    add("--include-path", type=path, metavar="DIR", help="folder with YAML files that define your own tasks")
 
 
 def compare(commands: Any) -> None:
     text = "Compare COMPRESSED with DENSE prompt by prompt; thresholds determine the exit code."
     parser = commands.add_parser("compare", help=text, description=text)
-    parser.add_argument("reference", metavar="DENSE", help="name on the Hub, folder, or demo for the embedded model")
-    parser.add_argument("model", metavar="COMPRESSED", help="name on the Hub, or folder")
+    add = parser.add_argument
+    add("reference", metavar="DENSE", help="name on the Hub, folder, or demo for the embedded model")
+    add("model", metavar="COMPRESSED", help="name on the Hub, or folder")
     _add_access(parser, "COMPRESSED")
     _add_reference_revision(parser)
-    parser.add_argument(
-        "--prompts",
-        type=path,
-        metavar="FILE",
-        help='.txt: one prompt per line; .jsonl: {"prompt": …}, {"text": …} or {"messages": […]} per line; .json: a '
-        "list of these or of strings. Required unless DENSE is demo, which has its own text",
+    text = (
+        '.txt: one prompt per line; .jsonl: {"prompt": …}, {"text": …} or {"messages": […]} per line; .json: a list of '
+        "these or of strings. Required unless DENSE is demo, which has its own text"
     )
-    text = "length of a continuation; default %(default)s"
-    parser.add_argument("--max-new-tokens", type=count, default=48, metavar="N", help=text)
+    add("--prompts", type=path, metavar="FILE", help=text)
+    add("--max-new-tokens", type=count, default=48, metavar="N", help="length of a continuation; default %(default)s")
     _add_tokenizer(parser, "that of the models")
     _add_device(parser)
     text = f"Exit code {BROKEN} if a threshold is not met, 0 if all are met or none is set, 2 for an error."
-    limits = parser.add_argument_group("thresholds", text)
-    limits.add_argument("--max-kl", type=float, metavar="X", help="maximum mean KL divergence, in nats per position")
-    limits.add_argument("--min-agreement", type=float, metavar="X", help="minimum top-1 agreement, as a fraction")
-    text = "maximum perplexity of COMPRESSED divided by that of DENSE"
-    limits.add_argument("--max-perplexity-ratio", type=float, metavar="X", help=text)
-    files = parser.add_argument_group("files")
-    files.add_argument("--html", type=path, metavar="FILE", help="write the comparison as one self-contained page")
-    text = "write one record per prompt as soon as it is measured"
-    files.add_argument("--jsonl", type=path, metavar="FILE", help=text)
-    files.add_argument("--json", type=path, metavar="FILE", help="write all results at the end")
+    add = parser.add_argument_group("thresholds", text).add_argument
+    add("--max-kl", type=float, metavar="X", help="maximum mean KL divergence, in nats per position")
+    add("--min-agreement", type=float, metavar="X", help="minimum top-1 agreement, as a fraction")
+    add("--max-perplexity-ratio", type=float, metavar="X", help="maximum perplexity of COMPRESSED over that of DENSE")
+    add = parser.add_argument_group("files").add_argument
+    add("--html", type=path, metavar="FILE", help="write the comparison as one self-contained page")
+    add("--jsonl", type=path, metavar="FILE", help="write one record per prompt as soon as it is measured")
+    add("--json", type=path, metavar="FILE", help="write all results at the end")
 
 
 def benchmark(commands: Any) -> None:
     parser = _command(commands, "benchmark", "Measure prefill speed, decode speed and memory of MODEL.")
-    text = "model to measure in alternation with MODEL; ratios are relative to it"
-    parser.add_argument("--reference", metavar="DENSE", help=text)
+    add = parser.add_argument
+    add("--reference", metavar="DENSE", help="model to measure in alternation with MODEL; ratios are relative to it")
     _add_reference_revision(parser)
-    text = "prompts per batch; default 1,8"
-    parser.add_argument("--batch-sizes", type=_counts, default=(1, 8), metavar="N,…", help=text)
+    add("--batch-sizes", type=_counts, default=(1, 8), metavar="N,…", help="prompts per batch; default 1,8")
     text = "tokens, truncated to the context; default 128,1024"
-    parser.add_argument("--prompt-lengths", type=_counts, default=(128, 1024), metavar="N,…", help=text)
-    text = "decoding steps; default %(default)s"
-    parser.add_argument("--new-tokens", type=count, default=32, metavar="N", help=text)
-    text = "measurements per setting; default %(default)s"
-    parser.add_argument("--repeats", type=count, default=5, metavar="N", help=text)
-    parser.add_argument("--compile", action="store_true", help="measure again under torch.compile; takes minutes")
+    add("--prompt-lengths", type=_counts, default=(128, 1024), metavar="N,…", help=text)
+    add("--new-tokens", type=count, default=32, metavar="N", help="decoding steps; default %(default)s")
+    add("--repeats", type=count, default=5, metavar="N", help="measurements per setting; default %(default)s")
+    add("--compile", action="store_true", help="measure again under torch.compile; takes minutes")
     _add_device(parser)
-    files = parser.add_argument_group("files")
-    files.add_argument("--json", type=path, metavar="FILE", help="write all measurements, the machine and versions")
-    files.add_argument("--plot", type=path, metavar="FILE", help="plot the speeds; .png, .svg or .pdf")
+    add = parser.add_argument_group("files").add_argument
+    add("--json", type=path, metavar="FILE", help="write all measurements, the machine and versions")
+    add("--plot", type=path, metavar="FILE", help="plot the speeds; .png, .svg or .pdf")
 
 
 def recover(commands: Any) -> None:
     text = "Fine-tune a compressed MODEL with LoRA, merge the adapters and save the result."
     parser = _command(commands, "recover", text)
     _add_output(parser)
+    add = parser.add_argument
     text = "distill this model's predictions instead of training on the text's tokens"
-    parser.add_argument("--teacher", dest="reference", metavar="DENSE", help=text)
+    add("--teacher", dest="reference", metavar="DENSE", help=text)
     _add_reference_revision(parser, "--teacher-revision")
     _add_dataset(parser, "train")
-    text = "maximum number of windows; default %(default)s"
-    parser.add_argument("--num-samples", type=count, default=4096, metavar="N", help=text)
-    text = "peak learning rate; default 0.03 / sqrt(d_model)"
-    parser.add_argument("--learning-rate", type=float, metavar="X", help=text)
-    for flag, kind, text in (
-        ("steps", count, "optimizer steps"),
-        ("batch-size", count, "windows per step"),
-        ("lora-rank", count, "rank of the LoRA adapters"),
-        ("seed", int, "seed of the choice and order of the windows and of the initial adapters"),
-    ):
-        default = getattr(RecoveryConfig, flag.replace("-", "_"))
-        parser.add_argument(f"--{flag}", type=kind, default=default, metavar="N", help=f"{text}; default %(default)s")
+    add("--num-samples", type=count, default=4096, metavar="N", help="maximum number of windows; default %(default)s")
+    add("--learning-rate", type=float, metavar="X", help="peak learning rate; default 0.03 / sqrt(d_model)")
+    texts = {
+        "steps": "optimizer steps",
+        "batch_size": "windows per step",
+        "lora_rank": "rank of the LoRA adapters",
+        "seed": "seed of the choice and order of the windows and of the initial adapters",
+    }
+    for name, text in texts.items():
+        kind, default = int if name == "seed" else count, getattr(RecoveryConfig, name)
+        add(f"--{name.replace('_', '-')}", type=kind, default=default, metavar="N", help=f"{text}; default {default}")
     _add_device(parser)
 
 
@@ -167,8 +155,8 @@ def demo(commands: Any) -> None:
     parser.set_defaults(model="demo", revision=None, token=None, trust_remote_code=False)
     parser.set_defaults(dtype="auto", config=None, report=None, fresh=False, ignore_estimate=True)
     _add_output(parser, required=False)
-    text = "as in compress; default %(default)s"
-    parser.add_argument("--sparsity", type=float, default=DEMO_SPARSITY, help=text)
+    # A model this small no longer writes well without 30 % of its weights.
+    parser.add_argument("--sparsity", type=float, default=0.2, help="as in compress; default %(default)s")
     parser.add_argument("--method", default=argparse.SUPPRESS, help="as in compress")
     _add_device(parser, dtype=False)
     _add_debug(parser)
@@ -176,9 +164,6 @@ def demo(commands: Any) -> None:
 
 COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, estimate, demo)
 """The commands, in the order in which the help lists them."""
-
-
-# ---------------------------------------------------------------------------------------------------- shared arguments
 
 
 def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
@@ -205,10 +190,9 @@ def _add_debug(parser: Any) -> None:
 
 
 def _add_output(parser: Any, *, required: bool = True) -> None:
-    text = "folder to write; it appears only once complete"
-    parser.add_argument("--output", type=path, required=required, metavar="DIR", help=text)
-    text = "overwrite an existing result once the command succeeds"
-    parser.add_argument("--overwrite", action="store_true", help=text)
+    add = parser.add_argument
+    add("--output", type=path, required=required, metavar="DIR", help="folder to write; appears only once complete")
+    add("--overwrite", action="store_true", help="overwrite an existing result once the command succeeds")
 
 
 def _add_json(parser: Any) -> None:
@@ -216,20 +200,21 @@ def _add_json(parser: Any) -> None:
 
 
 def _add_dataset(parser: Any, splits: str) -> None:
-    parser.add_argument("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
-    text = f"split to read, or a slice such as train[:10%%]; by default {splits}"
-    parser.add_argument("--dataset-split", metavar="NAME", help=text)
-    parser.add_argument("--text-column", metavar="NAME", help="column that holds the text or token ids")
-    text = "tokens per window; default min(2048, context)"
-    parser.add_argument("--sequence-length", type=int, metavar="N", help=text)
+    add = parser.add_argument
+    add("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
+    add("--dataset-split", metavar="NAME", help=f"split or slice such as train[:10%%]; by default {splits}")
+    add("--text-column", metavar="NAME", help="column that holds the text or token ids")
+    add("--sequence-length", type=int, metavar="N", help="tokens per window; default min(2048, context)")
 
 
 def _add_device(parser: Any, *, dtype: bool = True) -> None:
     text = "device to compute on; auto uses an accelerator if one is available"
     parser.add_argument("--device", default="auto", help=text)
     if dtype:
-        choices = ("auto", "float32", "bfloat16", "float16")
-        text = "data type of the weights; auto keeps the stored one"
+        choices, text = (
+            ("auto", "float32", "bfloat16", "float16"),
+            "data type of the weights; auto keeps the stored one",
+        )
         parser.add_argument("--dtype", choices=choices, default="auto", help=text)
 
 
@@ -270,9 +255,6 @@ def field_texts() -> dict[str, str]:
         words = " ".join(re.sub('[`"]', "", text).split())
         texts[name] = re.sub(r"\bNone (?=takes|chooses)", "left out, it ", words)
     return texts | COMMAND_LINE_TEXTS
-
-
-# --------------------------------------------------------------------------------------------------- types of arguments
 
 
 def count(text: str) -> int:

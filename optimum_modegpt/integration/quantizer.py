@@ -129,15 +129,7 @@ class ModeGPTQuantizer:
     ) -> CommitInfo:
         """Save as `save` does into a temporary folder, upload that in one commit, and return the commit.
 
-        Args:
-            model: the compressed model.
-            repo_id: "user/name"; created if it does not exist.
-            tokenizer: as in `save`.
-            private: whether a new repository is private; None uses the account's default.
-            revision: branch to commit to, created if it does not exist, or a pull request such as "refs/pr/1".
-            create_pr: whether to open a pull request instead.
-            token: access token; None uses that of the logged-in user.
-            commit_message: one line; None uses a default message.
+        The other arguments are those of `Upload`.
 
         Raises:
             OutputError: the upload cannot succeed; nothing was uploaded.

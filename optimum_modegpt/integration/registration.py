@@ -85,10 +85,7 @@ def _register_families(auto: ModuleType) -> None:
 
 
 def _deferred_configuration(compressed: str, mapping: Mapping[str, Any]) -> type:
-    """Return a configuration class that imports the family's module, with its model classes, when it is first used.
-
-    It creates only objects of the family's own class, which then has replaced it in `AutoConfig`.
-    """
+    """Return a configuration class that imports the family's own class, with its models, when it is first used."""
     from transformers import PreTrainedConfig
 
     def own_class() -> Any:

@@ -159,7 +159,7 @@ class Source:
         card = {}
         for key in CARD_FIELDS:
             value = stored.get(key)
-            if value and (isinstance(value, str) or _is_list_of_texts(value)):  # YAML reads `no` as False
+            if isinstance(value, str | list) and value:  # YAML reads `no` as False
                 card[key] = value
         link = card.get("license_link")
         if isinstance(link, str) and urlparse(link).scheme not in ("http", "https"):
@@ -199,10 +199,6 @@ class Source:
                 f"no tokenizer could be loaded from {self.name!r}: {error} "
                 "Pass a tokenizer, on the command line with --tokenizer."
             ) from error
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def default_dataset(config: ModeGPTConfig, source: Source) -> ModeGPTConfig:

@@ -7,14 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from optimum_modegpt.cli.commands.common import (
-    check_file,
-    models_on,
-    reference_of,
-    shows_progress,
-    source_of,
-    write_json,
-)
+from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.tables import benchmark_table
 from optimum_modegpt.errors import OutputError
 from optimum_modegpt.evaluation.speed import Benchmark
@@ -26,12 +19,12 @@ from optimum_modegpt.plot import picture_formats, plot_speeds
 
 def run(options: Namespace) -> None:
     """Measure the speed and print the table."""
-    check_file(options.json)
-    check_file(options.plot)
+    common.check_file(options.json)
+    common.check_file(options.plot)
     if options.plot is not None and options.plot.suffix.lstrip(".") not in (formats := picture_formats()):
         raise OutputError(f"{options.plot} has no suffix of a picture format; expected one of {', '.join(formats)}.")
-    source, dense = source_of(options), reference_of(options)
-    model, reference = models_on(pick_device(options.device), options.dtype, source, dense)
+    source, dense = common.source_of(options), common.reference_of(options)
+    model, reference = common.models_on(pick_device(options.device), options.dtype, source, dense)
     found = measure(
         model,
         reference,
@@ -40,13 +33,15 @@ def run(options: Namespace) -> None:
         new_tokens=options.new_tokens,
         repeats=options.repeats,
         compile=options.compile,
-        progress=shows_progress(),
+        progress=common.shows_progress(),
     )
     found = replace(found, model=replace(found.model, disk_bytes=stored_bytes(source)))
     if dense is not None and found.reference is not None:
         found = replace(found, reference=replace(found.reference, disk_bytes=stored_bytes(dense)))
     print(benchmark_table(found))
-    write_json(options.json, {"model_name": options.model, "reference_name": options.reference, **found.to_dict()})
+    common.write_json(
+        options.json, {"model_name": options.model, "reference_name": options.reference, **found.to_dict()}
+    )
     if options.plot is not None:
         plot(options, found)
         print(f"plot: {options.plot}")

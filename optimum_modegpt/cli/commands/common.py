@@ -37,24 +37,23 @@ NEW_FOLDER = "<new-folder>"
 
 def source_of(options: Namespace) -> Source:
     """Return the source of the model that the options name."""
-    return Source.of_arguments(options.model, {**vars(options), "trust_remote_code": options.trust_remote_code or None})
+    return Source.of_arguments(options.model, _hub_arguments(options, options.revision))
 
 
 def reference_of(options: Namespace) -> Source | None:
     """Return the source of the dense model to compare with or to distill from; None if none is named."""
-    if options.reference is None:
-        if options.reference_revision is not None:
-            raise InvalidConfig(
-                f"found a revision of the dense model, {options.reference_revision!r}, but no dense model. Name it "
-                "with --reference, or with --teacher for recover."
-            )
-        return None
-    arguments = {
-        "revision": options.reference_revision,
-        "token": options.token,
-        "trust_remote_code": options.trust_remote_code or None,
-    }
-    return Source.of_arguments(options.reference, arguments)
+    if options.reference is not None:
+        return Source.of_arguments(options.reference, _hub_arguments(options, options.reference_revision))
+    if options.reference_revision is not None:
+        raise InvalidConfig(
+            f"found a revision of the dense model, {options.reference_revision!r}, but no dense model. Name it with "
+            "--reference, or with --teacher for recover."
+        )
+    return None
+
+
+def _hub_arguments(options: Namespace, revision: str | None) -> dict[str, Any]:
+    return {"revision": revision, "token": options.token, "trust_remote_code": options.trust_remote_code or None}
 
 
 def models_on(

@@ -12,15 +12,7 @@ from pathlib import Path
 
 from optimum_modegpt import demo
 from optimum_modegpt.cli.arguments import BROKEN
-from optimum_modegpt.cli.commands.common import (
-    check_file,
-    models_on,
-    reference_of,
-    shared_tokenizer,
-    shows_progress,
-    source_of,
-    write_json,
-)
+from optimum_modegpt.cli.commands import common
 from optimum_modegpt.comparison.compare import compare as compare_models
 from optimum_modegpt.comparison.page import comparison_page
 from optimum_modegpt.comparison.prompts import Prompt, read_prompts
@@ -44,7 +36,7 @@ def run(options: Namespace) -> int:
     """
     thresholds = Thresholds(options.max_kl, options.min_agreement, options.max_perplexity_ratio)
     check_files(options)
-    source, reference = source_of(options), reference_of(options)
+    source, reference = common.source_of(options), common.reference_of(options)
     assert reference is not None
     prompts, device = prompts_of(options, reference), pick_device(options.device)
     # Loaded before the tokenizers: transformers reads those through the configuration and fails on a broken one.
@@ -54,9 +46,11 @@ def run(options: Namespace) -> int:
             f"{options.reference} is a compressed model and {options.model} a dense one. Name the dense one first: "
             f"{shlex.join(['compare', options.model, options.reference])}"
         )
-    tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
+    tokenizer = common.shared_tokenizer(
+        options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer
+    )
     check_vocabulary(tokenizer, model_config.get_text_config().vocab_size)
-    model, dense = models_on(device, options.dtype, source, reference)
+    model, dense = common.models_on(device, options.dtype, source, reference)
     assert dense is not None
     with streaming(options.jsonl) as on_record:
         found = compare_models(
@@ -66,7 +60,7 @@ def run(options: Namespace) -> int:
             prompts,
             max_new_tokens=options.max_new_tokens,
             on_record=on_record,
-            progress=shows_progress(),
+            progress=common.shows_progress(),
         )
     print(found.summary())
     try:
@@ -87,7 +81,7 @@ def check_files(options: Namespace) -> None:
         if file is None:
             continue
         if file is not options.prompts:
-            check_file(file)
+            common.check_file(file)
         if file.resolve() in used:
             raise OutputError(f"{file} is named twice; prompts and each result need separate files.")
         used.append(file.resolve())
@@ -98,7 +92,7 @@ def write(options: Namespace, found: Comparison, checks: tuple[Check, ...]) -> N
     outcomes = [
         {"measure": each.measure, "found": each.found, "allowed": each.allowed, "held": each.held} for each in checks
     ]
-    write_json(options.json, {**names, "thresholds": outcomes, **found.to_dict()})
+    common.write_json(options.json, {**names, "thresholds": outcomes, **found.to_dict()})
     if options.html is not None:
         options.html.write_text(comparison_page(found, checks, **names), encoding="utf-8")
         print(f"page: {options.html}")

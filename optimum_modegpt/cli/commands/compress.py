@@ -13,19 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from optimum_modegpt import distributed
 from optimum_modegpt.budget.preflight import check_resources
-from optimum_modegpt.cli.commands.common import (
-    NEW_FOLDER,
-    YOUR_TEXT,
-    advised,
-    check_file,
-    configuration,
-    existing_paths,
-    shows_progress,
-    source_of,
-)
+from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.commands.estimate import estimate_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
@@ -55,7 +47,7 @@ def run(options: Namespace) -> None:
 
     In a distributed run, each rank computes with its share of the calibration windows; rank 0 does everything else.
     """
-    config = configuration(options)
+    config = common.configuration(options)
     with distributed.joined(pick_device(options.device)) as device:
         if not distributed.is_first():
             return take_part(options, config, device)
@@ -75,7 +67,7 @@ def run(options: Namespace) -> None:
 def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device: torch.device | None) -> Report:
     """Compress a model into `output` with the options of `compress`."""
     output = output.resolve()  # the folder next to it is on the same disk
-    check_file(options.report)
+    common.check_file(options.report)
     with unfinished_work(output) as checkpoint, checkpoint.alone():
         job = requested_job(options, config, checkpoint)
         taken_back(checkpoint.folder, output)
@@ -85,11 +77,14 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
         report = report_in_place(checkpoint, output, request)
         distributed.broadcast_object(report is None)  # whether the other ranks take part
         if report is None:
-            used = existing_paths(job.source.path, job.config.dataset, job.config.tokenizer, options.config)
-            if options.report is not None:
-                used.append(options.report)
-            check_output(output, overwrite=options.overwrite, used=used)
-            report = compress(job, output, options, device, request)
+            check_request(job, output, options, device)
+            with replacing(output, overwrite=options.overwrite, workshop=checkpoint.folder) as folder:
+                model, quantizer = compress(job, options, device, progress=common.shows_progress())
+                with saving(output):
+                    quantizer.save(model, folder, quantizer.tokenizer or job.source.tokenizer())
+                del model  # its weights are in the checkpoint, which is removed below
+                checkpoint.keep_saved({"report": digest(folder / REPORT), "request": request})
+            report = Report.load(output / REPORT)
         distributed.barrier()  # if another rank has failed, the checkpoint is kept to resume from
         checkpoint.remove()
     if options.report is not None:
@@ -97,50 +92,49 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
     return report
 
 
-def compress(
-    job: Job, output: Path, options: Namespace, device: torch.device | None, request: dict[str, Any]
-) -> Report:
-    """Check, calibrate, compress and save, with finished blocks in the checkpoint."""
-    source, checkpoint = job.source, job.checkpoint
-    assert checkpoint is not None
+def check_request(job: Job, output: Path, options: Namespace, device: torch.device | None) -> None:
+    """Refuse an output folder that must not be written, and work for which memory or disk are too small."""
+    used = common.existing_paths(job.source.path, job.config.dataset, job.config.tokenizer, options.config)
+    if options.report is not None:
+        used.append(options.report)
+    check_output(output, overwrite=options.overwrite, used=used)
     if job.config.sparsity > STEEP:
-        warn_about_sparsity(output, options, job.config)
-    model_config = load_config(source)
-    if not options.ignore_estimate:
-        found = estimate_of(source, model_config, job.config, options.dtype, device)
-        place = compute_device(device, torch.device("cpu"))
-        check_resources(found, place, output, written=checkpoint.size)  # the checkpoint is reused
-    quantizer = ModeGPTQuantizer(job.config)
-    with replacing(output, overwrite=options.overwrite, workshop=checkpoint.folder) as folder:
-        windows = quantizer.prepare(model_config, None, source)
-        model = load_model(source, options.dtype)
-        report = quantizer.compress_with(
-            model, windows, source=source, device=device, checkpoint=checkpoint, progress=shows_progress()
+        logger.warning(
+            "sparsity %g: above %g quality drops quickly. Fine-tune the result, with recover %s.",
+            job.config.sparsity,
+            STEEP,
+            output,
         )
-        with saving(output):
-            quantizer.save(model, folder, quantizer.tokenizer or source.tokenizer())
-        checkpoint.keep_saved({"report": digest(folder / REPORT), "request": request})
-    return report
+    if not options.ignore_estimate and job.checkpoint is not None:
+        found = estimate_of(job.source, load_config(job.source), job.config, options.dtype, device)
+        place = compute_device(device, torch.device("cpu"))
+        check_resources(found, place, output, written=job.checkpoint.size)  # the checkpoint is reused
+
+
+def compress(
+    job: Job, options: Namespace, device: torch.device | None, *, progress: bool
+) -> tuple[PreTrainedModel, ModeGPTQuantizer]:
+    """Read the calibration text, then load the model and compress it."""
+    quantizer = ModeGPTQuantizer(job.config)
+    windows = quantizer.prepare(load_config(job.source), None, job.source)
+    model = load_model(job.source, options.dtype)
+    quantizer.compress_with(
+        model, windows, source=job.source, device=device, checkpoint=job.checkpoint, progress=progress
+    )
+    return model, quantizer
 
 
 def take_part(options: Namespace, config: ModeGPTConfig, device: torch.device | None) -> None:
     """Compute the share of a rank other than 0, which writes no result."""
     logging.getLogger("optimum_modegpt").setLevel(logging.ERROR)  # rank 0 warns
     with unfinished_work(options.output.resolve()) as checkpoint:
-        job = requested_job(options, config, checkpoint)
         if distributed.broadcast_object(None):
-            quantizer = ModeGPTQuantizer(job.config)
-            windows = quantizer.prepare(load_config(job.source), None, job.source)
-            model = load_model(job.source, options.dtype)
-            quantizer.compress_with(
-                model, windows, source=job.source, device=device, checkpoint=checkpoint, progress=False
-            )
+            compress(requested_job(options, config, checkpoint), options, device, progress=False)
         distributed.barrier()
 
 
 def requested_job(options: Namespace, config: ModeGPTConfig, checkpoint: Checkpoint) -> Job:
-    """Return the job that the options request."""
-    source = source_of(options)
+    source = common.source_of(options)
     return Job(default_dataset(config, source), source, checkpoint)
 
 
@@ -190,31 +184,19 @@ def requested_upload(options: Namespace) -> Upload | None:
     return None
 
 
-def warn_about_sparsity(output: Path, options: Namespace, config: ModeGPTConfig) -> None:
-    command = advised(
-        options,
-        *("recover", str(output)),
-        teacher=options.model,
-        teacher_revision=options.revision,
-        dataset=YOUR_TEXT if existing_paths(config.dataset) else None,
-        output=NEW_FOLDER,
-    )
-    logger.warning(
-        "sparsity %g: above %g quality drops quickly. Fine-tune afterwards: %s", config.sparsity, STEEP, command
-    )
-
-
 def next_step(options: Namespace, config: ModeGPTConfig) -> str:
     """Return the command that evaluates the result, with a placeholder for a file of other text."""
-    is_file = bool(existing_paths(config.dataset))
-    command = advised(
+    title, dataset = "next", None
+    if common.existing_paths(config.dataset):
+        title, dataset = "next, on text that it was not calibrated on", common.YOUR_TEXT
+    command = common.advised(
         options,
         *("evaluate", str(options.output)),
         reference=options.model,
         reference_revision=options.revision,
         tokenizer=config.tokenizer,
         allow_foreign_tokenizer=config.allow_foreign_tokenizer,
-        dataset=YOUR_TEXT if is_file else None,
+        dataset=dataset,
         sequence_length=config.sequence_length,
     )
-    return f"next{', on text that it was not calibrated on' if is_file else ''}: {command}"
+    return f"{title}: {command}"

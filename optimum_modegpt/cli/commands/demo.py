@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import evaluation_windows, resolve_sequence_length
-from optimum_modegpt.cli.commands.common import configuration, models_on, source_of
+from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.commands.compress import LEGEND, compress_to
 from optimum_modegpt.cli.commands.evaluate import scores
 from optimum_modegpt.cli.tables import scores_table
@@ -33,7 +33,7 @@ def run(options: Namespace) -> None:
         output = options.output or Path(folder) / "demo"
         print("1. compress the embedded model")
         print(LEGEND)
-        print(compress_to(output, options, configuration(options), pick_device(options.device)).summary())
+        print(compress_to(output, options, common.configuration(options), pick_device(options.device)).summary())
         compare(output, options)
     print(f"\nnext, a model of your own: {options.program} compress MODEL --sparsity 0.2 --output DIR")
     if options.output is not None:
@@ -42,7 +42,7 @@ def run(options: Namespace) -> None:
 
 def compare(folder: Path, options: Namespace) -> None:
     """Reload the saved model and compare it with the dense one."""
-    small, dense = models_on(pick_device(options.device), "auto", Source(str(folder)), source_of(options))
+    small, dense = common.models_on(pick_device(options.device), "auto", Source(str(folder)), common.source_of(options))
     assert dense is not None
     tokenizer = Source(str(folder)).tokenizer()
     length = resolve_sequence_length(None, context_of(small.config))

@@ -12,7 +12,7 @@ from optimum_modegpt import distributed
 from optimum_modegpt.architectures import check_model_type
 from optimum_modegpt.budget.estimate import Estimate, estimate, on_meta
 from optimum_modegpt.calibration.data import resolve_sequence_length
-from optimum_modegpt.cli.commands.common import check_file, configuration, source_of, write_json
+from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.tables import estimate_table
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.loading.calibration import context_of
@@ -22,11 +22,11 @@ from optimum_modegpt.loading.source import Source
 
 def run(options: Namespace) -> None:
     """Print the memory and work that a compression needs, without loading the weights."""
-    check_file(options.json)
-    source, device = source_of(options), pick_device(options.device)
-    config = configuration(options)
+    common.check_file(options.json)
+    source, device = common.source_of(options), pick_device(options.device)
+    config = common.configuration(options)
     found = estimate_of(source, load_config(source), config, options.dtype, device, options.processes)
-    write_json(options.json, found.to_dict())
+    common.write_json(options.json, found.to_dict())
     print(estimate_table(found))
 
 

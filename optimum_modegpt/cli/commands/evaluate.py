@@ -12,16 +12,7 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows, resolve_sequence_length
-from optimum_modegpt.cli.commands.common import (
-    check_file,
-    existing_paths,
-    models_on,
-    reference_of,
-    shared_tokenizer,
-    shows_progress,
-    source_of,
-    write_json,
-)
+from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.tables import scores_table, tasks_table
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
@@ -47,23 +38,25 @@ SETTINGS = (
 
 def run(options: Namespace) -> None:
     """Measure perplexity on a text, scores on tasks, or both."""
-    check_file(options.json)
+    common.check_file(options.json)
     check_flags(options)
-    source, reference = source_of(options), reference_of(options)
+    source, reference = common.source_of(options), common.reference_of(options)
     device, model_config = pick_device(options.device), load_config(source)
     if reference is not None:
         load_config(reference)  # refuses an invalid name before the text is read
     if options.update_card:
         check_card(options, model_config)
-    tokenizer = shared_tokenizer(options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer)
+    tokenizer = common.shared_tokenizer(
+        options.tokenizer, source, reference, allow_foreign=options.allow_foreign_tokenizer
+    )
     check_vocabulary(tokenizer, model_config.get_text_config().vocab_size)
     tasks = None
     if options.tasks:
-        tasks = load_tasks(options.tasks, include_path=options.include_path, progress=shows_progress())
+        tasks = load_tasks(options.tasks, include_path=options.include_path, progress=common.shows_progress())
     result: dict[str, Any] = {"model": options.model, "settings": settings(options, reference)}
     if tasks is None or options.dataset is not None:
         windows = read_text(options, source, model_config, tokenizer)
-        models = models_on(device, options.dtype, source, reference)
+        models = common.models_on(device, options.dtype, source, reference)
         result |= {**scores(*models, windows, options.batch_size), "text": windows.record}
         del models
         print(scores_table(result))
@@ -74,7 +67,7 @@ def run(options: Namespace) -> None:
             dense = task_scores(options, reference, tasks, tokenizer, device)
             result["reference_tasks"] = as_dicts(dense)
         print(tasks_table(found, dense))
-    write_json(options.json, result)
+    common.write_json(options.json, result)
     if options.update_card:
         update_card(Path(options.model), result)
 
@@ -109,7 +102,7 @@ def settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
     paths = []
     for name in SETTINGS:
         value = getattr(options, name)
-        if name in ("tokenizer", "dataset", "include_path") and existing_paths(value):
+        if name in ("tokenizer", "dataset", "include_path") and common.existing_paths(value):
             value = Path(value).resolve().name
             paths.append(name)
         if value not in (None, False, "auto"):
@@ -144,7 +137,7 @@ def scores(
     model: PreTrainedModel, reference: PreTrainedModel | None, windows: TokenWindows, batch_size: int | None
 ) -> dict[str, Any]:
     """Return perplexity, positions and parameters; with a reference also its own, KL and top-1 agreement."""
-    show = shows_progress()
+    show = common.shows_progress()
     if reference is None:
         found = dataclasses.asdict(perplexity(model, windows.tokens, batch_size=batch_size, progress=show))
         return {**found, "parameters": count_parameters(model)}
@@ -156,7 +149,7 @@ def task_scores(
     options: Namespace, source: Source, tasks: Tasks, tokenizer: Any, device: torch.device | None
 ) -> TaskScores:
     """Return the scores of the requested names, with only this model in memory; a group may have its own score."""
-    model, _ = models_on(device, options.dtype, source, None)
+    model, _ = common.models_on(device, options.dtype, source, None)
     found = harness(
         model,
         tokenizer,
@@ -164,7 +157,7 @@ def task_scores(
         num_fewshot=options.num_fewshot,
         limit=options.limit,
         batch_size=options.batch_size,
-        progress=shows_progress(),
+        progress=common.shows_progress(),
     )
     return {name: found[name] for name in tasks.names if name in found}
 

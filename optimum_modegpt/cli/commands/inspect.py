@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from optimum_modegpt.cli.commands.common import NEW_FOLDER, advised, check_file, source_of, write_json
+from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.tables import inspection_table
 from optimum_modegpt.evaluation.inspection import inspection
 from optimum_modegpt.hub.card.contents import EVALUATION, read
@@ -20,8 +20,8 @@ from optimum_modegpt.modeling import DENSE_TYPES
 
 def run(options: Namespace) -> None:
     """Show a compressed model's ranks, parameters, record and measurements; load it only for the self-check."""
-    check_file(options.json)
-    source = source_of(options)
+    common.check_file(options.json)
+    source = common.source_of(options)
     found = inspection(load_config(source), read_headers(source))
     evaluation: dict[str, Any] = {}
     if found.blocks and Path(source.path, EVALUATION).is_file():
@@ -35,12 +35,14 @@ def run(options: Namespace) -> None:
         tokens = torch.linspace(0, model.config.get_text_config().vocab_size - 1, PREFILL + STEPS)
         check = self_check(model, tokens.long())
         result["self_check"] = asdict(check)
-    write_json(options.json, result)
+    common.write_json(options.json, result)
     print(inspection_table(found, evaluation))
     if check is not None:
         print(check)
     if found.model_type in DENSE_TYPES:
-        command = advised(options, "compress", options.model, revision=options.revision, output=NEW_FOLDER)
+        command = common.advised(
+            options, "compress", options.model, revision=options.revision, output=common.NEW_FOLDER
+        )
         print(f"This is a dense model. To compress it: {command}")
     elif not found.blocks:
         known = ", ".join(DENSE_TYPES)

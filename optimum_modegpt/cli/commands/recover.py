@@ -8,16 +8,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
-from optimum_modegpt.cli.commands.common import (
-    YOUR_TEXT,
-    advised,
-    existing_paths,
-    models_on,
-    reference_of,
-    shared_tokenizer,
-    shows_progress,
-    source_of,
-)
+from optimum_modegpt.cli.commands import common
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.hub.card import REPORT
@@ -33,14 +24,14 @@ from optimum_modegpt.report import Report
 
 def run(options: Namespace) -> None:
     """Fine-tune a model and save it; the output folder appears only once complete."""
-    source, teacher = source_of(options), reference_of(options)
+    source, teacher = common.source_of(options), common.reference_of(options)
     output = options.output.resolve()  # the folder next to it is on the same disk
     workshop = workshop_of(output)
     with workshop.alone():
         taken_back(workshop.folder, output)
-        used = existing_paths(source.path, options.dataset)
+        used = common.existing_paths(source.path, options.dataset)
         if teacher is not None:
-            used += existing_paths(teacher.path)
+            used += common.existing_paths(teacher.path)
         check_output(output, overwrite=options.overwrite, used=used)
         recovery = recover_to(output, workshop.folder, source, teacher, options)
     print(recovery.summary())
@@ -59,19 +50,19 @@ def recover_to(output: Path, workshop: Path, source: Source, teacher: Source | N
     check_compressed(model_config)
     if teacher is not None:
         load_config(teacher)  # refuses an invalid name before the text is read
-    tokenizer = shared_tokenizer(None, source, teacher)
+    tokenizer = common.shared_tokenizer(None, source, teacher)
     file = cached_file(source.path, REPORT, _raise_exceptions_for_missing_entries=False, **source.hub)
     report = None if file is None else Report.load(file)
     with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
         windows = calibrate(text(options, model_config), tokenizer, model_config, source, fewer=True)
-        model, dense = models_on(device, options.dtype, source, teacher)
+        model, dense = common.models_on(device, options.dtype, source, teacher)
         recovery = recover(
             model,
             windows,
             teacher=dense,
             config=config,
             teacher_name=teacher.base_model if teacher else None,
-            progress=shows_progress(),
+            progress=common.shows_progress(),
         )
         if not recovery.improved:
             raise EvaluationError(
@@ -104,9 +95,9 @@ def text(options: Namespace, model_config: Any) -> ModeGPTConfig:
 def next_step(options: Namespace) -> str:
     """Return the command that evaluates the result, with a placeholder for a file of other text."""
     dataset, text_column = options.dataset, options.text_column
-    if existing_paths(dataset):
-        dataset, text_column = YOUR_TEXT, None
-    command = advised(
+    if common.existing_paths(dataset):
+        dataset, text_column = common.YOUR_TEXT, None
+    command = common.advised(
         options,
         *("evaluate", str(options.output)),
         reference=options.reference,
