@@ -30,10 +30,11 @@ def _naming_fields(config: type[Config]) -> type[Config]:
 
     @functools.wraps(assign)
     def __init__(self: Any, *args: Any, **values: Any) -> None:
-        if unknown := next((key for key in values if key not in names), None):
-            near = difflib.get_close_matches(unknown, names, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Fields: {', '.join(names)}."
-            raise InvalidConfig(f"unknown field {unknown!r} in the compression configuration.{hint}")
+        for name in values:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"Fields: {', '.join(names)}."
+                raise InvalidConfig(f"unknown field {name!r} in the compression configuration. {hint}")
         assign(self, *args, **values)
 
     config.__init__ = __init__
@@ -112,7 +113,7 @@ class Recipe:
         for name in ("num_samples", "refit_iterations", "seed"):
             setattr(self, name, _integer(name, getattr(self, name), minimum=1 if name == "num_samples" else 0))
         if self.round_to != "auto":
-            self.round_to = _integer("round_to", self.round_to, minimum=1, also="'auto'")
+            self.round_to = _integer("round_to", self.round_to, minimum=1, also=" or 'auto'")
         self._check_optional()
         if not isinstance(self.allow_foreign_tokenizer, bool):
             raise InvalidConfig(
@@ -122,17 +123,20 @@ class Recipe:
             self._check_live(name)
 
     def _check_fractions(self) -> None:
-        hint = f" Fractions, not percent: for {self.sparsity} % write sparsity={_percent(self.sparsity)}."
-        hint = hint if _percent(self.sparsity) else ""
-        self.sparsity = _real("sparsity", self.sparsity, 0.0, 1.0, includes_minimum=True, hint=hint)
-        self.max_sparsity = _real("max_sparsity", self.max_sparsity, 0.0, 1.0)
+        if isinstance(self.sparsity, int | float) and 1 < self.sparsity < 100:
+            raise InvalidConfig(
+                f"sparsity must be in [0, 1), found {self.sparsity}. Fractions, not percent: for {self.sparsity} % "
+                f"write sparsity={self.sparsity / 100}."
+            )
+        self.sparsity = _real("sparsity", self.sparsity, 1.0, includes_zero=True)
+        self.max_sparsity = _real("max_sparsity", self.max_sparsity, 1.0)
         if self.sparsity > self.max_sparsity:
             raise InvalidConfig(
                 f"sparsity={self.sparsity} is above max_sparsity={self.max_sparsity}, the limit for every part; "
                 "lower sparsity or raise max_sparsity."
             )
         for name in ("influence_temperature", "leverage_ridge", "output_ridge", "query_ridge", "input_ridge"):
-            setattr(self, name, _real(name, getattr(self, name), 0.0, math.inf))
+            setattr(self, name, _real(name, getattr(self, name), math.inf))
 
     def _check_optional(self) -> None:
         for name, minimum in (("sequence_length", 2), ("batch_size", 1)):
@@ -185,15 +189,13 @@ class Recipe:
         return (config, unused) if return_unused_kwargs else config
 
 
-def _percent(value: Any) -> float | None:
-    """Return the fraction for a value that looks like a percentage, else None."""
-    return value / 100 if isinstance(value, (int, float)) and 1 < value < 100 else None
-
-
 def _describe(value: Any) -> str:
-    shape = getattr(value, "shape", None)
-    size = f"shape {tuple(shape)}" if shape is not None else f"{len(value)} items" if hasattr(value, "__len__") else ""
-    return f"{type(value).__name__} {size}".strip()
+    """Return the type of an object and its shape or length, if it has one."""
+    if (shape := getattr(value, "shape", None)) is not None:
+        return f"{type(value).__name__} shape {tuple(shape)}"
+    if hasattr(value, "__len__"):
+        return f"{type(value).__name__} {len(value)} items"
+    return type(value).__name__
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -202,23 +204,17 @@ def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _integer(name: str, value: Any, *, minimum: int, also: str = "") -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Integral)
-        or not minimum <= int(value) <= LARGEST_INTEGER
-    ):
-        also = f" or {also}" if also else ""
+    is_integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not is_integer or not minimum <= int(value) <= LARGEST_INTEGER:
         raise InvalidConfig(f"{name} must be an integer of at least {minimum}{also}, found {value!r}.")
     return int(value)
 
 
-def _real(
-    name: str, value: Any, minimum: float, maximum: float, *, includes_minimum: bool = False, hint: str = ""
-) -> float:
+def _real(name: str, value: Any, maximum: float, *, includes_zero: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidConfig(f"{name} must be a number, found {value!r}.")
     number = float(value)
-    if not (minimum < number < maximum or (includes_minimum and number == minimum)):
-        bracket = "[" if includes_minimum else "("
-        raise InvalidConfig(f"{name} must be in {bracket}{minimum:g}, {maximum:g}), found {value!r}.{hint}")
+    if not (0 < number < maximum or (includes_zero and number == 0)):
+        bracket = "[" if includes_zero else "("
+        raise InvalidConfig(f"{name} must be in {bracket}0, {maximum:g}), found {value!r}.")
     return number

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from optimum_modegpt.recipe import ALLOCATIONS, METHODS, Recipe
+from optimum_modegpt.recipe import ALLOCATIONS, DEFAULT_ALLOCATIONS, Recipe
 from optimum_modegpt.recovery.config import RecoveryConfig
 
 BROKEN = 1
@@ -233,7 +233,7 @@ def _add_configuration(parser: Any) -> None:
         "bool": {"action": "store_true"},
         "int": {"type": int, "metavar": "N"},
         "float": {"type": float, "metavar": "X"},
-        "method": {"choices": METHODS},
+        "method": {"choices": tuple(DEFAULT_ALLOCATIONS)},
         "allocation": {"choices": ALLOCATIONS},
         "round_to": {"type": _integer_or_word, "metavar": "N|auto"},
     }
