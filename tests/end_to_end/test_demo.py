@@ -1,4 +1,4 @@
-"""The embedded model shows what compression costs, and that the method matters."""
+"""Test that the embedded model shows the cost of a compression and the differences between methods."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LENGTH = 256
 
 @pytest.fixture(scope="module")
 def scores() -> dict[str, float]:
-    """Perplexity on held-out text of the dense model and after removing 30 %, by recipe."""
+    """Return the perplexity on held-out text of the dense model, and after removing 30 % with each recipe."""
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_DIR)
     text = evaluation_windows(str(demo.EVALUATION_TEXT), tokenizer, sequence_length=LENGTH, max_windows=32)
     found = {"dense": perplexity(load(), text.tokens).perplexity}

@@ -1,4 +1,4 @@
-"""Fine-tuned by others: adapters of PEFT, merged and saved, and all weights by the Trainer."""
+"""Test fine-tuning with adapters of PEFT, also merged and saved, and of all weights with the Trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TARGETS = ["q_proj", "v_proj"]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A saved compressed model of each family, with its tokenizer."""
+    """Save a compressed model of each family with its tokenizer."""
     folders = {name: tmp_path_factory.mktemp("bases") / name for name in FAMILIES}
     for name, folder in folders.items():
         compressed(name).save_pretrained(folder)
@@ -40,7 +40,7 @@ def logits(model: Any) -> Tensor:
 
 
 def assert_travels(folder: Path, name: str) -> None:
-    """The folder holds a whole model: safetensors, and the code that its configuration names."""
+    """Check that a folder has a complete model: safetensors, and the code that its configuration names."""
     code = {*SHARED_CODE, f"modegpt_{family_of(name)}.py"}
     assert {path.name for path in folder.glob("*.py")} == code
     assert list(folder.glob("*.safetensors"))
@@ -124,7 +124,7 @@ def test_adapter_of_the_model_itself(name: str, bases: dict[str, Path], tmp_path
 
 
 def test_merged_models_travel(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Merged and saved it is an ordinary compressed model again, for those without PEFT and this package too."""
+    """Check that a merged and saved model is an ordinary compressed model, also without PEFT and this package."""
     jobs, expected = [], []
     for name in FAMILIES:
         adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig(target_modules="all-linear"))
@@ -153,7 +153,7 @@ def test_merged_models_travel(bases: dict[str, Path], tmp_path: Path) -> None:
 
 
 def trainer(model: Any, folder: Path) -> Trainer:
-    """Two steps on the same four rows, with a checkpoint after each."""
+    """Return a Trainer of two steps on the same four rows, with a checkpoint after each."""
     rows = [{"input_ids": row, "labels": row} for row in tokens(batch=4)]
     arguments = TrainingArguments(
         output_dir=str(folder),

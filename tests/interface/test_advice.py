@@ -1,4 +1,4 @@
-"""The commands that are advised: complete, quoted, and without secrets."""
+"""Test that advised commands are complete, quoted, and without secrets."""
 
 from __future__ import annotations
 

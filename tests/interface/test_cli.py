@@ -1,4 +1,4 @@
-"""The command line: results, refusals and their exact words, and that a failed run leaves nothing behind."""
+"""Test the command line: results, error messages, and that a failed run leaves no files."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, text:
 
 
 def command(*arguments: Any, program: tuple[str, ...] = (sys.executable, "-m", "optimum_modegpt")) -> Any:
-    """A finished process."""
+    """Run a command in a process and return the finished process."""
     return subprocess.run(
         [*program, *map(str, arguments)], capture_output=True, text=True, check=False, env={**os.environ}
     )
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command that fails prints as its error."""
+    """Run a command that fails, and return its error message."""
     capsys.readouterr()
     assert cli.main([str(argument) for argument in arguments]) == 2
     errors = capsys.readouterr().err
@@ -645,7 +645,7 @@ def test_estimate_needs_no_weights(checkpoint: Path, tmp_path: Path, capsys: pyt
 
 
 def optimum_cli(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> Any:
-    """The exit code of `optimum-cli` with these arguments."""
+    """Run `optimum-cli` with these arguments and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["optimum-cli", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         optimum_main()
@@ -735,7 +735,7 @@ ENCODINGS = pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 
 
 def printing(encoding: str, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> tuple[int, str, str]:
-    """The exit code, output and errors of a command on a terminal of this encoding."""
+    """Run a command on a terminal of this encoding, and return its exit code, output and errors."""
     streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
     with monkeypatch.context() as patch:
         for name, stream in streams.items():

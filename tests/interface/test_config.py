@@ -1,4 +1,4 @@
-"""`ModeGPTConfig`: what it accepts, what it says when it does not, and that it survives copies and JSON."""
+"""Test the accepted values and the error messages of `ModeGPTConfig`, and its copies in memory and in JSON."""
 
 from __future__ import annotations
 

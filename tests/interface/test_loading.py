@@ -1,4 +1,4 @@
-"""Models are read as they are: whole checkpoints, their own head, their own tokenizer, the revision asked for."""
+"""Test that models load completely: all weights, their own head and tokenizer, and the requested revision."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> Path:
 
 
 def commands(dense: Path, compressed: Path, text: Path, folder: Path) -> dict[str, list[Any]]:
-    """Every command that loads the dense model, as words."""
+    """Return the words of every command that loads the dense model."""
     (folder / "prompts.txt").write_text("the cat\na dog\n")
     windows = ["--dataset", text, "--sequence-length", 32]
     return {
@@ -190,7 +190,7 @@ def test_a_head_in_the_file_is_kept_and_counted_everywhere(
 
 
 def turned() -> PreTrainedTokenizerFast:
-    """The tokens of the tiny tokenizer, with the bytes' ids turned by one place."""
+    """Return the tiny tokenizer with the ids of the bytes shifted by one."""
     stored = json.loads(tokenizer().backend_tokenizer.to_str())
     ids = stored["model"]["vocab"]
     stored["model"]["vocab"] = {token: index if index < 3 else 3 + (index - 2) % 256 for token, index in ids.items()}
@@ -199,7 +199,7 @@ def turned() -> PreTrainedTokenizerFast:
 
 
 def with_changes(**changes: Any) -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with other attributes."""
+    """Return the tiny tokenizer with other attributes."""
     changed = tokenizer()
     for name, value in changes.items():
         setattr(changed, name, value)
@@ -207,7 +207,7 @@ def with_changes(**changes: Any) -> PreTrainedTokenizerFast:
 
 
 def lowercased() -> PreTrainedTokenizerFast:
-    """The tiny tokenizer with another normaliser, so that the same text has other tokens."""
+    """Return the tiny tokenizer with another normaliser, so that the same text has other tokens."""
     stored = json.loads(tokenizer().backend_tokenizer.to_str())
     stored["normalizer"] = {"type": "Lowercase"}
     backend = Tokenizer.from_str(json.dumps(stored))
@@ -285,7 +285,7 @@ def load(folder: Path) -> Any:
 
 
 def calibration(folder: Path) -> dict[str, Any]:
-    """The calibration record, which configuration and report share."""
+    """Return the calibration record, which is the same in configuration and report."""
     record = json.loads((folder / "config.json").read_text())["modegpt"]["calibration"]
     assert json.loads((folder / "report.json").read_text())["calibration"] == record
     return record
@@ -371,7 +371,7 @@ def hub() -> Iterator[Hub]:
 
 
 def client(code: str, *words: Any, **environment: str) -> Any:
-    """Run Python in a process of its own, which may see another Hub or cache."""
+    """Run Python in a new process, which may use another Hub or cache."""
     return subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}", *map(str, words)],
         env=environment,
@@ -405,7 +405,7 @@ for verb in ("evaluate", "inspect", "estimate", "benchmark"):
 
 
 def cached(home: Path, dense: Path) -> Path:
-    """A cache of the Hub that has one revision of user/dense."""
+    """Create a cache of the Hub with one revision of user/dense."""
     snapshot = home / "hub" / "models--user--dense" / "snapshots" / COMMIT
     shutil.copytree(dense, snapshot)
     (snapshot.parents[1] / "refs").mkdir()

@@ -1,4 +1,4 @@
-"""Progress: bars on a terminal, at most one plain line per minute without one, nothing if it is switched off."""
+"""Test progress: bars on a terminal, at most one plain line per minute in a log, nothing if it is disabled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_'
 
 
 class Clock:
-    """The time, moved by hand."""
+    """A clock that the test moves."""
 
     now = 1000.0
 
@@ -32,7 +32,7 @@ class Clock:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A command that lacks the folder of its result."""
+    """Return a command without the folder of its result."""
     place = tmp_path_factory.mktemp("dense")
     text = save_text(place / "text.txt")
     return ["compress", str(save_dense(place / "dense")), "--dataset", str(text), *FLAGS, "--output"]
@@ -40,7 +40,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture
 def hub_bars() -> Iterator[None]:
-    """The switch of the Hub's bars: on inside, as before afterwards."""
+    """Enable the bars of the Hub during a test."""
     disabled = are_progress_bars_disabled()
     enable_progress_bars()
     yield

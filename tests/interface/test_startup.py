@@ -1,4 +1,4 @@
-"""What the package imports, and when; that everything it registers is in force whatever is imported first."""
+"""Test which modules the package imports and when, and that it registers everything in any order of imports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LOADED = "print(*sorted({name.partition('.')[0] for name in sys.modules} & set(n
 
 
 def script(code: str, names: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh process, where it must succeed; LOADED at its end prints which of `names` it imported."""
+    """Run code in a new process, and check that it succeeds; LOADED at its end prints which of `names` it imported."""
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\nnames = {names!r}\n{code}"],
         capture_output=True,
@@ -150,7 +150,7 @@ def test_the_light_list_of_families_is_that_of_the_families() -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A dense model, the compressed one, and the text that it was calibrated on."""
+    """Save a dense model, a compressed one, and the text of its calibration."""
     root = tmp_path_factory.mktemp("models")
     text, dense = save_text(root / "text.txt"), save_dense(root / "dense")
     model = transformers.LlamaForCausalLM.from_pretrained(dense)
@@ -226,7 +226,7 @@ def test_the_configuration_has_the_recipes_fields_and_is_transformers_own_kind()
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a module named `hooked`, which can be imported."""
+    """Write a module named `hooked` that can be imported, and return its file."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "hooked", raising=False)
     (tmp_path / "hooked.py").write_text("value = 1\n")
