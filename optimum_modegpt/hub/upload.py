@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
@@ -22,17 +22,8 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.errors import OutputError, UploadError
-from optimum_modegpt.hub.card import (
-    CARD,
-    EVALUATION,
-    PICTURE,
-    REPORT,
-    is_ours,
-    save_report,
-    take_along,
-    write_card,
-)
-from optimum_modegpt.hub.readme import is_template, merge_header
+from optimum_modegpt.hub.card import CARD, PICTURE, TRAINER, is_ours, save_report, take_along, write_card
+from optimum_modegpt.hub.result import EVALUATION, REPORT
 from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, whole_name
 
 logger = logging.get_logger(__name__)
@@ -123,53 +114,88 @@ class Upload:
 
     def _send(self, folder: Path, variant: str | None = None) -> CommitInfo:
         """Upload a complete folder; the message of every error names the folder and how to resume."""
-        api = HfApi(token=self.token)
-        try:
-            repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
-            if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/pr/"):
-                api.create_branch(repo_id, branch=self.revision, exist_ok=True)
-            names = api.list_repo_files(repo_id, revision=self.revision)
-            has_card = self._write_card(folder, api, repo_id, there=CARD in names)
-            files = [path for path in published(folder, variant) if has_card or path.name != CARD]
-            added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-            stale = set(filter(weights_of(variant).fullmatch, names)) - {one.path_in_repo for one in added}
-            # `upload_folder` may split the upload into several commits; until the last, the model would be incomplete.
-            return api.create_commit(
-                repo_id,
-                [*added, *map(CommitOperationDelete, sorted(stale))],
-                commit_message=self.commit_message or "Upload compressed model",
-                commit_description=self.commit_description,
-                revision=self.revision,
-                create_pr=self.create_pr,
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{self.repo_id} was not updated.\n{self._resume(folder)}") from None
-        except Exception as error:  # huggingface_hub raises many kinds, and those of its HTTP client
-            raise UploadError(f"{self.repo_id} was not updated: {_reason(error)}\n{self._resume(folder)}") from error
-
-    def _write_card(self, folder: Path, api: HfApi, repo_id: str, *, there: bool) -> bool:
-        """Write the card with the requested tags; return whether to upload it: not if it would replace a person's."""
-        path = write_card(folder, repo_id)
-        if not is_ours(path.read_text(encoding="utf-8")):
-            return True
-        card, text = ModelCard.load(path), None
-        data: Any = card.data
-        data.tags = list(dict.fromkeys([*(data.tags or ()), *self.tags]))
-        if there:
-            text = Path(api.hf_hub_download(repo_id, CARD, revision=self.revision)).read_text(encoding="utf-8")
-        if text is not None and not is_ours(text) and is_template(text):
-            merge_header(card, text)
-        card.save(path)
-        if text is None or is_ours(text) or is_template(text):
-            return True
-        logger.warning("%s has a README.md that a person wrote; the generated card is not uploaded.", repo_id)
-        return False
-
-    def _resume(self, folder: Path) -> str:
         words = ["hf", "upload", self.repo_id, str(folder)]
         words += ["--private"] * bool(self.private) + ["--create-pr"] * self.create_pr
         words += [] if self.revision is None else ["--revision", self.revision]
-        return f"The complete model is in {folder}. To resume: {shlex.join(words)}"
+        resume = f"The complete model is in {folder}. To resume: {shlex.join(words)}"
+        try:
+            return self._commit(folder, variant)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self.repo_id} was not updated.\n{resume}") from None
+        except Exception as error:  # huggingface_hub raises many kinds, and those of its HTTP client
+            raise UploadError(f"{self.repo_id} was not updated: {_reason(error)}\n{resume}") from error
+
+    def _commit(self, folder: Path, variant: str | None) -> CommitInfo:
+        api = HfApi(token=self.token)
+        repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+        if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+        names = api.list_repo_files(repo_id, revision=self.revision)
+        former = None
+        if CARD in names:
+            former = Path(api.hf_hub_download(repo_id, CARD, revision=self.revision)).read_text(encoding="utf-8")
+        files = published(folder, variant)
+        if not self._write_card(folder, repo_id, former):
+            files.remove(folder / CARD)
+        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+        stale = set(filter(weights_of(variant).fullmatch, names)) - {one.path_in_repo for one in added}
+        # `upload_folder` may split the upload into several commits; until the last, the model would be incomplete.
+        return api.create_commit(
+            repo_id,
+            [*added, *map(CommitOperationDelete, sorted(stale))],
+            commit_message=self.commit_message or "Upload compressed model",
+            commit_description=self.commit_description,
+            revision=self.revision,
+            create_pr=self.create_pr,
+        )
+
+    def _write_card(self, folder: Path, repo_id: str, former: str | None) -> bool:
+        """Write the card with the tags, and return whether to upload it: not in place of a README that a person wrote.
+
+        Args:
+            folder: the folder of the model.
+            repo_id: the name by which the card loads the model.
+            former: the README in the repository, if any; the card keeps the front matter of a generated one.
+        """
+        path = write_card(folder, repo_id)
+        if not is_ours(path.read_text(encoding="utf-8")):
+            return True
+        card = ModelCard.load(path)
+        data: Any = card.data
+        data.tags = list(dict.fromkeys([*(data.tags or ()), *self.tags]))
+        replaces = former is None or is_ours(former) or is_template(former)
+        if former is not None and replaces and not is_ours(former):
+            merge_header(card, former)
+        card.save(path)
+        if not replaces:
+            logger.warning("%s has a README.md that a person wrote; the generated card is not uploaded.", repo_id)
+        return replaces
+
+
+# ---------------------------------------------------------------------------------------------- README of a repository
+
+TEMPLATE, TO_FILL, UNTOUCHED = "This model card has been automatically generated.", "[More Information Needed]", 35
+"""A sentence of the placeholder card of transformers, its placeholder, and the fewest that an unedited one has."""
+PERSONS = ("license", "license_name", "license_link", "language")
+"""The fields for which an existing front matter takes precedence over ours."""
+
+
+def is_template(text: str) -> bool:
+    """Return whether no person wrote a README: front matter alone, the template of transformers or of `Trainer`."""
+    untouched = TEMPLATE in text and text.count(TO_FILL) >= UNTOUCHED
+    return untouched or TRAINER in text or not ModelCard(text, ignore_metadata_errors=True).text.strip()
+
+
+def merge_header(card: ModelCard, former: str) -> None:
+    """Merge the front matter of another README, such as its licence and tags, into that of a card."""
+    merged: dict[str, Any] = card.data.to_dict()
+    theirs = ModelCard(former, ignore_metadata_errors=True).data.to_dict()
+    tags = [*merged.get("tags", ()), *(theirs.pop("tags", None) or ())]
+    for key, value in theirs.items():
+        if value and (key in PERSONS or not merged.get(key)):
+            merged[key] = value
+    merged["tags"] = list(dict.fromkeys(map(str, tags)))
+    card.data = ModelCardData(ignore_metadata_errors=True, **merged)
 
 
 # -------------------------------------------------------------------------------------------------- files to publish

@@ -1,6 +1,7 @@
 """Makes `model_cards/`: each model of the README compressed by 30 % and evaluated, by the package's own commands.
 
 python tests/benchmarks/cards.py --models DIR --texts DIR [--recover] [NAME …]
+python tests/benchmarks/cards.py --rewrite [NAME …]
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_modegpt.cli.main import main as run_command
+from optimum_modegpt.hub.card import write_card
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 KEPT = ("README.md", "config.json", "report.json", "evaluation.json", "tokenizer_config.json", "ranks.png")
@@ -48,12 +50,20 @@ MODELS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder with the dense models")
-    parser.add_argument("--texts", type=Path, required=True, help="folder with the texts")
+    parser.add_argument("--models", type=Path, help="folder with the dense models")
+    parser.add_argument("--texts", type=Path, help="folder with the texts")
     parser.add_argument("--recover", action="store_true", help="make recovered.json in place of the cards")
+    parser.add_argument(
+        "--rewrite", action="store_true", help="only write the cards again from the files in their folders"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()
+    if not options.rewrite and None in (options.models, options.texts):
+        parser.error("--models and --texts are required without --rewrite")
     for name in options.names or (RECOVERIES if options.recover else MODELS):
+        if options.rewrite:
+            write_card(MODEL_CARDS / name)
+            continue
         if options.recover:
             rows = [recovered(name, sparsity, options) for sparsity in RECOVERIES[name]]
             (MODEL_CARDS / name / "recovered.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from transformers.utils import logging
 
 from optimum_modegpt.errors import EvaluationError, OutputError, UnsupportedModel
-from optimum_modegpt.hub.card import schema
 from optimum_modegpt.loading.models import load_config
 from optimum_modegpt.loading.safetensors_index import read_headers, weight_bytes, weight_files
 from optimum_modegpt.loading.source import DEMO, Source
@@ -27,40 +26,39 @@ logger = logging.get_logger(__name__)
 
 REPORT, EVALUATION = "report.json", "evaluation.json"
 PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "text-classification"}
+"""The Hub's names for tasks, by the ending of the name of a class."""
+BREAKING = str.maketrans({"`": "'", "|": "¦", "<": "‹"})
+"""Replacements for characters that would end a code span or a table cell, or begin HTML."""
 
 
 @dataclass(frozen=True)
-class Contents:
-    """The contents of a result folder."""
+class Result:
+    """The contents of a result folder, with all text as by `plain`. Any field of its files may be missing."""
 
     config: Any
     record: dict[str, Any]
-    """The record of the compression in config.json; old or hand-written records may lack keys."""
-    report: dict[str, Any] | None
+    """The record of the compression in config.json. A hand-written one may have values of any type."""
+    report: dict[str, Any]
     evaluation: dict[str, Any]
     weights_changed: bool | None
     """Whether the weights differ from those that the compression produced; None if that is unknown."""
-    stored_parameters: int | None
+    parameters: int | None
     """Number of parameters in the weight files; None without such files, or if they are packed."""
     weight_bytes: int | None
     has_tokenizer: bool
-    repo_id: str | None = None
 
     @property
     def base(self) -> str | None:
         """Return the dense model: a name on the Hub, "demo", or the last part of a folder's path."""
-        base = self.record.get("base_model")
-        return base.rpartition("/")[2] or None if base is not None and base.startswith("/") else base
+        base = self.record.get("base_model") or ""
+        return (base.rpartition("/")[2] if base.startswith("/") else base) or None
 
     @property
     def base_is_on_hub(self) -> bool:
         """Return whether `base` is a name on the Hub; a folder is kept as its last part and has no revision."""
-        return (
-            self.base is not None
-            and self.base != DEMO
-            and ("/" in self.base or "base_revision" in self.record)
-            and is_repo_id(self.base)
-        )
+        if self.base is None or self.base == DEMO or not is_repo_id(self.base):
+            return False
+        return "/" in self.base or "base_revision" in self.record
 
     @property
     def sparsity(self) -> float | None:
@@ -68,21 +66,10 @@ class Contents:
         return self.record.get("achieved", {}).get("sparsity")
 
     @property
-    def parameters(self) -> dict[str, int] | None:
-        """Return the numbers of parameters before and after the compression."""
-        found = self.record.get("achieved", {}).get("parameters", {})
-        return found if len(found) == len(schema.RECORD["achieved"]["parameters"]) else None
-
-    @property
     def compressed_name(self) -> str:
         """Return the card's name for the result of the compression; the folder may have a temporary name."""
         base = re.sub(r"[^\w.-]+", "-", (self.base or "model").rpartition("/")[2])
-        return f"{base}-modegpt" + ("" if self.sparsity is None else f"-{self.sparsity:.0%}".rstrip("%"))
-
-    @property
-    def name(self) -> str:
-        """Return the card's name for the model."""
-        return self.compressed_name + ("-recovered" if "recovered" in self.record else "")
+        return f"{base}-modegpt" if self.sparsity is None else f"{base}-modegpt-{100 * self.sparsity:.0f}"
 
     @property
     def architecture(self) -> str:
@@ -90,24 +77,38 @@ class Contents:
         return (self.config.architectures or [""])[0]
 
     @property
-    def pipeline(self) -> str | None:
-        """Return the Hub's name for the task of the saved class."""
-        return next((tag for ending, tag in PIPELINES.items() if self.architecture.endswith(ending)), None)
-
-    @property
-    def is_causal(self) -> bool:
-        """Return whether the model has the language-model head, not another one."""
-        return self.pipeline == "text-generation"
+    def task(self) -> str | None:
+        """Return the Hub's name for the task of the saved class; None for a class without a known head."""
+        for ending, name in PIPELINES.items():
+            if self.architecture.endswith(ending):
+                return name
+        return None
 
     @property
     def quantization(self) -> str | None:
         """Return the method that quantised the model after the compression; None if it was not quantised."""
         found = getattr(self.config, "quantization_config", None)
-        return schema.text(str(found.get("quant_method"))) if isinstance(found, dict) else None
+        return plain(str(found.get("quant_method"))) if isinstance(found, dict) else None
+
+    @property
+    def name(self) -> str:
+        """Return the card's name for the model."""
+        return self.compressed_name + ("-recovered" if "recovered" in self.record else "")
+
+
+def plain(value: Any) -> Any:
+    """Return untrusted JSON without nulls, and with every text on one line and free of Markdown and HTML syntax."""
+    if isinstance(value, str):
+        return " ".join(value.split()).translate(BREAKING)
+    if isinstance(value, dict):
+        return {plain(str(key)): plain(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
 
 
 def is_repo_id(name: str) -> bool:
-    """Return whether a model on the Hub can have this name."""
+    """Return whether a repository on the Hub can have this name."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -115,7 +116,7 @@ def is_repo_id(name: str) -> bool:
     return True
 
 
-def read(folder: Path, repo_id: str | None = None) -> Contents:
+def read(folder: Path) -> Result:
     """Read the folder of a compressed model.
 
     Raises:
@@ -124,85 +125,88 @@ def read(folder: Path, repo_id: str | None = None) -> Contents:
     config = load_config(Source(str(folder)))
     if not is_compressed(config.model_type):
         raise UnsupportedModel(f"{folder} contains a dense model ({config.model_type}); expected a compressed one.")
-    record = schema.fitted(config.modegpt, schema.RECORD) or {}
     report, evaluation = read_report(folder, config.modegpt), read_evaluation(folder)
+    has_weights = next(folder.glob("*.safetensors"), None) is not None
     digest = weights_digest(folder) if report or evaluation else None  # reads all weights
-    bare = next(folder.glob("*.safetensors"), None) is None
-    return Contents(
+    # An evaluation of other weights, as before a fine-tuning, is dropped. Without weight files, it is trusted.
+    if has_weights and digest != evaluation.get("weights_sha256"):
+        evaluation = {}
+    changed = None
+    if "recovered" in (config.modegpt or {}):
+        changed = True
+    elif report and not has_weights:
+        changed = False
+    elif digest is not None and "weights_sha256" in report:
+        changed = digest != report["weights_sha256"]
+    parameters = None
+    if weight_files(folder) and not getattr(config, "quantization_config", None):
+        tensors = read_headers(Source(str(folder))).values()
+        parameters = sum(tensor.size for tensor in tensors if tensor.dtype.startswith(("F", "BF")))
+    return Result(
         config=config,
-        record=record,
+        record=plain(config.modegpt or {}),
         report=report,
-        # An evaluation of other weights, as before a fine-tuning, is dropped. Without weight files, it is trusted.
-        evaluation=evaluation if bare or digest == evaluation.get("weights_sha256") else {},
-        weights_changed="recovered" in record or _changed(report, digest, bare),
-        stored_parameters=stored_parameters(folder, config),
-        weight_bytes=weight_bytes(folder) or (report or {}).get("weight_bytes"),
+        evaluation=evaluation,
+        weights_changed=changed,
+        parameters=parameters,
+        weight_bytes=weight_bytes(folder) or report.get("weight_bytes"),
         has_tokenizer=(folder / "tokenizer_config.json").is_file(),
-        repo_id=repo_id,
     )
 
 
-def _changed(report: dict[str, Any] | None, digest: str | None, bare: bool) -> bool | None:
-    """Return whether weights with this digest differ from those of the report; a report without weights is trusted."""
-    if report is None:
-        return None
-    if bare:
-        return False
-    known = None not in (digest, report.get("weights_sha256"))
-    return digest != report["weights_sha256"] if known else None
-
-
-def read_report(folder: Path, record: Any) -> dict[str, Any] | None:
-    """Load the report of the compression in `record`; None if it is missing or belongs to another model."""
+def read_report(folder: Path, record: Any) -> dict[str, Any]:
+    """Load the report of the compression in `record`; empty if it is missing or belongs to another model."""
     if not (folder / REPORT).is_file():
-        return None
+        return {}
     try:
         report = Report.load(folder / REPORT)
+        content = plain(report.to_dict())
     except (OSError, EvaluationError, RecursionError) as error:
         logger.warning("%s is not changed, and the card does not include it: %s", folder / REPORT, error)
-        return None
+        return {}
     told = (record.get("recipe"), record.get("calibration")) if isinstance(record, dict) else None
-    return schema.fitted(report.to_dict(), schema.REPORT) if (report.config, report.calibration) == told else None
+    return content if (report.config, report.calibration) == told else {}
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
     """Read the measurements, of any weights; empty if the file is missing or was not written by this package."""
     try:
-        check_evaluation(folder)
+        return check_evaluation(folder)
     except OutputError as error:
         logger.warning("%s The card does not include it.", error)
         return {}
-    if not (folder / EVALUATION).is_file():
-        return {}
-    found = schema.fitted(json.loads((folder / EVALUATION).read_text(encoding="utf-8")), schema.EVALUATION)
-    needed = {"name", "windows", "sequence_length"}
-    found["texts"] = [
-        entry for entry in found.get("texts", []) if "perplexity" in entry and needed <= entry.get("text", {}).keys()
-    ]
-    for key in ("tasks", "reference_tasks"):
-        found[key] = {
-            task: {metric: score for metric, score in metrics.items() if "value" in score}
-            for task, metrics in found.get(key, {}).items()
-        }
-    return found
 
 
-def check_evaluation(folder: Path) -> None:
-    """Raise an error if `evaluation.json` was written by another program or is cut off.
+def check_evaluation(folder: Path) -> dict[str, Any]:
+    """Read the measurements, of any weights; empty if there is no file.
 
     Raises:
-        OutputError: the file is invalid; the message says how to continue.
+        OutputError: `evaluation.json` was written by another program or is cut off; the message says how to continue.
     """
     path = folder / EVALUATION
     if not path.exists():
-        return
+        return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        ours = isinstance(found, dict) and bool(found.keys() & {"texts", "tasks"})
-    except (OSError, ValueError, RecursionError):
-        ours = False
-    if not ours:
+        found = plain(json.loads(path.read_text(encoding="utf-8")))
+        is_ours = bool({"texts", "tasks"} & found.keys()) and _has_numbers(found)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        is_ours = False
+    if not is_ours:
         raise OutputError(f"{path} was not written by this package or is cut off. It was not changed; move it.")
+    return found
+
+
+def _has_numbers(evaluation: dict[str, Any]) -> bool:
+    """Return whether all values that are formatted as numbers are numbers; add empty lists and mappings if missing."""
+    numbers = []
+    for entry in evaluation.setdefault("texts", []):
+        entry.setdefault("settings", {})
+        numbers += [entry["perplexity"], entry["text"]["windows"], entry["text"]["sequence_length"]]
+        numbers += [entry[key] for key in ("reference_perplexity", "kl", "top1_agreement") if key in entry]
+    for kind in ("tasks", "reference_tasks"):
+        for metrics in evaluation.setdefault(kind, {}).values():
+            numbers += [score["value"] for score in metrics.values()]
+    return all(isinstance(number, int | float) for number in numbers)
 
 
 def weights_digest(folder: Path) -> str | None:
@@ -218,11 +222,3 @@ def weights_digest(folder: Path) -> str | None:
                 values = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
                 found[name] = [str(tensor.dtype), list(tensor.shape), values]
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() if found else None
-
-
-def stored_parameters(folder: Path, config: Any) -> int | None:
-    """Return the number of parameters in the weight files; None without such files, or if they are packed."""
-    if getattr(config, "quantization_config", None) or not weight_files(folder):
-        return None
-    tensors = read_headers(Source(str(folder))).values()
-    return sum(tensor.size for tensor in tensors if tensor.dtype.startswith(("F", "BF")))
