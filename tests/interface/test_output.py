@@ -108,22 +108,21 @@ def test_the_second_of_two_runs_does_not_replace_the_first(tmp_path: Path) -> No
     assert mark_of(folder.parent / kept) == "second"
 
 
-def test_a_lost_race_with_overwrite_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_race_with_overwrite_keeps_both_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, workshop, rename = result(tmp_path / "out", "old"), tmp_path / "workshop", Path.rename
-    lost = []
 
     def taken(self: Path, target: Path) -> Path:
-        if target == folder and not lost:
-            lost.append(target)
+        if target == folder:
             result(folder, "other")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", taken)
-    with replacing(folder, overwrite=True, workshop=workshop) as partial:
+    words = r"(?s)was written by another run in the meantime.*kept in .*out\.finished-"
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, workshop=workshop) as partial:  # noqa: PT012
         result(partial, "new")
-    assert lost
-    assert mark_of(folder) == "new"
-    assert names(workshop) == set()
+    assert mark_of(folder) == "other"
+    (kept,) = names(tmp_path) - {"out", "workshop"}
+    assert mark_of(tmp_path / kept) == "new"
 
 
 def test_the_folder_of_the_run_is_no_place_for_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
