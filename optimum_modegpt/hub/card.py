@@ -14,26 +14,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import ChainableUndefined, Environment, TemplateError
 from transformers.utils import logging
 
-from optimum_modegpt.calibration.sources import HUB_DATASETS
-from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.calibration.data import HUB_DATASETS
 from optimum_modegpt.evaluation.inspection import block_ranks
 from optimum_modegpt.hub.commands import chosen, shell
-from optimum_modegpt.hub.result import (
-    EVALUATION,
-    REPORT,
-    Result,
-    check_evaluation,
-    is_repo_id,
-    plain,
-    read,
-    read_evaluation,
-    read_report,
-    weights_digest,
-)
-from optimum_modegpt.loading.models import load_config
-from optimum_modegpt.loading.safetensors_index import weight_bytes
-from optimum_modegpt.loading.source import CARD_FIELDS, Source
+from optimum_modegpt.hub.result import EVALUATION, REPORT, Result, check_evaluation, plain, read
+from optimum_modegpt.loading.safetensors_index import weight_bytes, weights_digest
+from optimum_modegpt.loading.source import CARD_FIELDS, is_repo_id
 from optimum_modegpt.plot import plot_kept
+from optimum_modegpt.recipe import DEFAULT_ALLOCATIONS
 from optimum_modegpt.report import PARTS, Report
 
 logger = logging.get_logger(__name__)
@@ -122,17 +110,12 @@ def save_report(folder: Path, report: Report) -> Report:
 def take_along(source: Path, folder: Path) -> None:
     """Copy report and evaluation from the folder of a loaded model to the one to which it was saved unchanged.
 
-    The weights are unchanged if their digest is that of the report or the evaluation. Existing files are kept.
+    Existing files are kept.
     """
-    found = {
-        REPORT: read_report(source, load_config(Source(str(folder))).modegpt),
-        EVALUATION: read_evaluation(source),
-    }
-    digests = {content["weights_sha256"] for content in found.values() if "weights_sha256" in content}
-    if digests and weights_digest(folder) in digests:
-        for name, content in found.items():
-            if content and not (folder / name).exists():
-                shutil.copyfile(source / name, folder / name)
+    names = [name for name in (REPORT, EVALUATION) if (source / name).is_file() and not (folder / name).exists()]
+    if names and weights_digest(source) == weights_digest(folder):
+        for name in names:
+            shutil.copyfile(source / name, folder / name)
 
 
 def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
@@ -183,8 +166,12 @@ def front_matter(found: Result) -> ModelCardData:
     card, recovered = found.record.get("base_card", {}), found.record.get("recovered", {})
     fine_tuning = {"name": recovered.get("dataset"), "revision": recovered.get("revision")}
     datasets = [hub_dataset(text) for text in (found.record.get("calibration", {}), fine_tuning)]
-    data = ModelCardData(
-        **{"license": "unknown", **{key: card[key] for key in CARD_FIELDS if key in card}},
+    linked: dict[str, Any] = {"base_model": found.base} if found.base_is_on_hub else {}
+    if linked and found.weights_changed is not None:
+        # Of the Hub's relations, "quantized" is the closest to the same model in fewer bytes.
+        linked["base_model_relation"] = "finetune" if found.weights_changed else "quantized"
+    return ModelCardData(
+        **{"license": "unknown", **{key: card[key] for key in CARD_FIELDS if key in card}, **linked},
         library_name="transformers",
         pipeline_tag=found.task,
         tags=["modegpt", "compressed", "structured-pruning", "low-rank"],
@@ -192,11 +179,6 @@ def front_matter(found: Result) -> ModelCardData:
         model_name=found.name,
         eval_results=eval_results(found) or None,
     )
-    if found.base_is_on_hub:
-        data.base_model = found.base
-        # Of the Hub's relations, "quantized" is the closest: the same model in fewer bytes.
-        data.base_model_relation = {True: "finetune", False: "quantized", None: None}[found.weights_changed]
-    return data
 
 
 def hub_dataset(text: dict[str, Any]) -> str | None:
@@ -213,10 +195,9 @@ def eval_results(found: Result) -> list[EvalResult]:
     results: dict[Any, EvalResult] = {}
     for entry in sorted(found.evaluation.get("texts", []), key=lambda entry: entry["text"].get("tokens", 0)):
         text = entry["text"]
-        dataset = hub_dataset(text) or text["name"]
-        results[dataset, text.get("split")] = EvalResult(
+        results[text["name"], text.get("split")] = EvalResult(
             task_type="text-generation",
-            dataset_type=dataset,
+            dataset_type=hub_dataset(text) or text["name"],
             dataset_name=text["name"],
             dataset_split=text.get("split"),
             dataset_revision=text.get("revision"),
@@ -228,12 +209,7 @@ def eval_results(found: Result) -> list[EvalResult]:
         for metric, score in metrics.items():
             details = {key: value for key, value in score.items() if key not in ("value", "higher_is_better")}
             results[task, metric, "task"] = EvalResult(
-                task_type="text-generation",
-                dataset_type=task,
-                dataset_name=task,
-                metric_type=metric,
-                metric_value=score["value"],
-                metric_args=details or None,
+                "text-generation", task, task, metric, score["value"], metric_args=details or None
             )
     return list(results.values())
 
@@ -247,7 +223,6 @@ def variables(found: Result) -> dict[str, Any]:
         before = None  # the record counts a language model, and packed weights are not counted
     elif now is None:
         now = totals.get("total_after")
-    asked = ModeGPTConfig(method=recipe.get("method", "default"), allocation=recipe.get("allocation"))
     fields = chosen(recipe) if found.task == "text-generation" else {}
     classes = getattr(found.config, "auto_map", None) or {}
     auto = [key for key, name in classes.items() if name.endswith(f".{found.architecture}") and key.isidentifier()]
@@ -256,7 +231,7 @@ def variables(found: Result) -> dict[str, Any]:
     return {
         "auto_class": auto[0] if auto else "AutoModel",
         "licence": licence if isinstance(licence, str) else ", ".join(licence),
-        "allocation": asked.resolved_allocation,
+        "allocation": recipe.get("allocation") or DEFAULT_ALLOCATIONS.get(recipe.get("method")),
         "before": before,
         "now": now,
         "dtype": str(dtype).removeprefix("torch."),

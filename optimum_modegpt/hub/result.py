@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from safetensors import safe_open
 from transformers.utils import logging
 
 from optimum_modegpt.errors import EvaluationError, OutputError, UnsupportedModel
 from optimum_modegpt.loading.models import load_config
-from optimum_modegpt.loading.safetensors_index import read_headers, weight_bytes, weight_files
-from optimum_modegpt.loading.source import DEMO, Source
+from optimum_modegpt.loading.safetensors_index import read_headers, weight_bytes, weight_files, weights_digest
+from optimum_modegpt.loading.source import DEMO, Source, is_repo_id
 from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import Report
 
@@ -107,15 +102,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_repo_id(name: str) -> bool:
-    """Return whether a repository on the Hub can have this name."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def read(folder: Path) -> Result:
     """Read the folder of a compressed model.
 
@@ -125,14 +111,15 @@ def read(folder: Path) -> Result:
     config = load_config(Source(str(folder)))
     if not is_compressed(config.model_type):
         raise UnsupportedModel(f"{folder} contains a dense model ({config.model_type}); expected a compressed one.")
-    report, evaluation = read_report(folder, config.modegpt), read_evaluation(folder)
+    record = config.modegpt if isinstance(config.modegpt, dict) else {}
+    report, evaluation = read_report(folder, record), read_evaluation(folder)
     has_weights = next(folder.glob("*.safetensors"), None) is not None
     digest = weights_digest(folder) if report or evaluation else None  # reads all weights
     # An evaluation of other weights, as before a fine-tuning, is dropped. Without weight files, it is trusted.
     if has_weights and digest != evaluation.get("weights_sha256"):
         evaluation = {}
     changed = None
-    if "recovered" in (config.modegpt or {}):
+    if record.get("recovered") is not None:
         changed = True
     elif report and not has_weights:
         changed = False
@@ -142,19 +129,12 @@ def read(folder: Path) -> Result:
     if weight_files(folder) and not getattr(config, "quantization_config", None):
         tensors = read_headers(Source(str(folder))).values()
         parameters = sum(tensor.size for tensor in tensors if tensor.dtype.startswith(("F", "BF")))
-    return Result(
-        config=config,
-        record=plain(config.modegpt or {}),
-        report=report,
-        evaluation=evaluation,
-        weights_changed=changed,
-        parameters=parameters,
-        weight_bytes=weight_bytes(folder) or report.get("weight_bytes"),
-        has_tokenizer=(folder / "tokenizer_config.json").is_file(),
-    )
+    size = weight_bytes(folder) or report.get("weight_bytes")
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    return Result(config, plain(record), report, evaluation, changed, parameters, size, has_tokenizer)
 
 
-def read_report(folder: Path, record: Any) -> dict[str, Any]:
+def read_report(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Load the report of the compression in `record`; empty if it is missing or belongs to another model."""
     if not (folder / REPORT).is_file():
         return {}
@@ -164,8 +144,8 @@ def read_report(folder: Path, record: Any) -> dict[str, Any]:
     except (OSError, EvaluationError, RecursionError) as error:
         logger.warning("%s is not changed, and the card does not include it: %s", folder / REPORT, error)
         return {}
-    told = (record.get("recipe"), record.get("calibration")) if isinstance(record, dict) else None
-    return content if (report.config, report.calibration) == told else {}
+    is_of_model = (report.config, report.calibration) == (record.get("recipe"), record.get("calibration"))
+    return content if is_of_model else {}
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -186,6 +166,7 @@ def check_evaluation(folder: Path) -> dict[str, Any]:
     path = folder / EVALUATION
     if not path.exists():
         return {}
+    found: Any = None
     try:
         found = plain(json.loads(path.read_text(encoding="utf-8")))
         is_ours = bool({"texts", "tasks"} & found.keys()) and _has_numbers(found)
@@ -207,18 +188,3 @@ def _has_numbers(evaluation: dict[str, Any]) -> bool:
         for metrics in evaluation.setdefault(kind, {}).values():
             numbers += [score["value"] for score in metrics.values()]
     return all(isinstance(number, int | float) for number in numbers)
-
-
-def weights_digest(folder: Path) -> str | None:
-    """Return the sha256 of names, types, shapes and values of the tensors in safetensors files; None without files.
-
-    The digest does not depend on the distribution of the tensors over files.
-    """
-    found = {}
-    for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                tensor = file.get_tensor(name)
-                values = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
-                found[name] = [str(tensor.dtype), list(tensor.shape), values]
-    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() if found else None

@@ -1,4 +1,4 @@
-"""Makes `model_cards/`: each model of the README compressed by 30 % and evaluated, by the package's own commands.
+"""Make `model_cards/`: compress each model of the README by 30 % and evaluate it, by the package's own commands.
 
 python tests/benchmarks/cards.py --models DIR --texts DIR [--recover] [NAME …]
 python tests/benchmarks/cards.py --rewrite [NAME …]
@@ -19,10 +19,10 @@ from optimum_modegpt.hub.card import write_card
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 KEPT = ("README.md", "config.json", "report.json", "evaluation.json", "tokenizer_config.json", "ranks.png")
-"""The card and all that it is written from; weights are not kept."""
+"""The card and the files that it is generated from; weights are not kept."""
 SPARSITY = "0.3"
 WINDOWS = 64
-"""Most that a model is evaluated on."""
+"""Maximum number of windows of an evaluation."""
 RECOVERIES = {"demo": {"0.3": (), "0.4": ()}, "stories260k": {"0.3": ("--steps", "60", "--sequence-length", "512")}}
 """Flags of the recoveries in the guides, by model and sparsity."""
 MEASURED = ("perplexity", "kl", "top1_agreement")
@@ -30,7 +30,7 @@ MEASURED = ("perplexity", "kl", "top1_agreement")
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is calibrated and evaluated: files of texts, None for the demo's own, windows and tokens a window."""
+    """Texts of the calibration and the evaluation (None for the demo's own), windows and tokens per window."""
 
     calibration: str | None
     evaluation: str | None
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def make(name: str, sparsity: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Makes the compressed model, evaluated beside the dense one, with its card; what was measured."""
+    """Compress a model, compare it with the dense one, write its card, and return the measurement."""
     settings = MODELS[name]
     compress = ["--sparsity", sparsity, "--round-to", "1", "--num-samples", str(settings.num_samples)]
     run(
@@ -86,7 +86,7 @@ def make(name: str, sparsity: str, options: argparse.Namespace, output: Path) ->
 
 
 def evaluate(name: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """What is measured of a model beside the dense one; it stands on its card too."""
+    """Compare a model with the dense one, add the measurement to its card, and return it."""
     settings = MODELS[name]
     words = ["--reference", dense(name, options), "--max-windows", str(WINDOWS), *length(settings), "--update-card"]
     run("evaluate", str(output), *dataset(settings.evaluation, options), *words)
@@ -95,7 +95,7 @@ def evaluate(name: str, options: argparse.Namespace, output: Path) -> dict[str, 
 
 
 def recovered(name: str, sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A compressed model and what recovery, with the dense one as the teacher, makes of it."""
+    """Measure a compressed model before and after a recovery with the dense one as the teacher."""
     with tempfile.TemporaryDirectory() as folder:
         small, better = Path(folder) / name, Path(folder) / "recovered"
         before = make(name, sparsity, options, small)

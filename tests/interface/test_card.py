@@ -28,7 +28,8 @@ from transformers import (
 
 from optimum_modegpt import ModeGPTQuantizer, OutputError, UnsupportedModel
 from optimum_modegpt.cli.main import main
-from optimum_modegpt.hub.card import MARK, add_evaluation, is_ours, weights_digest, write_card
+from optimum_modegpt.hub.card import MARK, add_evaluation, is_ours, write_card
+from optimum_modegpt.loading.safetensors_index import weights_digest
 from optimum_modegpt.loading.source import Source
 
 BASE_CARD = """---
@@ -40,12 +41,12 @@ language: [en, de]
 # A tiny model
 """
 NEEDS = {"BitsAndBytesConfig": ("bitsandbytes", "accelerate"), "peft": ("peft",)}
-"""What a snippet of the card needs, by a word in it."""
+"""Packages that a snippet of the card needs, by a word in it."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dense model, its text, and its compressed model under the name that the card uses."""
+    """Return a folder with a dense model, its text, and its compressed model under the name that the card uses."""
     place = tmp_path_factory.mktemp("place")
     save_dense(place / "dense").joinpath("README.md").write_text(BASE_CARD, encoding="utf-8")
     save_text(place / "text.txt")
@@ -58,12 +59,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(place: Path, tmp_path: Path) -> Path:
-    """A copy of the compressed model."""
+    """Return a copy of the compressed model."""
     return Path(shutil.copytree(next(place.glob("dense-modegpt-*")), tmp_path / "result"))
 
 
 def named(folder: Path) -> str:
-    """The name that a card gives its model."""
+    """Return the name that a card gives its model."""
     return str(card(folder).data.model_name)
 
 
@@ -72,7 +73,7 @@ def card(folder: Path) -> Any:
 
 
 def printed(folder: Path, verb: str) -> list[str]:
-    """The words of the command `verb` that the card shows."""
+    """Return the words of the command `verb` that the card shows."""
     commands = re.findall(r"^optimum-cli modegpt (.*)$", card(folder).text.replace("\\\n", ""), re.MULTILINE)
     (words,) = (words for words in map(shlex.split, commands) if words[0] == verb)
     return words
@@ -85,7 +86,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def evaluated(folder: Path, name: str, perplexity: float, **more: Any) -> dict[str, Any]:
-    """A result as `evaluate` writes it."""
+    """Return a result as `evaluate` writes it."""
     text = {"name": name, "split": None, "revision": None, "text_column": None, "file_sha256": f"digest of {name}"}
     text |= {"windows": 4, "sequence_length": 32, "tokens": 128, "available_windows": 9, "sha256": "digest"}
     found = {"model": str(folder), "perplexity": perplexity, "tokens": 124, "parameters": 7, "text": text | more}
