@@ -45,8 +45,10 @@ class Result:
     @property
     def base(self) -> str | None:
         """Return the dense model: a name on the Hub, "demo", or the last part of a folder's path."""
-        base = self.record.get("base_model") or ""
-        return (base.rpartition("/")[2] if base.startswith("/") else base) or None
+        base = self.record.get("base_model", "")
+        if base.startswith("/"):
+            base = base.rpartition("/")[2]
+        return base or None
 
     @property
     def base_is_on_hub(self) -> bool:
@@ -64,7 +66,9 @@ class Result:
     def compressed_name(self) -> str:
         """Return the card's name for the result of the compression; the folder may have a temporary name."""
         base = re.sub(r"[^\w.-]+", "-", (self.base or "model").rpartition("/")[2])
-        return f"{base}-modegpt" if self.sparsity is None else f"{base}-modegpt-{100 * self.sparsity:.0f}"
+        if self.sparsity is None:
+            return f"{base}-modegpt"
+        return f"{base}-modegpt-{100 * self.sparsity:.0f}"
 
     @property
     def architecture(self) -> str:
@@ -111,7 +115,7 @@ def read(folder: Path) -> Result:
     config = load_config(Source(str(folder)))
     if not is_compressed(config.model_type):
         raise UnsupportedModel(f"{folder} contains a dense model ({config.model_type}); expected a compressed one.")
-    record = config.modegpt if isinstance(config.modegpt, dict) else {}
+    record = dict(config.modegpt or {})
     report, evaluation = read_report(folder, record), read_evaluation(folder)
     has_weights = next(folder.glob("*.safetensors"), None) is not None
     digest = weights_digest(folder) if report or evaluation else None  # reads all weights
@@ -144,8 +148,9 @@ def read_report(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     except (OSError, EvaluationError, RecursionError) as error:
         logger.warning("%s is not changed, and the card does not include it: %s", folder / REPORT, error)
         return {}
-    is_of_model = (report.config, report.calibration) == (record.get("recipe"), record.get("calibration"))
-    return content if is_of_model else {}
+    if (report.config, report.calibration) != (record.get("recipe"), record.get("calibration")):
+        return {}
+    return content
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:

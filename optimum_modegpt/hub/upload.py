@@ -244,10 +244,9 @@ def named_files(folder: Path, variant: str | None) -> set[Path]:
 def code_of(file: Path) -> set[Path]:
     """Return the code files that the `auto_map` of a file names, and the modules that they import from its folder."""
     code: set[Path] = set()
-    auto_map: dict[str, Any] = (
-        json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}) if file.is_file() else {}
-    )
-    for names in auto_map.values():
+    if not file.is_file():
+        return code
+    for names in json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}).values():
         for name in names if isinstance(names, list) else [names]:
             if name and "--" not in name:  # "owner/name--module.Class" is in another repository
                 code.add(file.with_name(f"{name.partition('.')[0]}.py"))
