@@ -500,6 +500,17 @@ def test_values_stay_in_their_line(folder: Path) -> None:
     assert card(folder).data.base_model is None
 
 
+def test_words_of_a_stored_command_are_quoted(folder: Path) -> None:
+    evil = "x`|\n```\n# Evil <script>"
+    edit(folder / "report.json", lambda report: report["commands"].update(compress=[evil, "; rm -rf ~"]))
+    entry = evaluated(folder, "one.txt", 5.0)
+    add_evaluation(folder, entry | {"settings": {"reference": evil, "flags": ["--dataset", evil]}})
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert not re.search("^# Evil", text, re.MULTILINE)
+    assert "<script>" not in text
+    assert "'; rm -rf ~'" in text.replace(" \\\n   ", "")
+
+
 def test_what_is_left_is_logged_and_the_model_saved(folder: Path, tmp_path: Path, caplog: Any) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     model = AutoModelForCausalLM.from_pretrained(folder)
