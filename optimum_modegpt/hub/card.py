@@ -64,7 +64,9 @@ def write_card(folder: Path, repo_id: str | None = None) -> Path:
 def _card(folder: Path, found: Result, repo_id: str | None) -> str:
     blocks, picture = block_ranks(found.config), folder / PICTURE
     if importlib.util.find_spec("matplotlib") is not None and not picture.is_dir():
-        kept = {part: [block.ranks[part] / block.dense_ranks[part] for block in blocks] for part in PARTS}
+        kept = {}
+        for part in PARTS:
+            kept[part] = [block.ranks[part] / block.dense_ranks[part] for block in blocks]
         plot_kept(kept, found.name, picture)
     template = Environment(undefined=ChainableUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -167,7 +169,7 @@ def front_matter(found: Result) -> ModelCardData:
     """Return the front matter of the card, which the Hub reads."""
     card, recovered = found.record.get("base_card", {}), found.record.get("recovered", {})
     fine_tuning = {"name": recovered.get("dataset"), "revision": recovered.get("revision")}
-    datasets = [hub_dataset(text) for text in (found.record.get("calibration", {}), fine_tuning)]
+    datasets = filter(None, map(hub_dataset, (found.record.get("calibration", {}), fine_tuning)))
     more: dict[str, Any] = {"license": "unknown"} | {key: card[key] for key in CARD_FIELDS if key in card}
     if found.base_is_on_hub:
         # Of the Hub's relations, "quantized" is the closest to the same model in fewer bytes.
@@ -178,7 +180,7 @@ def front_matter(found: Result) -> ModelCardData:
         library_name="transformers",
         pipeline_tag=found.task,
         tags=["modegpt", "compressed", "structured-pruning", "low-rank"],
-        datasets=[name for name in dict.fromkeys(datasets) if name] or None,
+        datasets=list(dict.fromkeys(datasets)) or None,
         model_name=found.name,
         eval_results=eval_results(found) or None,
     )
@@ -260,5 +262,8 @@ def evaluate_commands(found: Result) -> list[str]:
     """Return the commands that made the measurements of the card, each once; older measurements have none."""
     every = [entry["settings"] for entry in found.evaluation.get("texts", [])]
     every += found.evaluation.get("task_settings", {}).values()
-    lines = [shell("evaluate", found.name, *settings["flags"]) for settings in every if "flags" in settings]
-    return list(dict.fromkeys(lines))
+    lines = {}
+    for settings in every:
+        if "flags" in settings:
+            lines[shell("evaluate", found.name, *settings["flags"])] = None
+    return list(lines)

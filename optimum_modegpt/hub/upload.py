@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,12 @@ class Upload:
             else:
                 logger.warning("%s has a README.md that a person wrote; the generated card is not uploaded.", repo_id)
                 files.remove(path)
-        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-        stale = set(filter(weights_of(variant).fullmatch, names)) - {one.path_in_repo for one in added}
+        added = {path.relative_to(folder).as_posix(): path for path in files}
+        stale = set(filter(weights_of(variant).fullmatch, names)) - added.keys()
         # `upload_folder` may split the upload into several commits; until the last, the model would be incomplete.
         return api.create_commit(
             repo_id,
-            [*added, *map(CommitOperationDelete, sorted(stale))],
+            [*starmap(CommitOperationAdd, added.items()), *map(CommitOperationDelete, sorted(stale))],
             commit_message=self.commit_message or "Upload compressed model",
             commit_description=self.commit_description,
             revision=self.revision,
