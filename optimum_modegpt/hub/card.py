@@ -14,7 +14,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import ChainableUndefined, Environment, TemplateError
 from transformers.utils import logging
 
-from optimum_modegpt.calibration.data import HUB_DATASETS
 from optimum_modegpt.evaluation.inspection import block_ranks
 from optimum_modegpt.hub.commands import chosen, shell
 from optimum_modegpt.hub.result import EVALUATION, REPORT, Result, check_evaluation, plain, read
@@ -188,6 +187,8 @@ def front_matter(found: Result) -> ModelCardData:
 
 def hub_dataset(text: dict[str, Any]) -> str | None:
     """Return the Hub id of the dataset in a record of token windows; None if the dataset is not on the Hub."""
+    from optimum_modegpt.calibration.sources import HUB_DATASETS  # slow, because it imports datasets
+
     name = text.get("name")
     if name in HUB_DATASETS:
         name = HUB_DATASETS[name].path
