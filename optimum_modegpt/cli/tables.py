@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_modegpt.cli.terminal import one_line
 from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, main_scores, mean_score
 from optimum_modegpt.evaluation.inspection import Inspection
-from optimum_modegpt.hub.card.schema import RECORD, fitted
+from optimum_modegpt.hub.result import plain
 from optimum_modegpt.report import PARTS
 
 if TYPE_CHECKING:
@@ -110,10 +110,11 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
         for key, value in recipe.items()
         if value is not None and key != "quant_method"
     ]
-    known = fitted(record, RECORD) or {}
-    if opened := _opened(known.get("calibration") or {}):
+    known = plain(record)
+    known = {key: value for key, value in known.items() if isinstance(value, dict)}
+    if opened := _opened(known.get("calibration", {})):
         rows.append(f"calibrated with {opened}")
-    rows += _tokenizer_rows(known.get("calibration") or {})
+    rows += _tokenizer_rows(known.get("calibration", {}))
     return "\n".join([*rows, *_recovery_rows(known), *_evaluation_rows(evaluation)])
 
 

@@ -6,7 +6,7 @@ import shlex
 from argparse import Namespace
 from typing import Any
 
-from optimum_modegpt.hub.card.commands import flags
+from optimum_modegpt.hub.commands import flags
 
 YOUR_TEXT = "<your-text.txt>"
 YOUR_TOKEN = "<your-token>"

@@ -26,8 +26,8 @@ from optimum_modegpt.cli.commands.configuration import configuration
 from optimum_modegpt.cli.commands.estimate import estimate_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.hub.card import REPORT
 from optimum_modegpt.hub.output import check_output, replacing, saving, taken_back, workshop_of
+from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import Upload
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.loading.models import load_config, load_model, pick_device

@@ -27,8 +27,9 @@ from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.fidelity import fidelity
 from optimum_modegpt.evaluation.harness import Tasks, TaskScores, harness, load_tasks
 from optimum_modegpt.evaluation.perplexity import perplexity
-from optimum_modegpt.hub.card import CARD, EVALUATION, add_evaluation, check_evaluation
-from optimum_modegpt.hub.card.write import may_be_replaced
+from optimum_modegpt.hub.card import CARD, add_evaluation, may_be_replaced
+from optimum_modegpt.hub.commands import flags
+from optimum_modegpt.hub.result import EVALUATION, check_evaluation
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source, check_vocabulary, context_of, dataset_hub
 from optimum_modegpt.modeling.modegpt_family import is_compressed
@@ -36,6 +37,11 @@ from optimum_modegpt.report import count_parameters
 
 TEXT_FLAGS = ("dataset_split", "text_column", "sequence_length", "max_windows")
 TASK_FLAGS = ("num_fewshot", "limit", "include_path")
+ON_CARD = (
+    *("reference_revision", "tokenizer", "allow_foreign_tokenizer", "batch_size", "dtype"),
+    *("dataset", *TEXT_FLAGS, "tasks", "num_fewshot", "include_path"),
+)
+"""The flags that a card shows, except the name of the reference."""
 
 
 def run(options: Namespace) -> None:
@@ -96,26 +102,18 @@ def _check_card(options: Namespace, model_config: Any) -> None:
 
 
 def _settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
-    """Return the settings of the measurement for the command on a card; of paths only the last part."""
-    named = {name: getattr(options, name) for name in ("tokenizer", "dataset", "include_path")}
-    found = {name: value for name, value in named.items() if value is not None}
-    paths = [name for name, value in found.items() if Path(value).exists()]
-    settings: dict[str, Any] = {
-        name: Path(value).resolve().name if name in paths else str(value) for name, value in found.items()
-    }
-    for name in ("dataset_split", "text_column", "batch_size"):
-        if (value := getattr(options, name)) is not None:
-            settings[name] = value
-    if options.allow_foreign_tokenizer:
-        settings["allow_foreign_tokenizer"] = True
-    if options.dtype != "auto":
-        settings["dtype"] = options.dtype
-    if reference is not None:
-        settings["reference"] = reference.base_model
-        if options.reference_revision is not None:
-            settings["reference_revision"] = options.reference_revision
-        paths += ["reference"] * (not reference.is_demo and Path(reference.path).is_dir())
-    return settings | ({"paths": paths} if paths else {})
+    """Return the reference and the flags of the measurement, for the card; of local paths only the last part."""
+    values = {name: getattr(options, name) for name in ON_CARD}
+    for name in ("tokenizer", "dataset", "include_path"):
+        if values[name] is not None and Path(values[name]).exists():
+            values[name] = Path(values[name]).resolve().name
+    if options.tasks is not None:
+        values["tasks"] = ",".join(options.tasks)
+    if options.dtype == "auto":
+        del values["dtype"]
+    if reference is None:
+        return {"flags": flags(values)}
+    return {"reference": reference.base_model, "flags": flags({"reference": reference.base_model, **values})}
 
 
 def _windows(options: Namespace, source: Source, model_config: Any, tokenizer: Any) -> TokenWindows:

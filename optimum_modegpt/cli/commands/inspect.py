@@ -13,7 +13,7 @@ from optimum_modegpt.cli.commands.advice import NEW_FOLDER, advised
 from optimum_modegpt.cli.commands.common import check_file, source_of, write_json
 from optimum_modegpt.cli.tables import inspection_table
 from optimum_modegpt.evaluation.inspection import inspection
-from optimum_modegpt.hub.card.contents import EVALUATION, read
+from optimum_modegpt.hub.result import EVALUATION, read
 from optimum_modegpt.loading.models import load_config, load_model
 from optimum_modegpt.loading.safetensors_index import read_headers
 from optimum_modegpt.loading.source import Source

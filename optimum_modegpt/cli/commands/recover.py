@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,21 @@ from optimum_modegpt.cli.commands.common import (
 )
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.hub.card import REPORT
+from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.output import check_output, replacing, saving, taken_back, workshop_of
+from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import KEPT_REPORT
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source, calibrate
 from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.recovery.recover import Recovery, check_compressed, recover
 from optimum_modegpt.report import Report
+
+ON_CARD = (
+    *("dataset", "dataset_split", "text_column", "sequence_length", "num_samples"),
+    *RecoveryConfig.__dataclass_fields__,
+)
+"""The flags that a card shows, except the name of the teacher."""
 
 
 def run(options: Namespace) -> None:
@@ -74,11 +82,21 @@ def _recover_to(
                 "more similar to the training data of the model."
             )
         if report is not None:
-            vars(model)[KEPT_REPORT] = report
+            arguments = _arguments(options, teacher)
+            vars(model)[KEPT_REPORT] = replace(report, commands={**report.commands, "recover": arguments})
         with saving(output):
             tokenizer.save_pretrained(folder)
             model.save_pretrained(folder)
     return recovery
+
+
+def _arguments(options: Namespace, teacher: Source | None) -> list[str]:
+    """Return the arguments of this command for the report; of local paths only the last part."""
+    values = {name: getattr(options, name) for name in ON_CARD}
+    if options.dataset is not None and Path(options.dataset).exists():
+        values["dataset"] = Path(options.dataset).resolve().name
+    name = teacher.base_model if teacher else None
+    return flags({"teacher": name, "teacher_revision": options.reference_revision, **values})
 
 
 def _text(options: Namespace, model_config: Any) -> ModeGPTConfig:
