@@ -129,8 +129,8 @@ def compress_block(
     """Cut and refit the three parts of `student`, a copy of the dense block at full width.
 
     `dense` and `compressed` are the two streams at the block's input. The target of each part is the output that makes
-    the compressed stream equal to the dense one, so the MLP's also makes up for what the attention lost. This holds for
-    parallel halves too, which both read the block's input.
+    the compressed stream equal to the dense one, so the MLP's also compensates the error of the attention. This
+    holds for parallel halves too, which both read the block's input.
 
     Returns:
         The relative error by part, and the compressed stream after the block.
