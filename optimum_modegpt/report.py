@@ -104,6 +104,9 @@ class Report:
     """Tokens, difference, tolerance and seconds of the check of the finished model. See `walk.self_check.SelfCheck`."""
     warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
+    commands: dict[str, list[str]] = field(default_factory=dict)
+    """Command -> its arguments, except the output folder and the model to recover: `compress`, then `recover`. Local
+    paths are shortened to their last part. Empty if an input was an object in memory, and in older reports."""
     weight_bytes: int | None = None
     """Size of the safetensors files in bytes. None until the model is saved."""
     weights_sha256: str | None = None

@@ -15,7 +15,7 @@ from optimum_modegpt.budget.placement import Free, Needs, Placement, choose_plac
 from optimum_modegpt.budget.sizes import check_reachable, part_sizes
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.cost import ByteCounts, Extent, block_forward
-from optimum_modegpt.methods.registry import COSTS, work_of
+from optimum_modegpt.methods.registry import method_of, work_of
 from optimum_modegpt.stages import compute_device
 
 LIBRARIES = 12 * 2**20
@@ -80,7 +80,7 @@ def estimate(
     for steps in work_of(shapes, config, extent).values():
         for name, work in steps.items():
             passes[name] = sum(work.values()) / forward
-    streams = COSTS[config.method].STREAMS * extent.tokens * shapes.d_model * element
+    streams = method_of(config).streams * extent.tokens * shapes.d_model * element
     result = int((parameters - config.sparsity * weights) * element)
     disk = finished_size(shapes, config, element)
     # New streams are written before the previous ones are deleted.

@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jinja")
 OWN_NAMES = ("README.md", "ranks.png", ".gitattributes")
-ATTEMPTS = 5
-"""How often a run with --overwrite tries to move its result into place while another run writes the same folder."""
 
 
 def check_output(folder: Path, *, overwrite: bool, used: Iterable[Path] = ()) -> None:
@@ -56,16 +54,15 @@ def _check_ours(folder: Path, name: Path) -> None:
     """Raise an error if a folder to delete is not only a compressed model; `name` is its path in the message."""
     try:
         model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]
+        found = f"is a model of type {model_type!r}"
     except (OSError, ValueError, KeyError, TypeError):
-        model_type = None
+        model_type, found = None, f"has no readable {CONFIG_NAME}"
     if not is_compressed(model_type):
-        found = f"has no readable {CONFIG_NAME}" if model_type is None else f"is a model of type {model_type!r}"
         raise OutputError(f"{name} {found}; --overwrite deletes compressed models only. Choose another --output.")
     if foreign := sorted(path.name for path in folder.iterdir() if not is_own(path)):
-        more = ", …" if len(foreign) > 5 else ""
         raise OutputError(
-            f"{name} contains files that are not part of a compressed model: {', '.join(foreign[:5])}{more}. Move "
-            "them, or choose another --output."
+            f"{name} contains files that are not part of a compressed model: {', '.join(foreign)}. Move them, or "
+            "choose another --output."
         )
 
 
@@ -100,22 +97,21 @@ def workshop_of(folder: Path) -> Checkpoint:
 
 @contextmanager
 def replacing(folder: Path, *, overwrite: bool, workshop: Path) -> Iterator[Path]:
-    """Yield a new empty folder that replaces `folder` at the end.
+    """Yield a new empty folder in `workshop`, on the same disk, that replaces `folder` at the end.
 
-    The new folder is made in `workshop`, which is on the same disk. If a run is killed, the next run cleans up the
-    workshop (see `taken_back`). On an error the new folder is deleted, and `folder` is unchanged. If another run has
-    written `folder` meanwhile, the finished result is kept next to it.
+    On an error, the new folder is deleted and `folder` is unchanged; `taken_back` cleans up after a killed run.
 
     Raises:
-        OutputError: `folder` cannot be written, or another run wrote it meanwhile.
+        OutputError: `folder` cannot be written, or it changed in the meantime and must not be deleted; then the
+            finished result is kept next to it.
     """
-    folder = folder.resolve()
-    partial = workshop / RESULT
+    folder, partial = folder.resolve(), workshop / RESULT
     with parents_made(workshop):
         try:
-            _make(partial, folder)
+            with saving(folder):
+                partial.mkdir(parents=True)
             yield partial
-            _place(partial, folder, uuid.uuid4().hex[:8], overwrite=overwrite)
+            _place(partial, folder, overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -127,34 +123,21 @@ def taken_back(workshop: Path, folder: Path) -> None:
         old.rename(folder)
 
 
-def _make(partial: Path, folder: Path) -> None:
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error}") from error
-
-
-def _place(partial: Path, folder: Path, mark: str, *, overwrite: bool) -> None:
+def _place(partial: Path, folder: Path, overwrite: bool) -> None:
     """Move the finished result to `folder`, or next to it if `folder` may not be replaced."""
-    error: OSError | None = None
-    for _ in range(ATTEMPTS if overwrite else 1):
-        try:
-            return _swap(partial, folder, overwrite)
-        except OutputError as refusal:
-            error = refusal
-            break
-        except OSError as lost:
-            error = lost
-    kept = folder.with_name(f"{folder.name}.finished-{mark}")
-    partial.rename(kept)
-    reason = (
-        error if isinstance(error, OutputError) else f"{folder} was written by another run in the meantime ({error})."
-    )
-    raise OutputError(f"{reason}\nThe finished model is kept in {kept}") from error
+    try:
+        _swap(partial, folder, overwrite)
+    except OSError as error:
+        kept = folder.with_name(f"{folder.name}.finished-{uuid.uuid4().hex[:8]}")
+        partial.rename(kept)
+        reason = str(error)
+        if not isinstance(error, OutputError):
+            reason = f"{folder} was written by another run in the meantime ({error})."
+        raise OutputError(f"{reason}\nThe finished model is kept in {kept}") from error
 
 
 def _swap(partial: Path, folder: Path, overwrite: bool) -> None:
-    """Try once to move the result; a rename never replaces a folder that is not empty."""
+    """Move the result to `folder`; a rename never replaces a folder that is not empty."""
     old = partial.with_name(REPLACED)
     with suppress(OSError):
         folder.rmdir()  # only if it is empty
@@ -164,14 +147,10 @@ def _swap(partial: Path, folder: Path, overwrite: bool) -> None:
     folder.rename(old)
     try:
         _check_ours(old, folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    try:
         partial.rename(folder)
     except BaseException:
-        # Another run may have written its result meanwhile.
-        shutil.rmtree(old) if folder.exists() else old.rename(folder)
+        if not folder.exists():  # else another run has written its result meanwhile
+            old.rename(folder)
         raise
     try:
         shutil.rmtree(old)

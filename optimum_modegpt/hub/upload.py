@@ -9,10 +9,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel
@@ -22,36 +23,31 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.errors import OutputError, UploadError
-from optimum_modegpt.hub.card import (
-    CARD,
-    EVALUATION,
-    PICTURE,
-    REPORT,
-    is_ours,
-    save_report,
-    take_along,
-    write_card,
-)
-from optimum_modegpt.hub.readme import is_template, merge_header
+from optimum_modegpt.hub.card import CARD, PICTURE, TRAINER, is_ours, save_report, take_along, write_card
+from optimum_modegpt.hub.commands import flags
+from optimum_modegpt.hub.result import EVALUATION, REPORT
+from optimum_modegpt.loading.source import CARD_FIELDS
 from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, whole_name
 
 logger = logging.get_logger(__name__)
 
+TEMPLATE, TO_FILL, UNTOUCHED = "This model card has been automatically generated.", "[More Information Needed]", 35
+"""A sentence of the placeholder card of transformers, its placeholder, and the fewest that an unedited one has."""
 KEPT_REPORT = "_modegpt_report"
 """Attribute of a model that was compressed in this process; it holds the `Report` to save with the model."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """Destination and options of an upload to the Hub.
+    """Destination and options of an upload to the Hub; `None` uses a default of the Hub.
 
     Args:
         repo_id: "user/name", or "name" in the user's own namespace; created if it does not exist.
-        private: whether a new repository is private; None uses the account's default.
+        private: whether a new repository is private.
         revision: branch to commit to, created if it does not exist, or a pull request such as "refs/pr/1".
         create_pr: whether to open a pull request instead.
-        token: access token; None uses that of the logged-in user.
-        commit_message: one line; None uses a default message.
+        token: access token; `None` uses that of the logged-in user.
+        commit_message: one line.
         commit_description: description of the commit or of the pull request.
         tags: tags to add to those of the card.
     """
@@ -81,9 +77,9 @@ class Upload:
             raise OutputError(
                 f"cannot push to {self.repo_id!r}: the token is read-only. Log in with a token that has write access."
             )
-        namespace, slash, _ = self.repo_id.partition("/")
-        known = [user["name"], *(organisation["name"] for organisation in user.get("orgs", ()))]
-        if slash and not self.create_pr and namespace.lower() not in (name.lower() for name in known):
+        namespace, slash, _ = self.repo_id.lower().partition("/")
+        known = [owner["name"] for owner in (user, *user.get("orgs", ()))]
+        if slash and not self.create_pr and namespace not in map(str.lower, known):
             raise OutputError(
                 f"cannot push to {self.repo_id!r}: this token belongs to {', '.join(known)}. Choose another name, or "
                 "open a pull request with create_pr=True, on the command line --create-pr."
@@ -98,10 +94,18 @@ class Upload:
         Raises:
             OutputError: the folder is not a complete compressed model; nothing was uploaded.
             UploadError: the Hub rejected the upload or could not be reached; the folder is unchanged.
-            KeyboardInterrupt: interrupted; the message has the same content.
+            KeyboardInterrupt: interrupted; the message names the folder and how to resume, as for `UploadError`.
         """
         check_complete(folder, variant)
-        return self._send(folder, variant)
+        options = {"private": self.private, "create_pr": self.create_pr, "revision": self.revision}
+        command = shlex.join(["hf", "upload", self.repo_id, str(folder), *flags(options)])
+        resume = f"The complete model is in {folder}. To resume: {command}"
+        try:
+            return self._commit(folder, variant)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self.repo_id} was not updated.\n{resume}") from None
+        except Exception as error:  # huggingface_hub raises many kinds, and those of its HTTP client
+            raise UploadError(f"{self.repo_id} was not updated: {_reason(error)}\n{resume}") from error
 
     def push_saved(self, save: Callable[[Path], Any]) -> CommitInfo:
         """Save a model with `save` into a temporary folder and upload it; keep the folder if the upload fails.
@@ -117,77 +121,77 @@ class Upload:
         except BaseException:
             shutil.rmtree(folder)
             raise
-        commit = self._send(folder)
+        commit = self.push(folder)
         shutil.rmtree(folder)
         return commit
 
-    def _send(self, folder: Path, variant: str | None = None) -> CommitInfo:
-        """Upload a complete folder; the message of every error names the folder and how to resume."""
+    def _commit(self, folder: Path, variant: str | None) -> CommitInfo:
         api = HfApi(token=self.token)
-        try:
-            repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
-            if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/pr/"):
-                api.create_branch(repo_id, branch=self.revision, exist_ok=True)
-            names = api.list_repo_files(repo_id, revision=self.revision)
-            has_card = self._write_card(folder, api, repo_id, there=CARD in names)
-            files = [path for path in published(folder, variant) if has_card or path.name != CARD]
-            added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
-            stale = set(filter(weights_of(variant).fullmatch, names)) - {one.path_in_repo for one in added}
-            # `upload_folder` may split the upload into several commits; until the last, the model would be incomplete.
-            return api.create_commit(
-                repo_id,
-                [*added, *map(CommitOperationDelete, sorted(stale))],
-                commit_message=self.commit_message or "Upload compressed model",
-                commit_description=self.commit_description,
-                revision=self.revision,
-                create_pr=self.create_pr,
-            )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"{self.repo_id} was not updated.\n{self._resume(folder)}") from None
-        except Exception as error:  # huggingface_hub raises many kinds, and those of its HTTP client
-            raise UploadError(f"{self.repo_id} was not updated: {_reason(error)}\n{self._resume(folder)}") from error
-
-    def _write_card(self, folder: Path, api: HfApi, repo_id: str, *, there: bool) -> bool:
-        """Write the card with the requested tags; return whether to upload it: not if it would replace a person's."""
+        repo_id = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
+        if self.revision is not None and not self.create_pr and not self.revision.startswith("refs/pr/"):
+            api.create_branch(repo_id, branch=self.revision, exist_ok=True)
+        names, former = api.list_repo_files(repo_id, revision=self.revision), ""
+        if CARD in names:
+            former = Path(api.hf_hub_download(repo_id, CARD, revision=self.revision)).read_text(encoding="utf-8")
         path = write_card(folder, repo_id)
-        if not is_ours(path.read_text(encoding="utf-8")):
-            return True
-        card, text = ModelCard.load(path), None
-        data: Any = card.data
-        data.tags = list(dict.fromkeys([*(data.tags or ()), *self.tags]))
-        if there:
-            text = Path(api.hf_hub_download(repo_id, CARD, revision=self.revision)).read_text(encoding="utf-8")
-        if text is not None and not is_ours(text) and is_template(text):
-            merge_header(card, text)
-        card.save(path)
-        if text is None or is_ours(text) or is_template(text):
-            return True
-        logger.warning("%s has a README.md that a person wrote; the generated card is not uploaded.", repo_id)
-        return False
+        files = published(folder, variant)
+        if is_ours(path.read_text(encoding="utf-8")):
+            if is_ours(former) or is_template(former):
+                merge_header(path, former, self.tags)
+            else:
+                logger.warning("%s has a README.md that a person wrote; the generated card is not uploaded.", repo_id)
+                files.remove(path)
+        added = {path.relative_to(folder).as_posix(): path for path in files}
+        stale = set(filter(weights_of(variant).fullmatch, names)) - added.keys()
+        # `upload_folder` may split the upload into several commits; until the last, the model would be incomplete.
+        return api.create_commit(
+            repo_id,
+            [*starmap(CommitOperationAdd, added.items()), *map(CommitOperationDelete, sorted(stale))],
+            commit_message=self.commit_message or "Upload compressed model",
+            commit_description=self.commit_description,
+            revision=self.revision,
+            create_pr=self.create_pr,
+        )
 
-    def _resume(self, folder: Path) -> str:
-        words = ["hf", "upload", self.repo_id, str(folder)]
-        words += ["--private"] * bool(self.private) + ["--create-pr"] * self.create_pr
-        words += [] if self.revision is None else ["--revision", self.revision]
-        return f"The complete model is in {folder}. To resume: {shlex.join(words)}"
+
+def _reason(error: Exception) -> str:
+    """Return the response of the Hub, or the error that prevented one, in one line."""
+    chain: list[BaseException] = [error]
+    if error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
+        chain.append(error.__cause__)
+    return " ".join(" ".join(str(one) or type(one).__name__ for one in chain).split())
+
+
+def is_template(text: str) -> bool:
+    """Return whether no person wrote a README: front matter alone, the template of transformers or of `Trainer`."""
+    untouched = TEMPLATE in text and text.count(TO_FILL) >= UNTOUCHED
+    return untouched or TRAINER in text or not ModelCard(text, ignore_metadata_errors=True).text.strip()
+
+
+def merge_header(path: Path, former: str, tags: tuple[str, ...]) -> None:
+    """Add tags to the front matter of a card, and merge that of a README that no person wrote into it."""
+    card = ModelCard.load(path)
+    merged: dict[str, Any] = card.data.to_dict()
+    merged["tags"] = [*merged["tags"], *tags]
+    if not is_ours(former):
+        theirs = ModelCard(former, ignore_metadata_errors=True).data.to_dict()
+        merged["tags"] += theirs.pop("tags", None) or ()
+        for key, value in theirs.items():
+            if value and (key in CARD_FIELDS or not merged.get(key)):
+                merged[key] = value
+    merged["tags"] = list(dict.fromkeys(map(str, merged["tags"])))
+    card.data = ModelCardData(ignore_metadata_errors=True, **merged)
+    card.save(path)
 
 
 # -------------------------------------------------------------------------------------------------- files to publish
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tekken.json",
-    "merges.txt",
-    "vocab.*",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.jinja",
-    f"{CHAT_TEMPLATE_DIR}/*.jinja",
+PUBLISHED = (
+    *(CONFIG_NAME, GENERATION_CONFIG_NAME, CARD, REPORT, EVALUATION, PICTURE),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("merges.txt", "vocab.*", "*.model", "*.tiktoken", "chat_template.jinja", f"{CHAT_TEMPLATE_DIR}/*.jinja"),
 )
-OTHER_FILES = (CONFIG_NAME, GENERATION_CONFIG_NAME, CARD, REPORT, EVALUATION, PICTURE)
+"""Patterns of the files of a model and its tokenizer, except weights and code."""
 
 
 def published(folder: Path, variant: str | None = None) -> list[Path]:
@@ -196,8 +200,9 @@ def published(folder: Path, variant: str | None = None) -> list[Path]:
     Raises:
         OSError, ValueError, KeyError, TypeError, AttributeError: the folder has no compressed model.
     """
-    known = (path for pattern in (*TOKENIZER_FILES, *OTHER_FILES) for path in folder.glob(pattern))
-    found = {*known, *_named_files(folder, variant), *_code(folder, folder / TOKENIZER_CONFIG_FILE)}
+    found = named_files(folder, variant) | code_of(folder / TOKENIZER_CONFIG_FILE)
+    for pattern in PUBLISHED:
+        found |= set(folder.glob(pattern))
     # A link may point to any file.
     return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
@@ -209,7 +214,7 @@ def check_complete(folder: Path, variant: str | None = None) -> None:
         OutputError: the folder is not a compressed model, or lacks weights or code that it names.
     """
     try:
-        missing = sorted(path.name for path in _named_files(folder, variant) - set(published(folder, variant)))
+        missing = sorted(path.name for path in named_files(folder, variant) - set(published(folder, variant)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise OutputError(
             f"{folder} is not a compressed model that can be uploaded: {type(error).__name__} {error}"
@@ -226,31 +231,29 @@ def weights_of(variant: str | None) -> re.Pattern[str]:
     return re.compile(rf"model{part}(-\d{{5}}-of-\d{{5}})?\.safetensors|model\.safetensors\.index{part}\.json")
 
 
-def _named_files(folder: Path, variant: str | None) -> set[Path]:
-    """Return the configuration, weights and code that a saved model names."""
-    config = folder / CONFIG_NAME
-    if not json.loads(config.read_text(encoding="utf-8"))["auto_map"]:
+def named_files(folder: Path, variant: str | None) -> set[Path]:
+    """Return the configuration, and the weights and code that it names."""
+    code = code_of(folder / CONFIG_NAME)
+    if not code:
         raise ValueError(f"{CONFIG_NAME} names no code")
-    weights = set(weight_files(folder, variant) or [folder / whole_name(variant)])
-    index = folder / index_name(variant)
-    return {config, *_code(folder, config), *weights, *({index} if folder / whole_name(variant) not in weights else ())}
+    weights = weight_files(folder, variant) or [folder / whole_name(variant)]
+    if folder / whole_name(variant) not in weights:
+        weights.append(folder / index_name(variant))
+    return {folder / CONFIG_NAME, *code, *weights}
 
 
-def _code(folder: Path, file: Path) -> set[Path]:
+def code_of(file: Path) -> set[Path]:
     """Return the code files that the `auto_map` of a file names, and the modules that they import from its folder."""
+    code: set[Path] = set()
     if not file.is_file():
-        return set()
-    auto_map: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("auto_map", {})
-    names = [name for value in auto_map.values() for name in (value if isinstance(value, list) else [value]) if name]
-    # "owner/name--module.Class" is in another repository.
-    code = {folder / f"{name.partition('.')[0]}.py" for name in names if "--" not in name}
-    return code | {Path(other) for one in code if one.is_file() for other in get_relative_import_files(one)}
-
-
-def _reason(error: Exception) -> str:
-    """Return the response of the Hub, or the error that prevented one, in one line."""
-    chain = [error] if isinstance(error, HfHubHTTPError) or error.__cause__ is None else [error, error.__cause__]
-    return " ".join(" ".join(str(one) or type(one).__name__ for one in chain).split())
+        return code
+    for names in json.loads(file.read_text(encoding="utf-8")).get("auto_map", {}).values():
+        for name in names if isinstance(names, list) else [names]:
+            if name and "--" not in name:  # "owner/name--module.Class" is in another repository
+                code.add(file.with_name(f"{name.partition('.')[0]}.py"))
+    for module in [path for path in code if path.is_file()]:
+        code |= set(map(Path, get_relative_import_files(module)))
+    return code
 
 
 # ------------------------------------------------------------------------------------ save_pretrained and push_to_hub

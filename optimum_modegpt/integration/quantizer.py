@@ -16,6 +16,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig, as_config
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.hub.commands import compress_commands
 from optimum_modegpt.hub.upload import KEPT_REPORT, Upload
 from optimum_modegpt.loading.calibration import calibrate, find_tokenizer
 from optimum_modegpt.loading.source import Source
@@ -91,7 +92,7 @@ class ModeGPTQuantizer:
     ) -> Report:
         """Compress `model` in place with calibration windows that `prepare` has read; see `compress`."""
         card = source.card()
-        self.report = compress(
+        report = compress(
             model,
             self.config,
             windows,
@@ -100,6 +101,8 @@ class ModeGPTQuantizer:
             checkpoint=checkpoint,
             progress=progress,
         )
+        commands = compress_commands(report, model.config.modegpt["dtype"])
+        self.report = replace(report, commands=commands)
         model.config.modegpt["base_card"] = card
         vars(model)[KEPT_REPORT] = self.report
         return self.report

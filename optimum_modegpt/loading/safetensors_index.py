@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError
 from safetensors import SafetensorError, safe_open
@@ -41,6 +44,21 @@ def stored_bytes(source: Source) -> int | None:
     """Return `weight_bytes` of a model that was loaded from a folder or through the cache of the Hub."""
     config = cached_file(source.path, CONFIG_NAME, **{**source.hub, "local_files_only": True})
     return None if config is None else weight_bytes(Path(config).parent)
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Return the sha256 of names, types, shapes and values of the tensors in safetensors files; None without files.
+
+    The digest does not depend on the distribution of the tensors over files.
+    """
+    found = {}
+    for path in weight_files(folder):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                tensor = file.get_tensor(name)
+                values = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy()).hexdigest()
+                found[name] = [str(tensor.dtype), list(tensor.shape), values]
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest() if found else None
 
 
 def _local(folder: Path) -> dict[str, TensorHeader]:

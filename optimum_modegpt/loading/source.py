@@ -80,13 +80,7 @@ class Source:
     @property
     def is_folder(self) -> bool:
         """Return whether the path is a folder; a missing path counts as one if no repository can have its name."""
-        if Path(self.path).is_dir():
-            return True
-        try:
-            validate_repo_id(self.path)
-        except HFValidationError:
-            return True
-        return False
+        return Path(self.path).is_dir() or not is_repo_id(self.path)
 
     def check_path(self) -> None:
         """Raise an error if the path cannot be that of a model.
@@ -199,6 +193,15 @@ class Source:
                 f"no tokenizer could be loaded from {self.name!r}: {error} "
                 "Pass a tokenizer, on the command line with --tokenizer."
             ) from error
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether a repository on the Hub can have this name."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def default_dataset(config: ModeGPTConfig, source: Source) -> ModeGPTConfig:

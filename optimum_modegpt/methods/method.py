@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.calibration.streams import Stream
+from optimum_modegpt.methods.cost import Extent, Peak, Work
 from optimum_modegpt.modeling.modegpt_family import Widths
 
 
@@ -39,7 +42,13 @@ class CutBlock:
 
 
 class Method(Protocol):
-    """A compression method, created from a configuration."""
+    """A compression method, created from a configuration: its steps and its costs.
+
+    Attributes:
+        streams: number of residual streams between two blocks.
+    """
+
+    streams: ClassVar[int]
 
     def cut_block(
         self,
@@ -68,4 +77,12 @@ class Method(Protocol):
 
     def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
         """Return the compressed model's final norm, or None if the model has none. The model does not change."""
+        ...
+
+    def work(self, shapes: Shapes, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
+        """Return the multiply-adds of all blocks together, by step. `widths` are the kept widths of the MLPs."""
+        ...
+
+    def peaks(self, shapes: Shapes, extent: Extent, keep_derivatives: bool) -> list[Peak]:
+        """Return the moments that can be the peak of memory."""
         ...

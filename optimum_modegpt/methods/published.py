@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
-from optimum_modegpt.calibration.streams import Stream, check_dense, inputs_of, map_stream
+from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
@@ -19,9 +18,7 @@ from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinat
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
-from optimum_modegpt.methods.method import CutBlock, StreamPair
 from optimum_modegpt.modeling.modegpt_family import Widths
-from optimum_modegpt.report import PARTS
 
 
 @dataclass(frozen=True)
@@ -133,33 +130,3 @@ def _value_vectors(block: Block, inputs: Tensor) -> Tensor:
 def _take(rows: Tensor, kept: Tensor) -> Tensor:
     """Return the rows `kept` (heads, rank) of every head of (heads, head_dim, columns)."""
     return rows.gather(1, kept[..., None].expand(-1, -1, rows.shape[2]))
-
-
-@dataclass(frozen=True)
-class Published:
-    """The published method, as `compress` runs it."""
-
-    config: ModeGPTConfig
-
-    def cut_block(
-        self,
-        block: Block,
-        streams: StreamPair,
-        widths: Widths,
-        arguments: dict[str, Any],
-        *,
-        windows: Tensor,
-        keep_derivatives: bool,
-    ) -> CutBlock:
-        """Cut a copy of the block by the moments of the dense stream. A block at its dense widths stays as it is."""
-        moments, after = observe(block, streams.dense, arguments)
-        check_dense(after, windows)
-        copied = block.compressible_copy(block.output.weight.device)
-        if widths == block.dense_widths:
-            return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(after, after))
-        errors = compress_block(copied, moments, widths, self.config)
-        return CutBlock(copied, errors, StreamPair(after, after))
-
-    def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
-        """Return a copy of the final norm."""
-        return copy.deepcopy(architecture.final_norm)

@@ -9,9 +9,6 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.methods.cost import Extent, Peak, Work, block_forward, block_memory
 
-STREAMS = 1
-"""Number of residual streams between two blocks."""
-
 
 def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
     """Return the multiply-adds of all blocks together, by step. They depend on neither `config` nor `widths`."""

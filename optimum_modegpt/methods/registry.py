@@ -1,19 +1,126 @@
-"""The compression methods and their costs, by name."""
+"""The compression methods by name, each with its steps and its costs."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
+from torch import Tensor, nn
+
+from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.shapes import Shapes
+from optimum_modegpt.calibration.streams import check_dense
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.methods import published_cost, residual_matched_cost, sensitivity_cost
+from optimum_modegpt.methods import published, published_cost, residual_matched, residual_matched_cost, sensitivity_cost
 from optimum_modegpt.methods.cost import Extent, Peak, Work, block_forward
-from optimum_modegpt.methods.method import Method
-from optimum_modegpt.methods.published import Published
-from optimum_modegpt.methods.residual_matched import ResidualMatched
+from optimum_modegpt.methods.method import CutBlock, Method, StreamPair
+from optimum_modegpt.modeling.modegpt_family import Widths
+from optimum_modegpt.report import PARTS
+
+
+@dataclass(frozen=True)
+class ResidualMatched:
+    """The residual-matched method, as `compress` runs it."""
+
+    config: ModeGPTConfig
+    streams: ClassVar[int] = 2
+
+    def cut_block(
+        self,
+        block: Block,
+        streams: StreamPair,
+        widths: Widths,
+        arguments: dict[str, Any],
+        *,
+        windows: Tensor,
+        keep_derivatives: bool,
+    ) -> CutBlock:
+        """Cut and refit a copy of the block. It stays as it is at its dense widths while nothing before it was cut."""
+        copied = block.compressible_copy(block.output.weight.device)
+        targets = residual_matched.run_dense(block, streams.dense, arguments)
+        check_dense(targets.after, windows)
+        if widths == block.dense_widths and streams.equal:
+            return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(targets.after, targets.after))
+        errors, after = residual_matched.compress_block(
+            copied,
+            streams.dense,
+            streams.compressed,
+            targets,
+            widths,
+            arguments=arguments,
+            config=self.config,
+            keep_derivatives=keep_derivatives,
+        )
+        return CutBlock(copied, errors, StreamPair(targets.after, after))
+
+    def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
+        """Fit a copy of the final norm to the dense model's predictions, if anything was cut."""
+        if architecture.final_norm is None or streams.equal:
+            return copy.deepcopy(architecture.final_norm)
+        norm, dense_norm = (copy.deepcopy(architecture.final_norm).to(device) for _ in range(2))
+        residual_matched.match_output(
+            norm,
+            architecture.head(device),
+            streams.dense,
+            streams.compressed,
+            dense_norm,
+            kind=architecture.family.norm,
+            capped=architecture.own_tail.cap is not None,
+        )
+        return norm.to(architecture.blocks[-1].output.weight.device)
+
+    def work(self, shapes: Shapes, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
+        """Return the multiply-adds of all blocks together, by step."""
+        return residual_matched_cost.work(shapes, self.config, extent, widths)
+
+    def peaks(self, shapes: Shapes, extent: Extent, keep_derivatives: bool) -> list[Peak]:
+        """Return the moments that can be the peak of memory."""
+        return residual_matched_cost.peaks(shapes, self.config, extent, keep_derivatives)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The published method, as `compress` runs it."""
+
+    config: ModeGPTConfig
+    streams: ClassVar[int] = 1
+
+    def cut_block(
+        self,
+        block: Block,
+        streams: StreamPair,
+        widths: Widths,
+        arguments: dict[str, Any],
+        *,
+        windows: Tensor,
+        keep_derivatives: bool,
+    ) -> CutBlock:
+        """Cut a copy of the block by the moments of the dense stream. A block at its dense widths stays as it is."""
+        moments, after = published.observe(block, streams.dense, arguments)
+        check_dense(after, windows)
+        copied = block.compressible_copy(block.output.weight.device)
+        if widths == block.dense_widths:
+            return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(after, after))
+        errors = published.compress_block(copied, moments, widths, self.config)
+        return CutBlock(copied, errors, StreamPair(after, after))
+
+    def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
+        """Return a copy of the final norm."""
+        return copy.deepcopy(architecture.final_norm)
+
+    def work(self, shapes: Shapes, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
+        """Return the multiply-adds of all blocks together, by step."""
+        return published_cost.work(shapes, self.config, extent, widths)
+
+    def peaks(self, shapes: Shapes, extent: Extent, keep_derivatives: bool) -> list[Peak]:
+        """Return the moments that can be the peak of memory."""
+        return published_cost.peaks(shapes, self.config, extent, keep_derivatives)
+
 
 METHODS = {"default": ResidualMatched, "paper": Published}
-COSTS = {"default": residual_matched_cost, "paper": published_cost}
 
 
 def method_of(config: ModeGPTConfig) -> Method:
@@ -40,12 +147,12 @@ def work_of(
         allocate["influences"] = {"own": shapes.blocks * block_forward(shapes, extent.windows, extent.length)}
     if widths is None:
         widths = [int(shapes.mlp * (1 - config.sparsity))] * shapes.blocks
-    return {"allocate": allocate, "decompose": COSTS[config.method].work(shapes, config, extent, widths)}
+    return {"allocate": allocate, "decompose": method_of(config).work(shapes, extent, widths)}
 
 
 def peaks_of(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> list[Peak]:
     """Return the moments that can be the peak of memory. `keep_derivatives` is that of `Placement`."""
-    found = COSTS[config.method].peaks(shapes, config, extent, keep_derivatives)
+    found = method_of(config).peaks(shapes, extent, keep_derivatives)
     if config.sparsity and config.resolved_allocation == "sensitivity":
         found += sensitivity_cost.peaks(shapes, extent)
     return found

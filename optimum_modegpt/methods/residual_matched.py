@@ -7,17 +7,16 @@ refit therefore also compensates the errors of earlier blocks.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimum_modegpt import distributed
-from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.architectures import Block
 from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
 from optimum_modegpt.calibration.moments import (
     AttentionCurvatureSum,
@@ -31,7 +30,7 @@ from optimum_modegpt.calibration.moments import (
     with_ones,
     without_gain,
 )
-from optimum_modegpt.calibration.streams import Stream, check_dense, inputs_of, map_stream, store_like
+from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, store_like
 from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
@@ -43,9 +42,7 @@ from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax,
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
-from optimum_modegpt.methods.method import CutBlock, StreamPair
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
-from optimum_modegpt.report import PARTS
 
 REFIT_TOKENS = 65_536
 """Most tokens that the refit of gate and up looks at."""
@@ -132,8 +129,8 @@ def compress_block(
     """Cut and refit the three parts of `student`, a copy of the dense block at full width.
 
     `dense` and `compressed` are the two streams at the block's input. The target of each part is the output that makes
-    the compressed stream equal to the dense one, so the MLP's also makes up for what the attention lost. This holds for
-    parallel halves too, which both read the block's input.
+    the compressed stream equal to the dense one, so the MLP's also compensates the error of the attention. This
+    holds for parallel halves too, which both read the block's input.
 
     Returns:
         The relative error by part, and the compressed stream after the block.
@@ -528,54 +525,3 @@ def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:
         / distributed.all_reduce(sum(w.numel() for w in weights))
     )
     return [w / mean for w in weights]
-
-
-@dataclass(frozen=True)
-class ResidualMatched:
-    """The residual-matched method, as `compress` runs it."""
-
-    config: ModeGPTConfig
-
-    def cut_block(
-        self,
-        block: Block,
-        streams: StreamPair,
-        widths: Widths,
-        arguments: dict[str, Any],
-        *,
-        windows: Tensor,
-        keep_derivatives: bool,
-    ) -> CutBlock:
-        """Cut and refit a copy of the block. It stays as it is at its dense widths while nothing before it was cut."""
-        copied = block.compressible_copy(block.output.weight.device)
-        targets = run_dense(block, streams.dense, arguments)
-        check_dense(targets.after, windows)
-        if widths == block.dense_widths and streams.equal:
-            return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(targets.after, targets.after))
-        errors, after = compress_block(
-            copied,
-            streams.dense,
-            streams.compressed,
-            targets,
-            widths,
-            arguments=arguments,
-            config=self.config,
-            keep_derivatives=keep_derivatives,
-        )
-        return CutBlock(copied, errors, StreamPair(targets.after, after))
-
-    def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
-        """Fit a copy of the final norm to the dense model's predictions, if anything was cut."""
-        if architecture.final_norm is None or streams.equal:
-            return copy.deepcopy(architecture.final_norm)
-        norm, dense_norm = (copy.deepcopy(architecture.final_norm).to(device) for _ in range(2))
-        match_output(
-            norm,
-            architecture.head(device),
-            streams.dense,
-            streams.compressed,
-            dense_norm,
-            kind=architecture.family.norm,
-            capped=architecture.own_tail.cap is not None,
-        )
-        return norm.to(architecture.blocks[-1].output.weight.device)

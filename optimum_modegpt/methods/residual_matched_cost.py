@@ -13,8 +13,6 @@ from optimum_modegpt.methods import cost
 from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
 from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens
 
-STREAMS = 2
-"""Number of residual streams between two blocks."""
 CONJUGATE_VECTORS = 9
 """Tensors as large as gate and up during their refit: the rows, a few steps, residuals and directions."""
 

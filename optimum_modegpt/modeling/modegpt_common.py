@@ -177,11 +177,17 @@ def head_dim(config: Any) -> int:
 
 
 def mlp_width(config: Any, family: Family) -> int:
-    """Return the MLP width of a dense model, or of the model that was compressed."""
-    width = getattr(config, family.mlp.width)
-    if family.mlp.width_factor is not None and width is None:
-        width = family.mlp.width_factor * config.hidden_size
-    return width
+    """Return the MLP width of a dense model, or of the model that was compressed.
+
+    Raises:
+        ValueError: the configuration has none, and the family does not derive it.
+    """
+    width: int | None = getattr(config, family.mlp.width)
+    if width is not None:
+        return width
+    if family.mlp.width_factor is None:
+        raise ValueError(f"config.json: {family.mlp.width} is None; expected an integer.")
+    return family.mlp.width_factor * config.hidden_size
 
 
 def count_heads(config: Any) -> dict[str, int]:

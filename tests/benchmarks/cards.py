@@ -1,6 +1,7 @@
-"""Make `model_cards/`: compress each model of the README by 30 % and evaluate it, with the package's commands.
+"""Make `model_cards/`: compress each model of the README by 30 % and evaluate it, by the package's own commands.
 
 python tests/benchmarks/cards.py --models DIR --texts DIR [--recover] [NAME …]
+python tests/benchmarks/cards.py --rewrite [NAME …]
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from optimum_modegpt.cli.main import main as run_command
+from optimum_modegpt.hub.card import write_card
 
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 KEPT = ("README.md", "config.json", "report.json", "evaluation.json", "tokenizer_config.json", "ranks.png")
-"""The card and the files that it is written from. Weights are not kept."""
+"""The card and the files that it is generated from; weights are not kept."""
 SPARSITY = "0.3"
 WINDOWS = 64
-"""Maximum number of evaluation windows."""
+"""Maximum number of windows of an evaluation."""
 RECOVERIES = {"demo": {"0.3": (), "0.4": ()}, "stories260k": {"0.3": ("--steps", "60", "--sequence-length", "512")}}
 """Flags of the recoveries in the guides, by model and sparsity."""
 MEASURED = ("perplexity", "kl", "top1_agreement")
@@ -28,7 +30,7 @@ MEASURED = ("perplexity", "kl", "top1_agreement")
 
 @dataclass(frozen=True)
 class Settings:
-    """Set the text files, or None for the demo's texts, the number of windows and the tokens per window."""
+    """Texts of the calibration and the evaluation (None for the demo's own), windows and tokens per window."""
 
     calibration: str | None
     evaluation: str | None
@@ -48,12 +50,20 @@ MODELS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, required=True, help="folder with the dense models")
-    parser.add_argument("--texts", type=Path, required=True, help="folder with the texts")
+    parser.add_argument("--models", type=Path, help="folder with the dense models")
+    parser.add_argument("--texts", type=Path, help="folder with the texts")
     parser.add_argument("--recover", action="store_true", help="make recovered.json in place of the cards")
+    parser.add_argument(
+        "--rewrite", action="store_true", help="only write the cards again from the files in their folders"
+    )
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()
+    if not options.rewrite and None in (options.models, options.texts):
+        parser.error("--models and --texts are required without --rewrite")
     for name in options.names or (RECOVERIES if options.recover else MODELS):
+        if options.rewrite:
+            write_card(MODEL_CARDS / name)
+            continue
         if options.recover:
             rows = [recovered(name, sparsity, options) for sparsity in RECOVERIES[name]]
             (MODEL_CARDS / name / "recovered.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -65,7 +75,7 @@ def main() -> None:
 
 
 def make(name: str, sparsity: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Compress a model, evaluate it with the dense one as the reference, write its card, and return the measurement."""
+    """Compress a model, compare it with the dense one, write its card, and return the measurement."""
     settings = MODELS[name]
     compress = ["--sparsity", sparsity, "--round-to", "1", "--num-samples", str(settings.num_samples)]
     run(
@@ -76,7 +86,7 @@ def make(name: str, sparsity: str, options: argparse.Namespace, output: Path) ->
 
 
 def evaluate(name: str, options: argparse.Namespace, output: Path) -> dict[str, Any]:
-    """Evaluate a model with the dense one as the reference, update its card, and return the measurement."""
+    """Compare a model with the dense one, add the measurement to its card, and return it."""
     settings = MODELS[name]
     words = ["--reference", dense(name, options), "--max-windows", str(WINDOWS), *length(settings), "--update-card"]
     run("evaluate", str(output), *dataset(settings.evaluation, options), *words)
@@ -85,7 +95,7 @@ def evaluate(name: str, options: argparse.Namespace, output: Path) -> dict[str, 
 
 
 def recovered(name: str, sparsity: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Compress a model, recover it with the dense one as the teacher, and return both measurements."""
+    """Measure a compressed model before and after a recovery with the dense one as the teacher."""
     with tempfile.TemporaryDirectory() as folder:
         small, better = Path(folder) / name, Path(folder) / "recovered"
         before = make(name, sparsity, options, small)

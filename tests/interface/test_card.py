@@ -1,4 +1,4 @@
-"""The model card: what it says, where that comes from, and that what it shows runs."""
+"""The model card: its statements, their sources, and its commands and code, which are run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from transformers import (
 
 from optimum_modegpt import ModeGPTQuantizer, OutputError, UnsupportedModel
 from optimum_modegpt.cli.main import main
-from optimum_modegpt.hub.card import MARK, add_evaluation, is_ours, weights_digest, write_card
+from optimum_modegpt.hub.card import MARK, add_evaluation, is_ours, write_card
+from optimum_modegpt.loading.safetensors_index import weights_digest
 from optimum_modegpt.loading.source import Source
 
 BASE_CARD = """---
@@ -40,12 +41,12 @@ language: [en, de]
 # A tiny model
 """
 NEEDS = {"BitsAndBytesConfig": ("bitsandbytes", "accelerate"), "peft": ("peft",)}
-"""What a snippet of the card needs, by a word in it."""
+"""Packages that a snippet of the card needs, by a word in it."""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dense model, its text, and its compressed model under the name that the card uses."""
+    """Return a folder with a dense model, its text, and its compressed model under the name that the card uses."""
     place = tmp_path_factory.mktemp("place")
     save_dense(place / "dense").joinpath("README.md").write_text(BASE_CARD, encoding="utf-8")
     save_text(place / "text.txt")
@@ -58,12 +59,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(place: Path, tmp_path: Path) -> Path:
-    """A copy of the compressed model."""
+    """Return a copy of the compressed model."""
     return Path(shutil.copytree(next(place.glob("dense-modegpt-*")), tmp_path / "result"))
 
 
 def named(folder: Path) -> str:
-    """The name that a card gives its model."""
+    """Return the name that a card gives its model."""
     return str(card(folder).data.model_name)
 
 
@@ -72,7 +73,7 @@ def card(folder: Path) -> Any:
 
 
 def printed(folder: Path, verb: str) -> list[str]:
-    """The words of the command `verb` that the card shows."""
+    """Return the words of the command `verb` that the card shows."""
     commands = re.findall(r"^optimum-cli modegpt (.*)$", card(folder).text.replace("\\\n", ""), re.MULTILINE)
     (words,) = (words for words in map(shlex.split, commands) if words[0] == verb)
     return words
@@ -85,10 +86,11 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def evaluated(folder: Path, name: str, perplexity: float, **more: Any) -> dict[str, Any]:
-    """A result as `evaluate` writes it."""
+    """Return a result as `evaluate` writes it."""
     text = {"name": name, "split": None, "revision": None, "text_column": None, "file_sha256": f"digest of {name}"}
     text |= {"windows": 4, "sequence_length": 32, "tokens": 128, "available_windows": 9, "sha256": "digest"}
-    return {"model": str(folder), "perplexity": perplexity, "tokens": 124, "parameters": 7, "text": text | more}
+    found = {"model": str(folder), "perplexity": perplexity, "tokens": 124, "parameters": 7, "text": text | more}
+    return found | {"settings": {"reference": "dense", "flags": ["--dataset", name]}}
 
 
 # ----------------------------------------------------------------------------------------------------- what it says
@@ -122,7 +124,7 @@ def test_the_figures_are_those_of_the_report(folder: Path) -> None:
     for block in report["blocks"]:
         cells = [f"{p['rank']} / {p['dense_rank']} | {p['relative_error']:.3f}" for p in block["parts"].values()]
         assert f"| {block['index']} | {' | '.join(cells)} |" in text
-    assert "Perplexity, downstream tasks and speed were not measured." in text
+    assert "This model has not been evaluated yet." in text
 
 
 def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,9 +159,9 @@ def test_a_base_on_the_hub_is_linked(recovered: Any, relation: str, folder: Path
 
     edit(folder / "config.json", change)
     write_card(folder)
+    assert "| base model | `org/base`, revision `abc` |" in card(folder).text
     assert card(folder).data.base_model == "org/base"
     assert card(folder).data.base_model_relation == relation
-    assert "compress org/base --revision abc --dtype float32" in card(folder).text
     assert ("1,200 steps" in card(folder).text) == (recovered is not None)
 
 
@@ -167,7 +169,7 @@ def test_a_base_on_the_hub_is_linked(recovered: Any, relation: str, folder: Path
 def test_a_recovery_is_told(recovered: dict[str, Any], folder: Path) -> None:
     edit(folder / "config.json", lambda config: config["modegpt"].update(recovered=recovered))
     text = " ".join(write_card(folder).read_text(encoding="utf-8").split())
-    assert "fine-tuned with distillation from the dense model on `corpus`, 5,000 tokens, LoRA of rank 4" in text
+    assert "fine-tuned with distillation from `dense` on `corpus`, 5,000 tokens, LoRA of rank 4" in text
 
 
 # ------------------------------------------------------------------------------------------------------- the licence
@@ -252,7 +254,12 @@ def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> No
     add_evaluation(folder, evaluated(folder, "two.txt", 6.0))
     add_evaluation(folder, evaluated(folder, "one.txt", 4.5))
     task = {"value": 0.5, "stderr": 0.01}
-    add_evaluation(folder, {"model": "x", "tasks": {"quiz": {"acc": task}}, "reference_tasks": {"quiz": {"acc": task}}})
+    tasks = {
+        "model": "x",
+        "settings": {"reference": "dense", "flags": ["--tasks", "quiz"]},
+        "tasks": {"quiz": {"acc": task}},
+    }
+    add_evaluation(folder, tasks | {"reference_tasks": {"quiz": {"acc": task}}})
     add_evaluation(folder, {"model": "x", "tasks": {"riddle": {"acc": task | {"stderr": None}}}})
     results = [
         (result.dataset_name, result.metric_type, result.metric_value) for result in card(folder).data.eval_results
@@ -268,8 +275,8 @@ def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> No
     assert "5.00" not in text
     assert "**0.5000 ± 0.0100** | 0.5000 ± 0.0100 |" in text
     assert "**0.5000** | – |" in text
-    assert "--tasks quiz,riddle" in text
-    assert "--sequence-length 32 --max-windows 4" in text.replace(" \\\n   ", "")
+    commands = re.findall(r"^optimum-cli modegpt evaluate \S+ (.*)", text, re.MULTILINE)
+    assert commands == ["--dataset two.txt", "--dataset one.txt", "--tasks quiz"]
     assert str(folder) not in (folder / "evaluation.json").read_text()
 
 
@@ -354,21 +361,34 @@ def test_a_card_of_changed_weights_says_so(folder: Path) -> None:
 
 
 def test_a_card_of_a_recovery_has_its_command_and_no_older_errors(folder: Path) -> None:
-    recovered = {"dataset": "org/corpus", "revision": "abc", "split": "train", "windows": 40, "sequence_length": 32}
-    recovered |= {"steps": 20, "batch_size": 4, "learning_rate": 0.01, "lora_rank": 8, "seed": 3}
-    recovered |= {"distilled": True, "teacher": "dense"}
-    edit(folder / "config.json", lambda config: config["modegpt"].update(recovered=recovered))
+    recovered = {"dataset": "org/corpus", "revision": "abc", "steps": 20, "lora_rank": 8, "distilled": True}
+    edit(folder / "config.json", lambda config: config["modegpt"].update(recovered=recovered | {"teacher": "dense"}))
+    flags = ["--teacher", "dense", "--dataset", "org/corpus", "--steps", "20", "--lora-rank", "8"]
+    edit(folder / "report.json", lambda report: report["commands"].update(recover=flags))
     text = write_card(folder).read_text(encoding="utf-8")
     assert "relative error" not in text
     assert "and fine-tuned afterwards" in text
     assert "without training" not in text
-    flags = "--teacher dense --dataset org/corpus --dataset-split train --sequence-length 32 --num-samples 40"
-    flags += " --learning-rate 0.01 --steps 20 --batch-size 4 --lora-rank 8 --seed 3"
     name = named(folder)
     made = name.removesuffix("-recovered")
-    assert printed(folder, "recover") == ["recover", made, *flags.split(), "--output", name]
+    assert printed(folder, "recover") == ["recover", made, *flags, "--output", name]
     assert printed(folder, "compress")[-1] == made
     assert card(folder).data.datasets == ["org/corpus"]
+
+
+def test_a_report_without_commands_gives_a_card_without_them(folder: Path) -> None:
+    edit(folder / "report.json", lambda report: report.pop("commands"))
+    text = write_card(folder).read_text(encoding="utf-8")
+    assert "made with" in text
+    assert "modegpt compress" not in text
+    assert "compression_config=ModeGPTConfig(sparsity=0.3, " in text
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_card_of_an_older_version_is_recognised(older: bool, folder: Path) -> None:
+    mark = "Written by optimum_modegpt, and written again when there is news; to keep words of your own, delete this."
+    (folder / "README.md").write_text(f"<!-- {mark if older else ''} -->\n# An old card\n", encoding="utf-8")
+    assert ("An old card" not in write_card(folder).read_text(encoding="utf-8")) == older
 
 
 def test_the_reference_and_the_settings_are_named(
@@ -384,11 +404,10 @@ def test_the_reference_and_the_settings_are_named(
     pairs = set(zip(command[2::2], command[3::2], strict=True))
     assert pairs == set(zip(settings[::2], settings[1::2], strict=True)) | {("--reference", "other")}
     text = card(folder).text
-    assert "| perplexity | `other` | KL" in text
-    assert "dense model" not in text
-    assert "`other` was a folder: give its path. `text.txt` was a file: give its path." in text
+    (row,) = re.findall(r"^\| `text\.txt` .*", text, re.MULTILINE)
+    assert "(`other`) |" in row
     assert main(["evaluate", str(folder), "--reference", "dense", *settings, "--update-card"]) == 0
-    assert "| perplexity | dense model | KL" in card(folder).text
+    assert "other" not in re.findall(r"^\| `text\.txt` .*", card(folder).text, re.MULTILINE)[0]
 
 
 # ----------------------------------------------------------------------------------------------- heads and quantisation
@@ -481,6 +500,17 @@ def test_values_stay_in_their_line(folder: Path) -> None:
     assert card(folder).data.base_model is None
 
 
+def test_words_of_a_stored_command_are_quoted(folder: Path) -> None:
+    evil = "x`|\n```\n# Evil <script>"
+    edit(folder / "report.json", lambda report: report["commands"].update(compress=[evil, "; rm -rf ~"]))
+    entry = evaluated(folder, "one.txt", 5.0)
+    add_evaluation(folder, entry | {"settings": {"reference": evil, "flags": ["--dataset", evil]}})
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert not re.search("^# Evil", text, re.MULTILINE)
+    assert "<script>" not in text
+    assert "'; rm -rf ~'" in text.replace(" \\\n   ", "")
+
+
 def test_what_is_left_is_logged_and_the_model_saved(folder: Path, tmp_path: Path, caplog: Any) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -559,12 +589,7 @@ def test_a_model_without_its_report_says_what_its_record_knows(folder: Path, tmp
     assert "made with" in first.text
     assert "made with" not in again.text
     assert "AutoTokenizer" not in again.text
-    for line in (
-        "| all parameters |",
-        "| weight files |",
-        "| sha256 of its token ids |",
-        "optimum-cli modegpt compress",
-    ):
+    for line in ("| all parameters |", "| weight files |", "| sha256 of its token ids |", "In Python, load `dense`"):
         assert re.findall(f"^{re.escape(line)}.*", first.text, re.MULTILINE) == re.findall(
             f"^{re.escape(line)}.*", again.text, re.MULTILINE
         )
@@ -583,12 +608,13 @@ def test_the_report_of_another_model_is_not_believed(folder: Path) -> None:
     assert "made with" not in write_card(folder).read_text(encoding="utf-8")
 
 
-def test_what_was_in_memory_is_no_argument_of_a_command(folder: Path) -> None:
-    edit(folder / "config.json", lambda config: config["modegpt"]["recipe"].update(dataset="in memory: 3 texts"))
-    text = write_card(folder).read_text(encoding="utf-8")
+def test_a_dataset_in_memory_gives_no_command(place: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place / "dense")
+    quantizer = ModeGPTQuantizer(RECIPE | {"dataset": (place / "text.txt").read_text(encoding="utf-8").split("\n\n")})
+    quantizer.save(quantizer.quantize_model(model, progress=False), tmp_path)
+    text = card(tmp_path).text
     assert "modegpt compress" not in text
-    assert "dataset=dataset" in text
-    assert "`dataset` was an object: 3 texts." in text
+    assert re.search(r"ModeGPTConfig\(sparsity=0\.3, .*dataset='in memory: list \d+ items'", text)
 
 
 def test_a_dense_model_gets_no_card(tmp_path: Path) -> None:

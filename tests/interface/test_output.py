@@ -1,4 +1,4 @@
-"""The place of a result: what may be deleted for it, and what happens to work that loses a race."""
+"""Atomic writes of result folders: which folders may be overwritten, and races between runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optimum_modegpt.hub.output import check_output, replacing, workshop_of
 
 
 def result(folder: Path, mark: str = "", model_type: str = "modegpt_llama") -> Path:
-    """A folder that looks like a result of ours."""
+    """Return a folder that looks like a result of ours."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": model_type, "mark": mark}))
     for name in ("model.safetensors", "modegpt_llama.py", "README.md", "merges.txt", ".gitattributes"):
@@ -33,7 +33,7 @@ def names(folder: Path) -> set[str]:
 
 @contextmanager
 def in_workshop(folder: Path) -> Iterator[Path]:
-    """A new result folder, made as the commands make it."""
+    """Yield a new result folder, as the commands do."""
     workshop = workshop_of(folder)
     with workshop.alone(), replacing(folder, overwrite=False, workshop=workshop.folder) as partial:
         yield partial
@@ -108,22 +108,21 @@ def test_the_second_of_two_runs_does_not_replace_the_first(tmp_path: Path) -> No
     assert mark_of(folder.parent / kept) == "second"
 
 
-def test_a_lost_race_with_overwrite_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_race_with_overwrite_keeps_both_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, workshop, rename = result(tmp_path / "out", "old"), tmp_path / "workshop", Path.rename
-    lost = []
 
     def taken(self: Path, target: Path) -> Path:
-        if target == folder and not lost:
-            lost.append(target)
+        if target == folder:
             result(folder, "other")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", taken)
-    with replacing(folder, overwrite=True, workshop=workshop) as partial:
+    words = r"(?s)was written by another run in the meantime.*kept in .*out\.finished-"
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, workshop=workshop) as partial:
         result(partial, "new")
-    assert lost
-    assert mark_of(folder) == "new"
-    assert names(workshop) == set()
+    assert mark_of(folder) == "other"
+    (kept,) = names(tmp_path) - {"out", "workshop"}
+    assert mark_of(tmp_path / kept) == "new"
 
 
 def test_the_folder_of_the_run_is_no_place_for_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

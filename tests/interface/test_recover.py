@@ -372,7 +372,10 @@ def test_the_command_saves_an_ordinary_compressed_model(
     assert printed.endswith(ending)
     assert {path.name for path in output.iterdir()} == {path.name for path in small.iterdir()}
     assert Report.load(output / "report.json").blocks == Report.load(small / "report.json").blocks
-    assert "fine-tuned" in (output / "README.md").read_text(encoding="utf-8")
+    card = (output / "README.md").read_text(encoding="utf-8").replace(" \\\n   ", "")
+    assert "and fine-tuned afterwards" in card
+    assert "optimum-cli modegpt compress " in card
+    assert f"-modegpt-30 --teacher {teacher.name} --dataset {text.name} --sequence-length 32 " in card
     model, before = (AutoModelForCausalLM.from_pretrained(folder) for folder in (output, small))
     assert type(model) is type(before)
     assert model.config.widths() == before.config.widths()

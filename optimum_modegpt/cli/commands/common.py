@@ -20,7 +20,7 @@ from optimum_modegpt import progress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, OutputError
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
-from optimum_modegpt.hub.card.commands import flags
+from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.loading.calibration import check_tokenizer, tokenizer_named
 from optimum_modegpt.loading.models import load_model
 from optimum_modegpt.loading.source import Source

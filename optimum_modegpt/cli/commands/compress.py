@@ -21,8 +21,8 @@ from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.commands.estimate import estimate_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.hub.card import REPORT
 from optimum_modegpt.hub.output import check_output, replacing, saving, taken_back, workshop_of
+from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import Upload
 from optimum_modegpt.integration.job import Job
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer

@@ -19,8 +19,9 @@ from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.fidelity import fidelity
 from optimum_modegpt.evaluation.harness import Tasks, TaskScores, harness, load_tasks
 from optimum_modegpt.evaluation.perplexity import perplexity
-from optimum_modegpt.hub.card import CARD, EVALUATION, add_evaluation, check_evaluation
-from optimum_modegpt.hub.card.write import may_be_replaced
+from optimum_modegpt.hub.card import CARD, add_evaluation, may_be_replaced
+from optimum_modegpt.hub.commands import flags
+from optimum_modegpt.hub.result import EVALUATION, check_evaluation
 from optimum_modegpt.loading.calibration import check_vocabulary, context_of
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source
@@ -29,11 +30,11 @@ from optimum_modegpt.report import count_parameters
 
 TEXT_FLAGS = ("dataset_split", "text_column", "sequence_length", "max_windows")
 TASK_FLAGS = ("num_fewshot", "limit", "include_path")
-SETTINGS = (
-    *("tokenizer", "dataset", "include_path", "dataset_split", "text_column", "batch_size"),
-    *("allow_foreign_tokenizer", "dtype", "reference_revision"),
+ON_CARD = (
+    *("reference_revision", "tokenizer", "allow_foreign_tokenizer", "batch_size", "dtype"),
+    *("dataset", *TEXT_FLAGS, "tasks", "num_fewshot", "include_path"),
 )
-"""The flags that a card shows."""
+"""The flags that a card shows, except the name of the reference."""
 
 
 def run(options: Namespace) -> None:
@@ -97,21 +98,18 @@ def update_card(folder: Path, result: dict[str, Any]) -> None:
 
 
 def settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
-    """Return the flags of the measurement for the command on a card; of paths only the last part."""
-    found: dict[str, Any] = {}
-    paths = []
-    for name in SETTINGS:
-        value = getattr(options, name)
-        if name in ("tokenizer", "dataset", "include_path") and common.existing_paths(value):
-            value = Path(value).resolve().name
-            paths.append(name)
-        if value not in (None, False, "auto"):
-            found[name] = value
-    if reference is not None:
-        found["reference"] = reference.base_model
-        if reference.is_folder and not reference.is_demo:
-            paths.append("reference")
-    return {**found, "paths": paths} if paths else found
+    """Return the reference and the flags of the measurement, for the card; of local paths only the last part."""
+    values = {name: getattr(options, name) for name in ON_CARD}
+    for name in ("tokenizer", "dataset", "include_path"):
+        if common.existing_paths(values[name]):
+            values[name] = Path(values[name]).resolve().name
+    if options.tasks is not None:
+        values["tasks"] = ",".join(options.tasks)
+    if options.dtype == "auto":
+        del values["dtype"]
+    if reference is None:
+        return {"flags": flags(values)}
+    return {"reference": reference.base_model, "flags": flags({"reference": reference.base_model, **values})}
 
 
 def read_text(options: Namespace, source: Source, model_config: Any, tokenizer: Any) -> TokenWindows:

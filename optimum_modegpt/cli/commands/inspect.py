@@ -12,7 +12,7 @@ import torch
 from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.tables import inspection_table
 from optimum_modegpt.evaluation.inspection import inspection
-from optimum_modegpt.hub.card.contents import EVALUATION, read
+from optimum_modegpt.hub.result import EVALUATION, read
 from optimum_modegpt.loading.models import load_config, load_model
 from optimum_modegpt.loading.safetensors_index import read_headers
 from optimum_modegpt.modeling import DENSE_TYPES

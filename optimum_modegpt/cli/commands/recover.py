@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from transformers.utils.hub import cached_file
 from optimum_modegpt.cli.commands import common
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.hub.card import REPORT
+from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.output import check_output, replacing, saving, taken_back, workshop_of
+from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import KEPT_REPORT
 from optimum_modegpt.loading.calibration import calibrate
 from optimum_modegpt.loading.models import load_config, pick_device
@@ -20,6 +22,12 @@ from optimum_modegpt.loading.source import DEMO, Source
 from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.recovery.recover import Recovery, check_compressed, recover
 from optimum_modegpt.report import Report
+
+ON_CARD = (
+    *("dataset", "dataset_split", "text_column", "sequence_length", "num_samples"),
+    *RecoveryConfig.__dataclass_fields__,
+)
+"""The flags that a card shows, except the name of the teacher."""
 
 
 def run(options: Namespace) -> None:
@@ -72,11 +80,21 @@ def recover_to(output: Path, workshop: Path, source: Source, teacher: Source | N
                 "more similar to the training data of the model."
             )
         if report is not None:
-            vars(model)[KEPT_REPORT] = report
+            commands = {**report.commands, "recover": arguments(options, teacher)}
+            vars(model)[KEPT_REPORT] = replace(report, commands=commands)
         with saving(output):
             tokenizer.save_pretrained(folder)
             model.save_pretrained(folder)
     return recovery
+
+
+def arguments(options: Namespace, teacher: Source | None) -> list[str]:
+    """Return the arguments of this command for the report; of local paths only the last part."""
+    values = {name: getattr(options, name) for name in ON_CARD}
+    if common.existing_paths(options.dataset):
+        values["dataset"] = Path(options.dataset).resolve().name
+    name = teacher.base_model if teacher else None
+    return flags({"teacher": name, "teacher_revision": options.reference_revision, **values})
 
 
 def text(options: Namespace, model_config: Any) -> ModeGPTConfig:
