@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from optimum_modegpt.modeling import DENSE_TYPES, SHARED_FILES
-from optimum_modegpt.modeling.modegpt_common import Widths, head_dim, mlp_width
+from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
+from optimum_modegpt.modeling.modegpt_family import Widths
 
 VOCABULARY = 260
 """256 bytes, three special tokens and one token that the tokenizer never makes."""

@@ -15,8 +15,9 @@ from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.residual import ResidualProgram
 from optimum_modegpt.architectures.storage import dense_weights, is_separate, reorder_head_norms
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
-from optimum_modegpt.modeling import modegpt_common as modeling
-from optimum_modegpt.modeling.modegpt_family import Family, Norm, Part, Topology
+from optimum_modegpt.modeling import modegpt_blocks
+from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
+from optimum_modegpt.modeling.modegpt_family import Family, Norm, Part, Topology, Widths
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,14 @@ class Block:
     @property
     def is_separate(self) -> bool:
         """Whether the block has the compressed classes, or a dense one stores its projections as they do."""
-        if isinstance(self.attention, modeling.ModeGPTAttentionMixin):
+        if isinstance(self.attention, ModeGPTAttentionMixin):
             return True
         return is_separate(self.module, self.family)
 
     @property
-    def dense_widths(self) -> modeling.Widths:
+    def dense_widths(self) -> Widths:
         """The widths of the uncompressed block."""
-        return modeling.Widths(self.head_dim, self.head_dim, self.mlp_width)
+        return Widths(self.head_dim, self.head_dim, self.mlp_width)
 
     def _linear(self, path: str) -> nn.Linear:
         return self.module.get_submodule(path)  # pyright: ignore[reportReturnType]
@@ -187,15 +188,15 @@ class Block:
         copied = self._copied(device)
         weights = dense_weights(copied.module, self.family)
         reorder_head_norms(copied.module, self.family)
-        modeling.adopt_block(copied.module, self.classes.causal_lm)
+        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm)
         for path, (weight, bias) in weights.items():
-            modeling.install_linear(copied.module, path, weight, bias)
+            modegpt_blocks.install_linear(copied.module, path, weight, bias)
         return copied
 
-    def narrow(self, widths: modeling.Widths) -> nn.Module:
+    def narrow(self, widths: Widths) -> nn.Module:
         """Return an empty module of these widths with the compressed classes on the meta device, to be filled."""
         module = self._copied(torch.device("meta")).module
-        modeling.shrink_block(module, self.classes.causal_lm, widths)
+        modegpt_blocks.shrink_block(module, self.classes.causal_lm, widths)
         return module
 
     def on(self, device: torch.device) -> Block:
@@ -218,7 +219,7 @@ class Block:
         self._install_rows(self.family.attention.key, key.flatten(0, 1))
         self.attention.set_widths(query.shape[1], self.attention.v_head_dim)
         if pairs is not None:
-            modeling.install_rope_index(self.attention, pairs.to(self.output.weight.device))
+            modegpt_blocks.install_rope_index(self.attention, pairs.to(self.output.weight.device))
 
     def install_value_output(self, value: Tensor, output: Tensor) -> None:
         """Replace value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model)."""
@@ -235,7 +236,7 @@ class Block:
     def _install_rows(self, path: str, rows: Tensor) -> None:
         has_bias = self._linear(path).bias is not None
         weight, bias = (rows[:, :-1], rows[:, -1]) if has_bias else (rows, None)
-        modeling.install_linear(self.module, path, weight, bias)
+        modegpt_blocks.install_linear(self.module, path, weight, bias)
 
 
 def _rows(linear: nn.Linear, to: Callable[[Tensor], Tensor] = to_float64) -> Tensor:

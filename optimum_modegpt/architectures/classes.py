@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optimum_modegpt.modeling.modegpt_common import ModeGPTAttentionMixin
+from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
 from optimum_modegpt.modeling.modegpt_family import Family
 
 

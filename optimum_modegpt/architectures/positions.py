@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.errors import UnsupportedModel
-from optimum_modegpt.modeling.modegpt_common import pair_columns, rotates
+from optimum_modegpt.modeling.modegpt_attention import pair_columns, rotates
 from optimum_modegpt.modeling.modegpt_family import Family
 
 

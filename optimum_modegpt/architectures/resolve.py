@@ -18,7 +18,8 @@ from optimum_modegpt.architectures.head import LogitHead, cap_of, scale_of
 from optimum_modegpt.architectures.residual import multiplier_of, topology_of
 from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
-from optimum_modegpt.modeling.modegpt_common import count_heads, mlp_width, rotates
+from optimum_modegpt.modeling.modegpt_attention import rotates
+from optimum_modegpt.modeling.modegpt_config import count_heads, mlp_width
 from optimum_modegpt.modeling.modegpt_contract import check_attention
 from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
 

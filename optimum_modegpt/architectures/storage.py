@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures.positions import canonical_order
-from optimum_modegpt.modeling.modegpt_common import count_heads
+from optimum_modegpt.modeling.modegpt_config import count_heads
 from optimum_modegpt.modeling.modegpt_family import Family, Projection
 
 

@@ -2,7 +2,15 @@
 
 from pkgutil import iter_modules
 
-SHARED_FILES = ("modegpt_common", "modegpt_contract", "modegpt_family", "modegpt_files")
+SHARED_FILES = (
+    "modegpt_attention",
+    "modegpt_blocks",
+    "modegpt_common",
+    "modegpt_config",
+    "modegpt_contract",
+    "modegpt_family",
+    "modegpt_files",
+)
 """The modules that all families use."""
 
 DENSE_TYPES = tuple(

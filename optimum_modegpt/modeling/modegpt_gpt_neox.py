@@ -10,7 +10,9 @@ from transformers.models.gpt_neox.modeling_gpt_neox import (
     GPTNeoXModel,
 )
 
-from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_attention import ModeGPTAttentionMixin
+from .modegpt_common import ModeGPTModelMixin, register
+from .modegpt_config import ModeGPTConfigMixin
 from .modegpt_family import MLP, Attention, Family, Head, Norm, Positions, Residual, Storage
 
 FAMILY = Family(

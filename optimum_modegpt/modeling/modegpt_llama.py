@@ -10,7 +10,9 @@ from transformers.models.llama.modeling_llama import (
     LlamaModel,
 )
 
-from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_attention import ModeGPTAttentionMixin
+from .modegpt_common import ModeGPTModelMixin, register
+from .modegpt_config import ModeGPTConfigMixin
 from .modegpt_family import Family
 
 FAMILY = Family("llama")

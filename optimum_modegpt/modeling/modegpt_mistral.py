@@ -10,7 +10,9 @@ from transformers.models.mistral.modeling_mistral import (
     MistralModel,
 )
 
-from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_attention import ModeGPTAttentionMixin
+from .modegpt_common import ModeGPTModelMixin, register
+from .modegpt_config import ModeGPTConfigMixin
 from .modegpt_family import Attention, Family
 
 FAMILY = Family("mistral", attention=Attention(score_arguments=(("sliding_window", "config.sliding_window"),)))

@@ -10,7 +10,9 @@ from transformers.models.opt.modeling_opt import (
     OPTModel,
 )
 
-from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_attention import ModeGPTAttentionMixin
+from .modegpt_common import ModeGPTModelMixin, register
+from .modegpt_config import ModeGPTConfigMixin
 from .modegpt_family import MLP, Attention, Family, Head, Norm, Positions, Residual
 
 FAMILY = Family(

@@ -11,7 +11,10 @@ from transformers.models.phi3.modeling_phi3 import (
     Phi3Model,
 )
 
-from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTMLPMixin, ModeGPTModelMixin, register
+from .modegpt_attention import ModeGPTAttentionMixin
+from .modegpt_blocks import ModeGPTMLPMixin
+from .modegpt_common import ModeGPTModelMixin, register
+from .modegpt_config import ModeGPTConfigMixin
 from .modegpt_family import MLP, Attention, Family, Positions, Storage
 
 FAMILY = Family(

@@ -10,7 +10,9 @@ from transformers.models.qwen2.modeling_qwen2 import (
     Qwen2Model,
 )
 
-from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_attention import ModeGPTAttentionMixin
+from .modegpt_common import ModeGPTModelMixin, register
+from .modegpt_config import ModeGPTConfigMixin
 from .modegpt_family import Attention, Family
 
 FAMILY = Family("qwen2", attention=Attention(score_arguments=(("sliding_window", "sliding_window"),)))

@@ -10,7 +10,9 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Model,
 )
 
-from .modegpt_common import ModeGPTAttentionMixin, ModeGPTConfigMixin, ModeGPTModelMixin, register
+from .modegpt_attention import ModeGPTAttentionMixin
+from .modegpt_common import ModeGPTModelMixin, register
+from .modegpt_config import ModeGPTConfigMixin
 from .modegpt_family import Attention, Family, HeadNorms
 
 FAMILY = Family(

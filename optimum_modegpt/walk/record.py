@@ -15,7 +15,7 @@ from optimum_modegpt.allocation.plan import Plan, total_weights
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.cost import Extent, product_seconds
 from optimum_modegpt.methods.registry import work_of
-from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
+from optimum_modegpt.modeling.modegpt_config import FORMAT_VERSION
 from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, count_parameters
 from optimum_modegpt.stages import product_rates
 from optimum_modegpt.walk.request import Request

@@ -11,7 +11,7 @@ from tiny_models import compressed, tokens
 from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 
-from optimum_modegpt.modeling.modegpt_common import Widths
+from optimum_modegpt.modeling.modegpt_family import Widths
 
 BLOCKS = 9
 """More than the recompilations that torch.compile allows, so that one graph per block would fail."""

@@ -23,13 +23,10 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import UnsupportedModel
-from optimum_modegpt.modeling.modegpt_common import (
-    ModeGPTAttentionMixin,
-    ModeGPTConfigMixin,
-    ModeGPTMLPMixin,
-    ModeGPTModelMixin,
-    register,
-)
+from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
+from optimum_modegpt.modeling.modegpt_blocks import ModeGPTMLPMixin
+from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin, register
+from optimum_modegpt.modeling.modegpt_config import ModeGPTConfigMixin
 from optimum_modegpt.modeling.modegpt_family import (
     MLP,
     Attention,

@@ -14,7 +14,7 @@ from subprocess_load import run_worker
 from tiny_models import FAMILIES, SHARED_CODE, VARIANTS, classes, compressed, tokenizer, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from optimum_modegpt.modeling.modegpt_common import Widths
+from optimum_modegpt.modeling.modegpt_family import Widths
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)

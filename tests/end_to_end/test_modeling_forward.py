@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
-from optimum_modegpt.modeling.modegpt_common import install_linear, install_rope_index
+from optimum_modegpt.modeling.modegpt_blocks import install_linear, install_rope_index
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)

@@ -19,7 +19,7 @@ from tiny_models import FAMILIES, classes, compressed, dense, tokens
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from optimum_modegpt.modeling.modegpt_common import FORMAT_VERSION
+from optimum_modegpt.modeling.modegpt_config import FORMAT_VERSION
 from optimum_modegpt.modeling.modegpt_family import Family
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)

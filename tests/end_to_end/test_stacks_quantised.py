@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from optimum_modegpt import InvalidConfig, ModeGPTConfig, ModeGPTQuantizer, UnsupportedModel, demo
-from optimum_modegpt.modeling.modegpt_common import Widths
+from optimum_modegpt.modeling.modegpt_family import Widths
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
 torchao = pytest.importorskip("torchao", reason="torchao is not installed (pip install torchao)")

@@ -1,0 +1,140 @@
+"""Blocks of compressed models: separate the dense projections, install weights, and change widths.
+
+This file is also remote code: it is copied next to the weights. It imports only torch and transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .modegpt_attention import ModeGPTAttentionMixin
+from .modegpt_config import Dense, count_heads, head_dim, mlp_width
+from .modegpt_contract import check_attention
+from .modegpt_family import Family, Widths
+
+
+class ModeGPTMLPMixin(Dense):
+    """Extends a dense MLP class that stacks its input projections. The compressed MLP has separate ones."""
+
+    family: ClassVar[Family]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map (batch, length, d_model) to the same shape, as the dense class does."""
+        mlp = self.family.mlp
+        hidden = self.submodule(mlp.activation)(self.submodule(mlp.inputs[0])(hidden_states))
+        for path in mlp.inputs[1:]:
+            hidden = hidden * self.submodule(path)(hidden_states)
+        return self.submodule(mlp.output)(hidden)
+
+    def submodule(self, path: str) -> nn.Module:
+        """Return a module of the MLP by its path from the block."""
+        return self.get_submodule(path.removeprefix(f"{self.family.mlp.module}."))
+
+
+def adopt_block(block: Any, model_class: type[Any]) -> None:
+    """Turn a dense block into one of the compressed classes at full width.
+
+    Projections that the dense block stacks or transposes become separate linear layers, which are not initialised.
+
+    Raises:
+        ImportError: the dense class takes an argument that the compressed one does not handle.
+    """
+    family = model_class.attention_class.family
+    attention = block.get_submodule(family.attention.module)
+    _separate(block, family, attention.config)
+    adopt_attention(attention, model_class.attention_class)
+    if model_class.mlp_class is not None:
+        block.get_submodule(family.mlp.module).__class__ = model_class.mlp_class
+
+
+def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]) -> None:
+    """Turn a dense attention module, with separate projections, into the compressed class at full width.
+
+    Raises:
+        ImportError: the dense class takes an argument that the compressed one does not handle.
+    """
+    attention.cache_argument = check_attention(attention_class.dense_class())
+    attention.__class__ = attention_class
+    head_dim, key = attention.dense_head_dim, attention.projection("key")
+    attention.set_widths(head_dim, head_dim)
+    if attention.rotates:
+        pairs = torch.arange(head_dim // 2, dtype=torch.int32, device=key.weight.device)
+        install_rope_index(attention, pairs.expand(key.out_features // head_dim, -1))
+
+
+def _separate(block: nn.Module, family: Family, config: Any) -> None:
+    """Replace the projections that the dense block stacks or transposes by uninitialised linear layers."""
+    units = {"block": 1} | count_heads(config)
+    head = head_dim(config)
+    widths = {"qk": head, "vo": head, "mlp": mlp_width(config, family)}
+    stacked: set[str] = set()
+    for projection in family.projections:
+        if projection.storage.plain:
+            continue
+        dense: Any = block.get_submodule(projection.dense_path)
+        shape = [config.hidden_size, config.hidden_size]
+        shape[projection.axis] = units[projection.unit] * widths[projection.part]
+        new = empty_linear(dense, shape[0], shape[1])
+        block.set_submodule(projection.path, new.requires_grad_(dense.weight.requires_grad))
+        if projection.dense_path != projection.path:
+            stacked.add(projection.dense_path)
+    for path in stacked:
+        parent, _, name = path.rpartition(".")
+        delattr(block.get_submodule(parent), name)
+
+
+def install_rope_index(attention: nn.Module, index: Tensor) -> None:
+    """Set the coordinate pairs (kv_heads, qk_head_dim / 2) that each key-value head kept."""
+    attention.register_buffer("rope_index", index.to(torch.int32).contiguous(), persistent=True)
+
+
+def install_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Replace a projection by one of the given weight (out, in), in the dtype and on the device of the old one.
+
+    `bias` must be given if, and only if, the old projection has one.
+    """
+    old: Any = block.get_submodule(path)
+    assert (bias is None) == (old.bias is None), path
+    new = empty_linear(old, weight.shape[0], weight.shape[1])
+    with torch.no_grad():
+        new.weight.copy_(weight)
+        if bias is not None:
+            new.bias.copy_(bias)
+    new.requires_grad_(old.weight.requires_grad)
+    block.set_submodule(path, new)
+
+
+def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
+    """Return an uninitialised projection of another shape, with the bias, dtype, device and mode of `like`."""
+    new: Any = nn.utils.skip_init(
+        nn.Linear,
+        in_features,
+        out_features,
+        bias=like.bias is not None,
+        dtype=like.weight.dtype,
+        device=like.weight.device,
+    )
+    return new.train(like.training)
+
+
+def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
+    """Give a newly built dense block the widths of a compressed one. The values must be loaded afterwards.
+
+    Raises:
+        ValueError: the query and key width is odd in a block with rotary embeddings.
+    """
+    family = model_class.attention_class.family
+    attention = block.get_submodule(family.attention.module)
+    units = {"block": 1} | count_heads(attention.config)
+    adopt_block(block, model_class)
+    attention.set_widths(widths.qk, widths.vo)
+    for projection in family.projections:
+        old = block.get_submodule(projection.path)
+        shape = list(old.weight.shape)
+        shape[projection.axis] = units[projection.unit] * getattr(widths, projection.part)
+        block.set_submodule(projection.path, empty_linear(old, *shape))
+    if attention.rotates:
+        install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])

@@ -1,0 +1,184 @@
+"""The configuration that all compressed families share, and the sizes of their dense models.
+
+This file is also remote code: it is copied next to the weights. It imports only torch and transformers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .modegpt_family import Family, Widths
+from .modegpt_files import check_sizes
+
+# The base of a mixin; at run time it is combined with a family's dense class.
+if TYPE_CHECKING:
+    Dense = Any
+else:
+    Dense = object
+
+FORMAT_VERSION = 1
+"""Version of the record in config.json. A reader refuses a newer one."""
+
+
+class ModeGPTConfigMixin(Dense):
+    """Extends a dense configuration class with the widths of each block in `per_layer_config`.
+
+    The top level keeps the dense sizes.
+    """
+
+    family: ClassVar[Family]
+    auto_classes: ClassVar[dict[str, str]]
+    # Tensor parallelism would split the heads but not `rope_index`.
+    base_model_tp_plan = None
+    # The rotary table and the softmax scale are computed from the dense sizes at the top level.
+    allow_global_per_layer_attribute_access = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the values before they are expanded, because the file may be hostile; then initialise as usual.
+
+        Raises:
+            ValueError: a value is not possible. The message names it.
+        """
+        if "modegpt" in kwargs:
+            _check_record(kwargs["modegpt"])
+        ours = {"_auto_class", "transformers_weights", *vars(ModeGPTConfigMixin), *ModeGPTConfigMixin.__annotations__}
+        if foreign := sorted(kwargs.keys() & ours):
+            raise ValueError(f"config.json has {foreign}, which no compressed model has. Save or download it again.")
+        check_sizes(vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes), self.attribute_map)
+        if kwargs.get("per_layer_config") is not None:
+            self._check_blocks(kwargs["per_layer_config"])
+        super().__post_init__(**kwargs)
+
+    def _check_blocks(self, entries: Any) -> None:
+        """Check that there is one entry for each block, with the keys that we write and no others.
+
+        A cache would read other keys, although the modules do not.
+        """
+        if not isinstance(entries, Mapping) or not all(isinstance(entry, Mapping) for entry in entries.values()):
+            raise ValueError("config.json: per_layer_config is no object of objects, one for every block.")
+        found = [str(key).lstrip("0") or "0" for key in entries]
+        strange = set(found) ^ {str(index) for index in range(self.num_hidden_layers)}
+        if strange or len(found) != self.num_hidden_layers:
+            raise ValueError(
+                f"config.json: per_layer_config has {len(found)} entries; expected one for each of "
+                f"{self.num_hidden_layers} blocks, so look at {sorted(strange)[:5]}."
+            )
+        known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width}
+        if foreign := {name for entry in entries.values() for name in entry} - known:
+            raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
+
+    @classmethod
+    def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
+        """Create the configuration of a compressed model from the dense one, the widths of every block and a record."""
+        values = dense.to_dict()
+        for key in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
+            values.pop(key, None)
+        per_layer = {
+            index: {
+                "qk_head_dim": width.qk,
+                "v_head_dim": width.vo,
+                # The width of a row of the key-value cache, under the name that caches and serving engines read.
+                "head_dim": max(width.qk, width.vo),
+                cls.family.mlp.width: width.mlp,
+            }
+            for index, width in enumerate(widths)
+        }
+        return cls(**values, per_layer_config=per_layer, modegpt=record)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as every configuration, and always name the code files, which `_auto_class` saves too."""
+        self.auto_map = dict(self.auto_classes)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def dense_head_dim(self) -> int:
+        """The head dim of the dense model."""
+        return head_dim(self)
+
+    @property
+    def dense_mlp_width(self) -> int:
+        """The MLP width of the dense model."""
+        return mlp_width(self, self.family)
+
+    def widths(self) -> list[Widths]:
+        """Return the widths of every block.
+
+        Raises:
+            ValueError: the record is missing or newer; or a width is missing, no integer, below 1, above the dense one,
+                or different from it in a part that is not compressed. Nothing has been built then.
+        """
+        _check_record(getattr(self, "modegpt", None))
+        limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
+        limits[self.family.mlp.width] = self.dense_mlp_width
+        return [self._widths_of(index, limits) for index in range(self.num_hidden_layers)]
+
+    def _widths_of(self, index: int, limits: dict[str, int]) -> Widths:
+        layer = self.per_layer_config[index]
+        sizes: list[Any] = [getattr(layer, name, None) for name in limits]
+        for (name, limit), size, part in zip(limits.items(), sizes, ("qk", "vo", "mlp"), strict=True):
+            least = limit if part in self.family.full_width_parts else 1
+            if type(size) is not int or not least <= size <= limit:
+                raise ValueError(
+                    f"config.json: per_layer_config[{index}].{name} is {size!r}; "
+                    f"expected an integer in [{least}, {limit}]."
+                )
+        qk, vo, mlp = sizes
+        if layer.head_dim != max(qk, vo):
+            raise ValueError(
+                f"config.json: per_layer_config[{index}].head_dim is {layer.head_dim!r}; "
+                f"expected {max(qk, vo)}, the larger of qk_head_dim and v_head_dim."
+            )
+        return Widths(qk, vo, mlp)
+
+
+def _check_record(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(
+            "config.json has no `modegpt` record, so this is no compressed model. To compress a dense one, give "
+            "compression_config to AutoModelForCausalLM.from_pretrained."
+        )
+    version = record.get("format_version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(
+            f"config.json says modegpt format_version {version!r}; this code reads up to {FORMAT_VERSION}. "
+            "Update optimum-modegpt."
+        )
+
+
+def _silence_per_layer_warnings() -> None:
+    """Silence the warning that per-layer widths are read globally: the dense classes are built from the global ones."""
+    source = logging.getLogger("transformers.integrations.heterogeneity.configuration_utils")
+    source.addFilter(lambda record: not any(f"`{name}`" in record.getMessage() for name in PER_LAYER))
+
+
+PER_LAYER = {"head_dim"}
+"""Names of widths that differ between blocks."""
+
+_silence_per_layer_warnings()
+
+
+def head_dim(config: Any) -> int:
+    """Return the head dim of a dense model, or of the model that was compressed."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def mlp_width(config: Any, family: Family) -> int:
+    """Return the MLP width of a dense model, or of the model that was compressed.
+
+    Raises:
+        ValueError: the configuration has none, and the family does not derive it.
+    """
+    width: int | None = getattr(config, family.mlp.width)
+    if width is not None:
+        return width
+    if family.mlp.width_factor is None:
+        raise ValueError(f"config.json: {family.mlp.width} is None; expected an integer.")
+    return family.mlp.width_factor * config.hidden_size
+
+
+def count_heads(config: Any) -> dict[str, int]:
+    """Return the number of "heads" and "kv_heads" of a model's attention."""
+    heads = config.num_attention_heads
+    return {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads}
