@@ -56,12 +56,21 @@ def family_of(name: str) -> str:
     return VARIANTS[name][0].model_type
 
 
+def lora(name: str, **settings: Any) -> Any:
+    """LoRA on PEFT's default targets of the family, or on all linear layers if PEFT does not know it."""
+    table = importlib.import_module(TARGETS).TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return peft.LoraConfig(r=4, target_modules=None if family_of(name) in table else "all-linear", **settings)
+
+
 # ------------------------------------------------------------------------------------------------------- the targets
 
 
 @FAMILY
 def test_default_targets_are_those_of_the_dense_family(name: str, bases: dict[str, Path]) -> None:
-    defaults = importlib.import_module(TARGETS).TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[family_of(name)]
+    table = importlib.import_module(TARGETS).TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    defaults = table.get(family_of(name))
+    if defaults is None:
+        pytest.skip(f"PEFT {peft.__version__} has no default targets of {family_of(name)}")
     adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig())
     assert adapted.peft_config["default"].target_modules == set(defaults)
 
@@ -131,7 +140,7 @@ def test_targets_are_entered_when_peft_came_first(monkeypatch: pytest.MonkeyPatc
 
 @FAMILY
 def test_trained_saved_and_reloaded(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig(r=4))
+    adapted = peft.get_peft_model(load(bases[name]), lora(name))
     losses = fine_tune(adapted)
     assert losses[-1] < losses[0] - 0.05
     expected = logits(adapted)
@@ -149,7 +158,7 @@ def test_trained_saved_and_reloaded(name: str, bases: dict[str, Path], tmp_path:
 @own_adapters()
 @FAMILY
 def test_the_folder_of_an_adapter_loads(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig(r=4, init_lora_weights=False))
+    adapted = peft.get_peft_model(load(bases[name]), lora(name, init_lora_weights=False))
     adapted.save_pretrained(tmp_path)
     by_adapter = load(tmp_path)
     assert type(by_adapter) is classes(name)["AutoModelForCausalLM"]
