@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -45,6 +46,12 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GATED = _COMMON | {"intermediate_size": 48}
+_GRANITE = _GATED | {
+    "embedding_multiplier": 1.5,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+}
 _OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
 _GPT2 = _COMMON | {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -103,6 +110,11 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt_neox-full-rotary": (
         GPTNeoXConfig,
         _GATED | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    ),
+    "granite": (GraniteConfig, _GRANITE | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "granite-mha-biases": (
+        GraniteConfig,
+        _GRANITE | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
     ),
     "gpt2": (GPT2Config, _GPT2),
     "gpt2-scaled-untied": (

@@ -80,6 +80,8 @@ def test_missing_tensors(name: str, originals: Callable[[str], Path], tmp_path: 
         key = block_key(name, rest)
         folder = edited(originals(name), tmp_path, tensors=lambda state, key=key: state.pop(key))
         for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+            if auto.__name__ not in classes(name):  # transformers has no classifier of every family
+                continue
             refuse(folder, f"missing: {key}", auto)
         refuse(folder, f"missing: {key.removeprefix(f'{base}.')}", AutoModel)
 
