@@ -18,15 +18,8 @@ COLOURS = {"mlp": "#4c72b0", "qk": "#dd8452", "vo": "#55a868"}
 def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path | None = None) -> Figure:
     """Plot the kept fraction of each part's width, one bar per block and part.
 
-    The figure is also saved to `path`, if given. The file extension selects the format.
-
-    Args:
-        kept: part -> kept fraction of every block.
-        title: title of the figure.
-        path: file to save the figure to.
-
-    Raises:
-        ImportError: matplotlib is not installed. The message names the extra to install.
+    `kept` maps each part to the kept fraction of every block. If `path` is given, the figure is also saved there, in
+    the format of the file extension. Raises `ImportError` if matplotlib is not installed.
     """
     blocks = len(kept["mlp"])
     figure = _figure(min(max(6.5, 0.3 * blocks + 1), 16), 3.2)
@@ -53,30 +46,23 @@ def plot_speeds(
 ) -> Figure:
     """Plot tokens per second at each setting, with one panel per measure and one bar per model.
 
-    The error bars show the range of the runs. The figure is also saved to `path`, if given. The file extension selects
-    the format.
-
-    Args:
-        settings: labels of the settings.
-        speeds: measure -> model -> (lowest, median, highest) of every setting, or None for a setting without a result.
-        title: title of the figure.
-        path: file to save the figure to.
-
-    Raises:
-        ImportError: matplotlib is not installed. The message names the extra to install.
+    The error bars show the range of the runs. `settings` are the labels of the settings. `speeds` maps measure -> model
+    -> (lowest, median, highest) of every setting, or None for a setting without a result. `path` and errors are those
+    of `plot_kept`.
     """
     figure = _figure(min(max(6.5, 1.1 * len(settings) + 2), 16), 3.0 * len(speeds))
     for axis, (measure, models) in zip(figure.subplots(len(speeds), squeeze=False).flat, speeds.items(), strict=True):
         for place, (model, found) in enumerate(models.items()):
-            shown = [(setting, spread) for setting, spread in enumerate(found) if spread is not None]
-            middles = [setting + (place - (len(models) - 1) / 2) * BAR for setting, _ in shown]
-            heights = [median for _, (_, median, _) in shown]
-            reach = [
-                [median - low for _, (low, median, _) in shown],
-                [high - median for _, (_, median, high) in shown],
-            ]
+            middles, heights, below, above = [], [], [], []
+            for setting, spread in enumerate(found):
+                if spread is not None:
+                    low, median, high = spread
+                    middles.append(setting + (place - (len(models) - 1) / 2) * BAR)
+                    heights.append(median)
+                    below.append(median - low)
+                    above.append(high - median)
             colour = list(COLOURS.values())[place]
-            axis.bar(middles, heights, width=BAR, yerr=reach, capsize=2, color=colour, label=model)
+            axis.bar(middles, heights, width=BAR, yerr=[below, above], capsize=2, color=colour, label=model)
         axis.set_xticks(range(len(settings)), settings)
         axis.set(ylabel=f"{measure}, tokens/s", ylim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
@@ -93,11 +79,7 @@ def plot_speeds(
 
 
 def picture_formats() -> list[str]:
-    """Return the file extensions that matplotlib can save.
-
-    Raises:
-        ImportError: matplotlib is not installed. The message names the extra to install.
-    """
+    """Return the file extensions that matplotlib can save. Errors are those of `plot_kept`."""
     return sorted(_figure(1, 1).canvas.get_supported_filetypes())
 
 
@@ -105,9 +87,11 @@ def _make_legible(text: Text) -> None:
     """Escape the characters that the font lacks, which matplotlib would draw as boxes with several warnings."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
-    words = text.get_text()
-    missing = {ord(letter) for letter in words} - get_font(findfont(FontProperties())).get_charmap().keys()
-    text.set_text(words.translate({letter: chr(letter).encode("unicode_escape").decode() for letter in missing}))
+    words, known = text.get_text(), get_font(findfont(FontProperties())).get_charmap()
+    for letter in set(words):
+        if ord(letter) not in known:
+            words = words.replace(letter, letter.encode("unicode_escape").decode())
+    text.set_text(words)
     text.set_parse_math(False)  # a name with two dollar signs is not a formula
 
 

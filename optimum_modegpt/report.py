@@ -120,18 +120,17 @@ class Report:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
         """Create a report from the result of `to_dict`."""
-        blocks = tuple(
-            BlockReport(b["index"], {part: PartReport(**values) for part, values in b["parts"].items()})
-            for b in data["blocks"]
-        )
+        fields = dict(data)
+        blocks = []
+        for block in fields.pop("blocks"):
+            parts = {part: PartReport(**values) for part, values in block["parts"].items()}
+            blocks.append(BlockReport(block["index"], parts))
         return cls(
-            **{
-                **data,
-                "parameters": Parameters(**data["parameters"]),
-                "blocks": blocks,
-                "stages": tuple(Stage(**stage) for stage in data["stages"]),
-                "warnings": tuple(data["warnings"]),
-            }
+            parameters=Parameters(**fields.pop("parameters")),
+            blocks=tuple(blocks),
+            stages=tuple(Stage(**stage) for stage in fields.pop("stages")),
+            warnings=tuple(fields.pop("warnings")),
+            **fields,
         )
 
     def save(self, path: str | Path) -> None:
@@ -160,22 +159,28 @@ class Report:
 
     def summary(self) -> str:
         """Return a short table of ranks and errors per block, with the achieved sparsity, time and peak memory."""
-        together = f", {self.processes} processes" if self.processes > 1 else ""
-        rows = [f"{'block':>5}" + "".join(f"{part:>22}" for part in PARTS)]
+        rows = [f"{'block':>5}{'mlp':>22}{'qk':>22}{'vo':>22}"]
         for block in self.blocks:
-            rows.append(f"{block.index:>5}" + "".join(f"{_cell(block.parts[part]):>22}" for part in PARTS))
-        p = self.parameters
-        seconds = sum(stage.seconds for stage in self.stages)
-        floor = sum(sum(stage.floor.values()) for stage in self.stages)
+            row = f"{block.index:>5}"
+            for part in PARTS:
+                row += f"{_cell(block.parts[part]):>22}"
+            rows.append(row)
+        seconds = floor = peak = 0.0
+        for stage in self.stages:
+            seconds += stage.seconds
+            floor += sum(stage.floor.values())
+            peak = max(peak, stage.peak_memory)
         paced = f" ({seconds / floor:.1f} times its matrix products at this device's rate)" if floor else ""
-        peak = max((stage.peak_memory for stage in self.stages), default=0)
+        together = f", {self.processes} processes" if self.processes > 1 else ""
+        p = self.parameters
         rows += [
             f"removed {self.achieved_sparsity:.2%} of the block projections (requested {self.requested_sparsity:.2%}): "
             f"{p.blocks_before:,} -> {p.blocks_after:,} weights",
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
             f"{seconds:.1f} s{paced}, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
-            *(f"warning: {warning}" for warning in self.warnings),
         ]
+        for warning in self.warnings:
+            rows.append(f"warning: {warning}")
         return "\n".join(rows)
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -186,7 +191,7 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed. The message names the extra to install.
         """
-        kept: dict[str, list[float]] = {part: [] for part in PARTS}
+        kept: dict[str, list[float]] = {"mlp": [], "qk": [], "vo": []}
         for block in self.blocks:
             for part, found in block.parts.items():
                 kept[part].append(found.rank / found.dense_rank)

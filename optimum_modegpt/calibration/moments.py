@@ -66,11 +66,9 @@ class LinearMomentSum:
 
     def value(self) -> LinearMoments:
         """Return the moments so far, over the tokens of all ranks."""
-        gram, cross, energy = (
-            distributed.all_reduce(self.gram),
-            distributed.all_reduce(self.cross),
-            distributed.all_reduce(self.energy),
-        )
+        gram = distributed.all_reduce(self.gram)
+        cross = distributed.all_reduce(self.cross)
+        energy = distributed.all_reduce(self.energy)
         assert isinstance(gram, Tensor), "no tokens were added"
         assert isinstance(cross, Tensor)
         assert isinstance(energy, Tensor)
@@ -79,7 +77,9 @@ class LinearMomentSum:
 
 def _added(total: Tensor | float, product: Tensor) -> Tensor:
     """Add a product to the float64 sum in place, because a copy would be the largest tensor in memory."""
-    return total.add_(product.to(total.device)) if isinstance(total, Tensor) else to_float64(product)
+    if isinstance(total, Tensor):
+        return total.add_(product.to(total.device))
+    return to_float64(product)
 
 
 @dataclass
@@ -91,9 +91,8 @@ class HeadMomentSum:
 
     def add(self, vectors: Tensor) -> None:
         """Add `vectors` (…, heads, d). The heads of a group are contiguous."""
-        grouped = (
-            at_least_float32(vectors).flatten(0, -3).unflatten(1, (self.groups, -1))
-        )  # (tokens, groups, heads / groups, d)
+        # (tokens, groups, heads / groups, d)
+        grouped = at_least_float32(vectors).flatten(0, -3).unflatten(1, (self.groups, -1))
         rows = grouped.transpose(0, 1).flatten(1, 2)  # (groups, tokens · heads / groups, d)
         self.moment = self.moment + to_float64(rows.mT @ rows)
 
@@ -115,8 +114,9 @@ def token_weights(residual: Tensor, norm: Norm) -> Tensor:
     This is 1 / mean square of the residual (…, d_model), or 1 / variance for a centred norm.
     """
     residual = at_least_float32(residual)
-    centred = residual - residual.mean(-1, keepdim=True) if norm.centred else residual
-    return centred.square().mean(-1).clamp_min(WEIGHT_FLOOR).reciprocal()
+    if norm.centred:
+        residual = residual - residual.mean(-1, keepdim=True)
+    return residual.square().mean(-1).clamp_min(WEIGHT_FLOOR).reciprocal()
 
 
 def without_gain(norm: Any, kind: Norm) -> nn.Module:
@@ -146,7 +146,8 @@ class SlopeSum:
 
     def add(self, dense: Tensor, compressed: Tensor) -> None:
         """Add tokens of both streams, (…, d_model)."""
-        target, source = (self.norm(at_least_float32(stream)).flatten(0, -2) for stream in (dense, compressed))
+        target = self.norm(at_least_float32(dense)).flatten(0, -2)
+        source = self.norm(at_least_float32(compressed)).flatten(0, -2)
         self.product = self.product + to_float64((source * target).sum(0))
         self.square = self.square + to_float64(source.square().sum(0))
 
@@ -176,8 +177,8 @@ def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
 
     Biases are included.
     """
-    query, key = (linear(inputs).unflatten(-1, (-1, block.head_dim)) for linear in (block.query, block.key))
-    return query, key
+    shape = (-1, block.head_dim)
+    return block.query(inputs).unflatten(-1, shape), block.key(inputs).unflatten(-1, shape)
 
 
 @dataclass
@@ -196,25 +197,21 @@ class AttentionCurvatureSum:
     def add(self, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> None:
         """Add `query` and `key` from `query_key_vectors`. `arguments` are the block's, for the rotary tables."""
         tables = head_tables(arguments["position_embeddings"], self.block.family, query.shape[-1])
-        cos, sin = (at_least_float32(table) for table in tables)  # (1, length, d)
-        query, key = (
-            at_least_float32(query).transpose(1, 2),
-            at_least_float32(key).transpose(1, 2),
-        )  # (batch, heads, length, d)
-        query, turned = _rotate(query, cos[:, None], sin[:, None]), _rotate(key, cos[:, None], sin[:, None])
+        cos, sin = map(at_least_float32, tables)  # (1, length, d)
+        # (batch, heads, length, d)
+        query = _rotate(at_least_float32(query).transpose(1, 2), cos[:, None], sin[:, None])
+        key = _rotate(at_least_float32(key).transpose(1, 2), cos[:, None], sin[:, None])
         length = query.shape[2]
         positions = torch.arange(length, device=query.device)
         rows = positions[self.stride - 1 :: self.stride] if length >= self.stride else positions[-1:]
         visible = positions <= rows[:, None]
         if (window := self.block.attention.attention_window) is not None:
             visible &= positions > rows[:, None] - window
-        groups = [
-            self._group(query[:, heads][:, :, rows], turned[:, group], visible)
-            for group, heads in enumerate(torch.arange(query.shape[1]).view(key.shape[1], -1))
-        ]
-        frame = cos[0, rows], -sin[0, rows]
-        moment = torch.stack([_turn_moments(scatter, *frame).sum(0) for scatter in groups])
-        self.curvature = self.curvature + to_float64(moment)
+        moments = []
+        for group, heads in enumerate(torch.arange(query.shape[1]).view(key.shape[1], -1)):
+            scatter = self._group(query[:, heads][:, :, rows], key[:, group], visible)
+            moments.append(_turn_moments(scatter, cos[0, rows], -sin[0, rows]).sum(0))
+        self.curvature = self.curvature + to_float64(torch.stack(moments))
 
     def value(self) -> Tensor:
         """Return F so far, over the tokens of all ranks, (groups, d, d)."""

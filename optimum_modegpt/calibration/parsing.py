@@ -220,4 +220,4 @@ def _stack(rows: Sequence[Tensor], name: str) -> Tensor:
             f"{lengths[-1]}. Tokenise without padding and cut the ids into rows of equal length, or join them into "
             "one list of ids, which is cut into windows. You can also pass the text itself."
         )
-    return torch.cat([torch.atleast_2d(row) for row in rows])
+    return torch.cat(torch.atleast_2d(*rows))

@@ -140,7 +140,7 @@ def _from_memory(data: Any, request: Request) -> Source:
         )
     kinds = [kind_of(data)]
     if isinstance(data, Sequence):
-        kinds = sorted({kind_of(item) for item in data})
+        kinds = sorted(set(map(kind_of, data)))
     if len(kinds) != 1:
         found = " and ".join(kinds) or "none"
         raise CalibrationDataError(f"a list as a dataset needs items of one kind, found {found}.")
@@ -208,8 +208,9 @@ def _open_text(path: Path, source: Source, request: Request) -> Source:
         text = path.read_text(encoding="utf-8-sig")
     if request.split is not None:
         lines = text.splitlines(keepends=True)
-        slices = [lines[part.from_ : part.to] for part in _slices(request.split, {"train": lines}, path.name)]
-        text = "".join(itertools.chain(*slices))
+        text = ""
+        for part in _slices(request.split, {"train": lines}, path.name):
+            text += "".join(lines[part.from_ : part.to])
     if request.seed is not None:
         text = BLANK_LINES.sub("\n\n", text)
     parts = [text]

@@ -41,7 +41,8 @@ def prefetch(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor
     reused before the computation queued until then is done.
     """
     if not overlaps(device):
-        yield from (batch.to(device) for batch in batches)
+        for batch in batches:
+            yield batch.to(device)
         return
     copying, computing = copy_stream(device, "to"), torch.accelerator.current_stream(device)
 

@@ -35,7 +35,9 @@ class Axis:
         """Return the position and the label of each tick."""
         rough = (self.high - self.low) / self.count
         power = 10.0 ** math.floor(math.log10(rough))
-        step = next(power * each for each in (1, 2, 5, 10) if power * each >= rough * 0.999)
+        for step in (power, 2 * power, 5 * power, 10 * power):
+            if step >= rough * 0.999:
+                break
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(self(index * step), self.form.format(index * step)) for index in range(first, last + 1)]
 
@@ -148,9 +150,12 @@ def _latency(title: str, found: Comparison, key: str) -> Chart:
     levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
     boxes = []
     for name in ("reference", "model"):
-        seconds = [getattr(getattr(record, name), key) for record in found.records]
-        times = torch.tensor([1000 * each for each in seconds if each is not None], dtype=torch.float64)
-        quantiles = times.quantile(levels).tolist()
+        times = []
+        for record in found.records:
+            seconds = getattr(getattr(record, name), key)
+            if seconds is not None:
+                times.append(1000 * seconds)
+        quantiles = torch.tensor(times, dtype=torch.float64).quantile(levels).tolist()
         boxes.append((name, quantiles, f"{name}: median {quantiles[2]:.3g}, 95 % under {quantiles[4]:.3g}"))
     alt = f"{boxes[0][2]}. {boxes[1][2]}."
     x = Axis(0, max(boxes[0][1][4], boxes[1][1][4]) * 1.05)

@@ -77,7 +77,7 @@ def compare(
             records.append(_record(index, prompt, tokenizer, ours, theirs, measured[-1]))
             if on_record is not None:
                 on_record(records[-1])
-    found = Distances(*(torch.cat(column) for column in zip(*measured, strict=True)))
+    found = Distances(*map(torch.cat, zip(*measured, strict=True)))
     kl, perplexity, reference_perplexity, ratio = found.of_prompt()
     return Comparison(
         **found.means(),
@@ -141,7 +141,9 @@ def parting(first: Sequence[Any], second: Sequence[Any]) -> int | None:
     for index, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return index
-    return None if len(first) == len(second) else min(len(first), len(second))
+    if len(first) == len(second):
+        return None
+    return min(len(first), len(second))
 
 
 def _encode(
@@ -209,14 +211,19 @@ def _written(tokenizer: Any, new: Continuation, perplexity: float | None) -> Wri
 
 def _costs(model: PreTrainedModel, generated: Sequence[Continuation]) -> Costs:
     weights = model.get_memory_footprint()
-    working = [each.working_bytes for each in generated if each.working_bytes is not None]
-    per_token = [each.seconds_per_token for each in generated if each.seconds_per_token is not None]
+    working, first_token, per_token = [], [], []
+    for each in generated:
+        first_token.append(each.first_token_seconds)
+        if each.working_bytes is not None:
+            working.append(each.working_bytes)
+        if each.seconds_per_token is not None:
+            per_token.append(each.seconds_per_token)
     return Costs(
         parameters=count_parameters(model),
         weight_bytes=weights,
         cache_bytes_per_token=generated[0].cache_bytes_per_token,
         peak_device_bytes=weights + max(working) if working else None,
-        first_token=_quantiles([each.first_token_seconds for each in generated]),
+        first_token=_quantiles(first_token),
         per_token=_quantiles(per_token) if per_token else None,
     )
 

@@ -133,7 +133,7 @@ class CanaryMonitor:
         self.fraction, self.queue_size = fraction, queue_size
         self._sink = _appending(Path(sink)) if isinstance(sink, str | Path) else sink
         self._random = random.Random(seed)
-        self._recent: deque[dict[str, Any]] = deque(maxlen=window)
+        self._recent: deque[tuple[float, float]] = deque(maxlen=window)
         self._summary = MonitorSummary(status="unchecked" if self.thresholds == Thresholds() else "warming up")
         self._lock = threading.Lock()
         self._closed = False
@@ -273,13 +273,13 @@ class CanaryMonitor:
         with self._lock:
             found = self._summary
             found.compared += 1
-            self._recent.append(dict(record))
+            self._recent.append((record["kl"], record["top1_agreement"]))
             for name in ("kl", "top1_agreement", "top5_overlap"):
                 mean = getattr(found, name) or 0.0
                 setattr(found, name, mean + (record[name] - mean) / found.compared)
             found.kl_max = max(found.kl_max or 0.0, record["kl_max"])
-            found.recent_kl = statistics.fmean(each["kl"] for each in self._recent)
-            found.recent_agreement = statistics.fmean(each["top1_agreement"] for each in self._recent)
+            divergences, agreements = zip(*self._recent, strict=True)
+            found.recent_kl, found.recent_agreement = statistics.fmean(divergences), statistics.fmean(agreements)
             before = found.status
             if before != "unchecked" and len(self._recent) == self._recent.maxlen:
                 checks = self.thresholds.checks(found.recent_kl, found.recent_agreement)

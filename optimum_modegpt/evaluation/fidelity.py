@@ -82,10 +82,10 @@ def fidelity(
 
 def check_vocabularies(model: PreTrainedModel, reference: PreTrainedModel) -> None:
     """Raise an EvaluationError if the vocabularies of two models differ in size."""
-    sizes = [each.config.get_text_config().vocab_size for each in (model, reference)]
-    if sizes[0] != sizes[1]:
+    ours, theirs = model.config.get_text_config().vocab_size, reference.config.get_text_config().vocab_size
+    if ours != theirs:
         raise EvaluationError(
-            f"the model predicts {sizes[0]} tokens, the reference {sizes[1]}; only models with one vocabulary can be "
+            f"the model predicts {ours} tokens, the reference {theirs}; only models with one vocabulary can be "
             "compared."
         )
 
@@ -128,7 +128,7 @@ def tokenizer_differences(own: Any, other: Any) -> list[str]:
 
 def _different_tokens(ours: dict[str, int], theirs: dict[str, int]) -> int:
     """Count the tokens that two vocabularies do not both have with the same id."""
-    return len({token for token, _ in ours.items() ^ theirs.items()})
+    return len(dict(ours.items() ^ theirs.items()))
 
 
 def _with_id(tokenizer: Any, token: str | None) -> str:

@@ -169,22 +169,27 @@ def main_scores(scores: TaskScores) -> list[Score]:
         by_metric: dict[str, Score] = {}
         for name, score in metrics.items():
             by_metric.setdefault(name.partition(",")[0], score)  # the first filter of a metric
-        main += [by_metric[name] for name in MAIN_METRICS if name in by_metric][:1]
+        for name in MAIN_METRICS:
+            if name in by_metric:
+                main.append(by_metric[name])
+                break
     return main
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
     """Compute the unweighted mean of the scores of several tasks."""
-    errors = [score.stderr for score in scores if score.stderr is not None]
-    shots = {score.num_fewshot for score in scores}
-    return replace(
-        scores[0],
-        value=sum(score.value for score in scores) / len(scores),
-        stderr=math.hypot(*errors) / len(scores) if len(errors) == len(scores) else None,
-        samples=sum(score.samples for score in scores),
-        num_fewshot=shots.pop() if len(shots) == 1 else None,
-        version=None,
-    )
+    values, errors, samples, shots = [], [], 0, scores[0].num_fewshot
+    for score in scores:
+        values.append(score.value)
+        errors.append(score.stderr)
+        samples += score.samples
+        if score.num_fewshot != shots:
+            shots = None
+    stderr = None
+    if None not in errors:
+        stderr = math.hypot(*errors) / len(scores)
+    value = sum(values) / len(scores)
+    return replace(scores[0], value=value, stderr=stderr, samples=samples, num_fewshot=shots, version=None)
 
 
 def _known(names: Sequence[str], manager: TaskManager) -> list[str]:

@@ -67,8 +67,10 @@ def exponential(nats: float, tokens: int) -> float:
             f"the model's loss on this text is {nats}. The weights or activations overflow: try another --dtype, and "
             "check that the folder is complete."
         )
-    mean = nats / tokens
-    return math.exp(mean) if mean < math.log(torch.finfo(torch.float64).max) else math.inf
+    try:
+        return math.exp(nats / tokens)
+    except OverflowError:
+        return math.inf
 
 
 def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
@@ -131,9 +133,13 @@ def targets(batch: Tensor) -> Tensor:
 
 def by_position(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
     """Apply `reduce` to chunks of the positions, (positions,) in float64 on the CPU. Chunks are computed in float32."""
+    return torch.cat([reduce(*chunk).cpu().double() for chunk in chunks_of(*columns)])
+
+
+def chunks_of(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Split the positions of all columns, of which the last are logits, into chunks of at most `CHUNK_BYTES`."""
     size = max(1, CHUNK_BYTES // (4 * columns[-1].shape[-1]))
-    chunks = zip(*(column.split(size) for column in columns), strict=True)
-    return torch.cat([reduce(*chunk).cpu().double() for chunk in chunks])
+    return zip(*(column.split(size) for column in columns), strict=True)
 
 
 def nats_of(target: Tensor, logits: Tensor) -> Tensor:

@@ -158,7 +158,8 @@ def benchmark(
     settings = []
     for compiled in [False, True] if compile else [False]:
         for batch_size in dict.fromkeys(batch_sizes):
-            settings += [Setting(batch_size, length, compiled) for length in lengths]
+            for length in lengths:
+                settings.append(Setting(batch_size, length, compiled))
     generator = torch.Generator().manual_seed(SEED)
     total = len(settings) * repeats
     with evaluating(*models.values()), bar(desc="benchmark", unit="run", total=total, shown=progress) as shown:
@@ -188,8 +189,12 @@ def _within_context(
     if room < 1:
         raise EvaluationError(f"a context of {context} tokens is too short for a prompt and {new_tokens} new tokens.")
     because = f"to {room}: the context is {context}, with {new_tokens} new tokens"
-    notes = [f"prompts of {length} tokens were truncated {because}" for length in lengths if length > room]
-    return list(dict.fromkeys(min(length, room) for length in lengths)), tuple(notes)
+    distinct, notes = {}, []
+    for length in lengths:
+        distinct[min(length, room)] = None
+        if length > room:
+            notes.append(f"prompts of {length} tokens were truncated {because}")
+    return list(distinct), tuple(notes)
 
 
 def _row(

@@ -138,7 +138,9 @@ def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
         logger.warning("%d earlier measurements in %s are of other weights and were dropped.", dropped, EVALUATION)
     evaluation = {"texts": [], "tasks": {}, **found, "weights_sha256": weights_digest(folder)}
     if "perplexity" in result:
-        entry = {key: value for key, value in result.items() if key not in ("model", "tasks", "reference_tasks")}
+        entry = dict(result)
+        for key in ("model", "tasks", "reference_tasks"):
+            entry.pop(key, None)
         evaluation["texts"] = with_entry(evaluation["texts"], entry)
     for task, scores in result.get("tasks", {}).items():
         # All three are replaced, so that no part of an older measurement remains.
@@ -214,9 +216,11 @@ def eval_results(found: Result) -> list[EvalResult]:
         )
     for task, metrics in found.evaluation.get("tasks", {}).items():
         for metric, score in metrics.items():
-            details = {key: value for key, value in score.items() if key not in ("value", "higher_is_better")}
+            details = dict(score)
+            value = details.pop("value")
+            details.pop("higher_is_better", None)
             results[task, metric, "task"] = EvalResult(
-                "text-generation", task, task, metric, score["value"], metric_args=details or None
+                "text-generation", task, task, metric, value, metric_args=details or None
             )
     return list(results.values())
 
@@ -232,12 +236,18 @@ def variables(found: Result) -> dict[str, Any]:
         now = totals.get("total_after")
     fields = chosen(recipe) if found.task == "text-generation" else {}
     classes = getattr(found.config, "auto_map", None) or {}
-    auto = [key for key, name in classes.items() if name.endswith(f".{found.architecture}") and key.isidentifier()]
+    auto_class = "AutoModel"
+    for key, name in classes.items():
+        if name.endswith(f".{found.architecture}") and key.isidentifier():
+            auto_class = key
+            break
     licence = found.record.get("base_card", {}).get("license", [])
+    if not isinstance(licence, str):
+        licence = ", ".join(licence)
     report = found.report if found.weights_changed is False else {}
     return {
-        "auto_class": auto[0] if auto else "AutoModel",
-        "licence": licence if isinstance(licence, str) else ", ".join(licence),
+        "auto_class": auto_class,
+        "licence": licence,
         "allocation": recipe.get("allocation") or DEFAULT_ALLOCATIONS.get(recipe.get("method")),
         "before": before,
         "now": now,
@@ -261,10 +271,11 @@ def commands(found: Result) -> list[str]:
 
 def evaluate_commands(found: Result) -> list[str]:
     """Return the commands that made the measurements of the card, each once; older measurements have none."""
-    every = [entry["settings"] for entry in found.evaluation.get("texts", [])]
-    every += found.evaluation.get("task_settings", {}).values()
-    lines = {}
-    for settings in every:
+    lines = []
+    for made in (*found.evaluation.get("texts", []), *found.evaluation.get("task_settings", {}).values()):
+        settings = made.get(
+            "settings", made
+        )  # an entry of a text contains its settings, a task's value is its settings
         if "flags" in settings:
-            lines[shell("evaluate", found.name, *settings["flags"])] = None
-    return list(lines)
+            lines.append(shell("evaluate", found.name, *settings["flags"]))
+    return list(dict.fromkeys(lines))

@@ -92,7 +92,9 @@ class Result:
     @property
     def name(self) -> str:
         """Return the card's name for the model."""
-        return self.compressed_name + ("-recovered" if "recovered" in self.record else "")
+        if "recovered" in self.record:
+            return f"{self.compressed_name}-recovered"
+        return self.compressed_name
 
 
 def plain(value: Any) -> Any:
@@ -188,8 +190,9 @@ def _has_numbers(evaluation: dict[str, Any]) -> bool:
     for entry in evaluation.setdefault("texts", []):
         entry.setdefault("settings", {})
         numbers += [entry["perplexity"], entry["text"]["windows"], entry["text"]["sequence_length"]]
-        numbers += [entry[key] for key in ("reference_perplexity", "kl", "top1_agreement") if key in entry]
+        numbers += [entry.get("reference_perplexity", 0), entry.get("kl", 0), entry.get("top1_agreement", 0)]
     for kind in ("tasks", "reference_tasks"):
         for metrics in evaluation.setdefault(kind, {}).values():
-            numbers += [score["value"] for score in metrics.values()]
+            for score in metrics.values():
+                numbers.append(score["value"])
     return all(isinstance(number, int | float) for number in numbers)

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -141,12 +140,17 @@ class Upload:
             else:
                 logger.warning("%s has a README.md that a person wrote; the generated card is not uploaded.", repo_id)
                 files.remove(path)
-        added = {path.relative_to(folder).as_posix(): path for path in files}
-        stale = set(filter(weights_of(variant).fullmatch, names)) - added.keys()
+        stale = set(filter(weights_of(variant).fullmatch, names))
+        operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        for path in files:
+            name = path.relative_to(folder).as_posix()
+            operations.append(CommitOperationAdd(name, path))
+            stale.discard(name)
+        operations += map(CommitOperationDelete, sorted(stale))
         # `upload_folder` may split the upload into several commits; until the last, the model would be incomplete.
         return api.create_commit(
             repo_id,
-            [*starmap(CommitOperationAdd, added.items()), *map(CommitOperationDelete, sorted(stale))],
+            operations,
             commit_message=self.commit_message or "Upload compressed model",
             commit_description=self.commit_description,
             revision=self.revision,
@@ -156,10 +160,10 @@ class Upload:
 
 def _reason(error: Exception) -> str:
     """Return the response of the Hub, or the error that prevented one, in one line."""
-    chain: list[BaseException] = [error]
-    if error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
-        chain.append(error.__cause__)
-    return " ".join(" ".join(str(one) or type(one).__name__ for one in chain).split())
+    reason, cause = str(error) or type(error).__name__, error.__cause__
+    if cause is not None and not isinstance(error, HfHubHTTPError):
+        reason += f" {str(cause) or type(cause).__name__}"
+    return " ".join(reason.split())
 
 
 def is_template(text: str) -> bool:
@@ -251,8 +255,9 @@ def code_of(file: Path) -> set[Path]:
         for name in names if isinstance(names, list) else [names]:
             if name and "--" not in name:  # "owner/name--module.Class" is in another repository
                 code.add(file.with_name(f"{name.partition('.')[0]}.py"))
-    for module in [path for path in code if path.is_file()]:
-        code |= set(map(Path, get_relative_import_files(module)))
+    for module in list(code):
+        if module.is_file():
+            code |= set(map(Path, get_relative_import_files(module)))
     return code
 
 
@@ -279,7 +284,10 @@ class Companion:
         it is the one in that folder, and the evaluation there is copied too.
         """
         folder = Path(save_directory)
-        hub = {key: kwargs.pop(key) for key in Upload.__dataclass_fields__ if push_to_hub and key in kwargs}
+        hub = {}
+        if push_to_hub:
+            for key in Upload.__dataclass_fields__.keys() & kwargs.keys():
+                hub[key] = kwargs.pop(key)
         save_plainly(folder, is_main_process, variant=variant, **kwargs)
         if not is_main_process or not (folder / CONFIG_NAME).is_file():  # the path is a file: nothing was saved
             return

@@ -111,7 +111,7 @@ def recover(
         best_step=best.step,
         steps=config.steps,
         tokens=best.tokens,
-        trained_parameters=sum(parameter.numel() for parameter in best.adapter),
+        trained_parameters=sum(map(Tensor.numel, best.adapter)),
         held_out_windows=len(held_out),
         seconds=time.perf_counter() - start,
     )

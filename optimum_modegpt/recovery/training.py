@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.fidelity import divergence
-from optimum_modegpt.evaluation.perplexity import CHUNK_BYTES, LOGITS_BYTES, logits_of, nats_of, perplexity, targets
+from optimum_modegpt.evaluation.perplexity import LOGITS_BYTES, chunks_of, logits_of, nats_of, perplexity, targets
 from optimum_modegpt.evaluation.randomness import kept_random_state
 from optimum_modegpt.progress import bar
 from optimum_modegpt.recovery.config import RecoveryConfig
@@ -42,7 +42,7 @@ def train(
 
     On an error, or if no step gives a perplexity of `held_out` below `before`, the model is unchanged.
     """
-    with kept_random_state(), _restored(model, teacher):
+    with kept_random_state(), _restored(model):
         set_seed(config.seed)
         adapted = _adapt(model, config)
         best = BestStep(model, held_out, before)
@@ -146,9 +146,9 @@ def mean_by_chunks(reduce: Callable[..., Tensor], *columns: Tensor) -> Tensor:
     def summed(*chunk: Tensor) -> Tensor:
         return reduce(*chunk).sum()
 
-    size = max(1, CHUNK_BYTES // (4 * columns[-1].shape[-1]))
-    chunks = zip(*(column.split(size) for column in columns), strict=True)
-    parts = [checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    parts = []
+    for chunk in chunks_of(*columns):
+        parts.append(checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False))
     return torch.stack(parts).sum() / len(columns[-1])  # pyright: ignore[reportArgumentType]
 
 
@@ -190,15 +190,17 @@ class BestStep(TrainerCallback):
 
 
 @contextmanager
-def _restored(model: PreTrainedModel, teacher: PreTrainedModel | None) -> Iterator[None]:
+def _restored(model: PreTrainedModel) -> Iterator[None]:
     """Restore on exit everything but the weights that peft and the Trainer change.
 
     Within the context, parameters in float16 are in float32, because their gradients would underflow. Buffers stay,
     because the rotary table is always in float32.
     """
-    modes = [(each, each.training) for each in (model, teacher) if each is not None]
-    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    halves = [parameter for parameter in model.parameters() if parameter.dtype == torch.float16]
+    training, trainable, halves = model.training, {}, []
+    for parameter in model.parameters():
+        trainable[parameter] = parameter.requires_grad
+        if parameter.dtype == torch.float16:
+            halves.append(parameter)
     try:
         for parameter in halves:
             parameter.data = parameter.data.float()
@@ -208,15 +210,13 @@ def _restored(model: PreTrainedModel, teacher: PreTrainedModel | None) -> Iterat
             parameter.data = parameter.data.half()
         for parameter, learns in trainable.items():
             parameter.requires_grad_(learns)
-        for each, training in modes:
-            each.train(training)
+        model.train(training)
 
 
 @contextmanager
 def _activations_recomputed(model: PreTrainedModel) -> Iterator[None]:
     """Recompute the activations of large models within the context, unless the caller has enabled that."""
-    is_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if is_on or count_parameters(model) < CHECKPOINTED_PARAMETERS:
+    if model.is_gradient_checkpointing or count_parameters(model) < CHECKPOINTED_PARAMETERS:
         yield
         return
     name = "gradient_checkpointing"
