@@ -42,7 +42,7 @@ def train(
 
     On an error, or if no step gives a perplexity of `held_out` below `before`, the model is unchanged.
     """
-    with kept_random_state(), _restored(model):
+    with kept_random_state(), _restored(model, teacher):
         set_seed(config.seed)
         adapted = _adapt(model, config)
         best = BestStep(model, held_out, before)
@@ -53,12 +53,9 @@ def train(
             ):
                 _fit(adapted, teacher, training, config, best)
             best.restore()
-        except BaseException:
-            adapted.unload()
-            raise
-        if best.step:
-            adapted.merge_and_unload()
-        else:
+            if best.step:
+                adapted.merge_and_unload()
+        finally:
             adapted.unload()
     return best
 
@@ -190,13 +187,16 @@ class BestStep(TrainerCallback):
 
 
 @contextmanager
-def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Restore on exit everything but the weights that peft and the Trainer change.
+def _restored(model: PreTrainedModel, teacher: PreTrainedModel | None) -> Iterator[None]:
+    """Restore on exit everything but the weights that peft and the Trainer change, and the teacher's mode.
 
-    Within the context, parameters in float16 are in float32, because their gradients would underflow. Buffers stay,
-    because the rotary table is always in float32.
+    Within the context, the teacher is in evaluation mode. Parameters in float16 are in float32, because their gradients
+    would underflow. Buffers stay, because the rotary table is always in float32.
     """
-    training, trainable, halves = model.training, {}, []
+    modes, trainable, halves = {model: model.training}, {}, []
+    if teacher is not None:
+        modes[teacher] = teacher.training
+        teacher.eval()
     for parameter in model.parameters():
         trainable[parameter] = parameter.requires_grad
         if parameter.dtype == torch.float16:
@@ -210,7 +210,8 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
             parameter.data = parameter.data.half()
         for parameter, learns in trainable.items():
             parameter.requires_grad_(learns)
-        model.train(training)
+        for each, training in modes.items():
+            each.train(training)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from optimum_modegpt import (
 from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.cli.commands import recover as recover_command
+from optimum_modegpt.evaluation import perplexity as scoring
 from optimum_modegpt.evaluation.fidelity import divergence
 from optimum_modegpt.evaluation.perplexity import logits_of, nats_of, targets
 from optimum_modegpt.recovery.config import RecoveryConfig
@@ -132,7 +133,11 @@ def test_distillation_brings_the_model_nearer_to_its_teacher() -> None:
         return float(divergence(theirs, ours).mean())
 
     before, weights = distance(), state(teacher)
+    modes: set[bool] = set()
+    hook = teacher.register_forward_pre_hook(lambda module, _: modes.add(module.training))
     recover(model, windows, teacher=teacher, config=replace(SHORT, learning_rate=1e-2))
+    hook.remove()
+    assert modes == {False}  # its dropout would make the targets random
     assert distance() < 0.9 * before
     assert changed(teacher, weights) == set()
     assert teacher.training
@@ -162,7 +167,7 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch: pytest.MonkeyPatch
     logits = torch.randn(22, 260, generator=torch.Generator().manual_seed(0)).requires_grad_()
     nats_of(targets(ids), logits).mean().backward()
     expected, logits.grad = logits.grad, None
-    monkeypatch.setattr(training, "CHUNK_BYTES", 4 * 260 * 5)
+    monkeypatch.setattr(scoring, "CHUNK_BYTES", 4 * 260 * 5)
     loss = training.mean_by_chunks(nats_of, targets(ids), logits)
     loss.backward()
     assert float(loss.detach()) == pytest.approx(float(nats_of(targets(ids), logits).mean().detach()))
