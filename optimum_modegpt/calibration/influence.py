@@ -25,11 +25,7 @@ class InfluenceSum:
         self.tokens += cosine.numel()
 
     def value(self) -> float:
-        """Return the influence so far, over the tokens of all ranks.
-
-        Raises:
-            NumericalError: the residual stream is not finite.
-        """
+        """Return the influence so far, over the tokens of all ranks. Raise `NumericalError` if it is not finite."""
         lost, tokens = float(distributed.all_reduce(self.total)), int(distributed.all_reduce(self.tokens))
         if not math.isfinite(lost):
             raise NumericalError("the residual stream is not finite on the calibration text; check dtype and weights.")

@@ -23,6 +23,7 @@ from optimum_modegpt.decompositions.psd import (
     to_float64,
 )
 from optimum_modegpt.modeling.modegpt_family import Norm
+from optimum_modegpt.report import count_parameters
 
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
@@ -236,7 +237,7 @@ class AttentionCurvatureSum:
 
 def curvature_windows(block: Block, windows: int, length: int) -> int:
     """Return the number of windows for the attention curvature, so that its cost stays below `CURVATURE_BUDGET`."""
-    parameters = sum(p.numel() for p in block.module.parameters())
+    parameters = count_parameters(block.module)
     forward = length * parameters + length * length * block.heads * block.head_dim
     return affordable_windows(curvature_work(block.head_dim, block.kv_heads, block.heads, length), forward, windows)
 
@@ -247,10 +248,7 @@ def curvature_work(head_dim: int, kv_heads: int, heads: int, length: int) -> flo
 
 
 def affordable_windows(curvature: float, forward: float, windows: int) -> int:
-    """Return how many of `windows` the curvature may use within its budget.
-
-    `curvature` and `forward` are the multiply-adds for one window.
-    """
+    """Return how many of `windows` the curvature may use, from the multiply-adds of both for one window."""
     return max(1, min(windows, int(CURVATURE_BUDGET * windows * forward / curvature)))
 
 

@@ -102,11 +102,7 @@ class Source:
 
 
 def open_source(dataset: Any, request: Request) -> Source:
-    """Open a dataset from a name, a path or an object.
-
-    Raises:
-        CalibrationDataError: the dataset is missing, empty, in the wrong format or unreachable.
-    """
+    """Open a dataset from a name, a path or an object. Raise `CalibrationDataError` if it cannot be read."""
     if isinstance(dataset, os.PathLike):
         return _open_path(Path(dataset), request)
     if isinstance(dataset, str):

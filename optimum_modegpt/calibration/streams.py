@@ -52,8 +52,7 @@ class StreamStorage:
     def keep(self, tensor: Tensor) -> Tensor:
         """Move `tensor` to this storage, and block until done. Return the same tensor if it is already there.
 
-        Raises:
-            CheckpointError: the disk is full or not writable.
+        Raise `CheckpointError` if the disk is full or not writable.
         """
         if self.folder is None or StreamStorage.of(tensor) == self:
             return to_host(tensor) if self.device.type == "cpu" else tensor.to(self.device)
@@ -118,11 +117,7 @@ def not_finite(stream: Stream, windows: Tensor) -> str | None:
 
 
 def check_dense(stream: Stream, windows: Tensor) -> None:
-    """Raise if a stream of the dense model is not finite.
-
-    Raises:
-        NumericalError: the stream is not finite. The message names the window.
-    """
+    """Raise a `NumericalError` that names the window if a stream of the dense model is not finite."""
     if (window := not_finite(stream, windows)) is not None:
         raise NumericalError(f"the dense model's output is not finite on {window}. {DENSE_ADVICE}")
 

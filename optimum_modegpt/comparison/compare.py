@@ -12,6 +12,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timezone
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -107,10 +108,8 @@ def compare(
 def distances(model: PreTrainedModel, reference: PreTrainedModel, prompt: Tensor, answer: Tensor) -> Distances:
     """Compare the predictions of both models on the ids of a text, from its second token on.
 
-    The caller must set evaluation mode and inference mode. `prompt` and `answer` have the shape (tokens,).
-
-    Raises:
-        EvaluationError: logits are not finite.
+    The caller must set evaluation mode and inference mode. `prompt` and `answer` have the shape (tokens,). Raise
+    `EvaluationError` if logits are not finite.
     """
     batch = torch.cat((prompt, answer))[None].to(model.device)
     ours = logits_of(model, batch)
@@ -138,12 +137,10 @@ def _overlap(reference: Tensor, logits: Tensor) -> Tensor:
 
 def parting(first: Sequence[Any], second: Sequence[Any]) -> int | None:
     """Return the index of the first item in which two sequences differ, or None if they are equal."""
-    for index, (one, other) in enumerate(zip(first, second, strict=False)):
+    for index, (one, other) in enumerate(zip_longest(first, second)):
         if one != other:
             return index
-    if len(first) == len(second):
-        return None
-    return min(len(first), len(second))
+    return None
 
 
 def _encode(

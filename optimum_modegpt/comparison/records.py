@@ -156,11 +156,7 @@ class Comparison(Means):
         return sorted(self.records, key=lambda record: -record.kl)
 
     def check(self, thresholds: Thresholds) -> tuple[Check, ...]:
-        """Return a check of each limit that is set.
-
-        Raises:
-            EvaluationError: the perplexity ratio has a limit, and all prompts have one token.
-        """
+        """Return a check of each limit that is set. Errors are those of `Thresholds.checks`."""
         return thresholds.checks(self.kl, self.top1_agreement, self.perplexity_ratio)
 
     def summary(self) -> str:

@@ -58,8 +58,7 @@ class Thresholds:
     def checks(self, kl: float, agreement: float, perplexity_ratio: float | None = None) -> tuple[Check, ...]:
         """Return a check of each limit that is set.
 
-        Raises:
-            EvaluationError: the perplexity ratio has a limit but is None.
+        Raise `EvaluationError` if the perplexity ratio has a limit but is None.
         """
         found = []
         if self.max_kl is not None:

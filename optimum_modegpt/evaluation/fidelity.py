@@ -51,10 +51,7 @@ def fidelity(
 ) -> Fidelity:
     """Compute both perplexities, the mean KL divergence (exact, over the whole vocabulary) and the top-1 agreement.
 
-    Arguments and errors are those of `perplexity`.
-
-    Raises:
-        EvaluationError: the vocabularies differ in size, or any error of `perplexity`.
+    Arguments and errors are those of `perplexity`. It also raises `EvaluationError` if the vocabularies differ in size.
     """
     for each in (model, reference):
         check_windows(each, windows)

@@ -80,8 +80,7 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
 def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
     """Return kept and dense widths of every block of a compressed model from its configuration.
 
-    Raises:
-        EvaluationError: the configuration was edited and cannot be read.
+    Raise `EvaluationError` if the configuration was edited and cannot be read.
     """
     try:
         widths_of_blocks = config.widths()

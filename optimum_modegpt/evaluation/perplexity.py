@@ -57,11 +57,7 @@ def perplexity(
 
 
 def exponential(nats: float, tokens: int) -> float:
-    """Compute exp(nats / tokens), which is infinite beyond the largest float.
-
-    Raises:
-        EvaluationError: the nats are not finite.
-    """
+    """Compute exp(nats / tokens), infinite beyond the largest float. Raise `EvaluationError` if nats are not finite."""
     if not math.isfinite(nats):
         raise EvaluationError(
             f"the model's loss on this text is {nats}. The weights or activations overflow: try another --dtype, and "

@@ -126,11 +126,7 @@ def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
 
     A new measurement replaces an old one of the same task, or of the same text, number and length of windows. On a
     text, one without a reference does not replace one with a reference. Measurements of other weights are dropped.
-    Both are logged.
-
-    Raises:
-        UnsupportedModel: the folder does not contain a compressed model.
-        OutputError: `evaluation.json` was not written by this package.
+    Both are logged. Errors are those of `check_evaluation` and `read`.
     """
     former, found = check_evaluation(folder), read(folder).evaluation
     if former and not found:
@@ -271,11 +267,11 @@ def commands(found: Result) -> list[str]:
 
 def evaluate_commands(found: Result) -> list[str]:
     """Return the commands that made the measurements of the card, each once; older measurements have none."""
-    lines = []
-    for made in (*found.evaluation.get("texts", []), *found.evaluation.get("task_settings", {}).values()):
-        settings = made.get(
-            "settings", made
-        )  # an entry of a text contains its settings, a task's value is its settings
+    every, lines = [], []
+    for entry in found.evaluation.get("texts", []):
+        every.append(entry["settings"])
+    every += found.evaluation.get("task_settings", {}).values()
+    for settings in every:
         if "flags" in settings:
             lines.append(shell("evaluate", found.name, *settings["flags"]))
     return list(dict.fromkeys(lines))

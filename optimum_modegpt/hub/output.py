@@ -77,11 +77,7 @@ def is_own(path: Path) -> bool:
 
 @contextmanager
 def saving(folder: Path) -> Iterator[None]:
-    """Report a failure to write a result as an error of the disk, not of the program.
-
-    Raises:
-        OutputError: `folder` cannot be written; the message quotes the operating system.
-    """
+    """Convert an error while writing `folder` into an `OutputError` that quotes the operating system."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors raises its own error for a failed write

@@ -109,11 +109,7 @@ def plain(value: Any) -> Any:
 
 
 def read(folder: Path) -> Result:
-    """Read the folder of a compressed model.
-
-    Raises:
-        UnsupportedModel: the folder does not contain a compressed model.
-    """
+    """Read the folder of a compressed model. Raise `UnsupportedModel` if it does not contain one."""
     config = load_config(Source(str(folder)))
     if not is_compressed(config.model_type):
         raise UnsupportedModel(f"{folder} contains a dense model ({config.model_type}); expected a compressed one.")
@@ -167,8 +163,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 def check_evaluation(folder: Path) -> dict[str, Any]:
     """Read the measurements, of any weights; empty if there is no file.
 
-    Raises:
-        OutputError: `evaluation.json` was written by another program or is cut off; the message says how to continue.
+    Raise `OutputError` if `evaluation.json` was written by another program or is cut off.
     """
     path = folder / EVALUATION
     if not path.exists():

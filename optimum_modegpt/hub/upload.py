@@ -109,8 +109,7 @@ class Upload:
     def push_saved(self, save: Callable[[Path], Any]) -> CommitInfo:
         """Save a model with `save` into a temporary folder and upload it; keep the folder if the upload fails.
 
-        Raises:
-            OutputError, UploadError, KeyboardInterrupt: as in `check` and `push`.
+        Errors are those of `check` and `push`.
         """
         self.check()
         folder = Path(tempfile.mkdtemp(prefix="modegpt-"))
@@ -199,11 +198,7 @@ PUBLISHED = (
 
 
 def published(folder: Path, variant: str | None = None) -> list[Path]:
-    """Return the files of a folder that have known names of a compressed model; no other file is ever uploaded.
-
-    Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError: the folder has no compressed model.
-    """
+    """Return the files of a folder that have known names of a compressed model; no other file is ever uploaded."""
     found = named_files(folder, variant) | code_of(folder / TOKENIZER_CONFIG_FILE)
     for pattern in PUBLISHED:
         found |= set(folder.glob(pattern))
@@ -212,11 +207,7 @@ def published(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def check_complete(folder: Path, variant: str | None = None) -> None:
-    """Raise an error if a folder would not load after an upload.
-
-    Raises:
-        OutputError: the folder is not a compressed model, or lacks weights or code that it names.
-    """
+    """Raise an `OutputError` if a folder is not a compressed model, or lacks weights or code that it names."""
     try:
         missing = sorted(path.name for path in named_files(folder, variant) - set(published(folder, variant)))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
