@@ -165,7 +165,7 @@ def joined(wanted: torch.device | None) -> Iterator[torch.device | None]:
 
 
 def _own_device(wanted: torch.device | None) -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or (wanted is not None and wanted.type != accelerator.type):
         return wanted or torch.device("cpu")
     if wanted is not None and wanted.index is not None:

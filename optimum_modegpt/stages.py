@@ -26,9 +26,10 @@ def compute_device(wanted: torch.device | str | None, home: torch.device) -> tor
 
     An accelerator without an index becomes the current one, so that it compares equal to the device of its tensors.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(wanted) if wanted is not None else home
-    if wanted is None and accelerator is not None and home.type != accelerator.type:
+    accelerator, device = torch.accelerator.current_accelerator(check_available=True), home
+    if wanted is not None:
+        device = torch.device(wanted)
+    elif accelerator is not None and home.type != accelerator.type:
         device = accelerator
     if accelerator is not None and device.type == accelerator.type and device.index is None:
         device = torch.device(device.type, torch.accelerator.current_device_index())
@@ -42,13 +43,13 @@ def product_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     The rates are measured once per process.
     """
     # float64 products run on the host if the device does not support float64.
-    host = torch.device("cpu") if to_float64(torch.zeros((), device=device)).is_cpu else device
+    exact = to_float64(torch.zeros((), device=device)).device
     with products_of(dtype):
         return {
             "own": _product_rate(device, dtype),
             "moments": _product_rate(device, row_type(device, dtype)),
             "raised": _product_rate(device, accumulation_dtype(dtype)),
-            "exact": _product_rate(host, torch.float64),
+            "exact": _product_rate(exact, torch.float64),
         }
 
 
@@ -72,8 +73,10 @@ class StageClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         backend = getattr(torch, device.type, None)
-        self.allocator: Any = backend if hasattr(backend, "max_memory_allocated") else None
-        self.memory_kind = "device memory" if self.allocator else "sampled resident size"
+        self.allocator: Any = None
+        self.memory_kind = "sampled resident size"
+        if hasattr(backend, "max_memory_allocated"):
+            self.allocator, self.memory_kind = backend, "device memory"
         self.stages: list[Stage] = []
 
     def in_use(self) -> int:

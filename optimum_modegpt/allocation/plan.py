@@ -85,7 +85,10 @@ def mlp_step(width: int, round_to: int | str) -> int:
         return int(round_to)
     if width < TINY_MLP_WIDTH:
         return 1
-    return next((step for step in MLP_STEPS if step <= COARSEST_STEP * width), MLP_STEPS[-1])
+    for step in MLP_STEPS:
+        if step <= COARSEST_STEP * width:
+            return step
+    return MLP_STEPS[-1]
 
 
 def total_weights(sizes: Sizes) -> int:
@@ -104,5 +107,5 @@ def plan_sparsity(plan: Plan, sizes: Sizes) -> float:
 
 def largest_sparsity(sizes: Sizes) -> float:
     """Return the sparsity with every part at its floor."""
-    floors = Plan.from_list({part: size.floor for part, size in block.items()} for block in sizes)
-    return plan_sparsity(floors, sizes)
+    kept = sum(size.floor * size.weights_per_unit for block in sizes for size in block.values())
+    return 1 - kept / total_weights(sizes)

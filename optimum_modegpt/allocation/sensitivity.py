@@ -30,7 +30,10 @@ def interpolate(hull: Sequence[tuple[float, float]], sparsity: float) -> float:
     """Interpolate the hull's divergence at `sparsity`. Beyond the last point, extrapolate with the last slope."""
     if len(hull) == 1:
         return hull[0][1]
-    left, right = next((pair for pair in itertools.pairwise(hull) if sparsity <= pair[1][0]), (hull[-2], hull[-1]))
+    left, right = hull[0], hull[1]
+    for left, right in itertools.pairwise(hull):  # noqa: B007 - the last pair, if there is no break
+        if sparsity <= right[0]:
+            break
     return left[1] + _slope(left, right) * (sparsity - left[0])
 
 
@@ -42,15 +45,13 @@ def plan_from_curves(curves: Curves, sizes: Sizes, sparsity: float) -> Plan:
     smaller ones, with all later steps of its part. In the end, one skipped step is taken if it ends nearer to the
     target.
     """
-    steps = sorted(
-        step
-        for (block, part), curve in curves.items()
-        for step in _steps(block, part, sizes[block][part], lower_hull(curve))
-    )
+    steps: list[tuple[float, int, int, str, int]] = []
+    for (block, part), curve in curves.items():
+        steps += _steps(block, part, sizes[block][part], lower_hull(curve))
     kept = Plan.dense(sizes).to_list()
     left = sparsity * total_weights(sizes)
     blocked: dict[tuple[int, str], int] = {}
-    for _, _, block, part, width in steps:
+    for _, _, block, part, width in sorted(steps):
         if (block, part) in blocked:
             continue
         removed = (kept[block][part] - width) * sizes[block][part].weights_per_unit

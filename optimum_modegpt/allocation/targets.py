@@ -1,4 +1,4 @@
-"""Make plans from a target sparsity per block: `uniform`, or `influence`, the paper's rule (Eq. 10 and 11)."""
+"""Make plans from a target sparsity per block, as by `influence`, the paper's rule (Eq. 10 and 11)."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import math
 from collections.abc import Sequence
 
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes
-
-
-def uniform_targets(blocks: int, sparsity: float) -> list[float]:
-    """Return the same sparsity for every block."""
-    return [sparsity] * blocks
 
 
 def influence_targets(influences: Sequence[float], sparsity: float, *, temperature: float, cap: float) -> list[float]:
@@ -28,8 +23,10 @@ def influence_targets(influences: Sequence[float], sparsity: float, *, temperatu
             break
     else:
         capped, scale, weights = len(order), cap, []
-    ranked = [cap] * capped + [scale * weight for weight in weights]
-    return [target for _, target in sorted(zip(order, ranked, strict=True))]
+    targets = [cap] * len(order)
+    for index, weight in zip(order[capped:], weights, strict=True):
+        targets[index] = scale * weight
+    return targets
 
 
 def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
@@ -42,9 +39,12 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
     kept: list[dict[str, int]] = []
     carried = 0.0
     for target, block in zip(targets, sizes, strict=True):
-        widths = {part: block[part].nearest(block[part].dense * (1 - target)) for part in ("qk", "vo")}
+        widths, removed = {}, 0
+        for part in ("qk", "vo"):
+            size = block[part]
+            widths[part] = size.nearest(size.dense * (1 - target))
+            removed += (size.dense - widths[part]) * size.weights_per_unit
         wanted = target * sum(size.weights for size in block.values()) + carried
-        removed = sum((block[part].dense - width) * block[part].weights_per_unit for part, width in widths.items())
         widths["mlp"], carried = _absorb(block["mlp"], block["mlp"].dense, wanted - removed)
         kept.append(widths)
     for widths, block in zip(reversed(kept), reversed(sizes), strict=True):

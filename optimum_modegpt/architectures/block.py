@@ -89,16 +89,10 @@ class Block:
         return self._linear(self.family.mlp.output)
 
     @property
-    def projections(self) -> tuple[nn.Linear, ...]:
-        """All projections that compression narrows. The block must be separate."""
-        return tuple(self._linear(projection.path) for projection in self.family.projections)
-
-    @property
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
-        names = self.family.residual
-        norms = (self.module.get_submodule(path) for path in (names.attention_norm, names.mlp_norm))
-        return ResidualProgram(self.topology, self.multiplier, *norms)
+        names, find = self.family.residual, self.module.get_submodule
+        return ResidualProgram(self.topology, self.multiplier, find(names.attention_norm), find(names.mlp_norm))
 
     @property
     def norm(self) -> Norm:
@@ -234,9 +228,10 @@ class Block:
         self._install_rows(self.family.mlp.output, down.T)
 
     def _install_rows(self, path: str, rows: Tensor) -> None:
-        has_bias = self._linear(path).bias is not None
-        weight, bias = (rows[:, :-1], rows[:, -1]) if has_bias else (rows, None)
-        modegpt_blocks.install_linear(self.module, path, weight, bias)
+        if self._linear(path).bias is None:
+            modegpt_blocks.install_linear(self.module, path, rows, None)
+        else:
+            modegpt_blocks.install_linear(self.module, path, rows[:, :-1], rows[:, -1])
 
 
 def _rows(linear: nn.Linear, to: Callable[[Tensor], Tensor] = to_float64) -> Tensor:

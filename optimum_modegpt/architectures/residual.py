@@ -12,10 +12,7 @@ from optimum_modegpt.modeling.modegpt_family import Residual, Topology
 
 @dataclass(frozen=True)
 class ResidualProgram:
-    """The residual program of one block, with its norms. See `Residual` for the equations.
-
-    A norm is None if the model has none there.
-    """
+    """The residual program of one block, with its norms. See `Residual` for the equations."""
 
     topology: Topology
     multiplier: float
@@ -28,30 +25,36 @@ class ResidualProgram:
         return self.topology == "parallel"
 
     @property
+    def post_norm(self) -> bool:
+        """Whether the norms read the sums of stream and output."""
+        return self.topology == "post-LN"
+
+    @property
     def norms_of_input(self) -> list[Any]:
         """The norms that read the block's input."""
-        if self.topology == "post-LN":
+        if self.post_norm:
             return []
-        if not self.parallel:
-            return _present(self.attention_norm)
-        shared = self.mlp_norm is self.attention_norm
-        return _present(self.attention_norm) if shared else _present(self.attention_norm, self.mlp_norm)
+        if self.parallel and self.mlp_norm is not self.attention_norm:
+            return [self.attention_norm, self.mlp_norm]
+        return [self.attention_norm]
 
     @property
     def norms_of_middle(self) -> list[Any]:
         """The norms that read the sum of stream and attention output."""
         if self.parallel:
             return []
-        return _present(self.attention_norm if self.topology == "post-LN" else self.mlp_norm)
+        if self.post_norm:
+            return [self.attention_norm]
+        return [self.mlp_norm]
 
     @property
     def norms_of_output(self) -> list[Any]:
         """The norms that read the sum of stream and MLP output."""
-        return _present(self.mlp_norm) if self.topology == "post-LN" else []
+        return [self.mlp_norm] if self.post_norm else []
 
     def attention_input(self, entering: Tensor) -> Tensor:
         """Return the attention's input from the block's input."""
-        return entering if self.topology == "post-LN" else _normed(self.attention_norm, entering)
+        return entering if self.post_norm else self.attention_norm(entering)
 
     def add(self, stream: Tensor, output: Tensor) -> Tensor:
         """Add the output of a half to the stream."""
@@ -63,19 +66,19 @@ class ResidualProgram:
 
     def after_attention(self, total: Tensor) -> Tensor:
         """Return the stream after the attention from the sum of stream and attention output."""
-        return _normed(self.attention_norm, total) if self.topology == "post-LN" else total
+        return self.attention_norm(total) if self.post_norm else total
 
-    def mlp_stream(self, entering: Tensor, middle: Tensor) -> Tensor:
-        """Return the stream that the MLP reads: the block's input, or the stream after the attention."""
+    def mlp_stream(self, entering: Any, middle: Any) -> Any:
+        """Return the stream that the MLP reads, as the same type: the block's input, or that after the attention."""
         return entering if self.parallel else middle
 
     def mlp_input(self, stream: Tensor) -> Tensor:
         """Return the MLP's input from the stream that it reads."""
-        return stream if self.topology == "post-LN" else _normed(self.mlp_norm, stream)
+        return stream if self.post_norm else self.mlp_norm(stream)
 
     def after_mlp(self, total: Tensor) -> Tensor:
         """Return the block's output from the sum of stream and MLP output."""
-        return _normed(self.mlp_norm, total) if self.topology == "post-LN" else total
+        return self.mlp_norm(total) if self.post_norm else total
 
 
 def topology_of(residual: Residual, config: Any) -> Topology:
@@ -88,11 +91,3 @@ def topology_of(residual: Residual, config: Any) -> Topology:
 def multiplier_of(residual: Residual, config: Any) -> float:
     """Return the factor of a half's output in a model's blocks."""
     return 1.0 if residual.multiplier is None else getattr(config, residual.multiplier)
-
-
-def _normed(norm: Any, stream: Tensor) -> Tensor:
-    return stream if norm is None else norm(stream)
-
-
-def _present(*norms: Any) -> list[Any]:
-    return [norm for norm in norms if norm is not None]

@@ -64,9 +64,9 @@ class Architecture:
     @property
     def head_is_tied(self) -> bool:
         """Whether the head and the input embeddings share one tensor, whatever the configuration says."""
-        modules = self.model.get_output_embeddings(), self.model.get_input_embeddings()
-        head, embeddings = (cast(nn.Linear, module).weight for module in modules)
-        return head.data_ptr() == embeddings.data_ptr()
+        head: Any = self.model.get_output_embeddings()
+        embeddings: Any = self.model.get_input_embeddings()
+        return head.weight.data_ptr() == embeddings.weight.data_ptr()
 
     def tail(self, device: torch.device) -> LogitHead:
         """Copy the modules after the last block to `device`."""

@@ -70,9 +70,9 @@ def estimate(
     check_reachable(config, part_sizes(architecture, config))
     shapes, element = shapes_of(architecture), model.dtype.itemsize
     weights, parameters = shapes.blocks * shapes.weights, sum(each.numel() for each in model.parameters())
-    host = {"libraries": LIBRARIES}
+    host, mapped_weights = {"libraries": LIBRARIES}, parameters * element
     if not weights_mapped:
-        host["weights"] = parameters * element
+        host["weights"], mapped_weights = mapped_weights, 0
     extent = Extent(config.num_samples, sequence_length, sequence_length, element)
     place = partial(choose_placement, shapes, config, extent, held=Needs(host=host), processes=processes)
     free = Free.now(compute_device(device, torch.device("cpu")))
@@ -92,7 +92,7 @@ def estimate(
         processes=processes,
         with_accelerator=place(accelerated=True, free=free),
         without=place(accelerated=False, free=Free(free.host)),
-        mapped_weights=parameters * element if weights_mapped else 0,
+        mapped_weights=mapped_weights,
         disk=disk,
         forward_multiply_adds=int(forward),
         forward_passes=passes,

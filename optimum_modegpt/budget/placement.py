@@ -88,14 +88,14 @@ def choose_placement(
         sizes.append(sizes[-1] // 2)
     large = [size for size in sizes if size >= min(sizes[0], ENOUGH_TOKENS // extent.length)]
     choices: list[tuple[Storage, bool, list[int]]] = [
-        ("device", True, large),
-        ("device", False, large),
         ("host", True, large),
         ("host", False, large),
         ("files", False, sizes),
     ]
+    if near:
+        choices = [("device", True, large), ("device", False, large), *choices]
     placements = []
-    for streams, keep, usable in choices if near else choices[2:]:
+    for streams, keep, usable in choices:
         for size in usable:
             own = replace(extent, windows=windows, batch=min(windows, size) * extent.length)
             needs = _needs(shapes, own, streams, peaks_of(shapes, config, own, keep), held, accelerated)
@@ -149,7 +149,9 @@ def host_memory() -> int:
     reclaims inactive file pages.
     """
     free = psutil.virtual_memory().available
-    for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines() if MEMBERSHIP.exists() else ():
+    if not MEMBERSHIP.exists():
+        return free
+    for line in MEMBERSHIP.read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
         names = ("memory.max", "memory.current", "inactive_file")
         if "memory" in controllers.split(","):

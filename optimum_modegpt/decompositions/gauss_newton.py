@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class TokenSample:
     inputs: Tensor
     target: Tensor
     weight: Tensor
+
+    def to(self, place: Any) -> TokenSample:
+        """Return the sample on a device, or with the device and dtype of a tensor."""
+        return TokenSample(self.inputs.to(place), self.target.to(place), self.weight.to(place))
 
 
 def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activation) -> Tensor:
@@ -69,14 +74,14 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
         total: completes a sum over `samples` with the sums of other ranks.
     """
     windows = int(total(len(samples)))
-    held = max(2, windows // 8) if windows >= 4 else 0
-    own = max(0, held - before)
-    held_back, fitted = samples[:own] if held else samples, samples[own:]
+    held_back, fitted = samples, samples
+    if windows >= 4:
+        own = max(0, max(2, windows // 8) - before)
+        held_back, fitted = samples[:own], samples[own:]
     problem = _Linearised(tuple(rows), down, fitted, activation, ridge, total, keep_derivatives)
 
-    def error(step: Iterable[Tensor], scale: float = 1.0) -> float:
-        moved = [row + scale * delta for row, delta in zip(rows, step, strict=True)]
-        return problem.true_error(moved, held_back)
+    def error(step: Sequence[Tensor], scale: float = 1.0) -> float:
+        return problem.true_error(_moved(rows, scale, step), held_back)
 
     unmoved = problem.true_error(rows, held_back)
     best = min(((error(step), step) for step in problem.iterates(iterations)), key=lambda pair: pair[0])
@@ -86,7 +91,7 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
         reached = error(best[1], scale)
     if not reached < unmoved:
         return tuple(rows)
-    return tuple(row + scale * delta for row, delta in zip(rows, best[1], strict=True))
+    return tuple(_moved(rows, scale, best[1]))
 
 
 class _Linearised:
@@ -120,45 +125,46 @@ class _Linearised:
         for _ in range(iterations):
             curved = self._normal_product(direction)
             length = product / _dot(direction, curved)
-            step = [s + length * d for s, d in zip(step, direction, strict=True)]
+            step = _moved(step, length, direction)
             yield tuple(step)
-            residual = [r - length * c for r, c in zip(residual, curved, strict=True)]
+            residual = _moved(residual, -length, curved)
             preconditioned = self._precondition(residual)
             before, product = product, _dot(residual, preconditioned)
-            direction = [p + product / before * d for p, d in zip(preconditioned, direction, strict=True)]
+            direction = _moved(preconditioned, product / before, direction)
 
     def true_error(self, rows: Sequence[Tensor], samples: Iterable[TokenSample]) -> float:
         """Compute Σ w ‖target − Dᵀ hidden‖² with the nonlinear hidden channels."""
         error = 0.0
         for sample in self._on_device(samples):
-            residual = sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
+            residual = self._missing(rows, sample)
             error += float((sample.weight @ residual.square()).sum())
         return float(self.total(error))
 
     def _gradient(self) -> list[Tensor]:
         """Compute Jᵀ r at the current rows."""
-        sums = [torch.zeros_like(row) for row in self.rows]
-        for sample, derivatives in self._linearised():
-            residual = sample.target - hidden_channels(self.rows, sample.inputs, self.activation) @ self.down
-            self._add_transposed(sums, sample, derivatives, residual)
-        return [self.total(each) for each in sums]
+        return self._transposed(lambda sample, _: self._missing(self.rows, sample))
 
     def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Compute (JᵀJ + μ) direction."""
+
+        def moved(sample: TokenSample, derivatives: list[Tensor]) -> Tensor:
+            hidden = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
+            return functools.reduce(torch.add, hidden) @ self.down
+
+        sums = self._transposed(moved)
+        return [each + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
+
+    def _transposed(self, outputs: Callable[[TokenSample, list[Tensor]], Tensor]) -> list[Tensor]:
+        """Compute Jᵀ v, with the rows of v (n, m) from `outputs` for every window."""
         sums = [torch.zeros_like(row) for row in self.rows]
         for sample, derivatives in self._linearised():
-            moved = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
-            hidden = functools.reduce(torch.add, moved)
-            self._add_transposed(sums, sample, derivatives, hidden @ self.down)
-        return [self.total(each) + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
+            back = (sample.weight[:, None] * outputs(sample, derivatives)) @ self.down.T
+            for gradient, z in zip(sums, derivatives, strict=True):
+                gradient += (z * back).T @ sample.inputs
+        return [self.total(each) for each in sums]
 
-    def _add_transposed(
-        self, sums: list[Tensor], sample: TokenSample, derivatives: list[Tensor], residual: Tensor
-    ) -> None:
-        """Add Jᵀ residual of one window to `sums`."""
-        back = (sample.weight[:, None] * residual) @ self.down.T
-        for gradient, z in zip(sums, derivatives, strict=True):
-            gradient += (z * back).T @ sample.inputs
+    def _missing(self, rows: Sequence[Tensor], sample: TokenSample) -> Tensor:
+        return sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
 
     def _linearised(self) -> Iterator[tuple[TokenSample, list[Tensor]]]:
         """Yield the samples with z per matrix, which is kept from the first pass or recomputed in each pass."""
@@ -201,7 +207,11 @@ class _Linearised:
 
     def _on_device(self, samples: Iterable[TokenSample]) -> Iterator[TokenSample]:
         for sample in samples:
-            yield TokenSample(*(x.to(self.down) for x in (sample.inputs, sample.target, sample.weight)))
+            yield sample.to(self.down)
+
+
+def _moved(start: Sequence[Tensor], scale: Tensor | float, step: Sequence[Tensor]) -> list[Tensor]:
+    return [each + scale * delta for each, delta in zip(start, step, strict=True)]
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

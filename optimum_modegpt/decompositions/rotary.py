@@ -26,8 +26,7 @@ def select_pairs(query: Tensor, key: Tensor, count: int) -> Tensor:
     The pairs are in increasing order. `query` and `key` (groups, d, d) are second moments of the heads. The score is
     the same before and after rotation.
     """
-    energies = [_pair_sums(moment.diagonal(dim1=-2, dim2=-1)) for moment in (query, key)]
-    return (energies[0] * energies[1]).topk(count).indices.sort().values
+    return (_pair_energies(query) * _pair_energies(key)).topk(count).indices.sort().values
 
 
 def select_coordinates(query: Tensor, key: Tensor, count: int) -> Tensor:
@@ -98,8 +97,8 @@ def query_refit(attention: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
     return torch.stack(maps)
 
 
-def _pair_sums(energies: Tensor) -> Tensor:
-    first, second = energies.chunk(2, dim=-1)
+def _pair_energies(moment: Tensor) -> Tensor:
+    first, second = moment.diagonal(dim1=-2, dim2=-1).chunk(2, dim=-1)
     return first + second
 
 

@@ -104,10 +104,13 @@ def split_sample(
     A single sample is used as both. `before` is the number of samples of other ranks that come first, and `total` sums
     the numbers of samples over ranks.
     """
-    held = [sample for index, sample in enumerate(samples, before) if index % share == 0]
-    fitted = [sample for index, sample in enumerate(samples, before) if index % share]
+    first = -before % share
+    held, fitted = samples[first::share], list(samples)
+    del fitted[first::share]
+    if not total(len(fitted)):
+        fitted = held
     nothing = SoftmaxSample(samples[0].features[:0], samples[0].target[:0])
-    return _join([nothing, *(fitted if total(len(fitted)) else held)]), _join([nothing, *held])
+    return _join([nothing, *fitted]), _join([nothing, *held])
 
 
 def _join(samples: Sequence[SoftmaxSample]) -> SoftmaxSample:

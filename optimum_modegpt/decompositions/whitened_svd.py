@@ -70,4 +70,6 @@ def block_diagonal(bases: Tensor, repeats: int, *, ones: bool) -> Tensor:
     With `ones`, the last block is 1 for the constant input.
     """
     blocks = list(bases.repeat_interleave(repeats, dim=0))
-    return torch.block_diag(*blocks, *([to_float64(torch.ones(1, 1, device=bases.device))] if ones else []))
+    if ones:
+        blocks.append(to_float64(torch.ones(1, 1, device=bases.device)))
+    return torch.block_diag(*blocks)

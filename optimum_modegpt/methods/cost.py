@@ -46,7 +46,7 @@ def block_forward(shapes: Shapes, windows: float, length: int) -> float:
 
 def moments_work(shapes: Shapes) -> float:
     """Return the multiply-adds per token of the moments of the inputs of the down and the output projection."""
-    return sum(gram_work(width) + width * shapes.d_model for width in (shapes.mlp, shapes.heads))
+    return gram_work(shapes.mlp) + gram_work(shapes.heads) + (shapes.mlp + shapes.heads) * shapes.d_model
 
 
 def factorisations_work(shapes: Shapes) -> float:

@@ -32,8 +32,8 @@ class PublishedMoments:
 
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
     """Run the dense block over `stream`. Return its moments and the stream after it."""
-    query_sum, key_sum, value_sum = (HeadMomentSum(block.kv_heads) for _ in range(3))
-    mlp_sum = LinearMomentSum(ones=False)
+    query_sum, key_sum = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
+    value_sum, mlp_sum = HeadMomentSum(block.kv_heads), LinearMomentSum(ones=False)
     separate = block if block.is_separate else block.compressible_copy(block.output.weight.device)
     with inputs_of(block.stored_value) as reads, inputs_of(block.down) as hidden:
 
@@ -73,10 +73,11 @@ def compress_block(
 def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:
     """Select the same coordinates of query and key (CR, Algorithm 2): rotary pairs together, one selection a group."""
     query, key = block.head_rows("query"), block.head_rows("key")
-    pairs = select_pairs(moments.query, moments.key, rank // 2) if block.rotary else None
-    kept = (
-        select_coordinates(moments.query, moments.key, rank) if pairs is None else pair_indices(pairs, block.head_dim)
-    )
+    if block.rotary:
+        pairs = select_pairs(moments.query, moments.key, rank // 2)
+        kept = pair_indices(pairs, block.head_dim)
+    else:
+        pairs, kept = None, select_coordinates(moments.query, moments.key, rank)
     products = moments.query.diagonal(dim1=-2, dim2=-1) * moments.key.diagonal(dim1=-2, dim2=-1)
     lost = products.sum() - products.gather(1, kept).sum()
     kept_queries = kept.repeat_interleave(block.heads // block.kv_heads, dim=0)
@@ -90,8 +91,8 @@ def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFact
     it is part of the value vectors, and projected with them.
     """
     value, output = block.head_rows("value"), block.input_outputs(block.output)
-    bias = output[-1:] if block.output.bias is not None else output[:0]
-    heads = output[: block.heads * block.head_dim].unflatten(0, (block.kv_heads, -1, block.head_dim))
+    heads, bias = output.tensor_split((block.heads * block.head_dim,))
+    heads = heads.unflatten(0, (block.kv_heads, -1, block.head_dim))
     bases, outputs, lost, total = [], [], values.new_zeros(()), values.new_zeros(())
     for moment, group in zip(values, heads, strict=True):
         side_by_side = group.transpose(0, 1).flatten(1)  # (head_dim, heads of the group · d_model)

@@ -14,8 +14,9 @@ from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.calibration.streams import check_dense
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.methods import published, published_cost, residual_matched, residual_matched_cost, sensitivity_cost
-from optimum_modegpt.methods.cost import Extent, Peak, Work, block_forward
+from optimum_modegpt.decompositions.psd import gram_work
+from optimum_modegpt.methods import published, residual_matched, residual_matched_cost, sensitivity_cost
+from optimum_modegpt.methods.cost import Extent, Peak, Work, block_forward, block_memory
 from optimum_modegpt.methods.method import CutBlock, Method, StreamPair
 from optimum_modegpt.modeling.modegpt_family import Widths
 from optimum_modegpt.report import PARTS
@@ -60,7 +61,8 @@ class ResidualMatched:
         """Fit a copy of the final norm to the dense model's predictions, if anything was cut."""
         if architecture.final_norm is None or streams.equal:
             return copy.deepcopy(architecture.final_norm)
-        norm, dense_norm = (copy.deepcopy(architecture.final_norm).to(device) for _ in range(2))
+        dense_norm = copy.deepcopy(architecture.final_norm).to(device)
+        norm = copy.deepcopy(dense_norm)
         residual_matched.match_output(
             norm,
             architecture.head(device),
@@ -113,11 +115,17 @@ class Published:
 
     def work(self, shapes: Shapes, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
         """Return the multiply-adds of all blocks together, by step."""
-        return published_cost.work(shapes, self.config, extent, widths)
+        moments = shapes.d_model**2 + gram_work(shapes.mlp) + shapes.heads**2 // shapes.head_count
+        return {
+            "residual streams": {"own": shapes.blocks * block_forward(shapes, extent.windows, extent.length)},
+            "moments": {"moments": shapes.blocks * extent.tokens * moments},
+            "factorisations": {"exact": shapes.blocks * (shapes.mlp**3 + 10 * shapes.d_model**3)},
+        }
 
     def peaks(self, shapes: Shapes, extent: Extent, keep_derivatives: bool) -> list[Peak]:
         """Return the moments that can be the peak of memory."""
-        return published_cost.peaks(shapes, self.config, extent, keep_derivatives)
+        streams = {"residual streams": 3 * extent.tokens * shapes.d_model * extent.element}
+        return [(needed, streams) for needed in block_memory(shapes, extent)]
 
 
 METHODS = {"default": ResidualMatched, "paper": Published}

@@ -84,7 +84,8 @@ class MLPStreams:
     def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of both on `device`."""
         if self.read is self.middle:
-            yield from ((batch, batch) for batch in prefetch(self.middle, device))
+            for batch in prefetch(self.middle, device):
+                yield batch, batch
         else:
             yield from zip(prefetch(self.read, device), prefetch(self.middle, device), strict=True)
 
@@ -95,9 +96,9 @@ class MLPStreams:
 def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weighted: bool = True) -> DenseTargets:
     """Run the dense block over the dense stream, and keep the targets of the refits."""
     device = block.output.weight.device
-    weights: tuple[list[Tensor], list[Tensor]] = ([], [])
-
     residual = block.residual
+    attention_weights: list[Tensor] = []
+    mlp_weights: list[Tensor] = []
 
     def sums() -> Iterator[Tensor]:
         for hidden in prefetch(stream, device):
@@ -105,14 +106,16 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weight
             middle = residual.after_attention(total)
             end = residual.add(middle, block.mlp(residual.mlp_input(residual.mlp_stream(hidden, middle))))
             # In a parallel block, the norm that divides the attention's output is the next block's.
-            weights[0].append(token_weights(end if residual.parallel else total, block.norm))
-            weights[1].append(token_weights(end, block.norm))
+            attention_weights.append(token_weights(residual.mlp_stream(end, total), block.norm))
+            mlp_weights.append(token_weights(end, block.norm))
             yield from (total, end)
 
     both = list(store_like(sums(), stream))
     attention, mlp = both[::2], both[1::2]
-    attention_weights, mlp_weights = (_with_mean_one(w) if weighted else None for w in weights)
-    return DenseTargets(attention, mlp, attention_weights, mlp_weights, stream_after(block, mlp, residual.after_mlp))
+    after = stream_after(block, mlp, residual.after_mlp)
+    if not weighted:
+        return DenseTargets(attention, mlp, None, None, after)
+    return DenseTargets(attention, mlp, _with_mean_one(attention_weights), _with_mean_one(mlp_weights), after)
 
 
 def compress_block(
@@ -154,7 +157,7 @@ def compress_block(
     for norm in residual.norms_of_middle:
         match_norm(norm, student.norm, targets.attention, sums)
     middle = stream_after(student, sums, residual.after_attention)
-    streams = MLPStreams(compressed if residual.parallel else middle, middle)
+    streams = MLPStreams(residual.mlp_stream(compressed, middle), middle)
     with naming("mlp"):
         mlp = refit_mlp(student, streams, targets, widths.mlp, config, keep_derivatives=keep_derivatives)
     student.install_mlp(mlp.rows, mlp.down)
@@ -198,12 +201,9 @@ def match_output(
         return
     bare, device = without_gain(norm, kind), head.device
     length = dense[0].shape[1]
-    windows = sum(len(batch) for batch in dense)
-    stride = -(
-        -int(distributed.all_reduce(windows))
-        * length
-        // gain_tokens(int(distributed.all_reduce(windows)), length, len(head))
-    )
+    own = sum(map(len, dense))
+    windows = int(distributed.all_reduce(own))
+    stride = -(-windows * length // gain_tokens(windows, length, len(head)))
     samples = []
     for target, source in zip(dense, compressed, strict=True):
         for wanted, seen in zip(
@@ -211,10 +211,11 @@ def match_output(
         ):
             distribution = (at_least_float32(dense_norm(wanted)) @ head.T).softmax(-1)
             samples.append(SoftmaxSample(bare(at_least_float32(seen)), distribution))
-    bias = getattr(norm, "bias", None)
     present = at_least_float32(gain(norm, kind))
-    bias = torch.zeros_like(present) if bias is None else at_least_float32(bias.detach())
-    fitted, held_back = split_sample(samples, before=distributed.exclusive_sum(windows), total=distributed.all_reduce)
+    bias = torch.zeros_like(present)
+    if getattr(norm, "bias", None) is not None:
+        bias = at_least_float32(norm.bias.detach())
+    fitted, held_back = split_sample(samples, before=distributed.exclusive_sum(own), total=distributed.all_reduce)
     set_gain(norm, kind, match_softmax(present, bias, head, fitted, held_back, total=distributed.all_reduce))
 
 
@@ -229,16 +230,12 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
     if "qk" in block.full_width_parts:
         return None
     device = block.output.weight.device
-    own = sum(len(batch) for batch in stream)
-    windows = own
+    own = windows = sum(map(len, stream))
     if block.rotary:
         length = arguments["position_embeddings"][0].shape[1]
         windows = curvature_windows(block, int(distributed.all_reduce(own)), length) - distributed.exclusive_sum(own)
-    query_sum, key_sum, curvature = (
-        HeadMomentSum(block.kv_heads),
-        HeadMomentSum(block.kv_heads),
-        AttentionCurvatureSum(block),
-    )
+    query_sum, key_sum = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
+    curvature = AttentionCurvatureSum(block)
     for batch in prefetch(_first_windows(stream, windows), device):
         query, key = query_key_vectors(block, block.residual.attention_input(batch))
         query_sum.add(query)
@@ -246,7 +243,9 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
             curvature.add(query, key, arguments)
         else:
             key_sum.add(key)
-    return QueryKeyMoments(query_sum.value(), curvature.value() if block.rotary else key_sum.value())
+    if block.rotary:
+        return QueryKeyMoments(query_sum.value(), curvature.value())
+    return QueryKeyMoments(query_sum.value(), key_sum.value())
 
 
 def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
@@ -302,9 +301,8 @@ def observe_output(
     """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
-    arrived = (prefetch(each, device) for each in (stream, heads, targets))
-    for index, (batch, head, target) in enumerate(zip(*arrived, strict=True)):
-        weight = None if weights is None else weights[index]
+    arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets, device)
+    for batch, head, target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
         moments.add(head, block.residual.missing(at_least_float32(target), at_least_float32(batch)), weight)
     return moments.value()
 
@@ -318,7 +316,7 @@ def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: Mo
         grams = (
             moments.gram[: moments.width, : moments.width].unflatten(0, (block.heads, size)).unflatten(2, (-1, size))
         )
-        own = torch.stack([grams[head, :, head] for head in range(block.heads)])  # (heads, head_dim, head_dim)
+        own = grams.diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()  # (heads, head_dim, head_dim)
         groups = own.unflatten(0, (-1, per_group)).sum(1)
         rows = best[: moments.width].unflatten(0, (block.kv_heads, per_group, size))
         bases = torch.stack(
@@ -350,10 +348,8 @@ def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: lis
     """Measure moments of the down projection's input. The target is the missing difference to the dense sum."""
     device, residual = block.output.weight.device, block.residual
     moments = LinearMomentSum(ones=block.down.bias is not None)
-    for index, ((read, middle), target) in enumerate(
-        zip(streams.batches(device), prefetch(targets, device), strict=True)
-    ):
-        weight = None if weights is None else weights[index]
+    arrived = streams.batches(device), prefetch(targets, device)
+    for (read, middle), target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
         missing = residual.missing(at_least_float32(target), at_least_float32(middle))
         moments.add(block.mlp_hidden(residual.mlp_input(read)), missing, weight)
     return moments.value()
@@ -399,7 +395,7 @@ def refit_mlp(
     moments = observe_mlp(student, streams, targets.mlp, targets.mlp_weights)
     if rank == moments.width or not config.refit_iterations:
         return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
-    own = sum(len(batch) for batch in streams.middle)
+    own = sum(map(len, streams.middle))
     windows = max(1, REFIT_TOKENS // streams.middle[0].shape[1])
     sample = itertools.islice(
         _token_samples(student, streams, targets), max(0, windows - distributed.exclusive_sum(own))
@@ -470,8 +466,8 @@ def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[To
     """Compute moments of the hidden channels of `rows`, with the samples' targets."""
     moments = LinearMomentSum(ones=block.down.bias is not None)
     for sample in samples:
-        inputs, target, weight = (x.to(rows[0].device) for x in (sample.inputs, sample.target, sample.weight))
-        moments.add(hidden_channels(rows, inputs, block.activation), target, weight)
+        arrived = sample.to(rows[0].device)
+        moments.add(hidden_channels(rows, arrived.inputs, block.activation), arrived.target, arrived.weight)
     return moments.value()
 
 
@@ -485,7 +481,9 @@ def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> 
         inputs = at_least_float32(residual.mlp_input(read))
         missing = residual.missing(at_least_float32(target), at_least_float32(middle))
         for seen, wanted, own in zip(inputs, missing, weight, strict=True):
-            yield TokenSample(with_ones(seen) if biased else seen, wanted, own)
+            if biased:
+                seen = with_ones(seen)
+            yield TokenSample(seen, wanted, own)
 
 
 def _kept_samples(samples: Iterable[TokenSample], stream: Stream) -> list[TokenSample]:

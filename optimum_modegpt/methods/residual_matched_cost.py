@@ -56,7 +56,9 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "sample for the refit of gate and up": 2 * sample * d * FLOAT32,
     }
     # Half of the removed channels are still there in the first round. A block may lose less than the mean.
-    removed = config.sparsity if config.resolved_allocation == "uniform" else config.sparsity / 2
+    removed = config.sparsity
+    if config.resolved_allocation != "uniform":
+        removed /= 2
     width = int(shapes.mlp * (1 - removed / 2))
     vectors = CONJUGATE_VECTORS * inputs * FLOAT32 + 2 * FLOAT64 + FLOAT32
     refit = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -181,7 +182,8 @@ class Sweeps:
         arguments = self.divergence.on(dense.index, self.device)
         for part, sparsity, student in self._students(dense, targets):
             cuts.append((dense.index, part, sparsity))
-            yield from (student.forward(batch, arguments) for batch in entering)
+            for batch in entering:
+                yield student.forward(batch, arguments)
 
     def _students(self, dense: Block, targets: residual_matched.DenseTargets) -> Iterator[tuple[str, float, Block]]:
         """Yield copies of the block with one part cut, at every ratio: (part, sparsity, block)."""
@@ -191,7 +193,7 @@ class Sweeps:
         heads = residual_matched.head_outputs(student, stream, arguments)
         output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
         middle = residual_matched.stream_after(student, targets.attention, student.residual.after_attention)
-        streams = residual_matched.MLPStreams(stream if student.residual.parallel else middle, middle)
+        streams = residual_matched.MLPStreams(student.residual.mlp_stream(stream, middle), middle)
         mlp = residual_matched.observe_mlp(student, streams, targets.mlp, None)
         for part, size in self.sizes[dense.index].items():
             ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios} - {size.dense}
@@ -261,11 +263,12 @@ def _advance(stream: Stream, block: Block, arguments: dict[str, Any]) -> None:
 
 def _check_logits(tail: LogitHead, reference: Stream, windows: Tensor) -> None:
     """Raise in all processes if one of them finds logits of the dense model that are not finite."""
-    logits = (tail(window[None].to(tail.output.weight.device)) for batch in reference for window in batch)
-    found = (not_finite([each], number[None]) for each, number in zip(logits, windows, strict=True))
-    for window in distributed.all_gather_object(next(filter(None, found), None)):
-        if window is not None:
-            raise NumericalError(f"the dense model's logits are not finite on {window}. {DENSE_ADVICE}")
+    own = None
+    for window, number in zip(itertools.chain.from_iterable(reference), windows, strict=True):
+        own = own or not_finite([tail(window[None].to(tail.output.weight.device))], number[None])
+    for found in distributed.all_gather_object(own):
+        if found is not None:
+            raise NumericalError(f"the dense model's logits are not finite on {found}. {DENSE_ADVICE}")
 
 
 def _divergences(tail: LogitHead, reference: Stream, outputs: Stream, variants: int) -> list[float]:

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from optimum_modegpt import distributed
@@ -133,20 +133,19 @@ class Checkpoint:
             CheckpointError: another run uses the folder, or it is the checkpoint of another compression.
         """
         with self.alone():
-            self.manifest = distributed.broadcast_object(
-                self._taken_over(dict(identity)) if distributed.is_first() else None
-            )
+            if distributed.is_first():
+                self._take_over(dict(identity))
+            self.manifest = distributed.broadcast_object(self.manifest)
             with self._as_a_member():
                 self._streams_written = self._began = time.monotonic()
                 yield self
             distributed.barrier()  # rank 0 may delete files that another rank has yet to open or to close
 
-    def _taken_over(self, identity: dict[str, Any]) -> Manifest:
+    def _take_over(self, identity: dict[str, Any]) -> None:
         with writing(self.folder):
             self.folder.mkdir(exist_ok=True)
         self.manifest = self._read(identity)
         self._tidy()
-        return self.manifest
 
     @contextmanager
     def _as_a_member(self) -> Iterator[None]:
@@ -180,15 +179,21 @@ class Checkpoint:
         if not self.folder.exists():
             return
         for path in self.folder.iterdir():
-            if path.name != MANIFEST:
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != MANIFEST:
+                path.unlink(missing_ok=True)
         shutil.rmtree(self.folder)  # the manifest last: after a kill during removal, the folder is still recognised
 
     def _check_ours(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is a file; expected a folder for the checkpoint.")
-        found = [] if not self.folder.exists() else sorted(path.name for path in self.folder.iterdir())
-        if foreign := [name for name in found if not any(fnmatch(name, pattern) for pattern in OWN)]:
+        foreign = sorted(os.listdir(self.folder))
+        for pattern in OWN:
+            foreign = [name for name in foreign if not fnmatch(name, pattern)]
+        if foreign:
             raise CheckpointError(
                 f"{self.folder} contains files that are not part of a checkpoint: {', '.join(foreign[:5])}"
                 f"{', …' if len(foreign) > 5 else ''}. Choose a folder that does not exist."
@@ -247,7 +252,7 @@ class Checkpoint:
     def restore_block(self, index: int, module: nn.Module, home: torch.device) -> nn.Module:
         """Load the tensors of a finished block into `module`, which must have the right shapes."""
         trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
-        tensors = {name: tensor.to(home) for name, tensor in mapped(self._block(index)).items()}
+        tensors = {name: tensor.to(home) for name, tensor in load_file(self._block(index)).items()}
         module.load_state_dict(tensors, strict=True, assign=True)
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(trained[name])
@@ -280,12 +285,10 @@ class Checkpoint:
         Both are the same object if the streams are equal. `keep` moves each batch, a memory map of the checkpoint's
         file, to its storage.
         """
-        found = mapped(self._streams(self.finished))
-        dense, compressed = (
-            [keep(batch) for name, batch in sorted(found.items()) if name.startswith(kind)]
-            for kind in ("dense", "compressed")
-        )
-        return dense, compressed or dense
+        streams: dict[str, list[Tensor]] = {"dense": [], "compressed": []}
+        for name, batch in sorted(load_file(self._streams(self.finished)).items()):
+            streams[name.partition(".")[0]].append(keep(batch))
+        return streams["dense"], streams["compressed"] or streams["dense"]
 
     # -------------------------------------------------------------------------------------------------------- files
 
@@ -299,11 +302,11 @@ class Checkpoint:
         manifest = self.read()
         if manifest is None:
             return Manifest(identity)
-        if differences := [
-            f"{name} was {manifest.identity.get(name)!r}, now it is {value!r}"
-            for name, value in identity.items()
-            if manifest.identity.get(name) != value
-        ]:
+        differences = []
+        for name, value in identity.items():
+            if (before := manifest.identity.get(name)) != value:
+                differences.append(f"{name} was {before!r}, now it is {value!r}")
+        if differences:
             raise CheckpointError(
                 f"{self.folder} is the checkpoint of another compression:\n  "
                 + "\n  ".join(differences)
@@ -375,12 +378,6 @@ def writing(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written: {error}\n"
             "Finished blocks are kept there. Free some disk space and rerun the same command to resume."
         ) from error
-
-
-def mapped(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file as memory maps."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
 def fingerprint(model: nn.Module) -> str:

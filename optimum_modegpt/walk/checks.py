@@ -170,7 +170,8 @@ def _check_model(architecture: Architecture, tokens: Tensor) -> None:
     config.tie_word_embeddings = architecture.head_is_tied
     stock: Any = built(model, stock_class, config, {})
     ids = tokens.to(model.get_input_embeddings().weight.device)
-    own, expected = (each(input_ids=ids, use_cache=False).logits for each in (model, stock))
+    own = model(input_ids=ids, use_cache=False).logits
+    expected = stock(input_ids=ids, use_cache=False).logits
     if (difference := _difference(own, expected)) is not None:
         raise UnsupportedModel(
             f"{type(model).__name__} computes other logits than {stock_class.__name__} with the same weights (relative "
@@ -203,7 +204,9 @@ def _difference(own: Tensor, ours: Tensor) -> float | None:
     """Return the relative difference of two outputs that should be equal, or None if it is within rounding."""
     difference = float((own.float() - ours.float()).norm() / own.float().norm().clamp_min(1e-30))
     tolerance = max(READING_TOLERANCE, 10 * torch.finfo(own.dtype).eps)
-    return None if difference <= tolerance else difference  # not a number is a difference
+    if difference <= tolerance:
+        return None
+    return difference  # not a number is a difference
 
 
 def check_result(error: dict[str, float], compressed: Stream, windows: Tensor) -> None:

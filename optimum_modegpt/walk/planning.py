@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optimum_modegpt.allocation.plan import Plan, plan_sparsity
 from optimum_modegpt.allocation.sensitivity import plan_from_curves
-from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
+from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.budget.sizes import SPARSITY_TOLERANCE
 from optimum_modegpt.calibration.influence import InfluenceSum
@@ -18,7 +18,7 @@ from optimum_modegpt.errors import naming
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.progress import bar
 from optimum_modegpt.walk.request import Request
-from optimum_modegpt.walk.resume import keep_measurements
+from optimum_modegpt.walk.resume import keep_plan
 from optimum_modegpt.walk.state import State
 
 ENOUGH_WINDOWS = 4
@@ -43,7 +43,7 @@ def make_plan(request: Request, state: State) -> Plan:
         )
         plan = plan_from_targets(targets, sizes)
     else:
-        plan = plan_from_targets(uniform_targets(len(sizes), config.sparsity), sizes)
+        plan = plan_from_targets([config.sparsity] * len(sizes), sizes)
     achieved = plan_sparsity(plan, sizes)
     if abs(achieved - config.sparsity) > SPARSITY_TOLERANCE:
         state.warn(
@@ -74,7 +74,7 @@ def measure_sensitivities(request: Request, state: State) -> None:
     )
     for curves in sweeps.measured(measurements.curves, progress=request.show_progress):
         measurements.curves |= curves
-        keep_measurements(request, state)
+        keep_plan(request, state, None)
 
 
 def measure_influences(request: Request, state: State) -> list[float]:

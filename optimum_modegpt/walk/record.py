@@ -97,10 +97,10 @@ def floor_seconds(request: Request, state: State, plan: Plan) -> dict[str, dict[
     variants = sum(map(len, state.measurements.curves.values()))
     stages = work_of(request.shapes, config, extent, widths=kept, variants=variants)
     names = {"allocate": f"allocate ({config.resolved_allocation})", "decompose": "decompose"}
-    return {
-        names[stage]: {step: product_seconds(work, rates) for step, work in steps.items()}
-        for stage, steps in stages.items()
-    }
+    floor = {}
+    for stage, steps in stages.items():
+        floor[names[stage]] = {step: product_seconds(work, rates) for step, work in steps.items()}
+    return floor
 
 
 def portable(config: ModeGPTConfig) -> dict[str, Any]:

@@ -32,8 +32,9 @@ class Base:
     def completed(self, model: PreTrainedModel) -> Base:
         """Return the origin, with missing fields filled from the configuration of `model`."""
         name = getattr(model.config, "_name_or_path", None) or None
-        own = Path(name).name if name and os.path.isdir(name) else name
-        return Base(self.model or own, self.revision or getattr(model.config, "_commit_hash", None))
+        if name and os.path.isdir(name):
+            name = Path(name).name
+        return Base(self.model or name, self.revision or getattr(model.config, "_commit_hash", None))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from optimum_modegpt.calibration.streams import in_batches
 from optimum_modegpt.errors import ProcessError
 from optimum_modegpt.methods.method import CutBlock, StreamPair
 from optimum_modegpt.report import Stage
-from optimum_modegpt.walk.checkpoint import Manifest, fingerprint
+from optimum_modegpt.walk.checkpoint import fingerprint
 from optimum_modegpt.walk.record import versions
 from optimum_modegpt.walk.request import Request
 from optimum_modegpt.walk.state import Measurements, State
@@ -30,23 +30,17 @@ def resuming(request: Request, state: State) -> Iterator[None]:
         yield
         return
     with request.checkpoint.opened(identity(request)) as checkpoint:
-        manifest = checkpoint.manifest
+        manifest, asked = checkpoint.manifest, request.config.batch_size
         for message in manifest.warnings:
             state.warn(message)
-        _restore_batch_size(request, state, manifest)
+        if asked in (None, manifest.asked_batch_size):  # else the user now wants another one
+            state.batch_size = manifest.batch_size or state.batch_size
+        manifest.batch_size, manifest.asked_batch_size = state.batch_size, asked or manifest.asked_batch_size
         if manifest.measured:
             state.measurements = Measurements.from_dict(manifest.measured)
         if manifest.seconds:
             state.clock.stages.append(Stage("earlier runs", manifest.seconds, 0))
         yield
-
-
-def _restore_batch_size(request: Request, state: State, manifest: Manifest) -> None:
-    """Use the batch size of the interrupted run, unless the user now asks for another one."""
-    asked = request.config.batch_size
-    if asked in (None, manifest.asked_batch_size):
-        state.batch_size = manifest.batch_size or state.batch_size
-    manifest.batch_size, manifest.asked_batch_size = state.batch_size, asked or manifest.asked_batch_size
 
 
 def identity(request: Request) -> dict[str, Any]:
@@ -92,16 +86,11 @@ def known_plan(request: Request) -> Plan | None:
     return Plan.from_list(request.checkpoint.manifest.plan)
 
 
-def keep_plan(request: Request, state: State, plan: Plan) -> None:
-    """Write the plan and its measurements to the checkpoint, if any."""
+def keep_plan(request: Request, state: State, plan: Plan | None) -> None:
+    """Write the measurements so far, and the plan if it is already made, to the checkpoint, if any."""
     if request.checkpoint is not None:
-        request.checkpoint.keep_plan(plan.to_list(), state.measurements.to_dict(), state.warnings)
-
-
-def keep_measurements(request: Request, state: State) -> None:
-    """Write the measurements so far to the checkpoint, if any."""
-    if request.checkpoint is not None:
-        request.checkpoint.keep_plan(None, state.measurements.to_dict(), state.warnings)
+        widths = None if plan is None else plan.to_list()
+        request.checkpoint.keep_plan(widths, state.measurements.to_dict(), state.warnings)
 
 
 def finished_blocks(

@@ -35,7 +35,9 @@ class Measurements:
         budget = {}
         if self.budget is not None:
             budget = {**vars(self.budget), "ratios": list(self.budget.ratios)}
-        curves = {f"{block}.{part}": [list(point) for point in curve] for (block, part), curve in self.curves.items()}
+        curves = {}
+        for (block, part), curve in self.curves.items():
+            curves[f"{block}.{part}"] = list(map(list, curve))
         return {"sensitivities": curves, "sensitivity_budget": budget, "influences": self.influences}
 
     @classmethod

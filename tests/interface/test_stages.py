@@ -56,7 +56,7 @@ def test_accelerator_is_the_default_device(
     wanted: Any, home: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("xpu"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
     assert compute_device(wanted, torch.device(home)) == torch.device(expected)
 

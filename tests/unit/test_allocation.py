@@ -20,7 +20,7 @@ from optimum_modegpt.allocation.plan import (
     total_weights,
 )
 from optimum_modegpt.allocation.sensitivity import interpolate, lower_hull, plan_from_curves
-from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets, uniform_targets
+from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.modeling.modegpt_family import Widths
 
 PARTS = ("mlp", "qk", "vo")
@@ -88,7 +88,6 @@ def test_targets_are_the_optimum_under_the_cap(influences, temperature, sparsity
 
 def test_equal_influences_give_equal_targets():
     assert influence_targets([0.3] * 4, 0.25, temperature=0.01, cap=0.9) == pytest.approx([0.25] * 4)
-    assert uniform_targets(4, 0.25) == [0.25] * 4
 
 
 def test_low_temperature_fills_one_block_after_another():
@@ -207,7 +206,7 @@ def test_largest_sparsity_is_reached_at_the_floors():
 @pytest.mark.parametrize("temperature", [0.3, None])
 def test_total_is_met_within_half_a_step(sparsity, step, mlp_step, temperature):
     sizes, blocks = block_sizes(5, step=step, mlp_step=mlp_step), 5
-    targets = uniform_targets(blocks, sparsity)
+    targets = [sparsity] * blocks
     if temperature:
         targets = influence_targets(INFLUENCES["falling"], sparsity, temperature=temperature, cap=0.8)
     plan = plan_from_targets(targets, sizes)
