@@ -87,6 +87,10 @@ class ModeGPTConfigMixin(Dense):
         }
         return cls(**values, per_layer_config=per_layer, modegpt=record)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, and the number of blocks by its common name, by which a generic configuration finds it."""
+        return super().to_dict() | {"num_hidden_layers": self.num_hidden_layers}
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save as every configuration, and always name the code files, which `_auto_class` saves too."""
         self.auto_map = dict(self.auto_classes)

@@ -51,7 +51,7 @@ def empty(folder: Path) -> Any:
 
 def partly_on_disk(model: Any) -> dict[str, str]:
     """Return a device map with the second block on disk and the rest in memory."""
-    path = f"model.{model.config.family.blocks}"
+    path = f"{model.base_model_prefix}.{model.config.family.blocks}"
     placed = {f"{path}.{index}": "cpu" for index, _ in enumerate(model.get_submodule(path))}
     placed[f"{path}.1"] = "disk"
     while path:

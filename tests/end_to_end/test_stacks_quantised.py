@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subprocess_load import run_worker
-from tiny_models import FAMILIES, compressed, dense, fine_tune, tokenizer, tokens
+from tiny_models import FAMILIES, VARIANTS, classes, compressed, dense, fine_tune, tokenizer, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -33,8 +34,6 @@ METHODS: dict[str, Callable[[], Any]] = {
 METHOD = pytest.mark.parametrize("method", METHODS)
 MOST_ERROR = {"int8": 0.06, "nf4": 0.5, "torchao": 0.06}
 """Largest relative change of the logits. Random weights are sensitive; an unrelated model has 1.4."""
-WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
-WIDE_OPT: dict[str, Any] = {"hidden_size": 128, "ffn_dim": 192, "word_embed_proj_dim": 128}
 FITTING = [Widths(16, 32, 64), Widths(32, 16, 128), Widths(32, 32, 192)]
 """Multiples of 64, the only widths that bitsandbytes computes correctly in 4 bits on a CPU."""
 
@@ -43,7 +42,14 @@ def model_for(method: str, name: str) -> Any:
     """Return a compressed model with widths that the method supports: any, except for 4 bits on a CPU."""
     if method != "nf4":
         return compressed(name)
-    return compressed(name, widths=FITTING, **(WIDE_OPT if name == "opt" else WIDE))
+    family: Any = classes(name)["AutoModelForCausalLM"].config_class.family
+    widths = FITTING
+    if "qk" in family.full_width_parts:
+        widths = [dataclasses.replace(each, qk=32) for each in FITTING]
+    sizes = {"hidden_size": 128, family.mlp.width: 192, **dict.fromkeys(family.sizes, 128)}
+    if "head_dim" in vars(VARIANTS[name][0](**VARIANTS[name][1])):
+        sizes["head_dim"] = 32
+    return compressed(name, widths=widths, **sizes)
 
 
 def projections(model: Any) -> list[nn.Module]:

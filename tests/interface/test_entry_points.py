@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, dense, tokenizer, tokens
+from tiny_models import FAMILIES, classes, dense, tokenizer, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -173,7 +173,9 @@ def loaders(name: Path, config: ModeGPTConfig) -> list[Callable[[], Any]]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_model_with_missing_weights_is_refused(name: str, tmp_path: Path, config: ModeGPTConfig) -> None:
     folder = save_dense(tmp_path, name)
-    lost = "model.decoder.layers.2.fc1.weight" if name == "opt" else "model.layers.2.mlp.up_proj.weight"
+    model_class = classes(name)["AutoModelForCausalLM"]
+    family = model_class.config_class.family
+    lost = f"{model_class.base_model_prefix}.{family.blocks}.2.{family.mlp.output}.weight"
     tensors = load_file(folder / "model.safetensors")
     del tensors[lost]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
