@@ -62,7 +62,7 @@ class ResidualMatched:
         if architecture.final_norm is None or streams.equal:
             return copy.deepcopy(architecture.final_norm)
         dense_norm = copy.deepcopy(architecture.final_norm).to(device)
-        norm = copy.deepcopy(dense_norm)
+        norm = copy.deepcopy(architecture.final_norm).to(device)
         residual_matched.match_output(
             norm,
             architecture.head(device),
