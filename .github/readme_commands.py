@@ -1,4 +1,4 @@
-"""Print a command of the README: `demo`, the main job, or `test`, the test suite. CI runs what the README says."""
+"""Print a command of the README: `demo`, the main job, or `test`, the test suite. CI runs the commands of the README."""
 
 from __future__ import annotations
 
