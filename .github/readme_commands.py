@@ -1,4 +1,4 @@
-"""Print a command of the README: `demo`, the main job, or `test`, the test suite. CI runs the commands of the README."""
+"""Print a command of the README: `demo`, the main job, or `test`, the test suite. CI runs these commands."""
 
 from __future__ import annotations
 

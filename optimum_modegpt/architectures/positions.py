@@ -34,7 +34,7 @@ def rotary_width(attention: Any, family: Family) -> int:
 
 
 def canonical_order(attention: Any, family: Family) -> Tensor | None:
-    """Return the dense coordinates (head_dim,) of a head in the order of compressed models, or None if it is the same."""
+    """Return a head's dense coordinates (head_dim,) in the order of compressed models, or None if it is the same."""
     width, head_dim = rotary_width(attention, family), getattr(attention, family.attention.head_dim)
     interleaved = family.attention.positions.pairs == "interleaved"
     if width == 0 or (width == head_dim and not interleaved):
