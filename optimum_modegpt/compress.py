@@ -14,6 +14,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
 from optimum_modegpt.errors import naming
+from optimum_modegpt.methods.method import CalibrationInputs
 from optimum_modegpt.methods.registry import method_of
 from optimum_modegpt.modeling.adoption import become, built
 from optimum_modegpt.progress import bar
@@ -100,11 +101,9 @@ def cut_blocks(
             with naming(f"block {block.index}"):
                 cut = method.cut_block(
                     block.on(device),
-                    streams,
                     plan.widths[block.index],
-                    state.inputs.on(block.index, device),
-                    windows=state.inputs.windows,
-                    keep_derivatives=state.keep_derivatives,
+                    CalibrationInputs(streams, state.inputs.on(block.index, device), state.inputs.windows),
+                    state.keep_derivatives,
                 )
                 streams = cut.after
                 check_result(cut.errors, streams.compressed, state.inputs.windows)

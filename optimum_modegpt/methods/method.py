@@ -33,6 +33,21 @@ class StreamPair:
 
 
 @dataclass(frozen=True)
+class CalibrationInputs:
+    """The calibration data at the input of one block.
+
+    Attributes:
+        streams: the residual streams.
+        arguments: the other arguments of the block's forward pass, on the compute device.
+        windows: the numbers of the calibration windows of `streams`, for error messages.
+    """
+
+    streams: StreamPair
+    arguments: dict[str, Any]
+    windows: Tensor
+
+
+@dataclass(frozen=True)
 class CutBlock:
     """A compressed block, the relative error of each part, and the streams after the block."""
 
@@ -50,24 +65,13 @@ class Method(Protocol):
 
     streams: ClassVar[int]
 
-    def cut_block(
-        self,
-        block: Block,
-        streams: StreamPair,
-        widths: Widths,
-        arguments: dict[str, Any],
-        *,
-        windows: Tensor,
-        keep_derivatives: bool,
-    ) -> CutBlock:
+    def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
         """Return a compressed copy of `block`, which is on the compute device and does not change.
 
         Args:
             block: the dense block.
-            streams: the streams at the block's input.
             widths: the widths to keep.
-            arguments: the other arguments of the block's forward pass.
-            windows: the numbers of the calibration windows of `streams`, for error messages.
+            inputs: the calibration data at the block's input.
             keep_derivatives: whether there is memory to keep the derivatives of the hidden channels.
 
         Raises:

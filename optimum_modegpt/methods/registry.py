@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.shapes import Shapes
@@ -17,7 +17,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.methods import published, residual_matched, residual_matched_cost, sensitivity_cost
 from optimum_modegpt.methods.cost import Extent, Peak, Work, block_forward, block_memory
-from optimum_modegpt.methods.method import CutBlock, Method, StreamPair
+from optimum_modegpt.methods.method import CalibrationInputs, CutBlock, Method, StreamPair
 from optimum_modegpt.modeling.modegpt_family import Widths
 from optimum_modegpt.report import PARTS
 
@@ -29,20 +29,12 @@ class ResidualMatched:
     config: ModeGPTConfig
     streams: ClassVar[int] = 2
 
-    def cut_block(
-        self,
-        block: Block,
-        streams: StreamPair,
-        widths: Widths,
-        arguments: dict[str, Any],
-        *,
-        windows: Tensor,
-        keep_derivatives: bool,
-    ) -> CutBlock:
+    def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
         """Cut and refit a copy of the block. It stays as it is at its dense widths while nothing before it was cut."""
         copied = block.compressible_copy(block.output.weight.device)
-        targets = residual_matched.run_dense(block, streams.dense, arguments)
-        check_dense(targets.after, windows)
+        streams = inputs.streams
+        targets = residual_matched.run_dense(block, streams.dense, inputs.arguments)
+        check_dense(targets.after, inputs.windows)
         if widths == block.dense_widths and streams.equal:
             return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(targets.after, targets.after))
         errors, after = residual_matched.compress_block(
@@ -51,7 +43,7 @@ class ResidualMatched:
             streams.compressed,
             targets,
             widths,
-            arguments=arguments,
+            arguments=inputs.arguments,
             config=self.config,
             keep_derivatives=keep_derivatives,
         )
@@ -90,19 +82,10 @@ class Published:
     config: ModeGPTConfig
     streams: ClassVar[int] = 1
 
-    def cut_block(
-        self,
-        block: Block,
-        streams: StreamPair,
-        widths: Widths,
-        arguments: dict[str, Any],
-        *,
-        windows: Tensor,
-        keep_derivatives: bool,
-    ) -> CutBlock:
+    def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
         """Cut a copy of the block by the moments of the dense stream. A block at its dense widths stays as it is."""
-        moments, after = published.observe(block, streams.dense, arguments)
-        check_dense(after, windows)
+        moments, after = published.observe(block, inputs.streams.dense, inputs.arguments)
+        check_dense(after, inputs.windows)
         copied = block.compressible_copy(block.output.weight.device)
         if widths == block.dense_widths:
             return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(after, after))
