@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from itertools import zip_longest
 from typing import Any
@@ -60,24 +60,63 @@ def compare(
         EvaluationError: the prompts or the models cannot be compared, or a result is not finite.
     """
     check_vocabularies(model, reference)
-    models = {"model": model, "reference": reference}
-    encoded = _encode(prompts, tokenizer, models.values(), max_new_tokens)
-    began = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    ends: Any = getattr(reference.generation_config, "eos_token_id", None)
+    encoded = _encode(prompts, tokenizer, (model, reference), max_new_tokens)
+    setting = _setting(model, reference, max_new_tokens)
     records: list[PromptComparison] = []
     measured: list[Distances] = []
-    generated: dict[str, list[Continuation]] = {"model": [], "reference": []}
+    ours: list[Continuation] = []
+    theirs: list[Continuation] = []
     with evaluating(model, reference):
-        for each in models.values():  # not measured: the first calls allocate memory and select kernels
-            continuation(each, encoded[0].ids, min(WARM_UP_TOKENS, max_new_tokens), ends)
-        for index, prompt in enumerate(bar(encoded, desc="compare", unit="prompt", shown=progress)):
-            for name in ("reference", "model") if index % 2 else ("model", "reference"):
-                generated[name].append(continuation(models[name], prompt.ids, max_new_tokens, ends))
-            ours, theirs = generated["model"][-1], generated["reference"][-1]
-            measured.append(distances(model, reference, prompt.ids, theirs.tokens))
-            records.append(_record(index, prompt, tokenizer, ours, theirs, measured[-1]))
+        pairs = _continuations(model, reference, encoded, max_new_tokens)
+        shown = bar(encoded, desc="compare", unit="prompt", shown=progress)
+        for prompt, (own, other) in zip(shown, pairs, strict=True):
+            ours.append(own)
+            theirs.append(other)
+            measured.append(distances(model, reference, prompt.ids, other.tokens))
+            records.append(_record(len(records), prompt, tokenizer, own, other, measured[-1]))
             if on_record is not None:
                 on_record(records[-1])
+    return _comparison(records, measured, _costs(model, ours), _costs(reference, theirs), setting)
+
+
+def _setting(model: PreTrainedModel, reference: PreTrainedModel, max_new_tokens: int) -> dict[str, Any]:
+    return {
+        "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "max_new_tokens": max_new_tokens,
+        "model_device": str(model.device),
+        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "reference_device": str(reference.device),
+        "reference_dtype": str(reference.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _continuations(
+    model: PreTrainedModel, reference: PreTrainedModel, prompts: Sequence[EncodedPrompt], max_new_tokens: int
+) -> Iterator[tuple[Continuation, Continuation]]:
+    """Yield the model's and the reference's continuation of each prompt. The two take turns in running first."""
+    ends: Any = getattr(reference.generation_config, "eos_token_id", None)
+    for each in (model, reference):  # not measured: the first calls allocate memory and select kernels
+        continuation(each, prompts[0].ids, min(WARM_UP_TOKENS, max_new_tokens), ends)
+    for index, prompt in enumerate(prompts):
+        if index % 2:
+            theirs = continuation(reference, prompt.ids, max_new_tokens, ends)
+            ours = continuation(model, prompt.ids, max_new_tokens, ends)
+        else:
+            ours = continuation(model, prompt.ids, max_new_tokens, ends)
+            theirs = continuation(reference, prompt.ids, max_new_tokens, ends)
+        yield ours, theirs
+
+
+def _comparison(
+    records: Sequence[PromptComparison],
+    measured: Sequence[Distances],
+    costs: Costs,
+    reference_costs: Costs,
+    setting: dict[str, Any],
+) -> Comparison:
+    """Summarise the prompts. Each position counts once."""
     found = Distances(*map(torch.cat, zip(*measured, strict=True)))
     kl, perplexity, reference_perplexity, ratio = found.of_prompt()
     return Comparison(
@@ -89,18 +128,9 @@ def compare(
         reference_perplexity=reference_perplexity,
         perplexity_ratio=ratio,
         equal_continuations=sum(record.parting_token is None for record in records),
-        costs=_costs(model, generated["model"]),
-        reference_costs=_costs(reference, generated["reference"]),
-        setting={
-            "began": began,
-            "max_new_tokens": max_new_tokens,
-            "model_device": str(model.device),
-            "model_dtype": str(model.dtype).removeprefix("torch."),
-            "reference_device": str(reference.device),
-            "reference_dtype": str(reference.dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        costs=costs,
+        reference_costs=reference_costs,
+        setting=setting,
         records=tuple(records),
     )
 

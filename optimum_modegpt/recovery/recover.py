@@ -90,18 +90,9 @@ def recover(
         logger.warning(degenerate)
     check_windows(model, windows.tokens)
     if teacher is not None:
-        ours, theirs = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
-        if ours != theirs:
-            raise InvalidConfig(
-                f"the teacher predicts {theirs} tokens, the model {ours}; the vocabularies must be equal. "
-                f"Use the model that it was compressed from: {model.config.modegpt.get('base_model')}."
-            )
-        check_windows(teacher, windows.tokens)
+        _check_teacher(model, teacher, windows)
         teacher_name = teacher_name or Base().completed(teacher).model
-    try:  # not at the top: peft is optional, and the Trainer takes seconds to import
-        from optimum_modegpt.recovery.training import train
-    except ImportError as error:
-        raise ImportError("recovery requires peft and accelerate: pip install 'optimum-modegpt[recover]'") from error
+    train = _import_training()
     start = time.perf_counter()
     before = perplexity(model, held_out).perplexity
     best = train(model, teacher, training, held_out, before, config, progress)
@@ -116,20 +107,37 @@ def recover(
         seconds=time.perf_counter() - start,
     )
     if recovery.best_step:
-        recovered = {
-            "dataset": windows.record["name"],
-            **{key: windows.record[key] for key in ("split", "revision", "sha256", "windows", "sequence_length")},
-            **asdict(config),
-            "learning_rate": config.peak_learning_rate(model.config),
-            "best_step": recovery.best_step,
-            "tokens": recovery.tokens,
-            "held_out_perplexity": [recovery.perplexity_before, recovery.perplexity_after],
-            "distilled": teacher is not None,
-            "teacher": teacher_name,
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optimum-modegpt")},
-        }
+        recovered = _record(model, windows, config, recovery)
+        recovered |= {"distilled": teacher is not None, "teacher": teacher_name}
         model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
     return recovery
+
+
+def _import_training() -> Any:
+    """Import the training late: peft is optional, and the Trainer takes seconds to import."""
+    try:
+        from optimum_modegpt.recovery.training import train
+    except ImportError as error:
+        raise ImportError("recovery requires peft and accelerate: pip install 'optimum-modegpt[recover]'") from error
+    return train
+
+
+def _record(
+    model: PreTrainedModel, windows: TokenWindows, config: RecoveryConfig, recovery: Recovery
+) -> dict[str, Any]:
+    """Describe text, settings and result for the model's configuration, safe for JSON."""
+    record: dict[str, Any] = {"dataset": windows.record["name"]}
+    for key in ("split", "revision", "sha256", "windows", "sequence_length"):
+        record[key] = windows.record[key]
+    return {
+        **record,
+        **asdict(config),
+        "learning_rate": config.peak_learning_rate(model.config),
+        "best_step": recovery.best_step,
+        "tokens": recovery.tokens,
+        "held_out_perplexity": [recovery.perplexity_before, recovery.perplexity_after],
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "optimum-modegpt")},
+    }
 
 
 def check_compressed(model_config: Any) -> None:
@@ -161,6 +169,16 @@ def _check_model(model: PreTrainedModel) -> None:
             f"the weights are on {', '.join(sorted(map(str, devices)))}; training needs all of them on one device, or "
             "on the first of several accelerators (CUDA_VISIBLE_DEVICES selects it). Load the model without device_map."
         )
+
+
+def _check_teacher(model: PreTrainedModel, teacher: PreTrainedModel, windows: TokenWindows) -> None:
+    ours, theirs = model.config.get_text_config().vocab_size, teacher.config.get_text_config().vocab_size
+    if ours != theirs:
+        raise InvalidConfig(
+            f"the teacher predicts {theirs} tokens, the model {ours}; the vocabularies must be equal. "
+            f"Use the model that it was compressed from: {model.config.modegpt.get('base_model')}."
+        )
+    check_windows(teacher, windows.tokens)
 
 
 def _split(windows: TokenWindows) -> tuple[Tensor, Tensor]:
