@@ -77,9 +77,14 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
         report = report_in_place(checkpoint, output, request)
         distributed.broadcast_object(report is None)  # whether the other ranks take part
         if report is None:
-            check_request(job, output, options, device)
+            check_request(job, output, options)
+            model_config = load_config(job.source)
+            if not options.ignore_estimate:
+                found = estimate_of(job.source, model_config, job.config, options.dtype, device)
+                place = compute_device(device, torch.device("cpu"))
+                check_resources(found, place, output, written=checkpoint.size)  # the checkpoint is reused
             with replacing(output, overwrite=options.overwrite, workshop=checkpoint.folder) as folder:
-                model, quantizer = compress(job, options, device, progress=common.shows_progress())
+                model, quantizer = compress(job, model_config, options, device, progress=common.shows_progress())
                 with saving(output):
                     quantizer.save(model, folder, quantizer.tokenizer or job.source.tokenizer())
                 del model  # its weights are in the checkpoint, which is removed below
@@ -92,8 +97,8 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
     return report
 
 
-def check_request(job: Job, output: Path, options: Namespace, device: torch.device | None) -> None:
-    """Refuse an output folder that must not be written, and work for which memory or disk are too small."""
+def check_request(job: Job, output: Path, options: Namespace) -> None:
+    """Refuse an output folder that must not be written, and warn of a steep loss of quality."""
     used = common.existing_paths(job.source.path, job.config.dataset, job.config.tokenizer, options.config)
     if options.report is not None:
         used.append(options.report)
@@ -105,18 +110,14 @@ def check_request(job: Job, output: Path, options: Namespace, device: torch.devi
             STEEP,
             output,
         )
-    if not options.ignore_estimate and job.checkpoint is not None:
-        found = estimate_of(job.source, load_config(job.source), job.config, options.dtype, device)
-        place = compute_device(device, torch.device("cpu"))
-        check_resources(found, place, output, written=job.checkpoint.size)  # the checkpoint is reused
 
 
 def compress(
-    job: Job, options: Namespace, device: torch.device | None, *, progress: bool
+    job: Job, model_config: Any, options: Namespace, device: torch.device | None, *, progress: bool
 ) -> tuple[PreTrainedModel, ModeGPTQuantizer]:
     """Read the calibration text, then load the model and compress it."""
     quantizer = ModeGPTQuantizer(job.config)
-    windows = quantizer.prepare(load_config(job.source), None, job.source)
+    windows = quantizer.prepare(model_config, None, job.source)
     model = load_model(job.source, options.dtype)
     quantizer.compress_with(
         model, windows, source=job.source, device=device, checkpoint=job.checkpoint, progress=progress
@@ -129,7 +130,8 @@ def take_part(options: Namespace, config: ModeGPTConfig, device: torch.device | 
     logging.getLogger("optimum_modegpt").setLevel(logging.ERROR)  # rank 0 warns
     with unfinished_work(options.output.resolve()) as checkpoint:
         if distributed.broadcast_object(None):
-            compress(requested_job(options, config, checkpoint), options, device, progress=False)
+            job = requested_job(options, config, checkpoint)
+            compress(job, load_config(job.source), options, device, progress=False)
         distributed.barrier()
 
 
