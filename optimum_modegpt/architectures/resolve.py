@@ -63,7 +63,7 @@ class Architecture:
 
     @property
     def head_is_tied(self) -> bool:
-        """Whether the head and the input embeddings share one tensor, whatever the configuration says."""
+        """Whether the head and the input embeddings share one tensor. The configuration may say otherwise."""
         head: Any = self.model.get_output_embeddings()
         embeddings: Any = self.model.get_input_embeddings()
         return head.weight.data_ptr() == embeddings.weight.data_ptr()

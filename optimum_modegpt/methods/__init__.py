@@ -1,1 +1,1 @@
-"""From moments to smaller parts: the published algorithm and the residual-matched one, one page each."""
+"""The compression methods: the published algorithm and the residual-matched one."""

@@ -16,7 +16,7 @@ Work = dict[str, float]
 ByteCounts = dict[str, int]
 """Bytes by purpose."""
 Peak = tuple[ByteCounts, ByteCounts]
-"""Bytes in use at a moment that can be the peak: for computing, and of the streams, wherever they are kept."""
+"""Bytes in use at a moment that can be the peak: for computing, and of the streams on any storage."""
 
 
 @dataclass(frozen=True)

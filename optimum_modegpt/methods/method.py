@@ -66,10 +66,10 @@ class Method(Protocol):
     streams: ClassVar[int]
 
     def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
-        """Return a compressed copy of `block`, which is on the compute device and does not change.
+        """Return a compressed copy of `block`. The block itself does not change.
 
         Args:
-            block: the dense block.
+            block: the dense block, on the compute device.
             widths: the widths to keep.
             inputs: the calibration data at the block's input.
             keep_derivatives: whether there is memory to keep the derivatives of the hidden channels.

@@ -71,7 +71,7 @@ def compress_block(
 
 
 def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:
-    """Select the same coordinates of query and key (CR, Algorithm 2): rotary pairs together, one selection a group."""
+    """Select the same coordinates of query and key in each group (CR, Algorithm 2). Rotary pairs stay together."""
     query, key = block.head_rows("query"), block.head_rows("key")
     if block.rotary:
         pairs = select_pairs(moments.query, moments.key, rank // 2)

@@ -45,10 +45,10 @@ from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOu
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
 REFIT_TOKENS = 65_536
-"""Most tokens that the refit of gate and up looks at."""
+"""Maximum number of tokens for the refit of gate and up."""
 
 GAIN_TOKENS, LOGITS = 8192, 2**27
-"""Most tokens, and most numbers in their distributions, that the final gain is fitted to."""
+"""Maximum number of tokens for the fit of the final gain, and of entries in their distributions."""
 
 FINAL_ROUNDS = 2
 """Rounds of refitting gate and up, then down, after the last elimination."""
@@ -132,8 +132,8 @@ def compress_block(
     """Cut and refit the three parts of `student`, a copy of the dense block at full width.
 
     `dense` and `compressed` are the two streams at the block's input. The target of each part is the output that makes
-    the compressed stream equal to the dense one, so the MLP's also compensates the error of the attention. This
-    holds for parallel halves too, which both read the block's input.
+    the compressed stream equal to the dense one. The MLP therefore also compensates the error of the attention, even
+    if both halves read the block's input.
 
     Returns:
         The relative error by part, and the compressed stream after the block.
@@ -172,7 +172,7 @@ def compress_block(
 def match_norm(norm: Any, kind: Norm, dense: Stream, compressed: Stream) -> None:
     """Multiply the norm's gain, per channel, by the slope of the dense normalised stream on the compressed one.
 
-    A norm without a gain is left alone.
+    A norm without a gain does not change.
     """
     if not has_gain(norm):
         return
@@ -191,10 +191,10 @@ def gain_tokens(windows: int, length: int, vocabulary: int) -> int:
 def match_output(
     norm: Any, head: Tensor, dense: Stream, compressed: Stream, dense_norm: Any, *, kind: Norm, capped: bool
 ) -> None:
-    """Fit the final norm: first by `match_norm`, then its gain to the dense model's next-token distributions.
+    """Fit the final norm by `match_norm`, then fit its gain to the dense model's next-token distributions.
 
-    `head` (vocabulary, d_model) maps the norm's output to logits. If they are `capped`, the gain stays as `match_norm`
-    set it, because the fit is for linear logits.
+    `head` (vocabulary, d_model) maps the norm's output to logits. If they are `capped`, the second fit is skipped,
+    because it is for linear logits.
     """
     match_norm(norm, kind, dense, compressed)
     if capped or not has_gain(norm):
@@ -249,7 +249,7 @@ def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -
 
 
 def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
-    """Return the order in which the pairs of a head are removed, down to `rank`; None without rotation or moments."""
+    """Return the order in which the pairs of a head are removed, down to `rank`. None without rotation or moments."""
     if moments is None or not block.rotary:
         return None
     return eliminate_pairs(moments.key, moments.query, rank // 2)
@@ -262,9 +262,9 @@ def cut_query_key(
     rank: int,
     config: ModeGPTConfig,
 ) -> QueryKeyFactors:
-    """Keep the pairs that `elimination` leaves, and refit the query on their curvature; else use a two-sided basis.
+    """Keep the pairs that `elimination` leaves, and refit the query on their curvature.
 
-    Without moments, `rank` must be the full one.
+    Without an elimination, use a two-sided basis. Without moments, `rank` must be the full one.
     """
     query, key = block.head_rows("query"), block.head_rows("key")
     if rank == block.head_dim:
@@ -389,7 +389,7 @@ def refit_mlp(
 ) -> MLPFactors:
     """Cut the MLP as `cut_mlp` does, and also refit gate and up if channels are removed.
 
-    Half of the channels are removed first, and the others are chosen after a refit. Down is refitted to the new hidden
+    Half of the channels are removed first. The others are chosen after a refit. Down is refitted to the new hidden
     channels after each refit of gate and up. The second half ends with two rounds of both.
     """
     moments = observe_mlp(student, streams, targets.mlp, targets.mlp_weights)
@@ -405,7 +405,7 @@ def refit_mlp(
     halfway = (rank + moments.width) // 2
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
         order, ridge = _elimination(factors.down, moments, width, config), moments.ridge(config.output_ridge)
-        factors, moments = _without(factors, moments, order)  # releases the larger moments of before
+        factors, moments = _without(factors, moments, order)  # releases the larger moments
         factors = _refit_down(factors, moments, ridge)
         for _ in range(rounds):
             del moments  # they are larger than everything that the refit keeps

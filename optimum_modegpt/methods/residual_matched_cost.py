@@ -55,7 +55,7 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "outputs of the heads": extent.tokens * shapes.heads * extent.element,
         "sample for the refit of gate and up": 2 * sample * d * FLOAT32,
     }
-    # Half of the removed channels are still there in the first round. A block may lose less than the mean.
+    # The first round still has half of the removed channels. A block may lose less than the mean.
     removed = config.sparsity
     if config.resolved_allocation != "uniform":
         removed /= 2

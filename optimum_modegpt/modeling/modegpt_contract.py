@@ -1,8 +1,8 @@
 """The contract with transformers: the methods whose arguments compressed classes rely on, and those that they handle.
 
 An attention that replaces another one never sees an argument that was renamed, and the model then computes nonsense
-without an error. So the dense class is compared with this list each time a compressed attention is built. What only a
-call can show is refused then: a key-value cache that arrives under another name.
+without an error. So the dense class is compared with this list each time a compressed attention is built. A key-value
+cache that arrives under another name can be seen only during a call, and is refused then.
 
 This file is also remote code: it is copied next to the weights. It imports only torch and transformers.
 """

@@ -30,7 +30,7 @@ FIRST_BLOCKS = 2
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What a self-check compared.
+    """The extent and the result of a self-check.
 
     Attributes:
         tokens: length of the text, prefill and cached steps together.
