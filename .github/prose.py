@@ -1,25 +1,19 @@
 """Check the prose of README, guides, templates, code and tests against a short list of words to avoid.
 
-python .github/prose.py [--update]
-
-`prose_allowed.txt` holds the number of findings that each file may still have; `--update` lowers it to the present
-numbers. Delete the file once it is empty.
+python .github/prose.py
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import io
 import re
 import sys
 import tokenize
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = Path(__file__).with_name("prose_allowed.txt")
 AVOID = {
     r"\bwhat(ever)?\b(?![^.!;:]*\?)": 'name the thing; "what" only asks questions',
     r"\bstands?\b(?! for\b)": '"is", or leave it out',
@@ -31,20 +25,13 @@ AVOID = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--update", action="store_true", help="lower the allowed numbers to the present ones")
-    options = parser.parse_args()
-    found = {path.relative_to(ROOT).as_posix(): list(findings(path)) for path in files()}
-    allowed = read_allowed()
-    if options.update:
-        rows = [f"{len(lines)} {name}\n" for name, lines in found.items() if lines]
-        ALLOWED.write_text("".join(rows), encoding="utf-8")
-        return 0
-    failed = {name: lines for name, lines in found.items() if len(lines) > allowed[name]}
-    for name, lines in failed.items():
-        print(f"{name}: {len(lines)} findings, {allowed[name]} allowed")
-        print("".join(f"  {name}:{line}: {word!r}: write {advice}\n" for line, word, advice in lines), end="")
-    return 1 if failed else 0
+    """Print every finding. Return 1 if there are any."""
+    failed = 0
+    for path in files():
+        for line, word, advice in findings(path):
+            print(f"{path.relative_to(ROOT).as_posix()}:{line}: {word!r}: write {advice}")
+            failed = 1
+    return failed
 
 
 def files() -> list[Path]:
@@ -74,12 +61,6 @@ def python_prose(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
         elif isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
             yield node.lineno, node.name.replace("_", " ")
-
-
-def read_allowed() -> Counter[str]:
-    """Return the allowed number of findings by file."""
-    lines = ALLOWED.read_text(encoding="utf-8").splitlines() if ALLOWED.is_file() else []
-    return Counter({name: int(number) for number, _, name in (line.partition(" ") for line in lines)})
 
 
 if __name__ == "__main__":

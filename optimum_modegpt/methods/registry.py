@@ -30,7 +30,7 @@ class ResidualMatched:
     streams: ClassVar[int] = 2
 
     def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
-        """Cut and refit a copy of the block. A block at its dense widths stays as it is until an earlier one was cut."""
+        """Cut and refit a copy of the block. At its dense widths it stays as it is until an earlier one was cut."""
         copied = block.compressible_copy(block.output.weight.device)
         streams = inputs.streams
         targets = residual_matched.run_dense(block, streams.dense, inputs.arguments)

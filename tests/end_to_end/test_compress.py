@@ -1,4 +1,4 @@
-"""The whole walk on tiny random models of every family: what it keeps, what it cuts, what it refuses."""
+"""Test compressions of tiny random models of every family: results, resources and refusals."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
 
 
 def untied(name: str) -> Any:
-    """A model whose configuration says tied, and whose head is a copy of the embeddings, as if to be trained apart."""
+    """Return a model whose configuration says tied, but whose head is a copy of the embeddings."""
     model = dense(name, tie_word_embeddings=True)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     return model
@@ -77,7 +77,7 @@ def untied_with_another_head(name: str) -> Any:
 
 
 def tied(name: str) -> Any:
-    """A model whose configuration says untied, and whose head is the embeddings."""
+    """Return a model whose configuration says untied, but whose head is the embeddings."""
     model = dense(name, tie_word_embeddings=False)
     model.lm_head.weight = model.get_input_embeddings().weight
     return model
@@ -241,7 +241,7 @@ def test_every_window_has_a_say_in_the_final_gain(monkeypatch: pytest.MonkeyPatc
 def test_copies_on_the_device_do_not_grow_with_depth(
     recipe: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Every copy of a dense block is counted while it lives; "cpu:0" makes the walk treat the model as elsewhere."""
+    """Count the copies of dense blocks that exist. The device "cpu:0" counts as another one than that of the model."""
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most: list[int] = []
     on = Block.on
@@ -256,7 +256,7 @@ def test_copies_on_the_device_do_not_grow_with_depth(
 
     monkeypatch.setattr(Block, "on", counted)
     request.addfinalizer(gc.unfreeze)
-    gc.freeze()  # all that is older than the test need not be looked through at every copy
+    gc.freeze()  # the garbage collector need not search objects that are older than the test
     peaks = []
     for depth in (2, 6):
         model = dense("llama-gqa-tied", num_hidden_layers=depth)
@@ -267,7 +267,7 @@ def test_copies_on_the_device_do_not_grow_with_depth(
     assert peaks[0] == peaks[1] <= 3
 
 
-def test_the_record_and_the_report_say_what_was_done(tmp_path: Any) -> None:
+def test_record_and_report_describe_the_compression(tmp_path: Any) -> None:
     model = dense("llama-gqa-tied")
     report = run(model, sparsity=0.3)
     record = model.config.modegpt
@@ -309,7 +309,7 @@ def test_sensitivities_bring_a_block_to_the_device_once_a_sweep(monkeypatch: pyt
 
     together = curves(1)
     assert brought == list(range(6))
-    assert curves(3) == together, "what passes a block together does not change what comes out"
+    assert curves(3) == together, "the batch size changes no result"
     assert brought == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 4, 5]
 
 
@@ -327,11 +327,11 @@ def test_a_failure_names_the_block_and_leaves_the_model_untouched(allocation: An
 
 
 RARE = 7
-"""A token that only one calibration window has."""
+"""A token that occurs in one calibration window only."""
 
 
 def overflowing(place: str) -> LlamaForCausalLM:
-    """A model whose values after `place` are not finite in texts with the token `RARE`, and finite in all others."""
+    """Return a model whose values after `place` are not finite, but only in texts with the token `RARE`."""
     model = dense("llama-mqa-biases")
     assert isinstance(model, LlamaForCausalLM)
     embedding, mlp, norm = model.model.embed_tokens.weight, model.model.layers[1].mlp, model.model.norm

@@ -1,4 +1,4 @@
-"""The values of a family's description that no supported family has, on models of transformers that have them.
+"""Test values of a family's description that no supported family has, on models of transformers that have them.
 
 Each literal would be the description of that family. A wrong one must be refused, not compressed to a wrong model.
 """
@@ -87,7 +87,7 @@ GRANITE = SUPPORTED["granite"].family
 
 @pytest.fixture(autouse=True)
 def _registered_classes() -> Iterator[None]:
-    """Register the classes of the supported families again, which those made here may have replaced."""
+    """Register the classes of the supported families again, because a test may have replaced them."""
     yield
     for classes in SUPPORTED.values():
         AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)
@@ -151,7 +151,7 @@ def test_nothing_changes_at_sparsity_zero(name: str, monkeypatch: pytest.MonkeyP
 
 
 @NAMES
-def test_both_methods_remove_what_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_methods_reach_the_sparsity(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     reference = logits(model_of(name)).log_softmax(-1)
     divergences = {}
     for method in ("default", "paper"):

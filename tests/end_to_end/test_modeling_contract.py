@@ -1,4 +1,4 @@
-"""The contract with transformers and with serving engines: what they may rename, and what they read in our source."""
+"""Test the contract with transformers and serving engines: renamed arguments, and sources that engines read."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_renamed_cache_argument_is_refused(renamed: str, tmp_path: Path) -> No
 
 @FAMILY
 def test_a_cache_under_another_name_is_refused(name: str) -> None:
-    """A decoder layer that passes the cache under a name that we do not read must not be answered without it."""
+    """An attention must not ignore a cache that its decoder layer passes under an unknown name."""
     model = compressed(name)
     attention = next(module for module in model.modules() if hasattr(module, "qk_head_dim"))
     width = attention.dense_head_dim
@@ -159,7 +159,7 @@ def test_a_changed_hook_of_loading_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def interface_calls(forward: Any) -> list[ast.Call]:
-    """The calls of the attention interface that vLLM's Transformers backend finds in a `forward`.
+    """Return the calls of the attention interface that vLLM's Transformers backend finds in a `forward`.
 
     It looks for a local name that is assigned from ALL_ATTENTION_FUNCTIONS, and for calls of that name.
     """
@@ -191,7 +191,7 @@ def test_vllm_finds_one_interface_call_and_its_scale(name: str) -> None:
 @FAMILY
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_engines_get_the_widths_that_they_allocate(name: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM allocates the head dim of each block's `per_layer_config`, SGLang that of the dense model."""
+    """vLLM allocates the head dimension in each block's `per_layer_config`, SGLang the dense model's."""
     model, ids = compressed(name), tokens()
     model.set_attn_implementation("eager")
     expected = model(ids).logits

@@ -1,4 +1,4 @@
-"""What the compressed classes compute: against dense ones, across attention kernels, dtypes and training."""
+"""Test the results of the compressed classes: against dense ones, across attention kernels, dtypes and training."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _rows(kept: Tensor, head_dim: int) -> Tensor:
 
 
 def adopted(name: str, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A dense model, and a copy of it adopted at full width."""
+    """Return a dense model, and a copy of it adopted at full width."""
     reference = dense(name, **changes)
     reference.set_attn_implementation("eager")  # the one that returns attention weights
     model = copy.deepcopy(reference)
@@ -122,7 +122,7 @@ def test_adoption_at_full_width_changes_nothing(name: str) -> None:
 
 
 @EVERY
-def test_adoption_keeps_the_object_and_what_the_caller_set(name: str) -> None:
+def test_adoption_keeps_the_object_and_its_attributes(name: str) -> None:
     model_class = classes(name)["AutoModelForCausalLM"]
     family = model_class.config_class.family
     model = dense(name)
@@ -165,7 +165,7 @@ def test_adoption_in_half_precision_saves_half_precision(tmp_path: Path) -> None
 
 @FAMILY
 def test_adoption_takes_narrowed_blocks(name: str) -> None:
-    """As compression does it: copies of a dense model's blocks are narrowed, then the class changes."""
+    """Narrow copies of a dense model's blocks, then change its class, as compression does."""
     target = compressed(name)
     model = dense(name)
     family, architecture = target.config.family, resolve(model)
@@ -203,7 +203,7 @@ def test_kernels_agree(name: str) -> None:
 
 @FAMILY
 def test_flash_kernels_get_one_width(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is not here; what it would be given is, and eager attention stands in for it."""
+    """Replace the missing kernel by eager attention, and check the arguments that it receives."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     model, ids = compressed(name), tokens()
@@ -247,7 +247,7 @@ def test_training_reaches_every_parameter(name: str) -> None:
     plain = gradients()
     # A key bias changes no softmax without rotation and norms, so its gradient is only rounding.
     assert all(grad.abs().max() > 1e-6 for key, grad in plain.items() if not key.endswith("k_proj.bias"))
-    # Its name since transformers 5.20.
+    # Renamed in transformers 5.20.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     checkpointed = gradients()
     for key, grad in plain.items():

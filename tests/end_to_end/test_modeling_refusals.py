@@ -1,4 +1,4 @@
-"""Folders that are incomplete, edited, newer or not ours are refused, by name, before anything is computed."""
+"""Test that folders which are incomplete, edited, newer or not ours are refused when they are loaded."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FAMILY = pytest.mark.parametrize("name", FAMILIES)
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives the folder of a saved model; not to be changed."""
+    """Return a function that returns the folder of a saved model. Tests must not change it."""
     root = tmp_path_factory.mktemp("originals")
 
     def folder(name: str) -> Path:
@@ -44,7 +44,7 @@ def edited(
     config: Callable[[dict[str, Any]], object] = lambda _: None,
     tensors: Callable[[dict[str, Tensor]], object] = lambda _: None,
 ) -> Path:
-    """A copy of a model's folder whose configuration and tensors the functions have changed in place."""
+    """Copy a model's folder, and apply the functions to its configuration and its tensors."""
     if folder != target:
         shutil.copytree(folder, target, dirs_exist_ok=True)
     values = json.loads((target / "config.json").read_text())
@@ -57,7 +57,7 @@ def edited(
 
 
 def refuse(folder: Path, match: str, auto: Any = AutoModelForCausalLM) -> None:
-    """Whatever is asked for, loading raises, and the message names the fault."""
+    """Check that loading raises with and without `ignore_mismatched_sizes`, and that the message names the fault."""
     for ignore in (False, True):
         with pytest.raises(ValueError, match=match):
             auto.from_pretrained(folder, ignore_mismatched_sizes=ignore)
@@ -80,7 +80,7 @@ def test_missing_tensors(name: str, originals: Callable[[str], Path], tmp_path: 
         key = block_key(name, rest)
         folder = edited(originals(name), tmp_path, tensors=lambda state, key=key: state.pop(key))
         for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
-            if auto.__name__ not in classes(name):  # transformers has no classifier of every family
+            if auto.__name__ not in classes(name):  # transformers lacks a classifier for some families
                 continue
             refuse(folder, f"missing: {key}", auto)
         refuse(folder, f"missing: {key.removeprefix(f'{base}.')}", AutoModel)
@@ -115,7 +115,7 @@ def test_tensors_of_another_shape(name: str, originals: Callable[[str], Path], t
 
 
 @FAMILY
-def test_tensors_nobody_asked_for(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
+def test_unexpected_tensors(name: str, originals: Callable[[str], Path], tmp_path: Path) -> None:
     base = classes(name)["AutoModel"].base_model_prefix
     for key in (block_key(name, f"{family_of(name).attention.query}.scale"), f"{base}.extra.weight"):
         folder = edited(originals(name), tmp_path, tensors=lambda state, key=key: state.update({key: torch.ones(3)}))
@@ -178,7 +178,7 @@ def test_hostile_widths(name: str, field: str, originals: Callable[[str], Path],
             AutoModelForCausalLM.from_pretrained(folder)
         assert repr(value) in str(caught.value)
         refused_by_model = isinstance(caught.value, ValueError)
-        # Fields of the dense class are typed, and transformers says so first.
+        # transformers checks the types of the dense class's fields first.
         assert refused_by_model or "StrictDataclass" in type(caught.value).__name__
         shutil.rmtree(folder)
 
@@ -211,7 +211,7 @@ def test_language_model_without_its_head(originals: Callable[[str], Path], tmp_p
     name = "llama-mha"
     folder = edited(originals(name), tmp_path / "cut", tensors=lambda state: state.pop("lm_head.weight"))
     refuse(folder, "missing: lm_head.weight")
-    # Nothing else needs it.
+    # The base model does not need the head.
     expected = compressed(name).base_model(tokens()).last_hidden_state
     assert torch.equal(AutoModel.from_pretrained(folder)(tokens()).last_hidden_state, expected)
     wrong = edited(
@@ -220,7 +220,7 @@ def test_language_model_without_its_head(originals: Callable[[str], Path], tmp_p
     refuse(wrong, "wrong shape: lm_head.weight is \\(5, 32\\)")
 
 
-def test_new_number_of_labels_only_where_asked_for(tmp_path: Path) -> None:
+def test_another_number_of_labels_must_be_requested(tmp_path: Path) -> None:
     compressed("qwen2", auto="AutoModelForSequenceClassification").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"wrong shape: score.weight is \(2, 32\)"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
@@ -229,7 +229,7 @@ def test_new_number_of_labels_only_where_asked_for(tmp_path: Path) -> None:
 
 
 def test_without_package_and_trust_nothing_is_built(originals: Callable[[str], Path], tmp_path: Path) -> None:
-    """transformers refuses by itself, and a folder without code files names the model type."""
+    """transformers itself refuses the folder. Without code files, its message names the model type."""
     with_code = originals("llama-gqa-tied")
     without_code = edited(with_code, tmp_path / "plain", lambda config: config.pop("auto_map"))
     for path in without_code.glob("*.py"):

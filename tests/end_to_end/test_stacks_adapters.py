@@ -178,7 +178,7 @@ def test_trained_whole_by_the_trainer(name: str, bases: dict[str, Path], tmp_pat
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     frozen = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
-    # The softmax does not see what is the same for all keys.
+    # The softmax ignores a term that is equal for all keys.
     assert all(key.endswith("k_proj.bias") for key in frozen)
 
     run.save_model(str(tmp_path / "final"))

@@ -207,7 +207,7 @@ def test_table_json_and_plot(folders: list[str], tmp_path: Path, capsys: pytest.
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_the_cache_of_the_hub_keeps_is_counted(folders: list[str], tmp_path: Path) -> None:
+def test_files_in_the_cache_of_the_hub_are_counted(folders: list[str], tmp_path: Path) -> None:
     repo = tmp_path / "models--user--model"
     snapshot = Path(shutil.copytree(folders[0], repo / "snapshots" / ("0" * 40)))
     (repo / "refs").mkdir()

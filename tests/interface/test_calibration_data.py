@@ -34,7 +34,7 @@ from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
 TEXT = " ".join(f"{number * 7919 % 1000} bottles of beer on the wall\r\nand then" for number in range(200)) + " fin é"
 DOCUMENTS = [f"document {number}: " + "lorem ipsum " * (number % 7 + 1) for number in range(40)]
 CHATS = [
-    [{"role": "user", "content": f"what is {n}+{n}?"}, {"role": "assistant", "content": f"it is {2 * n}."}]
+    [{"role": "user", "content": f"How much is {n}+{n}?"}, {"role": "assistant", "content": f"it is {2 * n}."}]
     for n in range(30)
 ]
 TEMPLATE = (
@@ -118,7 +118,7 @@ def test_text_file_follows_the_prototypes_rule(text_file, tokenizer):
     assert got.record["available_windows"] == len(expected)
 
 
-def test_record_says_what_was_read(text_file, tokenizer):
+def test_record_describes_the_text(text_file, tokenizer):
     got = calibrate(str(text_file), tokenizer)
     digest = hashlib.sha256(np.array([8, 16], dtype="<i8").tobytes() + got.tokens.numpy().astype("<i8").tobytes())
     assert got.record == {
@@ -360,7 +360,7 @@ def test_slices_of_files_and_folders(tmp_path, tokenizer, split, first, end):
         assert torch.equal(got.tokens, cut(expected, tokenizer, 16)), kind
 
 
-def test_slices_of_what_is_in_memory(tokenizer):
+def test_slices_of_data_in_memory(tokenizer):
     rows = Dataset.from_dict({"text": DOCUMENTS})
     expected = draw(cut("\n\n".join(DOCUMENTS[5:15]), tokenizer, 16), 2, 0)
     for data in (rows, DatasetDict(train=rows), DatasetDict(train=rows, test=rows)):
@@ -628,7 +628,7 @@ def test_stream_that_breaks_off(tokenizer):
 
 
 class Counting:
-    """A tokenizer whose tokens are letters, and which counts those it is given."""
+    """A tokenizer whose tokens are letters. It counts the letters that it encodes."""
 
     def __init__(self):
         self.letters = 0
@@ -649,14 +649,14 @@ def test_large_dataset_is_tokenised_in_part():
     assert not torch.equal(runs[0], runs[2])
     got = evaluation_windows(large, counting, sequence_length=16, max_windows=4)
     assert got.tokens.unique().tolist() == sorted(map(ord, "a- ,"))
-    small = large.select([0, 2])  # the table behind it stays large
+    small = large.select([0, 2])  # its table is still large
     assert calibrate(small, counting).record["available_windows"] == (2 * 10**6 + 2) // 16
     listed = calibrate(large["text"], counting, seed=0)
     assert torch.equal(listed.tokens, runs[0])
 
 
 LARGE = 17 * 10**6
-"""Characters of a text that is read in part."""
+"""Number of characters of a text of which only a part is read."""
 
 
 def test_large_text_file_is_read_in_part(tmp_path):

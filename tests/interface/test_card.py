@@ -1,4 +1,4 @@
-"""The model card: its statements, their sources, and its commands and code, which are run."""
+"""Test the model card: its statements, their sources, and its commands and code, which are run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ language: [en, de]
 # A tiny model
 """
 NEEDS = {"BitsAndBytesConfig": ("bitsandbytes", "accelerate"), "peft": ("peft",)}
-"""Packages that a snippet of the card needs, by a word in it."""
+"""Packages that a code block of the card needs, by a word in the block."""
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +93,17 @@ def evaluated(folder: Path, name: str, perplexity: float, **more: Any) -> dict[s
     return found | {"settings": {"reference": "dense", "flags": ["--dataset", name]}}
 
 
-# ----------------------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------------------------- statements
 
 
-def test_the_header_is_what_the_hub_reads(folder: Path) -> None:
+def test_the_hub_can_read_the_header(folder: Path) -> None:
     data = card(folder).data
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
     assert {"modegpt", "compressed"} <= set(data.tags)
     assert (data.license, data.license_name, data.language) == ("other", "tiny-licence", ["en", "de"])
     assert data.license_link == "https://example.org/LICENSE"
-    assert data.base_model is None  # a folder's name is none of the Hub
+    assert data.base_model is None  # the name of a folder is not a name on the Hub
     assert data.eval_results is None
 
 
@@ -127,7 +127,7 @@ def test_the_figures_are_those_of_the_report(folder: Path) -> None:
     assert "This model has not been evaluated yet." in text
 
 
-def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_special_token_before_each_window_is_stated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(folder)]) == 0
     assert "starting with BOS" not in card(folder).text + capsys.readouterr().out
     edit(folder / "config.json", lambda config: config["modegpt"]["calibration"].update(first_token="<s>"))
@@ -146,7 +146,7 @@ def test_windows_opened_by_a_token_of_the_tokenizer_are_told(folder: Path, capsy
     assert "b.txt, 4 × 32 tokens: perplexity 9.0000" in printed
 
 
-def test_warnings_of_the_compression_are_told(folder: Path) -> None:
+def test_warnings_of_the_compression_are_shown(folder: Path) -> None:
     edit(folder / "report.json", lambda report: report.update(warnings=["a warning of ours"]))
     assert "- a warning of ours" in write_card(folder).read_text(encoding="utf-8")
 
@@ -166,7 +166,7 @@ def test_a_base_on_the_hub_is_linked(recovered: Any, relation: str, folder: Path
 
 
 @pytest.mark.parametrize("recovered", [{"distilled": True, "lora_rank": 4, "tokens": 5000, "dataset": "corpus"}])
-def test_a_recovery_is_told(recovered: dict[str, Any], folder: Path) -> None:
+def test_a_recovery_is_described(recovered: dict[str, Any], folder: Path) -> None:
     edit(folder / "config.json", lambda config: config["modegpt"].update(recovered=recovered))
     text = " ".join(write_card(folder).read_text(encoding="utf-8").split())
     assert "fine-tuned with distillation from `dense` on `corpus`, 5,000 tokens, LoRA of rank 4" in text
@@ -178,7 +178,7 @@ def test_a_recovery_is_told(recovered: dict[str, Any], folder: Path) -> None:
 @pytest.mark.parametrize(
     "readme", [None, "# No header", "---\nlicense: no\n---\n", "---\nlicense: [\n---\n", "---\n- a\n---\n"]
 )
-def test_a_licence_that_is_not_stated_is_unknown(readme: str | None, folder: Path, tmp_path: Path) -> None:
+def test_a_missing_licence_is_unknown(readme: str | None, folder: Path, tmp_path: Path) -> None:
     if readme is not None:
         (tmp_path / "README.md").write_text(readme, encoding="utf-8")
     found = Source(str(tmp_path)).card()
@@ -189,7 +189,7 @@ def test_a_licence_that_is_not_stated_is_unknown(readme: str | None, folder: Pat
     assert "| licence | **unknown**" in card(folder).text
 
 
-def test_a_relative_link_of_a_folder_is_no_link(tmp_path: Path) -> None:
+def test_a_relative_licence_link_of_a_folder_is_removed(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n", encoding="utf-8")
     assert Source(str(tmp_path)).card() == {"license": "other"}
 
@@ -205,7 +205,7 @@ def test_a_card_of_the_hub_comes_from_the_revision_that_was_read(tmp_path: Path)
     assert Source("org/other", {"cache_dir": str(tmp_path)}).card() == {}
 
 
-# -------------------------------------------------------------------------------------------------- what it shows runs
+# --------------------------------------------------------------------------------------------------- commands and code
 
 
 def test_the_python_runs_as_printed(place: Path, tmp_path: Path) -> None:
@@ -280,17 +280,17 @@ def test_evaluations_are_merged_and_newer_ones_replace_older(folder: Path) -> No
     assert str(folder) not in (folder / "evaluation.json").read_text()
 
 
-def test_measurements_on_more_or_longer_windows_stand_side_by_side(folder: Path) -> None:
+def test_measurements_on_more_or_longer_windows_are_all_shown(folder: Path) -> None:
     for more in ({}, {"windows": 9, "tokens": 288}, {"sequence_length": 16, "tokens": 64}):
         add_evaluation(folder, evaluated(folder, "one.txt", 4.0 + len(more) / 2 + more.get("windows", 0), **more))
     text = card(folder).text
     for row in ("4 × 32 | **4.00**", "9 × 32 | **14.00**", "4 × 16 | **5.00**"):
         assert f"| `one.txt` | {row} |" in text
-    (result,) = card(folder).data.eval_results  # the Hub would take several for one
+    (result,) = card(folder).data.eval_results  # the Hub would read several as one
     assert (result.metric_value, result.dataset_args["windows"]) == (14.0, 9)
 
 
-def test_a_measurement_with_a_reference_gives_way_only_to_another(
+def test_a_measurement_with_a_reference_is_replaced_only_by_another(
     folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     beside = {"kl": 0.1, "reference_perplexity": 4.0, "top1_agreement": 0.9}
@@ -308,21 +308,21 @@ def test_a_measurement_with_a_reference_gives_way_only_to_another(
     assert "**5.00**" not in card(folder).text
 
 
-def test_report_and_evaluation_go_along_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
+def test_report_and_evaluation_are_saved_with_the_same_weights(folder: Path, tmp_path: Path) -> None:
     add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "same")
     for name in ("report.json", "evaluation.json", "README.md"):
         there, here = (place.joinpath(name).read_text(encoding="utf-8") for place in (tmp_path / "same", folder))
         assert there.splitlines()[:20] == here.splitlines()[:20]
-    model.save_pretrained(folder)  # where it was loaded from
+    model.save_pretrained(folder)  # the folder that it was loaded from
     assert "**5.00**" in card(folder).text
     model.get_output_embeddings().weight.data.mul_(2)
     model.save_pretrained(tmp_path / "changed")
     assert not {"report.json", "evaluation.json"} & {path.name for path in (tmp_path / "changed").iterdir()}
 
 
-def test_what_was_measured_of_other_weights_is_not_shown(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_measurements_of_other_weights_are_not_shown(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.get_output_embeddings().weight.data.mul_(2)
@@ -334,14 +334,14 @@ def test_what_was_measured_of_other_weights_is_not_shown(folder: Path, caplog: p
     assert result.dataset_name == "two.txt"
 
 
-def test_the_weights_are_known_however_they_are_spread(folder: Path, tmp_path: Path) -> None:
+def test_the_weights_are_recognised_in_any_number_of_shards(folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert weights_digest(tmp_path / "sharded") == weights_digest(folder)
 
 
-def test_a_card_of_changed_weights_says_so(folder: Path) -> None:
+def test_a_card_of_changed_weights_states_the_change(folder: Path) -> None:
     edit(folder / "config.json", lambda config: config["modegpt"].update(base_model="org/base", base_revision="abc"))
     fresh = write_card(folder).read_text(encoding="utf-8")
     assert ", without training" in fresh
@@ -356,7 +356,7 @@ def test_a_card_of_changed_weights_says_so(folder: Path) -> None:
     assert not any(claim in text for claim in ("without training", "made with", "relative error"))
     (folder / "report.json").unlink()
     write_card(folder)
-    assert "base_model_relation" not in card(folder).data.to_dict()  # nothing tells whether they were changed
+    assert "base_model_relation" not in card(folder).data.to_dict()  # it is unknown whether they were changed
     assert "without training" not in card(folder).text
 
 
@@ -416,7 +416,7 @@ def test_the_reference_and_the_settings_are_named(
 @pytest.mark.parametrize(
     ("auto", "task"), [(AutoModelForSequenceClassification, 'task_type="SEQ_CLS"'), (AutoModel, None)]
 )
-def test_a_model_with_another_head_claims_no_more_than_it_is(auto: Any, task: str | None, folder: Path) -> None:
+def test_the_task_of_a_model_with_another_head(auto: Any, task: str | None, folder: Path) -> None:
     model = auto.from_pretrained(folder)
     model.save_pretrained(folder.parent / "head")
     text = card(folder.parent / "head").text
@@ -425,7 +425,7 @@ def test_a_model_with_another_head_claims_no_more_than_it_is(auto: Any, task: st
     assert 'target_modules="all-linear"' + (f", {task})" if task else ")") in text
 
 
-def test_a_quantised_model_has_no_ordinary_layers(folder: Path) -> None:
+def test_the_card_of_a_quantised_model_mentions_no_ordinary_layers(folder: Path) -> None:
     assert "ordinary `nn.Linear` modules" in card(folder).text
     edit(folder / "config.json", lambda config: config.update(quantization_config={"quant_method": "bitsandbytes"}))
     text = write_card(folder).read_text(encoding="utf-8")
@@ -448,7 +448,7 @@ def test_a_quantised_model_has_no_ordinary_layers(folder: Path) -> None:
         ("README.md", "Übung".encode("latin-1")),
     ],
 )
-def test_foreign_and_broken_files_are_left_alone(name: str, content: bytes, folder: Path, tmp_path: Path) -> None:
+def test_foreign_and_broken_files_do_not_change(name: str, content: bytes, folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     place = tmp_path / "place"
     place.mkdir()
@@ -459,7 +459,7 @@ def test_foreign_and_broken_files_are_left_alone(name: str, content: bytes, fold
 
 
 @pytest.mark.parametrize("name", ["ranks.png", "README.md", "report.json", "evaluation.json"])
-def test_folders_in_the_place_of_files_stop_no_save(name: str, folder: Path, tmp_path: Path) -> None:
+def test_saving_succeeds_if_folders_have_the_names_of_files(name: str, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "place" / name).mkdir(parents=True)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "place")
     assert (tmp_path / "place" / "model.safetensors").is_file()
@@ -480,7 +480,7 @@ def test_folders_in_the_place_of_files_stop_no_save(name: str, folder: Path, tmp
     ],
     ids=str,
 )
-def test_an_odd_record_stops_no_save(odd: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+def test_saving_succeeds_with_an_invalid_record(odd: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.config.modegpt = {**model.config.modegpt, **odd}
     model.save_pretrained(tmp_path / "place")
@@ -489,7 +489,7 @@ def test_an_odd_record_stops_no_save(odd: dict[str, Any], folder: Path, tmp_path
     assert "nowhere/on" not in text
 
 
-def test_values_stay_in_their_line(folder: Path) -> None:
+def test_values_do_not_break_lines(folder: Path) -> None:
     evil = "x`|\n```\n# Evil <script>"
     edit(folder / "config.json", lambda config: config["modegpt"].update(base_model=evil, base_revision=evil))
     edit(folder / "config.json", lambda config: config["modegpt"]["calibration"].update(name=evil, split=evil))
@@ -511,7 +511,7 @@ def test_words_of_a_stored_command_are_quoted(folder: Path) -> None:
     assert "'; rm -rf ~'" in text.replace(" \\\n   ", "")
 
 
-def test_what_is_left_is_logged_and_the_model_saved(folder: Path, tmp_path: Path, caplog: Any) -> None:
+def test_omitted_files_are_logged_and_the_model_is_saved(folder: Path, tmp_path: Path, caplog: Any) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     model = AutoModelForCausalLM.from_pretrained(folder)
     (tmp_path / "place").mkdir()
@@ -544,7 +544,7 @@ def test_the_card_of_the_trainer_is_replaced(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("words", ["# My own words\n", "---\nlicense: mit\n---\n"])
-def test_a_card_that_a_person_wrote_stays(words: str, folder: Path) -> None:
+def test_a_card_written_by_a_person_is_kept(words: str, folder: Path) -> None:
     (folder / "README.md").write_text(words, encoding="utf-8")
     assert write_card(folder) == folder / "README.md"
     add_evaluation(folder, evaluated(folder, "one.txt", 5.0))
@@ -552,7 +552,7 @@ def test_a_card_that_a_person_wrote_stays(words: str, folder: Path) -> None:
     assert (folder / "README.md").read_text(encoding="utf-8") == words
 
 
-def test_a_card_is_ours_until_the_mark_is_taken_out(folder: Path) -> None:
+def test_a_card_is_ours_until_its_mark_is_deleted(folder: Path) -> None:
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert is_ours(text)
     assert not is_ours(text.replace(MARK, ""))
@@ -563,7 +563,7 @@ def test_the_same_files_give_the_same_card(folder: Path) -> None:
     assert write_card(folder).read_bytes() == before
 
 
-# ------------------------------------------------------------------------------------------------ what is not there
+# ---------------------------------------------------------------------------------------------------- missing files
 
 
 def test_without_matplotlib_no_picture_is_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,14 +573,14 @@ def test_without_matplotlib_no_picture_is_shown(folder: Path, monkeypatch: pytes
     assert not (folder / "ranks.png").exists()
 
 
-def test_with_matplotlib_the_picture_lies_beside_the_card(folder: Path) -> None:
+def test_with_matplotlib_the_picture_is_in_the_same_folder(folder: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra 'plot'")
     (folder / "ranks.png").unlink(missing_ok=True)
     assert "](ranks.png)" in write_card(folder).read_text(encoding="utf-8")
     assert (folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_without_its_report_says_what_its_record_knows(folder: Path, tmp_path: Path) -> None:
+def test_the_card_of_a_model_without_its_report_uses_its_record(folder: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")
     (tmp_path / "again" / "report.json").unlink()
     write_card(tmp_path / "again")
@@ -595,7 +595,7 @@ def test_a_model_without_its_report_says_what_its_record_knows(folder: Path, tmp
         )
 
 
-def test_a_record_that_says_little_makes_a_card_that_says_little(tmp_path: Path) -> None:
+def test_a_short_record_gives_a_short_card(tmp_path: Path) -> None:
     compressed("opt").save_pretrained(tmp_path)
     write_card(tmp_path)
     assert named(tmp_path) == "opt-modegpt"
@@ -603,7 +603,7 @@ def test_a_record_that_says_little_makes_a_card_that_says_little(tmp_path: Path)
     assert "None" not in card(tmp_path).text
 
 
-def test_the_report_of_another_model_is_not_believed(folder: Path) -> None:
+def test_the_report_of_another_model_is_ignored(folder: Path) -> None:
     edit(folder / "report.json", lambda report: report["config"].update(sparsity=0.5))
     assert "made with" not in write_card(folder).read_text(encoding="utf-8")
 

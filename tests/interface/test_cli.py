@@ -181,7 +181,7 @@ def test_a_full_folder_is_refused_before_any_work(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("used", ["model", "dataset", "config", "report"])
-def test_what_a_run_uses_is_never_overwritten(
+def test_inputs_of_a_run_are_never_overwritten(
     used: str, compressed: Path, checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = shutil.copytree(compressed, tmp_path / "out")
@@ -240,7 +240,7 @@ def test_interrupt_leaves_nothing_behind(checkpoint: Path, tmp_path: Path) -> No
         [sys.executable, "-m", "optimum_modegpt", *map(str, arguments), "--sequence-length", "32"],
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # on busy cores, spinning threads hold a signal up for minutes
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # on busy cores, spinning threads delay a signal for minutes
     )
     end = time.monotonic() + 120
     while not (place.is_dir() and any(place.iterdir())) and time.monotonic() < end:
@@ -524,7 +524,7 @@ def test_a_dataset_that_cannot_be_reached_names_the_flag(
     assert "(--dataset FILE on the command line): a local .txt" in message
 
 
-def test_evaluate_writes_what_it_prints(
+def test_evaluate_writes_the_printed_results(
     checkpoint: Path, compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--dataset", str(text), "--sequence-length", "32", "--max-windows", "7", "--json", str(tmp_path / "s")]
@@ -553,7 +553,7 @@ def test_evaluate_without_a_reference(checkpoint: Path, text: Path, tmp_path: Pa
     assert not {"kl", "reference_perplexity"} & found.keys()
 
 
-def test_evaluate_refuses_what_cannot_be_compared(
+def test_evaluate_refuses_incomparable_models(
     checkpoint: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "longer than the model's context of 64" in refusal(
@@ -591,7 +591,7 @@ def test_inspect_reads_no_weights(
         assert noise not in printed
 
 
-def test_inspect_shows_what_was_trained_and_measured_since(
+def test_inspect_shows_later_training_and_measurements(
     checkpoint: Path, compressed: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, scores = shutil.copytree(compressed, tmp_path / "made"), tmp_path / "scores"
@@ -624,7 +624,7 @@ def test_inspect_a_dense_model(checkpoint: Path, capsys: pytest.CaptureFixture[s
     assert f"This is a dense model. To compress it: python -m optimum_modegpt compress {checkpoint}" in printed
 
 
-def test_inspect_recommends_only_what_can_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_recommends_only_possible_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)).save_pretrained(tmp_path)
     assert cli.main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

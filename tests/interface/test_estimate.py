@@ -1,4 +1,4 @@
-"""The estimate of a compression, the preflight check, and the flag that skips it."""
+"""Test the estimate of a compression, the preflight check, and the flag that skips it."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_the_smallest_limit_of_the_enclosing_groups_counts(
     (groups / "membership").write_text("\n".join(lines) + "\n")
     for folder, limit in zip((top / "job", top / "job/step", top / "job/step/a:b"), limits, strict=True):
         group(folder, unlimited if limit == "max" else limit, 700, 300, first_version=first_version)
-    group(top / "job" / "beside", "1000", 900, 0, first_version=first_version)
+    group(top / "job" / "other", "1000", 900, 0, first_version=first_version)
     assert placement.host_memory() == left
 
 

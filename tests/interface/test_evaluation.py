@@ -138,7 +138,7 @@ def test_different_vocabularies_are_refused(windows: Tensor) -> None:
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "llama-mqa-biases", "opt"])
 @pytest.mark.parametrize("shard", ["1GB", "10KB"])
-def test_inspection_counts_what_is_stored(name: str, shard: str, tmp_path: Path) -> None:
+def test_inspection_counts_the_stored_weights(name: str, shard: str, tmp_path: Path) -> None:
     model, original = compressed(name), dense(name)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "10KB")
@@ -221,7 +221,7 @@ def test_the_default_method_takes_more_work_than_the_published_one() -> None:
     assert default.forward_passes["residual streams"] == 2 * paper.forward_passes["residual streams"]
 
 
-def test_the_estimate_refuses_what_compress_refuses() -> None:
+def test_the_estimate_refuses_the_same_as_compress() -> None:
     with pytest.raises(AlreadyCompressed):
         estimate(fill(compressed("opt")), ModeGPTConfig(), 32)
     other = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)

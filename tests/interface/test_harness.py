@@ -206,7 +206,7 @@ def test_last_words_are_scored_as_by_hand(model: Any, scores: dict[str, dict[str
     assert scores["last"]["perplexity"].higher_is_better is False
 
 
-def test_what_comes_with_a_score(scores: dict[str, dict[str, Score]]) -> None:
+def test_fields_of_a_score(scores: dict[str, dict[str, Score]]) -> None:
     expected = Score(scores["pick"]["acc"].value, scores["pick"]["acc"].stderr, True, 8, 0, 1, 2.0, lm_eval.__version__)
     assert scores["pick"]["acc"] == expected
     assert list(scores["written"]) == ["exact_match,first"]
@@ -399,7 +399,7 @@ def test_a_card_of_a_persons_own_is_left_alone_and_that_is_told(
     assert json.loads((place / "evaluation.json").read_text())["tasks"]["pick"]
 
 
-def test_tasks_beside_a_text(small: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tasks_and_a_text(small: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = save_text(tmp_path / "text.txt", seed=3)
     flags = ["--tasks", "pick", "--limit", 2, "--include-path", folder, "--json", tmp_path / "scores"]
     assert evaluate(small, "--dataset", text, "--max-windows", 2, *flags) == 0

@@ -1,4 +1,4 @@
-"""Results on a Hub of this machine: pushed by one fresh process, loaded by others, with the package and without it."""
+"""Test results on a local Hub: one process pushes them, and others load them with and without the package."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ found["text"] = continued(pipeline("text-generation", model="user/small", trust_
 
 
 class Clients:
-    """Starts processes that know the Hub by its address alone."""
+    """Start processes that know only the address of the Hub."""
 
     def __init__(self, hub: Hub, root: Path) -> None:
         self.hub, self.root = hub, root
@@ -188,7 +188,7 @@ class Clients:
     def python(
         self, script: str, home: str, *, hidden: bool = False, given: Mapping[str, Any] | None = None, **more: Any
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """What a script found, and its outputs."""
+        """Run a script. Return its findings and its output tensors."""
         number = len(list(self.root.iterdir()))
         found, outputs = (self.root / f"{home}-{number}.{suffix}" for suffix in ("json", "safetensors"))
         files = {"found": str(found), "outputs": str(outputs)}
@@ -198,7 +198,7 @@ class Clients:
         return json.loads(found.read_text()), load_file(outputs)
 
     def run(self, words: list[str], home: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        """A finished process."""
+        """Run a command, and return the finished process."""
         return subprocess.run(
             words,
             cwd=self.root,
@@ -211,7 +211,7 @@ class Clients:
         )
 
     def compress(self, repo: str, text: Path, *more: str) -> list[str]:
-        """The words of a command that compresses user/dense and uploads the result."""
+        """Return the words of a command that compresses user/dense and uploads the result."""
         output = str(self.root / repo.replace("/", "-"))
         start = [sys.executable, "-m", "optimum_modegpt", "compress", "user/dense", "--output", output]
         return [*start, "--dataset", str(text), *FLAGS, "--push-to-hub", repo, *more]
@@ -235,7 +235,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dense(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A dense model on the Hub; its commit."""
+    """Upload a dense model, and return its commit."""
     folder = save_dense(tmp_path_factory.mktemp("dense"))
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Dense\n")
     files = {path.name: Blob(path.read_bytes(), path.suffix == ".safetensors") for path in folder.iterdir()}
@@ -244,7 +244,7 @@ def dense(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def dropped(hub: Hub, clients: Clients, dense: str, text: Path) -> Iterator[subprocess.Popen[str]]:
-    """A compression whose upload is cut off; the Hub's library tries it for half a minute, so it starts first."""
+    """Start a compression whose upload fails. It starts first because the library of the Hub retries for 30 seconds."""
     hub.dropped.add("user/dropped")
     words = clients.compress("user/dropped", text)
     environment = hub.environment(clients.root / "dropped")
@@ -255,7 +255,7 @@ def dropped(hub: Hub, clients: Clients, dense: str, text: Path) -> Iterator[subp
 
 @pytest.fixture(scope="module")
 def pushed(hub: Hub, clients: Clients, dense: str, text: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Everything that one process pushed: what it found, and what its models compute."""
+    """Push all models from one process. Return its findings and the outputs of the models."""
     folder, root = clients.root / "folder", clients.root
     compressed("llama-gqa-tied").save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -288,7 +288,7 @@ def test_one_commit_has_everything(hub: Hub, pushed: tuple[dict[str, Any], Any])
     assert hub.asked("POST /api/validate-yaml")
 
 
-def test_the_card_is_ours_and_says_what_to_import(hub: Hub, pushed: tuple[dict[str, Any], Any]) -> None:
+def test_the_card_is_ours_and_names_the_import(hub: Hub, pushed: tuple[dict[str, Any], Any]) -> None:
     for repo in ("small", "sharded", "private", "saved", "changed", "quantized"):
         card = card_of(hub, f"user/{repo}")
         assert is_ours(card), repo
@@ -302,7 +302,7 @@ def test_the_card_is_ours_and_says_what_to_import(hub: Hub, pushed: tuple[dict[s
     assert card.license == "mit"
 
 
-def test_the_readme_of_a_person_stays(hub: Hub, pushed: tuple[dict[str, Any], Any]) -> None:
+def test_a_readme_written_by_a_person_is_kept(hub: Hub, pushed: tuple[dict[str, Any], Any]) -> None:
     files = hub.repos["user/kept"].files()
     assert files["README.md"].data == b"# Mine\n"
     assert "model.safetensors" in files
@@ -366,7 +366,7 @@ def test_without_the_package_the_code_of_the_repository_loads_it(
     assert found["text"].startswith("a")
 
 
-# ----------------------------------------------------------------------------------------- what is there already
+# ----------------------------------------------------------------------------------------- existing repositories
 
 GENERATED = {
     "header": "---\nlicense: mit\ntags:\n- mine\n---\n",
@@ -391,14 +391,14 @@ should probably proofread and complete it, then remove this comment. -->
 
 @pytest.fixture(scope="module")
 def placed(hub: Hub, clients: Clients) -> dict[str, Any]:
-    """What one process found that pushed to places where something is already."""
+    """Push to existing repositories from one process, and return its findings."""
     folder, work = clients.root / "plain", clients.root / "work"
     compressed("llama-gqa-tied").save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     work.mkdir()
     for name in ("credentials.json", "train.py", "notes.txt", "other.safetensors"):
         (work / name).write_text("{}")
-    proofread = GENERATED["template"].replace("[More Information Needed]", "What I know.", 10)
+    proofread = GENERATED["template"].replace("[More Information Needed]", "Written by me.", 10)
     for name, text in {**GENERATED, "proofread": proofread}.items():
         repo = hub.create(f"user/{name}")
         repo.commit("main", repo.files() | {"README.md": Blob(text.encode(), False)})
@@ -408,7 +408,7 @@ def placed(hub: Hub, clients: Clients) -> dict[str, Any]:
     return clients.python(PLACES, "placer", given=given)[0]
 
 
-def test_weights_that_were_there_are_not_read_in_place_of_new_ones(hub: Hub, placed: dict[str, Any]) -> None:
+def test_existing_weights_are_not_read_instead_of_new_ones(hub: Hub, placed: dict[str, Any]) -> None:
     assert placed["same"] == [True] * 5
     weights = [name for name in hub.repos["user/sizes"].files() if name.startswith("model")]
     assert sorted(weights) == ["model.gguf", "model.half.safetensors", "model.safetensors"]
@@ -420,20 +420,20 @@ def test_nothing_but_the_model_is_published(hub: Hub, placed: dict[str, Any]) ->
     assert {"model.safetensors", "tokenizer.json", "additional_chat_templates/tools.jinja"} <= files
 
 
-def test_a_readme_that_nobody_wrote_gives_way_and_its_header_stays(hub: Hub, placed: dict[str, Any]) -> None:
+def test_a_generated_readme_is_replaced_and_its_header_kept(hub: Hub, placed: dict[str, Any]) -> None:
     for name in GENERATED:
         card = card_of(hub, f"user/{name}")
         assert is_ours(card), name
         assert ModelCard(card).data.license == "mit"
         assert {"mine", "modegpt"} <= {*ModelCard(card).data.tags}
-    assert "What I know." in card_of(hub, "user/proofread")
+    assert "Written by me." in card_of(hub, "user/proofread")
 
 
 def test_the_card_names_the_whole_repository(hub: Hub, placed: dict[str, Any]) -> None:
     assert '"user/short"' in card_of(hub, "user/short")
 
 
-def test_what_cannot_be_finished_leaves_no_folder(hub: Hub, placed: dict[str, Any]) -> None:
+def test_a_failed_save_leaves_no_folder(hub: Hub, placed: dict[str, Any]) -> None:
     assert placed["broken"][0] == "OutputError"
     assert placed["left"] == []
 
@@ -449,11 +449,11 @@ def test_adapters_are_pushed_as_adapters(hub: Hub, clients: Clients) -> None:
         assert not {"config.json", "model.safetensors"} & files
 
 
-# ------------------------------------------------------------------------------------------------------- what fails
+# --------------------------------------------------------------------------------------------------------- failures
 
 
-def go_on(clients: Clients, message: str, home: str) -> Path:
-    """Runs the command that a message advises; the folder that it names."""
+def resume_upload(clients: Clients, message: str, home: str) -> Path:
+    """Run the command that a message advises, and return the folder that it names."""
     command = re.search(r"^.*To resume: (hf upload .*)$", message, flags=re.MULTILINE)
     assert command, message
     words = command[1].split()
@@ -468,7 +468,7 @@ def check_uploaded(hub: Hub, repo: str, folder: Path) -> None:
     assert all(files[path.name].data == path.read_bytes() for path in folder.iterdir())
 
 
-def test_a_refused_upload_keeps_the_folder_and_says_how_to_go_on(
+def test_a_refused_upload_keeps_the_folder_and_advises_a_command(
     hub: Hub, clients: Clients, pushed: tuple[dict[str, Any], dict[str, torch.Tensor]]
 ) -> None:
     error, words = pushed[0]["refused"]
@@ -476,12 +476,12 @@ def test_a_refused_upload_keeps_the_folder_and_says_how_to_go_on(
     assert words.startswith("user/refused was not updated: 403 Forbidden: You have exceeded your storage quota.")
     assert list(hub.repos["user/refused"].files()) == [".gitattributes"]
     hub.refused.clear()
-    folder = go_on(clients, words, "pusher")
+    folder = resume_upload(clients, words, "pusher")
     check_uploaded(hub, "user/refused", folder)
     assert load(hub.repos["user/refused"].files()["model.safetensors"].data).keys()
 
 
-def test_what_cannot_work_is_refused_before_anything_is_made(
+def test_impossible_uploads_are_refused_before_the_work(
     hub: Hub, clients: Clients, pushed: tuple[dict[str, Any], Any]
 ) -> None:
     found = pushed[0]
@@ -508,7 +508,7 @@ def test_the_command_uploads(hub: Hub, clients: Clients, dense: str, text: Path)
     assert (record["base_model"], record["base_revision"]) == ("user/dense", dense)
 
 
-def test_a_dropped_connection_keeps_the_folder_and_says_how_to_go_on(
+def test_a_dropped_connection_keeps_the_folder_and_advises_a_command(
     hub: Hub, clients: Clients, dropped: subprocess.Popen[str]
 ) -> None:
     printed, errors = dropped.communicate(timeout=120)
@@ -519,11 +519,11 @@ def test_a_dropped_connection_keeps_the_folder_and_says_how_to_go_on(
     assert len(hub.asked("PUT /lfs/user/dropped")) > 1
     assert list(hub.repos["user/dropped"].files()) == [".gitattributes"]
     hub.dropped.clear()
-    assert go_on(clients, errors, "dropped") == folder
+    assert resume_upload(clients, errors, "dropped") == folder
     check_uploaded(hub, "user/dropped", folder)
 
 
-def test_an_interrupted_upload_keeps_the_folder_and_says_how_to_go_on(hub: Hub, clients: Clients) -> None:
+def test_an_interrupted_upload_keeps_the_folder_and_advises_a_command(hub: Hub, clients: Clients) -> None:
     folder, pid = clients.root / "to-interrupt", clients.root / "pid"
     compressed("llama-gqa-tied").save_pretrained(folder)
     hub.held.add("user/held")
@@ -544,7 +544,7 @@ def test_an_interrupted_upload_keeps_the_folder_and_says_how_to_go_on(hub: Hub, 
     thread.join()
     assert found["interrupted"].startswith("user/held was not updated.\n")
     assert list(hub.repos["user/held"].files()) == [".gitattributes"]
-    check_uploaded(hub, "user/held", go_on(clients, found["interrupted"], "interrupted"))
+    check_uploaded(hub, "user/held", resume_upload(clients, found["interrupted"], "interrupted"))
 
 
 @pytest.mark.parametrize(
@@ -559,7 +559,7 @@ def test_an_interrupted_upload_keeps_the_folder_and_says_how_to_go_on(hub: Hub, 
         "config.json",
     ],
 )
-def test_a_folder_that_is_not_whole_is_not_sent(lost: str, tmp_path: Path) -> None:
+def test_an_incomplete_folder_is_not_sent(lost: str, tmp_path: Path) -> None:
     compressed("llama-gqa-tied").save_pretrained(tmp_path)
     (tmp_path / lost).unlink()
     with pytest.raises(OutputError, match=re.escape(lost)):
@@ -567,7 +567,7 @@ def test_a_folder_that_is_not_whole_is_not_sent(lost: str, tmp_path: Path) -> No
 
 
 def test_links_are_not_sent(tmp_path: Path) -> None:
-    """A link may lead to anything; of a folder of links nothing would go up."""
+    """A link may point to any file, and a folder of links would upload nothing."""
     compressed("llama-gqa-tied").save_pretrained(tmp_path / "real")
     (tmp_path / "links").mkdir()
     for path in (tmp_path / "real").iterdir():

@@ -1,4 +1,4 @@
-"""Atomic writes of result folders: which folders may be overwritten, and races between runs."""
+"""Test atomic writes of result folders: which folders may be overwritten, and races between runs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_anything_else_is_never_deleted(foreign: str, message: str, tmp_path: Pa
     assert names(folder) == before
 
 
-def test_what_came_in_meanwhile_is_not_deleted_and_the_work_is_kept(tmp_path: Path) -> None:
+def test_files_added_meanwhile_and_the_work_are_kept(tmp_path: Path) -> None:
     folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"
     words = r"(?s)not part of a compressed model: thesis.docx.*kept in .*out\.finished-"
     with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, workshop=workshop) as partial:  # noqa: PT012
@@ -145,7 +145,7 @@ def test_an_interrupt_while_folders_change_places_loses_neither(
     assert mark_of(folder) == "old"
 
 
-def test_what_cannot_be_deleted_of_the_old_result_is_a_warning(
+def test_files_of_the_old_result_that_cannot_be_deleted_are_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"

@@ -67,7 +67,7 @@ PYTHON = {
     "checkpoint": ("large-models", "Resume"),
     "canary": ("canary", "Canary"),
 }
-"""The Python blocks by name: page and heading."""
+"""Names of the Python blocks, with page and heading."""
 LINKING = (*FILES, *sorted((ROOT / ".github").glob("*.md")))
 
 
@@ -100,7 +100,7 @@ RECOVERED = re.findall(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny model and a text, where the README has a name of the Hub and a named dataset."""
+    """A tiny model and a text, which replace the model and the dataset that the README names."""
     model = dense("llama-gqa-tied")
     model.save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
@@ -297,7 +297,7 @@ def test_every_model_of_the_table_has_a_card() -> None:
 
 
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
-def test_a_card_is_written_from_the_files_beside_it(folder: Path, tmp_path: Path) -> None:
+def test_a_card_is_written_from_the_files_in_its_folder(folder: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "card"))
     (copy / "README.md").unlink()
     assert write_card(copy).read_bytes() == (folder / "README.md").read_bytes()
@@ -349,7 +349,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def expected_cells(name: str, sparsity: float) -> list[str]:
-    """The numbers of a README row from the result file, formatted as the README has them."""
+    """Return the numbers of a README row from the result file, formatted as in the README."""
     data = read(ROOT / "model_cards" / name / "results.json")
     found = {row["recipe"]: row["perplexity"] for row in data["results"] if row["sparsity"] == sparsity}
     published = min(value for recipe, value in found.items() if recipe.startswith("paper"))
@@ -360,7 +360,7 @@ def expected_cells(name: str, sparsity: float) -> list[str]:
 
 
 def run(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """Runs a command in `folder`, where it must succeed."""
+    """Run a command in `folder`, and check that it succeeds."""
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return result

@@ -169,7 +169,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
-def test_everything_is_registered_whatever_is_imported_first(order: str, folders: dict[str, str]) -> None:
+def test_everything_is_registered_in_any_order_of_imports(order: str, folders: dict[str, str]) -> None:
     config = {"quant_method": "modegpt", "dataset": folders["text"], **RECIPE}
     script(
         f"""

@@ -1,4 +1,4 @@
-"""The curvature of the attention distribution, against loops over tokens and against divergences themselves."""
+"""Test the curvature of the attention distribution, against loops over tokens and against divergences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def arguments():
 
 
 def row(query: Tensor, keys: Tensor, t: int, window: int | None) -> tuple[Tensor, Tensor]:
-    """Probabilities (s,) and keys turned into the frame of the query (s, d) of query `t`; keys (length, d)."""
+    """Return the probabilities (s,) of query `t`, and the keys (s, d) rotated into its frame; keys (length, d)."""
     first = 0 if window is None else max(0, t - window + 1)
     angles = rotary_angles(LENGTH, HEAD_DIM)
     z = torch.stack([turned(keys[s], angles[s] - angles[t]) for s in range(first, t + 1)])
@@ -29,13 +29,13 @@ def row(query: Tensor, keys: Tensor, t: int, window: int | None) -> tuple[Tensor
 
 
 def scatter(probabilities: Tensor, z: Tensor) -> Tensor:
-    """Σ_s p (z − μ)(z − μ)ᵀ."""
+    """Compute Σ_s p (z − μ)(z − μ)ᵀ."""
     centred = z - probabilities @ z
     return (probabilities[:, None] * centred).T @ centred
 
 
 def direct(query: Tensor, key: Tensor, *, stride: int, window: int | None) -> Tensor:
-    """F of every key-value group, one query row at a time."""
+    """Compute F of every key-value group, one query row at a time."""
     heads, kv_heads = query.shape[2], key.shape[2]
     total = torch.zeros(kv_heads, HEAD_DIM, HEAD_DIM).double()
     rows = range(stride - 1, LENGTH, stride) if stride <= LENGTH else [LENGTH - 1]
@@ -94,9 +94,9 @@ def test_divergence_of_a_softmax_row_is_the_quadratic_form_to_second_order():
 
 
 def test_divergence_when_key_coordinates_are_cut_is_that_of_the_schur_complement():
-    """The refit of the query on the kept coordinates of one row: no second-order divergence is smaller."""
+    """No other query on the kept coordinates of a row has a smaller second-order divergence."""
     query, keys, scale = normal(HEAD_DIM), vectors(1, seed=1)[0, :, 0], 1e-3
-    query[[1, 4]] *= scale  # what is pruned is small, so second order is all there is
+    query[[1, 4]] *= scale  # the pruned coordinates are small, so higher orders vanish
     p, z = row(query, keys, LENGTH - 1, None)
     curvature, kept, pruned = scatter(p, z), [0, 2, 3, 5], [1, 4]
     across = curvature[kept][:, pruned]

@@ -1,4 +1,4 @@
-"""The parts of a block, cut by both methods: nothing changes at full rank, nor where what is cut carries nothing."""
+"""Test the parts of a block, cut by both methods: full rank and the removal of unused dimensions change nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 class Case:
-    """The second block of a tiny model with what flows into it; `other` are tokens that nothing was fitted to."""
+    """The second block of a tiny model with its inputs. Nothing was fitted to the tokens `other`."""
 
     def __init__(self, name: str) -> None:
         architecture = resolve(dense(name))
@@ -47,7 +47,7 @@ class Case:
         self.stream, self.other, self.arguments = front.stream, other.stream, front.on(1, CPU)
 
     def cut(self, method: str, **ranks: int) -> tuple[Block, dict[str, float]]:
-        """A copy of the block with every part cut by `method` to the ranks given, or kept at full rank."""
+        """Return a copy of the block, with every part cut by `method` to the given rank or kept at full rank."""
         widths = replace(self.block.dense_widths, **ranks)
         student = self.block.compressible_copy(CPU)
         with torch.no_grad():
@@ -68,7 +68,7 @@ class Case:
         return student, errors
 
     def error(self, student: Block, stream: list[Tensor] | None = None) -> float:
-        """Relative difference of the two blocks' outputs."""
+        """Return the relative difference of the two blocks' outputs."""
         with torch.no_grad():
             pairs = [
                 [b.forward(batch, self.arguments) for b in (student, self.block)] for batch in stream or self.stream
@@ -86,7 +86,7 @@ def test_full_rank_changes_nothing(name, method):
     student, errors = case.cut(method)
     assert case.error(student) < 1e-4
     assert max(errors.values()) < 1e-3
-    if method == "published" and not name.startswith("opt-post"):  # 96 tokens see all there is
+    if method == "published" and not name.startswith("opt-post"):  # 96 tokens determine all directions
         assert case.error(student, case.other) < 1e-3
 
 
@@ -95,7 +95,7 @@ def test_full_rank_changes_nothing(name, method):
 def test_value_bias_is_exact_at_any_rank(name, method):
     case = Case(name)
     with torch.no_grad():
-        case.part("value").weight.zero_()  # what is left of every value is its bias: one direction a group
+        case.part("value").weight.zero_()  # only the bias of every value remains: one direction per group
     student, errors = case.cut(method, vo=1)
     assert errors["vo"] < 1e-3
     assert case.error(student, case.other) < 1e-4
@@ -224,7 +224,7 @@ def test_reported_error_of_the_published_output_is_that_of_the_value_vectors(nam
 
 
 @EVERY_STRUCTURE
-def test_refit_makes_up_for_what_earlier_blocks_lost(name):
+def test_refit_compensates_the_errors_of_earlier_blocks(name):
     case = Case(name)
     generator = torch.Generator().manual_seed(0)
     mixing = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)

@@ -1,4 +1,4 @@
-"""Rotary pairs of query and key: which stay, and the query that makes up for the others."""
+"""Test rotary pairs of query and key: the selection, and the refit of the query."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRS = HEAD_DIM // 2
 
 
 def head_moments(seed: int = 0, situation: str = "well-posed") -> Tensor:
-    """A moment a group, (groups, d, d), their coordinates of unlike loudness."""
+    """Return a moment per group, (groups, d, d), with coordinates of different scale."""
     result = []
     for group in range(GROUPS):
         loudness = normal(HEAD_DIM, seed=seed + 100 + group).exp().diag()
@@ -30,7 +30,7 @@ def head_moments(seed: int = 0, situation: str = "well-posed") -> Tensor:
 
 
 def refit_error(curvature: Tensor, query: Tensor, mapping: Tensor, kept: Tensor) -> float:
-    """E (q − q̂)ᵀ F (q − q̂) with q̂ the mapped query on the kept coordinates: what the attention rows lose."""
+    """Return the loss of the attention rows: E (q − q̂)ᵀ F (q − q̂), with q̂ the mapped query on the kept coordinates."""
     gap = eye(len(query))
     gap[kept] -= mapping
     return float((curvature * (gap @ query @ gap.T)).sum())
@@ -94,7 +94,7 @@ def test_without_rotation_coordinates_are_chosen_alone():
 
 
 def explicit_error(curvature: Tensor, query: Tensor, kept: Tensor) -> float:
-    """tr(C_pp (F_pp − F_pk F_kk⁻¹ F_kp)) of the damped curvature, for kept coordinates."""
+    """Compute tr(C_pp (F_pp − F_pk F_kk⁻¹ F_kp)) of the damped curvature, for kept coordinates."""
     kept, curvature, pruned = kept.tolist(), damp(curvature, ROOT_RIDGE), complement(kept)
     across = curvature[kept][:, pruned]
     schur = curvature[pruned][:, pruned] - across.T @ torch.linalg.inv(curvature[kept][:, kept]) @ across
@@ -120,7 +120,7 @@ def test_elimination_is_greedy_with_the_error_of_the_formula(situation, count):
         assert float(errors[group]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_error_is_what_the_refitted_query_loses():
+def test_error_is_the_loss_of_the_refitted_query():
     curvature, query = head_moments(0), head_moments(50)
     kept, errors = eliminate_pairs(curvature, query, 3).after(3)
     damped = damp(curvature, ROOT_RIDGE)
@@ -188,7 +188,7 @@ def test_refit_is_exact_up_to_a_constant_in_each_row():
     kept = pair_indices(pairs, HEAD_DIM)[0]
     keys, query = torch.zeros(60, HEAD_DIM).double(), normal(10, HEAD_DIM, seed=1)
     keys[:, kept] = normal(60, 6)
-    # The pruned coordinates also hold a constant, which no softmax sees.
+    # The pruned coordinates also have a constant, which does not change the softmax.
     keys[:, complement(kept)] = keys[:, kept] @ normal(6, 6, seed=2) + normal(1, 6, seed=3)
     centred = keys - keys.mean(0)
     mapping = query_refit((centred.T @ centred)[None], pairs, ridge=1e-13)[0]
