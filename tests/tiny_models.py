@@ -133,14 +133,14 @@ _AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceC
 
 
 def dense(name: str, *, task: str = "causal", seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A dense random model in evaluation mode, float32; `changes` go into its configuration."""
+    """Create a dense random model in evaluation mode, float32. `changes` override values of its configuration."""
     config_class, values = VARIANTS[name]
     model = _AUTO[task].from_config(config_class(**(values | changes)))
     return fill(model, seed).eval()
 
 
 def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Random weights of a size that keeps activations near one, in place."""
+    """Set random weights in place, at a scale that keeps activations near one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -156,7 +156,7 @@ def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 def classes(name: str) -> dict[str, type[PreTrainedModel]]:
-    """Our classes of the variant's family by the Auto class that builds them."""
+    """Return our classes of the variant's family by the name of their Auto class."""
     family = VARIANTS[name][0].model_type
     return importlib.import_module(f"optimum_modegpt.modeling.modegpt_{family}").MODELS
 
@@ -169,7 +169,7 @@ def compressed(
     widths: list[Widths] | None = None,
     **changes: Any,
 ) -> PreTrainedModel:
-    """A random model of our class; the usual widths: query/key narrower than value, wider, and dense."""
+    """Create a random model of our class. Default blocks: query and key narrower than value, wider, and dense."""
     model_class = classes(name)[auto]
     config_class, values = VARIANTS[name]
     dense_config = config_class(**(values | changes))
@@ -189,13 +189,13 @@ def compressed(
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
-    """Token ids without special ones, (batch, length)."""
+    """Return random token ids without special ones, (batch, length)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 259, (batch, length), generator=generator)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A fast tokenizer of bytes: `<pad>` 0, `<s>` 1, `</s>` 2, then one token a byte."""
+    """Create a fast tokenizer of bytes: `<pad>` 0, `<s>` 1, `</s>` 2, then one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -207,7 +207,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def fine_tune(model: Any, steps: int = 4, learning_rate: float = 1e-2) -> list[float]:
-    """The losses of a few steps on one batch; the model is in evaluation mode afterwards."""
+    """Train a few steps on one batch, and return the losses. The model is in evaluation mode afterwards."""
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=learning_rate)
     losses = []
     model.train()

@@ -69,12 +69,12 @@ class Import:
 
     @property
     def source(self) -> str:
-        """The top-level module or subpackage that contains the import."""
+        """Return the top-level module or subpackage that contains the import."""
         return self.module.partition(".")[0]
 
     @property
     def ours(self) -> str | None:
-        """The imported top-level module or subpackage; None for other packages."""
+        """Return the imported top-level module or subpackage. None for other packages."""
         root, _, rest = self.target.partition(".")
         return (rest.partition(".")[0] or "__init__") if root == PACKAGE else None
 

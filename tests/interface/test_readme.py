@@ -100,7 +100,7 @@ RECOVERED = re.findall(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A tiny model and a text, which replace the model and the dataset that the README names."""
+    """Save a tiny model and a text, which replace the model and the dataset that the README names."""
     model = dense("llama-gqa-tied")
     model.save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
