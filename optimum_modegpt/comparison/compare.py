@@ -25,7 +25,15 @@ from optimum_modegpt.comparison.prompts import EncodedPrompt, Prompt, encode
 from optimum_modegpt.comparison.records import Comparison, Costs, Distances, PromptComparison, Quantiles, Written
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.fidelity import agreement, check_vocabularies, divergence
-from optimum_modegpt.evaluation.perplexity import by_position, check_ids, evaluating, logits_of, nats_of, targets
+from optimum_modegpt.evaluation.perplexity import (
+    by_position,
+    check_ids,
+    context_of,
+    evaluating,
+    logits_of,
+    nats_of,
+    targets,
+)
 from optimum_modegpt.progress import bar
 from optimum_modegpt.report import count_parameters
 
@@ -183,7 +191,7 @@ def _encode(
     context = sys.maxsize
     for model in models:
         check_ids(model, torch.cat([prompt.ids for prompt in encoded]))
-        own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        own = context_of(model.config)
         context = min(context, own or context)
     room = context - max_new_tokens
     if room < 1:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,9 +69,14 @@ def exponential(nats: float, tokens: int) -> float:
         return math.inf
 
 
+def context_of(model_config: Any) -> int | None:
+    """Return the context length of a model in tokens; None if it has no limit."""
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_windows(model: PreTrainedModel, windows: Tensor) -> None:
     """Raise an EvaluationError if windows are longer than the context or contain ids outside the vocabulary."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(model.config)
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise EvaluationError(f"expected windows of shape (windows, length ≥ 2), found {tuple(windows.shape)}.")
     if context is not None and windows.shape[1] > context:

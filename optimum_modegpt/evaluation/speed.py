@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, StaticCache
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.fidelity import check_vocabularies
-from optimum_modegpt.evaluation.perplexity import evaluating
+from optimum_modegpt.evaluation.perplexity import context_of, evaluating
 from optimum_modegpt.kv_cache import cache_argument, cache_bytes, cache_of
 from optimum_modegpt.progress import bar
 from optimum_modegpt.stages import StageClock
@@ -182,7 +182,7 @@ def _within_context(
     """Return the distinct lengths, truncated to the contexts of all models, and a note on each truncated one."""
     room = max(lengths)
     for model in models:
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_of(model.config)
         if context is not None:
             room = min(room, context - new_tokens)
     context = room + new_tokens
@@ -299,10 +299,7 @@ def _ratio(seconds: list[float], reference: list[float]) -> Spread:
 
 
 def _size(model: PreTrainedModel) -> Size:
-    weight_bytes = 0
-    for tensor in (*model.parameters(), *model.buffers()):
-        weight_bytes += tensor.numel() * tensor.element_size()
-    return Size(model.num_parameters(), weight_bytes)
+    return Size(model.num_parameters(), model.get_memory_footprint())
 
 
 def _machine(model: PreTrainedModel) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, 
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError
 from optimum_modegpt.evaluation.fidelity import tokenizer_differences
+from optimum_modegpt.evaluation.perplexity import context_of
 from optimum_modegpt.loading.source import DEMO, Source
 
 logger = logging.getLogger(__name__)
@@ -121,11 +122,6 @@ def calibrate(
         fewer=fewer,
     )
     return replace(windows, record={**windows.record, "name": DEMO}) if is_demo else windows
-
-
-def context_of(model_config: Any) -> int | None:
-    """Return the context length of a model in tokens; None if it has no limit."""
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
 def _is_token_ids(dataset: Any) -> bool:

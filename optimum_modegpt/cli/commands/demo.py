@@ -17,8 +17,8 @@ from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.commands.compress import LEGEND, compress_to
 from optimum_modegpt.cli.commands.evaluate import scores
 from optimum_modegpt.cli.tables import scores_table
+from optimum_modegpt.evaluation.perplexity import context_of
 from optimum_modegpt.evaluation.speed import benchmark
-from optimum_modegpt.loading.calibration import context_of
 from optimum_modegpt.loading.models import pick_device
 from optimum_modegpt.loading.safetensors_index import weight_bytes
 from optimum_modegpt.loading.source import Source

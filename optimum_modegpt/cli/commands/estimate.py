@@ -15,7 +15,7 @@ from optimum_modegpt.calibration.data import resolve_sequence_length
 from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.tables import estimate_table
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.loading.calibration import context_of
+from optimum_modegpt.evaluation.perplexity import context_of
 from optimum_modegpt.loading.models import load_config, pick_device, readable
 from optimum_modegpt.loading.source import Source
 

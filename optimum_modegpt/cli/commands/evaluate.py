@@ -18,11 +18,11 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.fidelity import fidelity
 from optimum_modegpt.evaluation.harness import Tasks, TaskScores, harness, load_tasks
-from optimum_modegpt.evaluation.perplexity import perplexity
+from optimum_modegpt.evaluation.perplexity import context_of, perplexity
 from optimum_modegpt.hub.card import CARD, add_evaluation, may_be_replaced
 from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.result import EVALUATION, check_evaluation
-from optimum_modegpt.loading.calibration import check_vocabulary, context_of
+from optimum_modegpt.loading.calibration import check_vocabulary
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source
 from optimum_modegpt.modeling.modegpt_family import is_compressed
