@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_modegpt.cli.terminal import one_line
 from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, main_scores, mean_score
 from optimum_modegpt.evaluation.inspection import Inspection
-from optimum_modegpt.hub.result import plain
+from optimum_modegpt.hub.result import sanitized
 from optimum_modegpt.report import PARTS
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
         rows.append([str(block.index), *(f"{block.ranks[part]}/{block.dense_ranks[part]}" for part in PARTS)])
     lines.append(aligned(rows, left=0))
     record = found.record or {}
-    known = {key: value for key, value in plain(record).items() if isinstance(value, dict)}
+    known = {key: value for key, value in sanitized(record).items() if isinstance(value, dict)}
     lines += _recipe_lines(record, found.sparsity)
     lines += _calibration_lines(known.get("calibration", {}))
     if recovered := known.get("recovered"):

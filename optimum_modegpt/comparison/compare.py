@@ -173,7 +173,7 @@ def _overlap(reference: Tensor, logits: Tensor) -> Tensor:
     return (first[:, :, None] == second[:, None, :]).sum(dim=(1, 2)) / top
 
 
-def parting(first: Sequence[Any], second: Sequence[Any]) -> int | None:
+def first_difference(first: Sequence[Any], second: Sequence[Any]) -> int | None:
     """Return the index of the first item in which two sequences differ, or None if they are equal."""
     for index, (one, other) in enumerate(zip_longest(first, second)):
         if one != other:
@@ -227,8 +227,8 @@ def _record(
         kl_of_prompt=kl,
         kl_of_continuation=float(of_continuation.mean()),
         kl_by_token=tuple(of_continuation.tolist()),
-        parting_token=parting(ours.tokens.tolist(), theirs.tokens.tolist()),
-        parting_character=parting(model.continuation, reference.continuation),
+        parting_token=first_difference(ours.tokens.tolist(), theirs.tokens.tolist()),
+        parting_character=first_difference(model.continuation, reference.continuation),
         model=model,
         reference=reference,
     )

@@ -15,8 +15,8 @@ from jinja2 import ChainableUndefined, Environment, TemplateError
 from transformers.utils import logging
 
 from optimum_modegpt.evaluation.inspection import block_ranks
-from optimum_modegpt.hub.commands import chosen, shell
-from optimum_modegpt.hub.result import EVALUATION, REPORT, Result, check_evaluation, plain, read
+from optimum_modegpt.hub.commands import recipe_fields, shell_command
+from optimum_modegpt.hub.result import EVALUATION, REPORT, Result, check_evaluation, read, sanitized
 from optimum_modegpt.loading.safetensors_index import weight_bytes, weights_digest
 from optimum_modegpt.loading.source import CARD_FIELDS, is_repo_id
 from optimum_modegpt.plot import plot_kept
@@ -110,7 +110,7 @@ def save_report(folder: Path, report: Report) -> Report:
     return report
 
 
-def take_along(source: Path, folder: Path) -> None:
+def copy_records(source: Path, folder: Path) -> None:
     """Copy report and evaluation from the folder of a loaded model to the one to which it was saved unchanged.
 
     Existing files are kept.
@@ -137,7 +137,7 @@ def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
         entry = dict(result)
         for key in ("model", "tasks", "reference_tasks"):
             entry.pop(key, None)
-        evaluation["texts"] = with_entry(evaluation["texts"], entry)
+        evaluation["texts"] = merge_entry(evaluation["texts"], entry)
     for task, scores in result.get("tasks", {}).items():
         # All three are replaced, so that no part of an older measurement remains.
         evaluation["tasks"][task] = scores
@@ -147,9 +147,9 @@ def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
     write_card(folder)
 
 
-def with_entry(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
+def merge_entry(entries: list[dict[str, Any]], entry: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the measurements on texts with a new one added."""
-    others, text = [], plain(entry["text"])
+    others, text = [], sanitized(entry["text"])
     for each in entries:
         if any(each["text"].get(key) != text.get(key) for key in MEASURED_ON):
             others.append(each)
@@ -230,7 +230,7 @@ def variables(found: Result) -> dict[str, Any]:
         before = None  # the record counts a language model, and packed weights are not counted
     elif now is None:
         now = totals.get("total_after")
-    fields = chosen(recipe) if found.task == "text-generation" else {}
+    fields = recipe_fields(recipe) if found.task == "text-generation" else {}
     classes = getattr(found.config, "auto_map", None) or {}
     auto_class = "AutoModel"
     for key, name in classes.items():
@@ -259,9 +259,9 @@ def commands(found: Result) -> list[str]:
     """Return the commands that make the model again; older reports have none."""
     stored, lines = found.report.get("commands", {}), []
     if "compress" in stored:
-        lines.append(shell("compress", *stored["compress"], "--output", found.compressed_name))
+        lines.append(shell_command("compress", *stored["compress"], "--output", found.compressed_name))
     if "compress" in stored and "recover" in stored:
-        lines.append(shell("recover", found.compressed_name, *stored["recover"], "--output", found.name))
+        lines.append(shell_command("recover", found.compressed_name, *stored["recover"], "--output", found.name))
     return lines
 
 
@@ -273,5 +273,5 @@ def evaluate_commands(found: Result) -> list[str]:
     every += found.evaluation.get("task_settings", {}).values()
     for settings in every:
         if "flags" in settings:
-            lines.append(shell("evaluate", found.name, *settings["flags"]))
+            lines.append(shell_command("evaluate", found.name, *settings["flags"]))
     return list(dict.fromkeys(lines))

@@ -26,7 +26,7 @@ def flags(values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def shell(*words: str) -> str:
+def shell_command(*words: str) -> str:
     """Return a command of `optimum-cli` for a shell, wrapped to `COLUMNS`; a flag stays on the line of its value."""
     arguments = [["optimum-cli", "modegpt"]]
     for word in words:
@@ -41,7 +41,7 @@ def shell(*words: str) -> str:
     return " \\\n".join(lines)
 
 
-def chosen(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def recipe_fields(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a configuration that reproduce a model: sparsity, dataset and all that are not default."""
     found = {}
     for field in dataclasses.fields(ModeGPTConfig):
@@ -56,7 +56,7 @@ def compress_commands(report: Report, dtype: str) -> dict[str, list[str]]:
 
     It is empty if an input was an object in memory or the model has no name.
     """
-    fields = chosen(report.config)
+    fields = recipe_fields(report.config)
     if report.base_model is None or any(str(value).startswith(IN_MEMORY) for value in fields.values()):
         return {}
     loading = {"revision": report.revision, "dtype": dtype}

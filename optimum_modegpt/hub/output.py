@@ -86,23 +86,23 @@ def saving(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def workshop_of(folder: Path) -> Checkpoint:
+def checkpoint_of(folder: Path) -> Checkpoint:
     """Return the hidden folder next to `folder`, with its lock, in which a command builds its result."""
     return Checkpoint(folder.with_name(f".{folder.name}.checkpoint"))
 
 
 @contextmanager
-def replacing(folder: Path, *, overwrite: bool, workshop: Path) -> Iterator[Path]:
-    """Yield a new empty folder in `workshop`, on the same disk, that replaces `folder` at the end.
+def replacing(folder: Path, *, overwrite: bool, work_folder: Path) -> Iterator[Path]:
+    """Yield a new empty folder in `work_folder`, on the same disk, that replaces `folder` at the end.
 
-    On an error, the new folder is deleted and `folder` is unchanged; `taken_back` cleans up after a killed run.
+    On an error, the new folder is deleted and `folder` is unchanged; `restore_output` cleans up after a killed run.
 
     Raises:
         OutputError: `folder` cannot be written, or it changed in the meantime and must not be deleted; then the
             finished result is kept next to it.
     """
-    folder, partial = folder.resolve(), workshop / RESULT
-    with parents_made(workshop):
+    folder, partial = folder.resolve(), work_folder / RESULT
+    with parents_made(work_folder):
         try:
             with saving(folder):
                 partial.mkdir(parents=True)
@@ -112,10 +112,10 @@ def replacing(folder: Path, *, overwrite: bool, workshop: Path) -> Iterator[Path
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def taken_back(workshop: Path, folder: Path) -> None:
+def restore_output(work_folder: Path, folder: Path) -> None:
     """Clean up after a killed run, so that `folder` is the old result or the complete new one."""
-    shutil.rmtree(workshop / RESULT, ignore_errors=True)
-    if (old := workshop / REPLACED).exists() and not folder.exists():
+    shutil.rmtree(work_folder / RESULT, ignore_errors=True)
+    if (old := work_folder / REPLACED).exists() and not folder.exists():
         old.rename(folder)
 
 

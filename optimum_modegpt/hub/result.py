@@ -28,7 +28,7 @@ BREAKING = str.maketrans({"`": "'", "|": "¦", "<": "‹"})
 
 @dataclass(frozen=True)
 class Result:
-    """The contents of a result folder, with all text as by `plain`. Any field of its files may be missing."""
+    """The contents of a result folder, with all text as by `sanitized`. Any field of its files may be missing."""
 
     config: Any
     record: dict[str, Any]
@@ -87,7 +87,7 @@ class Result:
     def quantization(self) -> str | None:
         """Return the method that quantised the model after the compression; None if it was not quantised."""
         found = getattr(self.config, "quantization_config", None)
-        return plain(str(found.get("quant_method"))) if isinstance(found, dict) else None
+        return sanitized(str(found.get("quant_method"))) if isinstance(found, dict) else None
 
     @property
     def name(self) -> str:
@@ -97,14 +97,14 @@ class Result:
         return self.compressed_name
 
 
-def plain(value: Any) -> Any:
+def sanitized(value: Any) -> Any:
     """Return untrusted JSON without nulls, and with every text on one line and free of Markdown and HTML syntax."""
     if isinstance(value, str):
         return " ".join(value.split()).translate(BREAKING)
     if isinstance(value, dict):
-        return {plain(str(key)): plain(item) for key, item in value.items() if item is not None}
+        return {sanitized(str(key)): sanitized(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [sanitized(item) for item in value]
     return value
 
 
@@ -133,7 +133,7 @@ def read(folder: Path) -> Result:
         parameters = sum(tensor.size for tensor in tensors if tensor.dtype.startswith(("F", "BF")))
     size = weight_bytes(folder) or report.get("weight_bytes")
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return Result(config, plain(record), report, evaluation, changed, parameters, size, has_tokenizer)
+    return Result(config, sanitized(record), report, evaluation, changed, parameters, size, has_tokenizer)
 
 
 def read_report(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def read_report(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         return {}
     try:
         report = Report.load(folder / REPORT)
-        content = plain(report.to_dict())
+        content = sanitized(report.to_dict())
     except (OSError, EvaluationError, RecursionError) as error:
         logger.warning("%s is not changed, and the card does not include it: %s", folder / REPORT, error)
         return {}
@@ -170,7 +170,7 @@ def check_evaluation(folder: Path) -> dict[str, Any]:
         return {}
     found: Any = None
     try:
-        found = plain(json.loads(path.read_text(encoding="utf-8")))
+        found = sanitized(json.loads(path.read_text(encoding="utf-8")))
         is_ours = bool({"texts", "tasks"} & found.keys()) and _has_numbers(found)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         is_ours = False

@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, logging
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.errors import OutputError, UploadError
-from optimum_modegpt.hub.card import CARD, PICTURE, TRAINER, is_ours, save_report, take_along, write_card
+from optimum_modegpt.hub.card import CARD, PICTURE, TRAINER, copy_records, is_ours, save_report, write_card
 from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.result import EVALUATION, REPORT
 from optimum_modegpt.loading.source import CARD_FIELDS
@@ -286,7 +286,7 @@ class Companion:
             if KEPT_REPORT in vars(model):
                 vars(model)[KEPT_REPORT] = save_report(folder, vars(model)[KEPT_REPORT])
             elif model.name_or_path and (source := Path(model.name_or_path)).is_dir() and not source.samefile(folder):
-                take_along(source, folder)
+                copy_records(source, folder)
             write_card(folder)
         except Exception as error:  # any file of the folder may be invalid; a training run that saves must continue
             logger.warning("%s is saved, but not its card: %s: %s", folder, type(error).__name__, error)

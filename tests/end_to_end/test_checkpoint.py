@@ -26,7 +26,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import CheckpointError, IllConditionedWarning
-from optimum_modegpt.hub.output import taken_back
+from optimum_modegpt.hub.output import restore_output
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.methods.sensitivity import Sweeps
 from optimum_modegpt.walk import checkpoint as module
@@ -332,7 +332,7 @@ def test_replaced_result_is_restored_after_a_kill(tmp_path: Path) -> None:
     for left in (RESULT, REPLACED):
         (checkpoint / left).mkdir(parents=True)
         (checkpoint / left / left).touch()
-    taken_back(checkpoint, output)
+    restore_output(checkpoint, output)
     assert [path.name for path in output.iterdir()] == [REPLACED]
     assert list(checkpoint.iterdir()) == []
 

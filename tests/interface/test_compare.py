@@ -38,7 +38,7 @@ from optimum_modegpt import (
 )
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.comparison.compare import distances as measured
-from optimum_modegpt.comparison.compare import parting
+from optimum_modegpt.comparison.compare import first_difference
 from optimum_modegpt.comparison.prompts import read_prompts
 from optimum_modegpt.comparison.records import PromptComparison
 
@@ -132,7 +132,7 @@ def test_a_record_is_that_of_a_direct_calculation(
         assert record.top1_agreement == pytest.approx(direct.top1_agreement)
         assert record.reference.continuation == tokenizer().decode(text[0, length:], skip_special_tokens=True)
         assert record.model.continuation == tokenizer().decode(own[0, length:], skip_special_tokens=True)
-        assert record.parting_token == parting(own[0, length:].tolist(), text[0, length:].tolist())
+        assert record.parting_token == first_difference(own[0, length:].tolist(), text[0, length:].tolist())
         assert record.kl_of_continuation == pytest.approx(sum(record.kl_by_token) / len(record.kl_by_token))
         assert record.kl_max >= max(record.kl_by_token)
         if length > 1:
@@ -216,7 +216,7 @@ def test_both_are_greedy_for_all_generation_configs(
     ("first", "second", "expected"), [("abc", "abc", None), ("abc", "abd", 2), ("ab", "abc", 2), ("", "", None)]
 )
 def test_parting(first: str, second: str, expected: int | None) -> None:
-    assert parting(first, second) == expected
+    assert first_difference(first, second) == expected
 
 
 def test_long_prompts_are_cut_with_a_warning(

@@ -11,7 +11,7 @@ import pytest
 
 from optimum_modegpt import OutputError
 from optimum_modegpt.hub import output
-from optimum_modegpt.hub.output import check_output, replacing, workshop_of
+from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing
 
 
 def result(folder: Path, mark: str = "", model_type: str = "modegpt_llama") -> Path:
@@ -34,8 +34,8 @@ def names(folder: Path) -> set[str]:
 @contextmanager
 def in_workshop(folder: Path) -> Iterator[Path]:
     """Yield a new result folder, as the commands do."""
-    workshop = workshop_of(folder)
-    with workshop.alone(), replacing(folder, overwrite=False, workshop=workshop.folder) as partial:
+    checkpoint = checkpoint_of(folder)
+    with checkpoint.alone(), replacing(folder, overwrite=False, work_folder=checkpoint.folder) as partial:
         yield partial
 
 
@@ -84,14 +84,14 @@ def test_anything_else_is_never_deleted(foreign: str, message: str, tmp_path: Pa
 
 
 def test_files_added_meanwhile_and_the_work_are_kept(tmp_path: Path) -> None:
-    folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"
+    folder, work_folder = result(tmp_path / "out", "old"), tmp_path / "work"
     words = r"(?s)not part of a compressed model: thesis.docx.*kept in .*out\.finished-"
-    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, workshop=workshop) as partial:  # noqa: PT012
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, work_folder=work_folder) as partial:  # noqa: PT012
         result(partial, "new")
         (folder / "thesis.docx").touch()
     assert mark_of(folder) == "old"
     assert (folder / "thesis.docx").exists()
-    (kept,) = names(tmp_path) - {"out", "workshop"}
+    (kept,) = names(tmp_path) - {"out", "work"}
     assert mark_of(tmp_path / kept) == "new"
 
 
@@ -99,9 +99,9 @@ def test_the_second_of_two_runs_does_not_replace_the_first(tmp_path: Path) -> No
     folder = tmp_path / "new" / "out"
     words = r"(?s)was written by another run in the meantime.*kept in .*out\.finished-"
     one, two = folder.with_name("one"), folder.with_name("two")
-    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=False, workshop=two) as second:  # noqa: PT012
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=False, work_folder=two) as second:  # noqa: PT012
         result(second, "second")
-        with replacing(folder, overwrite=False, workshop=one) as first:
+        with replacing(folder, overwrite=False, work_folder=one) as first:
             result(first, "first")
     assert mark_of(folder) == "first"
     (kept,) = names(folder.parent) - {"out", "one", "two"}
@@ -109,7 +109,7 @@ def test_the_second_of_two_runs_does_not_replace_the_first(tmp_path: Path) -> No
 
 
 def test_a_lost_race_with_overwrite_keeps_both_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, workshop, rename = result(tmp_path / "out", "old"), tmp_path / "workshop", Path.rename
+    folder, work_folder, rename = result(tmp_path / "out", "old"), tmp_path / "work", Path.rename
 
     def taken(self: Path, target: Path) -> Path:
         if target == folder:
@@ -118,10 +118,10 @@ def test_a_lost_race_with_overwrite_keeps_both_results(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Path, "rename", taken)
     words = r"(?s)was written by another run in the meantime.*kept in .*out\.finished-"
-    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, workshop=workshop) as partial:
+    with pytest.raises(OutputError, match=words), replacing(folder, overwrite=True, work_folder=work_folder) as partial:
         result(partial, "new")
     assert mark_of(folder) == "other"
-    (kept,) = names(tmp_path) - {"out", "workshop"}
+    (kept,) = names(tmp_path) - {"out", "work"}
     assert mark_of(tmp_path / kept) == "new"
 
 
@@ -134,12 +134,12 @@ def test_the_folder_of_the_run_is_no_place_for_a_result(tmp_path: Path, monkeypa
 def test_an_interrupt_while_folders_change_places_loses_neither(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"
+    folder, work_folder = result(tmp_path / "out", "old"), tmp_path / "work"
 
     def interrupted(*args: Path) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), replacing(folder, overwrite=True, workshop=workshop) as partial:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), replacing(folder, overwrite=True, work_folder=work_folder) as partial:  # noqa: PT012
         result(partial, "new")
         monkeypatch.setattr(output, "_check_ours", interrupted)
     assert mark_of(folder) == "old"
@@ -148,12 +148,12 @@ def test_an_interrupt_while_folders_change_places_loses_neither(
 def test_files_of_the_old_result_that_cannot_be_deleted_are_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, workshop = result(tmp_path / "out", "old"), tmp_path / "workshop"
+    folder, work_folder = result(tmp_path / "out", "old"), tmp_path / "work"
 
     def busy(*args: Path) -> None:
         raise OSError("device or resource busy")
 
-    with monkeypatch.context() as patch, replacing(folder, overwrite=True, workshop=workshop) as partial:
+    with monkeypatch.context() as patch, replacing(folder, overwrite=True, work_folder=work_folder) as partial:
         result(partial, "new")
         patch.setattr(output.shutil, "rmtree", lambda path, ignore_errors=False: None if ignore_errors else busy())
     assert mark_of(folder) == "new"

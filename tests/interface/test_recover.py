@@ -408,15 +408,15 @@ def stopped(words: list[str], by: signal.Signals) -> tuple[int, str]:
 def test_a_run_that_was_killed_is_tidied_by_the_next(
     small: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output, workshop = tmp_path / "out", tmp_path / ".out.checkpoint"
+    output, work_folder = tmp_path / "out", tmp_path / ".out.checkpoint"
     words = ["recover", str(small), "--dataset", str(text), "--output", str(output), *QUICK]
     assert stopped(words, signal.SIGKILL)[0] == -signal.SIGKILL
-    assert (workshop / "result" / "model.safetensors").is_file()
+    assert (work_folder / "result" / "model.safetensors").is_file()
     assert not output.exists()
-    with Checkpoint(workshop).alone():
+    with Checkpoint(work_folder).alone():
         assert cli.main(words) == cli.FAILED
         assert "another run is using" in capsys.readouterr().err
-        assert (workshop / "result" / "model.safetensors").is_file(), "nothing of a run that is at work is deleted"
+        assert (work_folder / "result" / "model.safetensors").is_file(), "nothing of a run that is at work is deleted"
     assert cli.main(words) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 

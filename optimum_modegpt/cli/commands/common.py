@@ -163,7 +163,7 @@ def existing_paths(*names: Any) -> list[Path]:
     return [Path(name) for name in names if isinstance(name, str | Path) and Path(name).exists()]
 
 
-def advised(options: Namespace, *words: str, **more: Any) -> str:
+def advised_command(options: Namespace, *words: str, **more: Any) -> str:
     """Return a command to run next, quoted for a shell, with the flags for access and hardware of this run.
 
     Args:

@@ -52,7 +52,7 @@ def run(options: Namespace) -> int:
     check_vocabulary(tokenizer, model_config.get_text_config().vocab_size)
     model, dense = common.models_on(device, options.dtype, source, reference)
     assert dense is not None
-    with streaming(options.jsonl) as on_record:
+    with writing_records(options.jsonl) as on_record:
         found = compare_models(
             model,
             dense,
@@ -110,7 +110,7 @@ def prompts_of(options: Namespace, reference: Source) -> list[Prompt]:
 
 
 @contextmanager
-def streaming(file: Path | None) -> Iterator[Callable[[PromptComparison], None] | None]:
+def writing_records(file: Path | None) -> Iterator[Callable[[PromptComparison], None] | None]:
     """Yield a function that writes a record as a line and flushes it, so that the file can be followed.
 
     Raises:

@@ -21,7 +21,7 @@ from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.commands.estimate import estimate_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.hub.output import check_output, replacing, saving, taken_back, workshop_of
+from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import Upload
 from optimum_modegpt.integration.job import Job
@@ -70,7 +70,7 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
     common.check_file(options.report)
     with unfinished_work(output) as checkpoint, checkpoint.alone():
         job = requested_job(options, config, checkpoint)
-        taken_back(checkpoint.folder, output)
+        restore_output(checkpoint.folder, output)
         if options.fresh:
             checkpoint.remove()
         request = describe(job, options.dtype)
@@ -83,7 +83,7 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
                 found = estimate_of(job.source, model_config, job.config, options.dtype, device)
                 place = compute_device(device, torch.device("cpu"))
                 check_resources(found, place, output, written=checkpoint.size)  # the checkpoint is reused
-            with replacing(output, overwrite=options.overwrite, workshop=checkpoint.folder) as folder:
+            with replacing(output, overwrite=options.overwrite, work_folder=checkpoint.folder) as folder:
                 model, quantizer = compress(job, model_config, options, device, progress=common.shows_progress())
                 with saving(output):
                     quantizer.save(model, folder, quantizer.tokenizer or job.source.tokenizer())
@@ -164,7 +164,7 @@ def digest(file: Path) -> str:
 @contextmanager
 def unfinished_work(output: Path) -> Iterator[Checkpoint]:
     """Yield the checkpoint of a result at `output`; the message of an interrupt names it if it has finished blocks."""
-    checkpoint = workshop_of(output)
+    checkpoint = checkpoint_of(output)
     try:
         yield checkpoint
     except KeyboardInterrupt:
@@ -191,7 +191,7 @@ def next_step(options: Namespace, config: ModeGPTConfig) -> str:
     title, dataset = "next", None
     if common.existing_paths(config.dataset):
         title, dataset = "next, on text that it was not calibrated on", common.YOUR_TEXT
-    command = common.advised(
+    command = common.advised_command(
         options,
         *("evaluate", str(options.output)),
         reference=options.model,

@@ -40,7 +40,7 @@ def run(options: Namespace) -> None:
     if check is not None:
         print(check)
     if found.model_type in DENSE_TYPES:
-        command = common.advised(
+        command = common.advised_command(
             options, "compress", options.model, revision=options.revision, output=common.NEW_FOLDER
         )
         print(f"This is a dense model. To compress it: {command}")

@@ -13,7 +13,7 @@ from optimum_modegpt.cli.commands import common
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.hub.commands import flags
-from optimum_modegpt.hub.output import check_output, replacing, saving, taken_back, workshop_of
+from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import KEPT_REPORT
 from optimum_modegpt.loading.calibration import calibrate
@@ -34,20 +34,20 @@ def run(options: Namespace) -> None:
     """Fine-tune a model and save it; the output folder appears only once complete."""
     source, teacher = common.source_of(options), common.reference_of(options)
     output = options.output.resolve()  # the folder next to it is on the same disk
-    workshop = workshop_of(output)
-    with workshop.alone():
-        taken_back(workshop.folder, output)
+    checkpoint = checkpoint_of(output)
+    with checkpoint.alone():
+        restore_output(checkpoint.folder, output)
         used = common.existing_paths(source.path, options.dataset)
         if teacher is not None:
             used += common.existing_paths(teacher.path)
         check_output(output, overwrite=options.overwrite, used=used)
-        recovery = recover_to(output, workshop.folder, source, teacher, options)
+        recovery = recover_to(output, checkpoint.folder, source, teacher, options)
     print(recovery.summary())
     print(f"saved in {options.output}")
     print(next_step(options))
 
 
-def recover_to(output: Path, workshop: Path, source: Source, teacher: Source | None, options: Namespace) -> Recovery:
+def recover_to(output: Path, work_folder: Path, source: Source, teacher: Source | None, options: Namespace) -> Recovery:
     """Fine-tune a model and save it in `output`.
 
     Raises:
@@ -61,7 +61,7 @@ def recover_to(output: Path, workshop: Path, source: Source, teacher: Source | N
     tokenizer = common.shared_tokenizer(None, source, teacher)
     file = cached_file(source.path, REPORT, _raise_exceptions_for_missing_entries=False, **source.hub)
     report = None if file is None else Report.load(file)
-    with replacing(output, overwrite=options.overwrite, workshop=workshop) as folder:
+    with replacing(output, overwrite=options.overwrite, work_folder=work_folder) as folder:
         windows = calibrate(text(options, model_config), tokenizer, model_config, source, fewer=True)
         model, dense = common.models_on(device, options.dtype, source, teacher)
         recovery = recover(
@@ -115,7 +115,7 @@ def next_step(options: Namespace) -> str:
     dataset, text_column = options.dataset, options.text_column
     if common.existing_paths(dataset):
         dataset, text_column = common.YOUR_TEXT, None
-    command = common.advised(
+    command = common.advised_command(
         options,
         *("evaluate", str(options.output)),
         reference=options.reference,
