@@ -211,10 +211,8 @@ def _add_device(parser: Any, *, dtype: bool = True) -> None:
     text = "device to compute on; auto uses an accelerator if one is available"
     parser.add_argument("--device", default="auto", help=text)
     if dtype:
-        choices, text = (
-            ("auto", "float32", "bfloat16", "float16"),
-            "data type of the weights; auto keeps the stored one",
-        )
+        choices = ("auto", "float32", "bfloat16", "float16")
+        text = "data type of the weights; auto keeps the stored one"
         parser.add_argument("--dtype", choices=choices, default="auto", help=text)
 
 

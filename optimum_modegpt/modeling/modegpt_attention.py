@@ -178,7 +178,7 @@ class ModeGPTAttentionMixin(Dense):
         return max(self.qk_head_dim, self.v_head_dim) if one_width else None
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding of the kept pairs; query (batch, length, heads, qk), key (batch, length, kv_heads, qk)."""
+        """Rotate the kept pairs: query (batch, length, heads, qk), key (batch, length, kv_heads, qk)."""
         cos, sin = self.kept_pairs(cos, 1.0), self.kept_pairs(sin, 0.0)
         cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         grouped = query.unflatten(2, (key.shape[2], -1))  # (batch, length, kv_heads, heads / kv_heads, qk)
