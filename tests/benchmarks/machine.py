@@ -44,10 +44,20 @@ def processor() -> str:
 
 
 @cache
-def code() -> str:
-    """Return the version of the package and a digest of its Python files."""
+def code(*parts: str) -> str:
+    """Return the version of the package and a digest of its Python files, all or only those of some subpackages."""
     (root,) = map(Path, optimum_modegpt.__path__)
-    digest = hashlib.sha256()
+    contents = []
     for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    return f"{version('optimum-modegpt')} {digest.hexdigest()[:12]}"
+        name = path.relative_to(root)
+        if not parts or name.parts[0] in parts:
+            contents.append(name.as_posix().encode() + path.read_bytes())
+    return f"{version('optimum-modegpt')} {digest(*contents)}"
+
+
+def digest(*contents: bytes) -> str:
+    """Return a short digest of the contents in their order."""
+    found = hashlib.sha256()
+    for content in contents:
+        found.update(content)
+    return found.hexdigest()[:12]

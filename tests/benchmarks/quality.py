@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 from cards import MODEL_CARDS, MODELS, WINDOWS
 from machine import code, machine
+from rows import find, read, write
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from optimum_modegpt import ModeGPTConfig, Report, demo, perplexity
-from optimum_modegpt.allocation.plan import Plan, Sizes, total_weights
+from optimum_modegpt import ModeGPTConfig, demo, perplexity
+from optimum_modegpt.allocation.plan import Plan, total_weights
 from optimum_modegpt.allocation.sensitivity import plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.architectures import resolve
@@ -48,8 +50,9 @@ MAIN: dict[str, dict[str, Any]] = {
     "paper uniform": {"method": "paper", "allocation": "uniform"},
     "default": {},
 }
+MLP_ONLY = "MLP only"
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "MLP only": {"method": "paper"},
+    MLP_ONLY: {"method": "paper"},
     "default uniform": {"allocation": "uniform"},
     "default influence": {"allocation": "influence"},
     "default, no refit": {"refit_iterations": 0},
@@ -76,8 +79,9 @@ def main() -> None:
     for name, ratio, recipe in bar:
         bar.set_description(f"{name} {ratio:.0%} {recipe}")
         subject = subjects[name]
-        record["dense"][name] = subject.dense_perplexity
+        record.setdefault("dense", {})[name] = subject.dense_perplexity
         if find(record, cell := subject.cell(ratio, recipe)) is None:
+            record["rows"] = [row for row in record["rows"] if row["code"] == code()]
             record["rows"].append(cell | subject.measured(ratio, recipe))
             write(options.json, record)
     for name, subject in subjects.items():
@@ -115,14 +119,22 @@ def wanted(options: argparse.Namespace) -> list[tuple[float, str]]:
     return found
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Sensitivities and influences of a report. They do not depend on the ratio."""
+
+    sensitivities: dict[str, list[list[float]]]
+    influences: list[float]
+
+
 @dataclass
 class Subject:
     """Load a model and its texts when needed, and keep measurements that several rows share."""
 
     name: str
     options: argparse.Namespace
-    reports: dict[str, Report] = field(default_factory=dict)
-    """First report by allocation, which has the sensitivities and influences for all ratios."""
+    curves: dict[str, Curves] = field(default_factory=dict)
+    """Measurements by allocation, for all ratios."""
 
     @property
     def source(self) -> Path:
@@ -168,13 +180,10 @@ class Subject:
         """Compress the dense model and return the perplexity on the evaluation text and the seconds by stage."""
         model = self.load()
         config = replace(self.config, sparsity=ratio, **RECIPES[recipe])
-        if recipe == "MLP only":
-            plan = mlp_only(model, config)
-        else:
-            plan = self.plan(config, part_sizes(resolve(model), config))
+        plan = plan_of(recipe, model, config, self.curves)
         report = compress(model, config, self.calibration, plan=plan, progress=False)
         if plan is None:
-            self.reports[config.resolved_allocation] = report
+            self.curves[config.resolved_allocation] = Curves(report.sensitivities, report.influences)
         return {
             "removed": report.achieved_sparsity,
             "perplexity": perplexity(model, self.evaluation.tokens).perplexity,
@@ -197,21 +206,25 @@ class Subject:
             "machine": machine(),
         }
 
-    def plan(self, config: ModeGPTConfig, sizes: Sizes) -> Plan | None:
-        """Return the plan from earlier measurements, or None if there are none."""
-        report = self.reports.get(config.resolved_allocation)
-        if report is None or config.resolved_allocation == "uniform":
-            return None
-        if config.resolved_allocation == "sensitivity":
-            curves = {}
-            for key, curve in report.sensitivities.items():
-                block, part = key.split(".")
-                curves[int(block), part] = [(sparsity, divergence) for sparsity, divergence in curve]
-            return plan_from_curves(curves, sizes, config.sparsity)
+
+def plan_of(recipe: str, model: Any, config: ModeGPTConfig, curves: Mapping[str, Curves]) -> Plan | None:
+    """Return the plan of a recipe from earlier measurements by allocation, or None if there are none."""
+    if recipe == MLP_ONLY:
+        return mlp_only(model, config)
+    measured = curves.get(config.resolved_allocation)
+    if measured is None or config.resolved_allocation == "uniform":
+        return None
+    sizes = part_sizes(resolve(model), config)
+    if config.resolved_allocation == "influence":
         targets = influence_targets(
-            report.influences, config.sparsity, temperature=config.influence_temperature, cap=config.max_sparsity
+            measured.influences, config.sparsity, temperature=config.influence_temperature, cap=config.max_sparsity
         )
         return plan_from_targets(targets, sizes)
+    by_part = {}
+    for key, curve in measured.sensitivities.items():
+        block, part = key.split(".")
+        by_part[int(block), part] = [(sparsity, divergence) for sparsity, divergence in curve]
+    return plan_from_curves(by_part, sizes, config.sparsity)
 
 
 def mlp_only(model: Any, config: ModeGPTConfig) -> Plan:
@@ -246,29 +259,6 @@ def table(rows: list[Any], dense: float) -> str:
 def share_left(ours: float, published: float, dense: float) -> float:
     """Return our loss of log-perplexity as a fraction of the published method's loss."""
     return math.log(ours / dense) / math.log(published / dense)
-
-
-def read(file: Path) -> dict[str, Any]:
-    """Return the results so far."""
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
-    return {"machine": {}, "dense": {}, "rows": []}
-
-
-def write(file: Path, record: dict[str, Any]) -> None:
-    """Save the results so far with a description of the machine. Rows of other code are dropped."""
-    record["machine"] = machine()
-    record["rows"] = [row for row in record["rows"] if row["code"] == code()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def find(record: dict[str, Any], cell: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the row of a cell, or None if it is not measured yet."""
-    for row in record["rows"]:
-        if all(row[key] == value for key, value in cell.items()):
-            return row
-    return None
 
 
 if __name__ == "__main__":
