@@ -132,6 +132,7 @@ def _scores(model: PreTrainedModel, questions: Sequence[Question]) -> list[tuple
     owners = torch.tensor([owner for owner, _ in options], device=model.device)
     heads, head_mask = _padded([question.options[0].tokens[: question.shared] for question in questions], model)
     tails, tail_mask = _padded([option.tokens[questions[owner].shared :] for owner, option in options], model)
+    _check_window(model, heads.shape[1] + tails.shape[1])
     arguments: dict[str, Any] = {}
     if heads.shape[1]:
         read = model(input_ids=heads, attention_mask=head_mask, use_cache=True, logits_to_keep=1)
@@ -161,6 +162,13 @@ def _padded(rows: Sequence[list[int]], model: PreTrainedModel) -> tuple[Tensor, 
     tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64, device=model.device)
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=model.device)
     return tokens, mask.long()
+
+
+def _check_window(model: PreTrainedModel, tokens: int) -> None:
+    """Raise if a sliding window would count the padding between the shared tokens and the others."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and tokens > window:
+        raise ValueError(f"questions have {tokens} tokens; expected at most the sliding window of {window}.")
 
 
 def _last_position(model: PreTrainedModel) -> int | None:
