@@ -13,7 +13,6 @@ so they are measured once. The rows that use them again include their time.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from machine import code, digest
 from quality import MAIN, MLP_ONLY, RATIOS, RECIPES, Curves, plan_of
 from rows import find, read, write
 from scoreboard_table import DENSE, tables
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_modegpt import ModeGPTConfig, Report, benchmark, compare, perplexity
@@ -89,29 +88,30 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def measure_all(subject: Subject, record: dict[str, Any]) -> None:
     """Measure the dense model and every cell that has no row yet, and save after each."""
-    save(record, subject, subject.cell(DENSE), lambda: subject.measured(subject.dense))
-    for folder in subject.options.compressed or ():
-        save(record, subject, subject.saved_cell(folder), lambda folder=folder: subject.saved(folder))
+    file, cell = subject.options.json, subject.cell(DENSE)
+    if find(record, cell) is None:
+        save(file, record, cell, subject.measured(subject.dense))
     if subject.options.compressed:
+        for folder in subject.options.compressed:
+            cell = subject.saved_cell(folder)
+            if find(record, cell) is None:
+                save(file, record, cell, subject.saved(folder))
         return
     for sparsity in subject.options.sparsity:
         for recipe in subject.options.recipe:
             cell = subject.cell(recipe, sparsity)
-            save(record, subject, cell, lambda cell=cell: subject.compressed(cell, record))
+            if find(record, cell) is None:
+                save(file, record, cell, subject.compressed(cell, record))
 
 
-def save(record: dict[str, Any], subject: Subject, cell: dict[str, Any], measure: Any) -> None:
-    """Measure a cell unless it has a row, and save its row. It replaces a row that differs only in its code."""
-    if find(record, cell) is not None:
-        return
-    start = time.perf_counter()
-    row = cell | measure()
+def save(file: Path, record: dict[str, Any], cell: dict[str, Any], found: dict[str, Any]) -> None:
+    """Save the row of a cell. It replaces rows that differ only in their code."""
     same = {key: value for key, value in cell.items() if key != "code"}
     while (old := find(record, same)) is not None:
         record["rows"].remove(old)
-    record["rows"].append(row)
-    write(subject.options.json, record)
-    print(f"{cell['recipe']}, {cell['sparsity']:.0%} removed: {time.perf_counter() - start:.0f} s", flush=True)
+    record["rows"].append(cell | found)
+    write(file, record)
+    print(f"saved: {cell['recipe']}, {cell['sparsity']:.0%} removed", flush=True)
 
 
 @dataclass
@@ -209,7 +209,7 @@ class Subject:
 
     def saved_cell(self, folder: Path) -> dict[str, Any]:
         """Return the fields that identify the row of a saved model."""
-        record = AutoModelForCausalLM.from_pretrained(folder, device_map="meta").config.modegpt
+        record = AutoConfig.from_pretrained(folder).modegpt
         known = {"calibration": about(record["calibration"]), "code": weights_of(folder)}
         return self.cell(DENSE) | {"recipe": folder.name, "sparsity": record["recipe"]["sparsity"]} | known
 
@@ -284,7 +284,10 @@ class Subject:
 
 def weights_of(folder: Path) -> str:
     """Return a digest of the weights in a folder."""
-    return digest(*(file.read_bytes() for file in sorted(folder.glob("*.safetensors"))))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no safetensors files; expected the folder of a saved model.")
+    return digest(*(file.read_bytes() for file in files))
 
 
 def about(record: dict[str, Any]) -> dict[str, Any]:

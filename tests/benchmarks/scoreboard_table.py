@@ -71,16 +71,16 @@ def mean_loss(row: Row) -> float:
 
 def line(row: Row, dense: Row, published: Sequence[Row]) -> str:
     """Format a row. An empty cell was not measured or does not apply."""
+    texts = row.get("texts", {})
     cells = [f"{row['sparsity']:.0%}", row["recipe"]]
-    cells += [f"{value:.2f}" for value in row.get("texts", {}).values()]
-    cells += [left(row, dense, published, text) for text in row.get("texts", {})]
+    cells += [f"{value:.2f}" for value in texts.values()]
+    cells += [left(row, dense, published, text) for text in texts]
     if "tasks" in row:
         cells += task_cells(row, dense)
-    greedy, speed = row.get("greedy"), row.get("speed")
-    cells += [f"{greedy['same']:.0%}", f"{greedy['top1']:.1%}"] if greedy else ["", ""]
+    cells += agreement_cells(row)
     cells += [f"{row['parameters']:,}", f"{row['bytes'] / 1e6:.1f}"]
-    cells += [f"{speed[run]['median']:.2f}" for run in ("prefill", "decode")] if speed else ["", ""]
-    cells += minutes(row["stages"]) if "stages" in row else ["", ""]
+    cells += speed_cells(row)
+    cells += time_cells(row)
     cells.append((row["code"] or "")[-6:])
     return f"| {' | '.join(cells)} |"
 
@@ -101,7 +101,7 @@ def task_cells(row: Row, dense: Row) -> list[str]:
     cells = [f"{statistics.fmean(right):.3f}" for right in answers]
     mean, error = mean_accuracy(answers)
     cells.append(f"{mean:.3f} ± {error:.3f}")
-    if row is dense:
+    if row is dense or not any(map(any, reference)):
         return [*cells, ""]
     share, error = share_kept(reference, answers)
     return [*cells, f"{share:.1%} ± {error:.1%}"]
@@ -112,8 +112,23 @@ def right_answers(row: Row) -> list[list[bool]]:
     return [[character == "1" for character in answers] for answers in row["tasks"].values()]
 
 
-def minutes(stages: Sequence[dict[str, Any]]) -> list[str]:
+def agreement_cells(row: Row) -> list[str]:
+    if "greedy" not in row:
+        return ["", ""]
+    return [f"{row['greedy']['same']:.0%}", f"{row['greedy']['top1']:.1%}"]
+
+
+def speed_cells(row: Row) -> list[str]:
+    """Return how many times as fast as the dense model a model reads and writes."""
+    if "speed" not in row:
+        return ["", ""]
+    return [f"{row['speed'][run]['median']:.2f}" for run in ("prefill", "decode")]
+
+
+def time_cells(row: Row) -> list[str]:
     """Return the minutes of the compression, and the least that its matrix products alone take."""
-    seconds = sum(stage["seconds"] for stage in stages)
-    floor = sum(sum(stage["floor"].values()) for stage in stages)
+    if "stages" not in row:
+        return ["", ""]
+    seconds = sum(stage["seconds"] for stage in row["stages"])
+    floor = sum(sum(stage["floor"].values()) for stage in row["stages"])
     return [f"{seconds / 60:.1f}", f"{floor / 60:.1f}"]
