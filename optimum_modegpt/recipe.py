@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.mixture import divide, mixture_of
 
 DEFAULT_ALLOCATIONS = {"default": "sensitivity", "paper": "influence"}
 """The allocation that each method uses if none is requested."""
@@ -54,10 +55,12 @@ class Recipe:
             the method paper.
         dataset: calibration text: `"wikitext2"`, `"c4"`, `"alpaca"`, a dataset id of the Hub, a local .txt, .jsonl,
             .json or .parquet file, a folder, a list of strings or of chat messages, a `datasets.Dataset`, or token ids
-            of shape (windows, length), also as the output of a tokenizer.
+            of shape (windows, length), also as the output of a tokenizer. A list of several such sources, or a dict
+            that gives each name a weight, is a mixture.
         dataset_split: split to read, or a slice of one such as "train[:10%]"; `None` takes "train" (or the only one).
+            Not for mixtures.
         text_column: column that holds the text or `input_ids`; `None` takes a column with a usual name, such as "text",
-            then `input_ids`, then the only column of strings.
+            then `input_ids`, then the only column of strings. Not for mixtures.
         num_samples: number of calibration windows.
         sequence_length: tokens per window; `None` takes min(2048, the model's context).
         batch_size: windows per forward pass; `None` chooses the largest size that fits in free memory.
@@ -121,6 +124,7 @@ class Recipe:
             )
         for name in ("dataset", "tokenizer"):
             self._check_live(name)
+        self._check_mixture()
 
     def _check_fractions(self) -> None:
         if isinstance(self.sparsity, int | float) and 1 < self.sparsity < 100:
@@ -148,13 +152,27 @@ class Recipe:
 
     def _check_live(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, str) and (not value or value.startswith(IN_MEMORY)):
-            raise InvalidConfig(
-                f"{name}={value!r} is empty or a placeholder for an object that was not serialized; "
-                f"pass the {name} again."
-            )
         if name == "dataset" and value is None:
             raise InvalidConfig("dataset=None: expected a name, a file, texts, a Dataset or token ids.")
+        items = list(value) if isinstance(value, list | tuple | Mapping) else [value]
+        for item in items:
+            if isinstance(item, str) and (value == "" or item.startswith(IN_MEMORY)):
+                raise InvalidConfig(
+                    f"{name}={item!r} is empty or a placeholder for an object that was not serialized; "
+                    f"pass the {name} again."
+                )
+
+    def _check_mixture(self) -> None:
+        parts = mixture_of(self.dataset)
+        if len(parts) == 1:
+            return
+        divide([part.weight for part in parts], self.num_samples)  # raises if there are too few windows
+        for name in ("dataset_split", "text_column"):
+            if getattr(self, name) is not None:
+                raise InvalidConfig(
+                    f"{name}={getattr(self, name)!r} would apply to all {len(parts)} sources of the mixture. Omit it; "
+                    "for a source that needs it, save the text to a file."
+                )
 
     @property
     def resolved_allocation(self) -> str:
@@ -164,12 +182,11 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and `quant_method`, safe for JSON.
 
-        A placeholder replaces an in-memory dataset or tokenizer.
+        A placeholder replaces an in-memory dataset or tokenizer, also in a mixture.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("dataset", "tokenizer"):
-            if fields[name] is not None and not isinstance(fields[name], str):
-                fields[name] = IN_MEMORY + _describe(fields[name])
+        fields["tokenizer"] = None if self.tokenizer is None else _serialized(self.tokenizer)
+        fields["dataset"] = _serialized_dataset(self.dataset)
         return {"quant_method": self.quant_method, **fields}
 
     @classmethod
@@ -187,6 +204,20 @@ class Recipe:
         config = cls(**values)
         unused = {k: v for k, v in kwargs.items() if k not in names}
         return (config, unused) if return_unused_kwargs else config
+
+
+def _serialized_dataset(dataset: Any) -> Any:
+    """Return a name, the names of a mixture, its weights by name, or a placeholder for an object in memory."""
+    parts = mixture_of(dataset)
+    if len(parts) == 1 and parts[0].source is dataset:
+        return _serialized(dataset)
+    if isinstance(dataset, Mapping):
+        return {os.fspath(name): float(weight) for name, weight in dataset.items()}
+    return [_serialized(part.source) for part in parts]
+
+
+def _serialized(value: Any) -> str:
+    return os.fspath(value) if isinstance(value, str | os.PathLike) else IN_MEMORY + _describe(value)
 
 
 def _describe(value: Any) -> str:

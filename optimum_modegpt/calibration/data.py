@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from optimum_modegpt.calibration.parsing import encode, join, opening_token
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
+from optimum_modegpt.mixture import SELF, divide, interleave, mixture_of
 
 if TYPE_CHECKING:
     from optimum_modegpt.calibration.sources import Request, Source
@@ -50,10 +51,21 @@ class TokenWindows:
             `sequence_length` and `tokens` are the size of `tokens`. `available_windows` is the number of windows in the
             text that was read. `first_token` is the special token that begins every window, None if the tokenizer adds
             none and for token ids. `sha256` is the digest of the shape and the token ids, both as little-endian int64.
+            The record of a mixture also has `sources`, the records of its sources. Its `name` joins their names, and
+            keys that describe a single source are None.
     """
 
     tokens: Tensor
     record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source of the calibration text, its number of windows, and the windows unless the model has to write them."""
+
+    source: Any
+    windows: int
+    read: TokenWindows | None
 
 
 def resolve_sequence_length(requested: int | None, context: int | None) -> int:
@@ -74,7 +86,15 @@ def resolve_sequence_length(requested: int | None, context: int | None) -> int:
     return requested
 
 
-def calibration_windows(
+def calibration_windows(config: ModeGPTConfig, tokenizer: Any, **options: Any) -> TokenWindows:
+    """Read the calibration windows of `config.dataset`, of shape (num_samples, sequence_length).
+
+    Arguments and errors are those of `read_parts`. The model is not known here, so "self" is an error.
+    """
+    return mix(read_parts(config, tokenizer, **options))
+
+
+def read_parts(
     config: ModeGPTConfig,
     tokenizer: Any,
     *,
@@ -83,11 +103,13 @@ def calibration_windows(
     context: int | None = None,
     hub: Mapping[str, Any] = MappingProxyType({}),
     fewer: bool = False,
-) -> TokenWindows:
-    """Read the calibration windows of `config.dataset`, of shape (num_samples, sequence_length).
+    embedded: Mapping[str, str] = MappingProxyType({}),
+) -> list[Part]:
+    """Read the calibration windows of each source of `config.dataset` except "self".
 
-    Ready windows, token ids of shape (windows, length), are all used in their order if they are at most `num_samples`.
-    From more of them, `num_samples` are drawn by the same seeded permutation.
+    `config.num_samples` windows are divided by weight. Ready windows, token ids of shape (windows, length), are all
+    used in their order if they are at most the share of their source. From more of them, the share is drawn by the same
+    seeded permutation.
 
     Args:
         config: the fields dataset, dataset_split, text_column, num_samples, sequence_length and seed are used.
@@ -98,29 +120,73 @@ def calibration_windows(
         context: context length of the model. If the configuration sets no sequence length, ready windows may be longer
             than `sequence_length`, up to `context`.
         hub: `token`, `revision` (of the dataset), `cache_dir` (of datasets) and `local_files_only`.
-        fewer: whether to use all windows of a text that has fewer than `config.num_samples`, instead of raising.
+        fewer: whether to use all windows of a source that has fewer than its share, instead of raising.
+        embedded: the files of short names that are not on the Hub.
 
     Raises:
         CalibrationDataError: the data is missing, empty, too short, in the wrong format, not text, or unreachable.
     """
     from optimum_modegpt.calibration.sources import Request, open_source  # slow, because it imports datasets
 
-    request = Request(config.dataset_split, config.text_column, config.num_samples, config.seed, hub)
-    source = open_source(config.dataset, request)
+    sources = mixture_of(config.dataset)
     limit = config.sequence_length or context or sequence_length
-    available, first_token = _available(source, request, tokenizer, sequence_length, limit)
-    _check_vocabulary(available, source.name, vocab_size, tokenizer)
-    chosen = available
-    ready = available is source.ids  # windows that were not cut here
-    if not ready and len(available) < config.num_samples and not fewer:
+    parts = []
+    for weighted, share in zip(sources, divide([each.weight for each in sources], config.num_samples), strict=True):
+        if isinstance(weighted.source, str) and weighted.source == SELF:
+            parts.append(Part(SELF, share, None))
+            continue
+        request = Request(config.dataset_split, config.text_column, share, config.seed, hub)
+        if isinstance(weighted.source, str) and weighted.source in embedded:
+            source = replace(open_source(embedded[weighted.source], request), name=weighted.source)
+        else:
+            source = open_source(weighted.source, request)
+        available, first_token = _available(source, request, tokenizer, sequence_length, limit)
+        _check_vocabulary(available, source.name, vocab_size, tokenizer)
+        chosen = _choose(available, source, share, config, fewer)
+        parts.append(Part(weighted.source, share, with_record(chosen, source, len(available), first_token)))
+    return parts
+
+
+def mix(parts: Sequence[Part]) -> TokenWindows:
+    """Join the windows of all sources so that the first ones, with which costs are measured, contain every source.
+
+    Raises:
+        CalibrationDataError: the windows of a source are missing, or have another length than those of the others.
+    """
+    found = []
+    for part in parts:
+        if part.read is None:
+            raise CalibrationDataError(
+                f"dataset={part.source!r} is text that the dense model writes, and no model was given."
+            )
+        found.append(part.read)
+    if len(found) == 1:
+        return found[0]
+    records = [windows.record for windows in found]
+    lengths = {record["name"]: record["sequence_length"] for record in records}
+    if len(set(lengths.values())) > 1:
+        described = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise CalibrationDataError(
-            f"{source.name}: found {len(available)} windows of {sequence_length} tokens, which are too few for "
-            f"num_samples={config.num_samples}. Lower num_samples or sequence_length, or provide more text."
+            f"the sources of a mixture need windows of the same length, found tokens per window: {described}."
         )
-    if not ready or len(available) > config.num_samples:
-        order = torch.randperm(len(available), generator=torch.Generator().manual_seed(config.seed))
-        chosen = available[order[: config.num_samples]]
-    return _with_record(chosen, source, len(available), first_token)
+    remaining = [iter(windows.tokens) for windows in found]
+    tokens = torch.stack([next(remaining[source]) for source in interleave([len(each.tokens) for each in found])])
+    return TokenWindows(tokens, _mixed_record(tokens, records))
+
+
+def _mixed_record(tokens: Tensor, records: list[dict[str, Any]]) -> dict[str, Any]:
+    first_tokens = {record["first_token"] for record in records}
+    return {
+        **dict.fromkeys(("split", "revision", "text_column", "file_sha256")),
+        "name": " + ".join(record["name"] for record in records),
+        "windows": tokens.shape[0],
+        "sequence_length": tokens.shape[1],
+        "tokens": tokens.numel(),
+        "available_windows": sum(record["available_windows"] for record in records),
+        "first_token": first_tokens.pop() if len(first_tokens) == 1 else None,
+        "sha256": _digest(tokens),
+        "sources": records,
+    }
 
 
 def evaluation_windows(
@@ -152,7 +218,7 @@ def evaluation_windows(
     source = open_source(dataset, request)
     available, first_token = _available(source, request, tokenizer, sequence_length, limit=sequence_length)
     _check_vocabulary(available, source.name, vocab_size, tokenizer)
-    windows = _with_record(available[:max_windows], source, len(available), first_token)
+    windows = with_record(available[:max_windows], source, len(available), first_token)
     if warning := describe_degenerate(windows):
         logger.warning(warning)
     return windows
@@ -221,11 +287,24 @@ def _check_vocabulary(ids: Tensor, name: str, vocab_size: int | None, tokenizer:
         )
 
 
-def _with_record(tokens: Tensor, source: Source, available: int, first_token: str | None) -> TokenWindows:
-    """Add the record to windows. Raise if most of them are degenerate."""
+def _choose(available: Tensor, source: Source, windows: int, config: ModeGPTConfig, fewer: bool) -> Tensor:
+    """Draw windows with a seeded permutation. Ready windows that are not too many are all used, in their order."""
+    ready = available is source.ids  # windows that were not cut here
+    if not ready and len(available) < windows and not fewer:
+        length = available.shape[1]
+        raise CalibrationDataError(
+            f"{source.name}: found {len(available)} windows of {length} tokens, expected {windows} for "
+            f"num_samples={config.num_samples}. Lower num_samples or sequence_length, or provide more text."
+        )
+    if ready and len(available) <= windows:
+        return available
+    order = torch.randperm(len(available), generator=torch.Generator().manual_seed(config.seed))
+    return available[order[:windows]]
+
+
+def with_record(tokens: Tensor, source: Source, available: int, first_token: str | None) -> TokenWindows:
+    """Add the record to the windows of a source. Raise if most of them are degenerate."""
     tokens = tokens.contiguous()
-    digest = hashlib.sha256(np.asarray(tokens.shape, dtype="<i8").tobytes())
-    digest.update(tokens.numpy().astype("<i8").tobytes())
     record = {
         "name": source.name,
         "split": source.split,
@@ -237,9 +316,16 @@ def _with_record(tokens: Tensor, source: Source, available: int, first_token: st
         "tokens": tokens.numel(),
         "available_windows": available,
         "first_token": first_token,
-        "sha256": digest.hexdigest(),
+        "sha256": _digest(tokens),
     }
     windows = TokenWindows(tokens, record)
     if problem := describe_degenerate(windows, MOST_DEGENERATE):
         raise CalibrationDataError(f"{source.name}: {problem}")
     return windows
+
+
+def _digest(tokens: Tensor) -> str:
+    """Return the sha256 of the shape and the token ids, both as little-endian int64."""
+    digest = hashlib.sha256(np.asarray(tokens.shape, dtype="<i8").tobytes())
+    digest.update(tokens.numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

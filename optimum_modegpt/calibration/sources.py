@@ -31,11 +31,11 @@ from torch import Tensor
 from optimum_modegpt.calibration.parsing import IDS, MASK, as_ids, kind_of, pieces
 from optimum_modegpt.config import IN_MEMORY
 from optimum_modegpt.errors import CalibrationDataError
+from optimum_modegpt.mixture import FILES, SELF
 
 CALIBRATION_SPLITS = ("train",)
 EVALUATION_SPLITS = ("test", "validation", "train")
 TEXT_COLUMNS = ("text", "content", "messages", "conversations")
-FILES = (".txt", ".jsonl", ".json", ".parquet")
 OTHER_SUFFIXES = (".arrow", ".csv", ".gz", ".html", ".md", ".npy", ".pdf", ".pt", ".tsv", ".xml", ".zip")
 """Suffixes of files that are not supported. A name with such a suffix is not searched on the Hub."""
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -118,6 +118,11 @@ def open_source(dataset: Any, request: Request) -> Source:
 
 
 def _open_name(name: str, request: Request) -> Source:
+    if name == SELF:
+        raise CalibrationDataError(
+            f"{SELF!r} is text that the dense model writes, and only a compression or a distillation can read it. For "
+            f"a file or folder of this name, write ./{SELF}."
+        )
     path = Path(os.path.expanduser(name))
     is_file_name = path.suffix.lower() in (*FILES, *OTHER_SUFFIXES)
     # os.path, because Path.exists raises an error for a text that was passed by mistake and is too long for a path.

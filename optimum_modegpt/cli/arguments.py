@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect as introspection
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,31 @@ BROKEN = 1
 """Exit code of `compare` if a threshold is not met."""
 COMMAND_LINE_TEXTS = {
     "dataset": "calibration text: wikitext2, c4, alpaca, a dataset id of the Hub, or a local .txt, .jsonl, .json or "
-    ".parquet file, or a folder saved by datasets.",
+    ".parquet file, or a folder saved by datasets. Several are a mixture, in equal shares or by weight: "
+    "c4=0.7 chats.jsonl=0.3. MODEL must not follow them.",
     "tokenizer": "name or folder of a tokenizer; by default the model's own.",
     "allow_foreign_tokenizer": "accept a --tokenizer that differs from the model's own in vocabulary, special tokens "
     "or chat template, with a warning.",
 }
 """Descriptions of the fields that accept more in Python than on the command line."""
+
+
+class Mixture(argparse.Action):
+    """Stores a single name, or the weights of several, each written NAME or NAME=WEIGHT."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Store the dataset. Raise `ArgumentError` if a name is repeated, or if only some of them have a weight."""
+        weights, weighted = {}, 0
+        for word in values:
+            name, weight = _name_and_weight(word)
+            if name in weights:
+                raise argparse.ArgumentError(self, f"found {name!r} twice")
+            weights[name] = 1.0 if weight is None else weight
+            weighted += weight is not None
+        if weighted not in (0, len(weights)):
+            raise argparse.ArgumentError(self, "expected NAME=WEIGHT for all names or for none")
+        is_mixture = len(weights) > 1 or weighted
+        setattr(namespace, self.dest, weights if is_mixture else values[0])
 
 
 def compress(commands: Any) -> None:
@@ -55,7 +75,9 @@ def evaluate(commands: Any) -> None:
     _add_device(parser)
     text = "Measured if --tasks is omitted, and in addition to tasks if --dataset is given."
     group = parser.add_argument_group("perplexity", text)
-    _add_dataset(group, "test, validation or train")
+    text = "texts, measured one by one; by default wikitext2, or the demo's own; MODEL must not follow them"
+    group.add_argument("--dataset", nargs="+", metavar="NAME_OR_FILE", help=text)
+    _add_reading(group, "test, validation or train")
     group.add_argument("--max-windows", type=count, metavar="N", help="score only the first N windows")
     group = parser.add_argument_group("tasks", "Measured with lm-eval: pip install 'optimum-modegpt[eval]'.")
     add = group.add_argument
@@ -117,7 +139,9 @@ def recover(commands: Any) -> None:
     text = "distill this model's predictions instead of training on the text's tokens"
     add("--teacher", dest="reference", metavar="DENSE", help=text)
     _add_reference_revision(parser, "--teacher-revision")
-    _add_dataset(parser, "train")
+    text = "text, or a mixture as for compress; by default wikitext2, or the demo's own; MODEL must not follow it"
+    add("--dataset", nargs="+", action=Mixture, metavar="NAME_OR_FILE[=WEIGHT]", help=text)
+    _add_reading(parser, "train")
     add("--num-samples", type=count, default=4096, metavar="N", help="maximum number of windows; default %(default)s")
     add("--learning-rate", type=float, metavar="X", help="peak learning rate; default 0.03 / sqrt(d_model)")
     texts = {
@@ -199,9 +223,8 @@ def _add_json(parser: Any) -> None:
     parser.add_argument("--json", type=path, metavar="FILE", help="also write the result to this file")
 
 
-def _add_dataset(parser: Any, splits: str) -> None:
+def _add_reading(parser: Any, splits: str) -> None:
     add = parser.add_argument
-    add("--dataset", metavar="NAME_OR_FILE", help="text; by default wikitext2, or the demo's own")
     add("--dataset-split", metavar="NAME", help=f"split or slice such as train[:10%%]; by default {splits}")
     add("--text-column", metavar="NAME", help="column that holds the text or token ids")
     add("--sequence-length", type=int, metavar="N", help="tokens per window; default min(2048, context)")
@@ -234,6 +257,7 @@ def _add_configuration(parser: Any) -> None:
         "method": {"choices": tuple(DEFAULT_ALLOCATIONS)},
         "allocation": {"choices": ALLOCATIONS},
         "round_to": {"type": _integer_or_word, "metavar": "N|auto"},
+        "dataset": {"nargs": "+", "action": Mixture, "metavar": "NAME[=WEIGHT]"},
     }
     for field in dataclasses.fields(Recipe):
         text = texts[field.name]
@@ -267,6 +291,14 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, found nothing")
     return Path(text)
+
+
+def _name_and_weight(word: str) -> tuple[str, float | None]:
+    """Split NAME=WEIGHT. A word without a number after "=", and the path of a file, is a name."""
+    name, _, weight = word.rpartition("=")
+    if re.fullmatch(r"\d*\.?\d+", weight) and name and not os.path.exists(word):
+        return name, float(weight)
+    return word, None
 
 
 def _counts(text: str) -> tuple[int, ...]:

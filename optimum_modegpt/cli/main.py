@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error without the usage, which is longer than a screen."""
+        if "required: MODEL" in message and "--dataset" in self._option_string_actions:
+            message += " (write it before --dataset, which takes all names that follow)"
         self.exit(FAILED, f"error: {message}\nsee {self.prog} --help\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

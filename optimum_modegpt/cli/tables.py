@@ -51,6 +51,15 @@ def scores_table(result: dict[str, Any]) -> str:
     return aligned(rows, left=1)
 
 
+def worst_lines(worst: dict[str, dict[str, Any]]) -> str:
+    """Return the worst of several texts as text, one line per measure."""
+    texts = {"perplexity": "highest perplexity", "perplexity_ratio": "highest ratio to the reference's perplexity"}
+    rows = []
+    for measure, found in worst.items():
+        rows.append([texts[measure], f"{found['value']:.4f}", found["text"]])
+    return aligned(rows, left=1)
+
+
 def tasks_table(scores: TaskScores, reference: TaskScores | None) -> str:
     """Return every metric of every task with its standard error, and the mean over tasks, as text.
 
@@ -139,6 +148,12 @@ def _recipe_lines(record: dict[str, Any], sparsity: float) -> list[str]:
 
 def _calibration_lines(calibration: dict[str, Any]) -> list[str]:
     lines = []
+    shares = []
+    for source in calibration.get("sources", ()):
+        if isinstance(source, dict):
+            shares.append(f"{one_line(source.get('windows'))} of {one_line(source.get('name'))}")
+    if shares:
+        lines.append(f"calibrated on a mixture, windows by source: {', '.join(shares)}")
     if calibration.get("first_token"):
         lines.append("calibrated with each window starting with BOS")
     if "vocabulary_sha256" in calibration:

@@ -133,8 +133,8 @@ def add_evaluation(folder: Path, result: dict[str, Any]) -> None:
         dropped = len(former["texts"]) + len(former["tasks"])
         logger.warning("%d earlier measurements in %s are of other weights and were dropped.", dropped, EVALUATION)
     evaluation = {"texts": [], "tasks": {}, **found, "weights_sha256": weights_digest(folder)}
-    if "perplexity" in result:
-        entry = dict(result)
+    for text in result.get("texts", [result] if "perplexity" in result else []):
+        entry = {"settings": result.get("settings", {}), **text}
         for key in ("model", "tasks", "reference_tasks"):
             entry.pop(key, None)
         evaluation["texts"] = merge_entry(evaluation["texts"], entry)
@@ -166,7 +166,9 @@ def front_matter(found: Result) -> ModelCardData:
     """Return the front matter of the card, which the Hub reads."""
     card, recovered = found.record.get("base_card", {}), found.record.get("recovered", {})
     fine_tuning = {"name": recovered.get("dataset"), "revision": recovered.get("revision")}
-    datasets = filter(None, map(hub_dataset, (found.record.get("calibration", {}), fine_tuning)))
+    calibration = found.record.get("calibration", {})
+    texts = (calibration, *calibration.get("sources", ()), fine_tuning)
+    datasets = filter(None, map(hub_dataset, texts))
     more: dict[str, Any] = {"license": "unknown"} | {key: card[key] for key in CARD_FIELDS if key in card}
     if found.base_is_on_hub:
         # Of the Hub's relations, "quantized" is the closest to the same model in fewer bytes.

@@ -15,13 +15,20 @@ COLUMNS = 88
 
 
 def flags(values: Mapping[str, Any]) -> list[str]:
-    """Return words of a command line; None and False are left out, and True is a flag without a value."""
+    """Return words of a command line; None and False are left out, and True is a flag without a value.
+
+    The items of a list follow their flag, and those of a mapping, the weights of a mixture, are written NAME=WEIGHT.
+    """
     words = []
     for name, value in values.items():
         if value is None or value is False:
             continue
         words.append(f"--{name.replace('_', '-')}")
-        if value is not True:
+        if isinstance(value, Mapping):
+            words += [f"{source}={weight:.10g}" for source, weight in value.items()]
+        elif isinstance(value, list):
+            words += map(str, value)
+        elif value is not True:
             words.append(str(value))
     return words
 
@@ -57,7 +64,7 @@ def compress_commands(report: Report, dtype: str) -> dict[str, list[str]]:
     It is empty if an input was an object in memory or the model has no name.
     """
     fields = recipe_fields(report.config)
-    if report.base_model is None or any(str(value).startswith(IN_MEMORY) for value in fields.values()):
+    if report.base_model is None or any(IN_MEMORY in str(value) for value in fields.values()):
         return {}
     loading = {"revision": report.revision, "dtype": dtype}
     return {"compress": [report.base_model, *flags({**loading, **fields})]}

@@ -16,6 +16,7 @@ from optimum_modegpt.errors import CalibrationDataError
 from optimum_modegpt.evaluation.fidelity import tokenizer_differences
 from optimum_modegpt.evaluation.perplexity import context_of
 from optimum_modegpt.loading.source import DEMO, Source
+from optimum_modegpt.mixture import mixture_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def find_tokenizer(config: ModeGPTConfig, given: Any, source: Source) -> tuple[A
     """
     chosen = config.tokenizer if given is None else given
     if chosen is None:
-        if _is_token_ids(config.dataset):
+        if all(_is_token_ids(part.source) for part in mixture_of(config.dataset)):
             return None, {}
         tokenizer = source.tokenizer()
         return tokenizer, _record(tokenizer, source.base_model)
@@ -111,17 +112,16 @@ def calibrate(
     """
     vocab_size, context = model_config.get_text_config().vocab_size, context_of(model_config)
     check_vocabulary(tokenizer, vocab_size)
-    is_demo = isinstance(config.dataset, str) and config.dataset == DEMO
-    windows = calibration_windows(
-        replace(config, dataset=str(demo.CALIBRATION_TEXT)) if is_demo else config,
+    return calibration_windows(
+        config,
         tokenizer,
         sequence_length=resolve_sequence_length(config.sequence_length, context),
         vocab_size=vocab_size,
         context=context,
         hub=source.dataset_arguments(),
         fewer=fewer,
+        embedded={DEMO: str(demo.CALIBRATION_TEXT)},
     )
-    return replace(windows, record={**windows.record, "name": DEMO}) if is_demo else windows
 
 
 def _is_token_ids(dataset: Any) -> bool:

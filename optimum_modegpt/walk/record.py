@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +13,7 @@ from optimum_modegpt.allocation.plan import Plan, total_weights
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.cost import Extent, product_seconds
 from optimum_modegpt.methods.registry import work_of
+from optimum_modegpt.mixture import without_folders
 from optimum_modegpt.modeling.modegpt_config import FORMAT_VERSION
 from optimum_modegpt.report import PARTS, BlockReport, Parameters, PartReport, Report, count_parameters
 from optimum_modegpt.stages import product_rates
@@ -107,8 +106,8 @@ def portable(config: ModeGPTConfig) -> dict[str, Any]:
     """Return the configuration for a record, with only the last part of the paths of local files and folders."""
     fields = config.to_dict()
     for name in ("dataset", "tokenizer"):
-        if isinstance(fields[name], str) and os.path.exists(fields[name]):
-            fields[name] = Path(fields[name]).name
+        if fields[name] is not None:
+            fields[name] = without_folders(fields[name])
     return fields
 
 

@@ -402,7 +402,7 @@ def test_column_of_a_dataset_is_a_list(tokenizer):
         (["text", CHATS[0]], ["conversation and text"]),
         (["text", None], ["NoneType and text"]),
         ([b"bytes"], ["found bytes"]),
-        ([["nested"]], ["found list"]),
+        ([[["nested"]]], ["found list"]),
         (["", ""], ["no text"]),
         ([{"text": "row"}], ["'role' and 'content'", "text"]),
     ],

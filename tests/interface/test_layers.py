@@ -16,7 +16,8 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 LAYERS = (
     ("errors",),
-    ("recipe", "plot"),
+    ("mixture", "plot"),
+    ("recipe",),
     ("decompositions", "allocation", "config", "report"),
     ("stages", "architectures", "distributed", "kv_cache", "progress"),
     ("calibration",),
@@ -45,13 +46,17 @@ READING = ("data", "sources", "parsing")
 
 ONLY = {
     "errors": (),
-    "recipe": (f"{PACKAGE}.errors",),
+    "mixture": (f"{PACKAGE}.errors",),
+    "recipe": (f"{PACKAGE}.errors", f"{PACKAGE}.mixture"),
     "allocation": (),
     "decompositions": ("torch", f"{PACKAGE}.errors", f"{PACKAGE}.decompositions"),
     "modeling": ("torch", "transformers"),
     **dict.fromkeys(
         (f"calibration.{name}" for name in READING),
-        (f"{PACKAGE}.config", f"{PACKAGE}.errors", *(f"{PACKAGE}.calibration.{name}" for name in READING)),
+        (
+            *(f"{PACKAGE}.{name}" for name in ("config", "errors", "mixture")),
+            *(f"{PACKAGE}.calibration.{name}" for name in READING),
+        ),
     ),
 }
 """The only imports of these parts besides the standard library. The layers apply if no module of the package is listed.

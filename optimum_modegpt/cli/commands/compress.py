@@ -28,6 +28,7 @@ from optimum_modegpt.integration.job import Job
 from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.loading.models import load_config, load_model, pick_device
 from optimum_modegpt.loading.source import default_dataset
+from optimum_modegpt.mixture import names_of
 from optimum_modegpt.report import Report
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
@@ -99,7 +100,8 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
 
 def check_request(job: Job, output: Path, options: Namespace) -> None:
     """Refuse an output folder that must not be written, and warn of a steep loss of quality."""
-    used = common.existing_paths(job.source.path, job.config.dataset, job.config.tokenizer, options.config)
+    names = (job.source.path, job.config.tokenizer, options.config, *names_of(job.config.dataset))
+    used = common.existing_paths(*names)
     if options.report is not None:
         used.append(options.report)
     check_output(output, overwrite=options.overwrite, used=used)
@@ -189,7 +191,7 @@ def requested_upload(options: Namespace) -> Upload | None:
 def next_step(options: Namespace, config: ModeGPTConfig) -> str:
     """Return the command that evaluates the result, with a placeholder for a file of other text."""
     title, dataset = "next", None
-    if common.existing_paths(config.dataset):
+    if common.existing_paths(*names_of(config.dataset)):
         title, dataset = "next, on text that it was not calibrated on", common.YOUR_TEXT
     command = common.advised_command(
         options,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows, resolve_sequence_length
 from optimum_modegpt.cli.commands import common
-from optimum_modegpt.cli.tables import scores_table, tasks_table
+from optimum_modegpt.cli.tables import scores_table, tasks_table, worst_lines
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.fidelity import fidelity
@@ -25,6 +25,7 @@ from optimum_modegpt.hub.result import EVALUATION, check_evaluation
 from optimum_modegpt.loading.calibration import check_vocabulary
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source
+from optimum_modegpt.mixture import without_folders
 from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import count_parameters
 
@@ -56,11 +57,7 @@ def run(options: Namespace) -> None:
         tasks = load_tasks(options.tasks, include_path=options.include_path, progress=common.shows_progress())
     result: dict[str, Any] = {"model": options.model, "settings": settings(options, reference)}
     if tasks is None or options.dataset is not None:
-        windows = read_text(options, source, model_config, tokenizer)
-        models = common.models_on(device, options.dtype, source, reference)
-        result |= {**scores(*models, windows, options.batch_size), "text": windows.record}
-        del models
-        print(scores_table(result))
+        result |= text_scores(options, source, reference, model_config, tokenizer, device)
     if tasks is not None:
         found, dense = task_scores(options, source, tasks, tokenizer, device), None
         result["tasks"] = as_dicts(found)
@@ -74,11 +71,17 @@ def run(options: Namespace) -> None:
 
 
 def check_flags(options: Namespace) -> None:
-    """Raise an error for a flag that has no effect, because it requires another one."""
+    """Raise an error for a flag that has no effect, because it requires another one, or applies to one text only."""
     idle, needed = (TASK_FLAGS, "tasks") if options.tasks is None else (TEXT_FLAGS, "dataset")
     for name in idle:
         if getattr(options, name) is not None and getattr(options, needed) is None:
             raise InvalidConfig(f"--{name.replace('_', '-')} requires --{needed}.")
+    for name in ("dataset_split", "text_column"):
+        if getattr(options, name) is not None and len(options.dataset or []) > 1:
+            raise InvalidConfig(
+                f"--{name.replace('_', '-')} applies to a single text, found {len(options.dataset)} with --dataset. "
+                "Evaluate on the text that needs it in a run of its own."
+            )
 
 
 def check_card(options: Namespace, model_config: Any) -> None:
@@ -101,8 +104,8 @@ def settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
     """Return the reference and the flags of the measurement, for the card; of local paths only the last part."""
     values = {name: getattr(options, name) for name in ON_CARD}
     for name in ("tokenizer", "dataset", "include_path"):
-        if common.existing_paths(values[name]):
-            values[name] = Path(values[name]).resolve().name
+        if values[name] is not None:
+            values[name] = without_folders(values[name])
     if options.tasks is not None:
         values["tasks"] = ",".join(options.tasks)
     if options.dtype == "auto":
@@ -112,13 +115,52 @@ def settings(options: Namespace, reference: Source | None) -> dict[str, Any]:
     return {"reference": reference.base_model, "flags": flags({"reference": reference.base_model, **values})}
 
 
-def read_text(options: Namespace, source: Source, model_config: Any, tokenizer: Any) -> TokenWindows:
-    """Read the windows to score; the default text of the embedded model, also compressed, is its own."""
+def text_scores(
+    options: Namespace,
+    source: Source,
+    reference: Source | None,
+    model_config: Any,
+    tokenizer: Any,
+    device: torch.device | None,
+) -> dict[str, Any]:
+    """Measure and print the scores on every text; of several texts also the worst ones."""
+    names = options.dataset or [default_text(source, model_config)]
+    texts = [read_text(name, options, source, model_config, tokenizer) for name in names]
+    models = common.models_on(device, options.dtype, source, reference)
+    found = []
+    for windows in texts:
+        found.append({**scores(*models, windows, options.batch_size), "text": windows.record})
+        if len(texts) > 1:
+            print(f"\n{windows.record['name']}")
+        print(scores_table(found[-1]))
+    if len(found) == 1:
+        return found[0]
+    worst = worst_of(found)
+    print(f"\n{worst_lines(worst)}")
+    return {"texts": found, "worst": worst}
+
+
+def worst_of(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the text of the highest perplexity and, with a reference, of the highest ratio to the reference's."""
+    values: dict[str, list[float]] = {"perplexity": [each["perplexity"] for each in found]}
+    if "reference_perplexity" in found[0]:
+        values["perplexity_ratio"] = [each["perplexity"] / each["reference_perplexity"] for each in found]
+    worst = {}
+    for measure, numbers in values.items():
+        index = max(range(len(found)), key=numbers.__getitem__)
+        worst[measure] = {"text": found[index]["text"]["name"], "value": numbers[index]}
+    return worst
+
+
+def default_text(source: Source, model_config: Any) -> Any:
+    """Return the default text; that of the embedded model, also compressed, is its own."""
     record = getattr(model_config, "modegpt", None) or {}
-    dataset: Any = options.dataset
-    if dataset is None:
-        is_demo = source.is_demo or record.get("base_model") == DEMO
-        dataset = demo.EVALUATION_TEXT if is_demo else ModeGPTConfig.dataset
+    is_demo = source.is_demo or record.get("base_model") == DEMO
+    return demo.EVALUATION_TEXT if is_demo else ModeGPTConfig.dataset
+
+
+def read_text(dataset: Any, options: Namespace, source: Source, model_config: Any, tokenizer: Any) -> TokenWindows:
+    """Read the windows of a text to score."""
     return evaluation_windows(
         dataset,
         tokenizer,

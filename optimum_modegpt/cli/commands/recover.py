@@ -19,6 +19,7 @@ from optimum_modegpt.hub.upload import KEPT_REPORT
 from optimum_modegpt.loading.calibration import calibrate
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source
+from optimum_modegpt.mixture import SELF, names_of, without_folders
 from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.recovery.recover import Recovery, check_compressed, recover
 from optimum_modegpt.report import Report
@@ -37,7 +38,7 @@ def run(options: Namespace) -> None:
     checkpoint = checkpoint_of(output)
     with checkpoint.alone():
         restore_output(checkpoint.folder, output)
-        used = common.existing_paths(source.path, options.dataset)
+        used = common.existing_paths(source.path, *names_of(options.dataset))
         if teacher is not None:
             used += common.existing_paths(teacher.path)
         check_output(output, overwrite=options.overwrite, used=used)
@@ -91,8 +92,8 @@ def recover_to(output: Path, work_folder: Path, source: Source, teacher: Source 
 def arguments(options: Namespace, teacher: Source | None) -> list[str]:
     """Return the arguments of this command for the report; of local paths only the last part."""
     values = {name: getattr(options, name) for name in ON_CARD}
-    if common.existing_paths(options.dataset):
-        values["dataset"] = Path(options.dataset).resolve().name
+    if options.dataset is not None:
+        values["dataset"] = without_folders(options.dataset)
     name = teacher.base_model if teacher else None
     return flags({"teacher": name, "teacher_revision": options.reference_revision, **values})
 
@@ -112,15 +113,15 @@ def text(options: Namespace, model_config: Any) -> ModeGPTConfig:
 
 def next_step(options: Namespace) -> str:
     """Return the command that evaluates the result, with a placeholder for a file of other text."""
-    dataset, text_column = options.dataset, options.text_column
-    if common.existing_paths(dataset):
-        dataset, text_column = common.YOUR_TEXT, None
+    names, text_column = [name for name in names_of(options.dataset) if name != SELF], options.text_column
+    if common.existing_paths(*names):
+        names, text_column = [common.YOUR_TEXT], None
     command = common.advised_command(
         options,
         *("evaluate", str(options.output)),
         reference=options.reference,
         reference_revision=options.reference_revision,
-        dataset=dataset,
+        dataset=names or None,
         text_column=text_column,
         sequence_length=options.sequence_length,
     )
