@@ -55,8 +55,8 @@ class Recipe:
             the method paper.
         dataset: calibration text: `"wikitext2"`, `"c4"`, `"alpaca"`, a dataset id of the Hub, a local .txt, .jsonl,
             .json or .parquet file, a folder, a list of strings or of chat messages, a `datasets.Dataset`, or token ids
-            of shape (windows, length), also as the output of a tokenizer. A list of several such sources, or a dict
-            that gives each name a weight, is a mixture.
+            of shape (windows, length), also as the output of a tokenizer. `"self"` is text that the model itself
+            writes. A list of several such sources, or a dict that gives each name a weight, is a mixture.
         dataset_split: split to read, or a slice of one such as "train[:10%]"; `None` takes "train" (or the only one).
             Not for mixtures.
         text_column: column that holds the text or `input_ids`; `None` takes a column with a usual name, such as "text",

@@ -184,7 +184,7 @@ def _mixed_record(tokens: Tensor, records: list[dict[str, Any]]) -> dict[str, An
         "tokens": tokens.numel(),
         "available_windows": sum(record["available_windows"] for record in records),
         "first_token": first_tokens.pop() if len(first_tokens) == 1 else None,
-        "sha256": _digest(tokens),
+        "sha256": digest_of(tokens),
         "sources": records,
     }
 
@@ -316,7 +316,7 @@ def with_record(tokens: Tensor, source: Source, available: int, first_token: str
         "tokens": tokens.numel(),
         "available_windows": available,
         "first_token": first_token,
-        "sha256": _digest(tokens),
+        "sha256": digest_of(tokens),
     }
     windows = TokenWindows(tokens, record)
     if problem := describe_degenerate(windows, MOST_DEGENERATE):
@@ -324,7 +324,7 @@ def with_record(tokens: Tensor, source: Source, available: int, first_token: str
     return windows
 
 
-def _digest(tokens: Tensor) -> str:
+def digest_of(tokens: Tensor) -> str:
     """Return the sha256 of the shape and the token ids, both as little-endian int64."""
     digest = hashlib.sha256(np.asarray(tokens.shape, dtype="<i8").tobytes())
     digest.update(tokens.numpy().astype("<i8").tobytes())

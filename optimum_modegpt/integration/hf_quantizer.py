@@ -16,7 +16,7 @@ from optimum_modegpt.integration.job import Job, running_job
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from optimum_modegpt.calibration.data import TokenWindows
+    from optimum_modegpt.loading.calibration import Calibration
 
 
 class ModeGPTHfQuantizer(HfQuantizer):
@@ -33,7 +33,7 @@ class ModeGPTHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.quantizer = ModeGPTQuantizer(quantization_config)
         self.job: Job | None = None
-        self.windows: TokenWindows | None = None
+        self.calibration: Calibration | None = None
 
     @property
     def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -93,23 +93,21 @@ class ModeGPTHfQuantizer(HfQuantizer):
         self.job = running_job() or Job(self.quantizer.config, Source.of_model(model))
         # transformers builds the model on the meta device; without this, token ids would be made there too.
         with torch.device("cpu"):
-            self.windows = self.quantizer.prepare(model.config, None, self.job.source)
+            self.calibration = self.quantizer.prepare(model.config, None, self.job.source)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         from optimum_modegpt.loading.models import check_loaded
 
         assert self.job is not None
-        assert self.windows is not None
+        assert self.calibration is not None
         if placement := getattr(model, "hf_device_map", None):
             self.validate_environment(device_map=placement)  # "auto" is resolved only while the weights are loaded
         check_loaded(self.job.source, model)
         self._remove_traces(model)
+        progress = logging.is_progress_bar_enabled()
+        windows = self.calibration.windows(model, progress=progress)
         self.quantizer.compress_with(
-            model,
-            self.windows,
-            source=self.job.source,
-            checkpoint=self.job.checkpoint,
-            progress=logging.is_progress_bar_enabled(),
+            model, windows, source=self.job.source, checkpoint=self.job.checkpoint, progress=progress
         )
         return model
 

@@ -18,7 +18,7 @@ from optimum_modegpt.config import ModeGPTConfig, as_config
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.hub.commands import compress_commands
 from optimum_modegpt.hub.upload import KEPT_REPORT, Upload
-from optimum_modegpt.loading.calibration import calibrate, find_tokenizer
+from optimum_modegpt.loading.calibration import Calibration, calibrate, find_tokenizer
 from optimum_modegpt.loading.source import Source
 from optimum_modegpt.report import Report
 from optimum_modegpt.walk.checkpoint import Checkpoint
@@ -67,18 +67,17 @@ class ModeGPTQuantizer:
         if not isinstance(model, PreTrainedModel):
             raise InvalidConfig(f"expected a loaded PreTrainedModel, found {type(model).__name__} {str(model)[:40]!r}.")
         source = Source.of_model(model, hub)
-        windows = self.prepare(model.config, tokenizer, source)
+        windows = self.prepare(model.config, tokenizer, source).windows(model, device=device, progress=progress)
         self.compress_with(model, windows, device=device, source=source, checkpoint=checkpoint, progress=progress)
         return model
 
     compress_model = quantize_model
 
-    def prepare(self, model_config: Any, tokenizer: Any, source: Source) -> TokenWindows:
-        """Check the model type and read the calibration windows, before the weights are loaded."""
+    def prepare(self, model_config: Any, tokenizer: Any, source: Source) -> Calibration:
+        """Check the model type and read the calibration text, before the weights are loaded."""
         check_model_type(model_config.model_type)
         self.tokenizer, record = find_tokenizer(self.config, tokenizer, source)
-        windows = calibrate(self.config, self.tokenizer, model_config, source)
-        return replace(windows, record={**windows.record, **record})
+        return replace(calibrate(self.config, self.tokenizer, model_config, source), record=record)
 
     def compress_with(
         self,
@@ -90,7 +89,7 @@ class ModeGPTQuantizer:
         checkpoint: Checkpoint | None = None,
         progress: bool = True,
     ) -> Report:
-        """Compress `model` in place with calibration windows that `prepare` has read; see `compress`."""
+        """Compress `model` in place with the windows of the calibration that `prepare` has read; see `compress`."""
         card = source.card()
         report = compress(
             model,

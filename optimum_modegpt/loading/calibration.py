@@ -6,17 +6,23 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from optimum_modegpt import demo
-from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, resolve_sequence_length
+from optimum_modegpt.calibration.data import Part, TokenWindows, mix, read_parts, resolve_sequence_length
+from optimum_modegpt.calibration.self_text import Script, script_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError
 from optimum_modegpt.evaluation.fidelity import tokenizer_differences
 from optimum_modegpt.evaluation.perplexity import context_of
+from optimum_modegpt.loading.self_text import self_windows
 from optimum_modegpt.loading.source import DEMO, Source
 from optimum_modegpt.mixture import mixture_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -102,26 +108,78 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration text of a model, without the windows that the model itself has to write after it is loaded.
+
+    Attributes:
+        config: the configuration.
+        tokenizer: the tokenizer of the text. It may be None for token ids.
+        parts: the sources of the text.
+        sequence_length: tokens per window.
+        script: how the model writes its windows. None if it has none to write.
+        record: entries of the tokenizer in the record.
+    """
+
+    config: ModeGPTConfig
+    tokenizer: Any
+    parts: list[Part]
+    sequence_length: int
+    script: Script | None
+    record: dict[str, Any] = field(default_factory=dict)
+
+    def windows(
+        self, model: PreTrainedModel | None, *, device: torch.device | None = None, progress: bool = False
+    ) -> TokenWindows:
+        """Return the windows of all sources. `model` writes those of "self", on `device` if it fits there.
+
+        Raises:
+            CalibrationDataError: `model` is None and has windows to write, or the sources do not fit each other.
+        """
+        parts = []
+        for part in self.parts:
+            if part.read is None and self.script is not None and model is not None:
+                written = self_windows(
+                    model,
+                    self.tokenizer,
+                    self.script,
+                    windows=part.windows,
+                    length=self.sequence_length,
+                    seed=self.config.seed,
+                    device=device,
+                    progress=progress,
+                )
+                part = replace(part, read=written)
+            parts.append(part)
+        windows = mix(parts)
+        return replace(windows, record={**windows.record, **self.record})
+
+
 def calibrate(
     config: ModeGPTConfig, tokenizer: Any, model_config: Any, source: Source, *, fewer: bool = False
-) -> TokenWindows:
-    """Read the calibration windows of a model before it is changed; `fewer` is that of `calibration_windows`.
+) -> Calibration:
+    """Read the calibration text of a model before it is loaded; `fewer` is that of `read_parts`.
 
     Raises:
         CalibrationDataError, InvalidConfig: the data or the sequence length is invalid.
     """
     vocab_size, context = model_config.get_text_config().vocab_size, context_of(model_config)
     check_vocabulary(tokenizer, vocab_size)
-    return calibration_windows(
+    length = resolve_sequence_length(config.sequence_length, context)
+    parts = read_parts(
         config,
         tokenizer,
-        sequence_length=resolve_sequence_length(config.sequence_length, context),
+        sequence_length=length,
         vocab_size=vocab_size,
         context=context,
         hub=source.dataset_arguments(),
         fewer=fewer,
         embedded={DEMO: str(demo.CALIBRATION_TEXT)},
     )
+    script = None
+    if any(part.read is None for part in parts):
+        script = script_of(tokenizer, length)
+    return Calibration(config, tokenizer, parts, length, script)
 
 
 def _is_token_ids(dataset: Any) -> bool:

@@ -119,8 +119,9 @@ def compress(
 ) -> tuple[PreTrainedModel, ModeGPTQuantizer]:
     """Read the calibration text, then load the model and compress it."""
     quantizer = ModeGPTQuantizer(job.config)
-    windows = quantizer.prepare(model_config, None, job.source)
+    calibration = quantizer.prepare(model_config, None, job.source)
     model = load_model(job.source, options.dtype)
+    windows = calibration.windows(model, device=device, progress=progress)
     quantizer.compress_with(
         model, windows, source=job.source, device=device, checkpoint=job.checkpoint, progress=progress
     )

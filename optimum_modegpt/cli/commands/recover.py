@@ -11,7 +11,7 @@ from transformers.utils.hub import cached_file
 
 from optimum_modegpt.cli.commands import common
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.errors import EvaluationError, InvalidConfig
 from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.hub.result import REPORT
@@ -63,8 +63,11 @@ def recover_to(output: Path, work_folder: Path, source: Source, teacher: Source 
     file = cached_file(source.path, REPORT, _raise_exceptions_for_missing_entries=False, **source.hub)
     report = None if file is None else Report.load(file)
     with replacing(output, overwrite=options.overwrite, work_folder=work_folder) as folder:
-        windows = calibrate(text(options, model_config), tokenizer, model_config, source, fewer=True)
+        read = calibrate(text(options, model_config), tokenizer, model_config, source, fewer=True)
+        if read.script is not None and teacher is None:
+            raise InvalidConfig("--dataset self is text that the dense model writes. Name that model with --teacher.")
         model, dense = common.models_on(device, options.dtype, source, teacher)
+        windows = read.windows(dense, device=device, progress=common.shows_progress())
         recovery = recover(
             model,
             windows,
