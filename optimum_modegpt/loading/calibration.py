@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_modegpt import demo
 from optimum_modegpt.calibration.data import Part, TokenWindows, mix, read_parts, resolve_sequence_length
-from optimum_modegpt.calibration.self_text import Script, script_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError
 from optimum_modegpt.evaluation.fidelity import tokenizer_differences
 from optimum_modegpt.evaluation.perplexity import context_of
-from optimum_modegpt.loading.self_text import self_windows
 from optimum_modegpt.loading.source import DEMO, Source
 from optimum_modegpt.mixture import mixture_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+    from optimum_modegpt.calibration.self_text import Script
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,8 @@ class Calibration:
         Raises:
             CalibrationDataError: `model` is None and has windows to write, or the sources do not fit each other.
         """
+        from optimum_modegpt.loading.self_text import self_windows  # slow, because it imports models
+
         parts = []
         for part in self.parts:
             if part.read is None and self.script is not None and model is not None:
@@ -178,6 +180,8 @@ def calibrate(
     )
     script = None
     if any(part.read is None for part in parts):
+        from optimum_modegpt.calibration.self_text import script_of  # slow, because it imports models
+
         script = script_of(tokenizer, length)
     return Calibration(config, tokenizer, parts, length, script)
 

@@ -68,6 +68,7 @@ def self_windows(
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "template": getattr(tokenizer, "chat_template", None),
         "sampling": [TOP_K, TOP_P, USER_TOKENS],
+        "opening": [script.beginning[0], script.hidden],
         "ends": [sorted(turn.ends) for turn in script.turns],  # not the openings, which may contain the date
         "seed": seed,
         "shape": [windows, length],
