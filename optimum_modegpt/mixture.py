@@ -36,21 +36,38 @@ class Weighted:
     weight: float
 
 
-def mixture_of(dataset: Any) -> list[Weighted]:
-    """Return the sources of a dataset that have a positive weight. A dataset that is no mixture is a single source.
+def with_weights(dataset: Any) -> Any:
+    """Return a mixture of names as a dict of their weights. Other datasets are returned unchanged.
+
+    A list of names is read only once, because whether it is a mixture depends on the files that exist.
 
     Raises:
         InvalidConfig: a list contains names and texts, a source is listed twice, or a weight is invalid.
     """
-    if isinstance(dataset, Mapping) and any(map(_is_number, dataset.values())) and "input_ids" not in dataset:
-        return _with_weights(dataset)
-    if isinstance(dataset, list | tuple) and _lists_sources(dataset):
-        names = [os.fspath(item) for item in dataset if isinstance(item, str | os.PathLike)]
-        for name in names:
-            if names.count(name) > 1:
-                raise InvalidConfig(f"dataset lists {name!r} twice. Write weights instead: {{{name!r}: 2, ...}}.")
-        return [Weighted(item, 1.0) for item in dataset]
-    return [Weighted(dataset, 1.0)]
+    if _gives_weights(dataset):
+        return _checked(dataset)
+    if not isinstance(dataset, list | tuple) or not _lists_sources(dataset):
+        return dataset
+    names = [os.fspath(item) for item in dataset if isinstance(item, str | os.PathLike)]
+    for name in names:
+        if names.count(name) > 1:
+            raise InvalidConfig(f"dataset lists {name!r} twice. Write weights instead: {{{name!r}: 2, ...}}.")
+    return dict.fromkeys(names, 1.0) if len(names) == len(dataset) else dataset
+
+
+def mixture_of(dataset: Any) -> list[Weighted]:
+    """Return the sources of a dataset that have a positive weight. A dataset that is no mixture is a single source.
+
+    Errors are those of `with_weights`.
+    """
+    found = with_weights(dataset)
+    if isinstance(found, Mapping) and _gives_weights(found):
+        parts = [Weighted(name, weight) for name, weight in found.items() if weight > 0]
+        # config.json sorts the keys of a mapping, so their order must not matter.
+        return sorted(parts, key=lambda part: (-part.weight, part.source))
+    if isinstance(found, list | tuple) and _lists_sources(found):
+        return [Weighted(source, 1.0) for source in found]
+    return [Weighted(found, 1.0)]
 
 
 def names_of(dataset: Any) -> list[str]:
@@ -106,7 +123,15 @@ def interleave(shares: Sequence[int]) -> list[int]:
     return order
 
 
-def _with_weights(weights: Mapping[Any, Any]) -> list[Weighted]:
+def _gives_weights(dataset: Any) -> bool:
+    if not isinstance(dataset, Mapping) or "input_ids" in dataset:
+        return False
+    return any(map(_is_number, dataset.values()))
+
+
+def _checked(weights: Mapping[Any, Any]) -> dict[str, float]:
+    """Return the weights by name. Raise if one of them is invalid, or if none is positive."""
+    found: dict[str, float] = {}
     for name, weight in weights.items():
         if not isinstance(name, str | os.PathLike):
             raise InvalidConfig(f"dataset: only names and paths can have a weight, found {type(name).__name__}.")
@@ -114,11 +139,10 @@ def _with_weights(weights: Mapping[Any, Any]) -> list[Weighted]:
             raise InvalidConfig(
                 f"dataset: the weight of {str(name)!r} must be a number of at least 0, found {weight!r}."
             )
-    found = [Weighted(name, float(weight)) for name, weight in weights.items() if weight > 0]
-    if not found:
-        raise InvalidConfig(f"dataset={dict(weights)!r}: at least one weight must be positive.")
-    # config.json sorts the keys of a mapping, so their order must not matter.
-    return sorted(found, key=lambda part: (-part.weight, os.fspath(part.source)))
+        found[os.fspath(name)] = float(weight)
+    if not any(found.values()):
+        raise InvalidConfig(f"dataset={found!r}: at least one weight must be positive.")
+    return found
 
 
 def _lists_sources(items: Sequence[Any]) -> bool:

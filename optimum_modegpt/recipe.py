@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.mixture import divide, mixture_of
+from optimum_modegpt.mixture import divide, mixture_of, with_weights
 
 DEFAULT_ALLOCATIONS = {"default": "sensitivity", "paper": "influence"}
 """The allocation that each method uses if none is requested."""
@@ -56,7 +56,8 @@ class Recipe:
         dataset: calibration text: `"wikitext2"`, `"c4"`, `"alpaca"`, a dataset id of the Hub, a local .txt, .jsonl,
             .json or .parquet file, a folder, a list of strings or of chat messages, a `datasets.Dataset`, or token ids
             of shape (windows, length), also as the output of a tokenizer. `"self"` is text that the model itself
-            writes. A list of several such sources, or a dict that gives each name a weight, is a mixture.
+            writes. A list of several such sources, or a dict that gives each name a weight, is a mixture; a list of
+            names becomes a dict.
         dataset_split: split to read, or a slice of one such as "train[:10%]"; `None` takes "train" (or the only one).
             Not for mixtures.
         text_column: column that holds the text or `input_ids`; `None` takes a column with a usual name, such as "text",
@@ -163,6 +164,7 @@ class Recipe:
                 )
 
     def _check_mixture(self) -> None:
+        self.dataset = with_weights(self.dataset)
         parts = mixture_of(self.dataset)
         if len(parts) == 1:
             return
@@ -207,12 +209,12 @@ class Recipe:
 
 
 def _serialized_dataset(dataset: Any) -> Any:
-    """Return a name, the names of a mixture, its weights by name, or a placeholder for an object in memory."""
+    """Return a name or the weights of names, or placeholders for objects in memory."""
     parts = mixture_of(dataset)
     if len(parts) == 1 and parts[0].source is dataset:
         return _serialized(dataset)
     if isinstance(dataset, Mapping):
-        return {os.fspath(name): float(weight) for name, weight in dataset.items()}
+        return dict(dataset)
     return [_serialized(part.source) for part in parts]
 
 

@@ -83,7 +83,7 @@ class Report:
     parameters: Parameters
     blocks: tuple[BlockReport, ...]
     calibration: dict[str, Any]
-    """Name, split, revision, sha256 of the token ids, windows and sequence_length."""
+    """Name, split, revision, sha256 of the token ids, windows and sequence_length. Of a mixture also `sources`."""
     stages: tuple[Stage, ...]
     memory_kind: str
     """Kind of memory that `Stage.peak_memory` measures: "device memory" or "sampled resident size"."""

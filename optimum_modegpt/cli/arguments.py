@@ -22,8 +22,7 @@ BROKEN = 1
 COMMAND_LINE_TEXTS = {
     "dataset": "calibration text: wikitext2, c4, alpaca, a dataset id of the Hub, or a local .txt, .jsonl, .json or "
     ".parquet file, or a folder saved by datasets; self is text that the model writes. Several are a mixture, in equal "
-    "shares or by weight: "
-    "c4=0.7 chats.jsonl=0.3. MODEL must not follow them.",
+    "shares or by weight: c4=0.7 chats.jsonl=0.3. MODEL must not follow them.",
     "tokenizer": "name or folder of a tokenizer; by default the model's own.",
     "allow_foreign_tokenizer": "accept a --tokenizer that differs from the model's own in vocabulary, special tokens "
     "or chat template, with a warning.",

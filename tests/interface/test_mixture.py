@@ -83,10 +83,6 @@ def test_single_sources(dataset: Any) -> None:
 @pytest.mark.parametrize(
     "dataset",
     [
-        ["c4", "wikitext2"],
-        ("c4", "self"),
-        ["c4", "allenai/c4", "missing.txt", "corpus.JSONL", "."],
-        ["c4", Path("anywhere")],
         ["c4", Dataset.from_dict({"text": TEXTS})],
         ["c4", TEXTS],
         ["c4", [[{"role": "user", "content": "hello"}]]],
@@ -99,9 +95,32 @@ def test_lists_of_sources(dataset: Any) -> None:
     assert {part.weight for part in mixture_of(dataset)} == {1.0}
 
 
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        ["c4", "wikitext2"],
+        ("c4", "self"),
+        ["c4", "allenai/c4", "missing.txt", "x.JSONL", "."],
+        ["c4", Path("anywhere")],
+    ],
+)
+def test_lists_of_names_become_weights(dataset: Any) -> None:
+    names = [str(name) for name in dataset]
+    assert ModeGPTConfig(dataset=dataset).dataset == dict.fromkeys(names, 1.0)
+    assert sorted(names_of(dataset)) == sorted(names)
+
+
+def test_list_of_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = ModeGPTConfig(dataset=["c4", "folder"])
+    monkeypatch.chdir(tmp_path / "folder")
+    assert dataclasses.replace(config).to_dict()["dataset"] == {"c4": 1.0, "folder": 1.0}
+
+
 def test_weights() -> None:
     parts = mixture_of({"c4": 0.5, "imdb": 2, Path("a"): 1, "wikitext2": 0})
-    assert [(part.source, part.weight) for part in parts] == [("imdb", 2.0), (Path("a"), 1.0), ("c4", 0.5)]
+    assert [(part.source, part.weight) for part in parts] == [("imdb", 2.0), ("a", 1.0), ("c4", 0.5)]
     assert names_of({"c4": 0.5, Path("a"): 1}) == ["a", "c4"]
 
 
@@ -205,7 +224,7 @@ def test_text_of_the_model_itself_needs_the_model() -> None:
 def test_configuration_is_reloaded_from_json(dataset: Any) -> None:
     config = ModeGPTConfig(dataset=dataset)
     fields = json.loads(json.dumps(config.to_dict()))
-    assert fields["dataset"] == dataset
+    assert fields["dataset"] == (dataset if isinstance(dataset, dict) else dict.fromkeys(dataset, 1.0))
     assert ModeGPTConfig.from_dict(fields) == config
 
 
