@@ -12,17 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from checkpoints import save_dense, save_text
 from safetensors.torch import load_file
 from tiny_models import FAMILIES, dense, tokens
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_modegpt import ModeGPTConfig, Report, distributed
 from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.self_text import script_of
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import NumericalError
+from optimum_modegpt.loading.self_text import self_windows
 from optimum_modegpt.methods import residual_matched, sensitivity
 from optimum_modegpt.walk import checkpoint as module
 from optimum_modegpt.walk import resume
@@ -285,6 +289,21 @@ def test_ranks_that_read_different_models_are_refused(words: list[str], tmp_path
     assert [code for code, _, _ in results] == [cli.FAILED, cli.FAILED]
     assert "processes 1 and 2 have not read the same model" in results[0][2]
     assert not (tmp_path / "output").exists()
+
+
+def test_ranks_share_the_text_that_the_model_writes(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "printed").mkdir()
+    command = [*words, str(tmp_path / "small"), "--dataset", "self", "--method", "paper", "--allocation", "uniform"]
+    (results,) = run_together(2, tmp_path / "printed", [["never", "0", *command]])
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert len(list((tmp_path / "cache" / "modegpt_self").iterdir())) == 1
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
+    model, own = AutoModelForCausalLM.from_pretrained(words[1]), AutoTokenizer.from_pretrained(words[1])
+    alone = self_windows(model, own, script_of(own, 32), windows=8, length=32, seed=0)
+    assert Report.load(tmp_path / "small" / "report.json").calibration["sha256"] == alone.record["sha256"]
 
 
 def test_checkpoint_of_another_world_size_is_refused(
