@@ -12,9 +12,17 @@ import torch
 from checkpoints import RECIPE, save_dense
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from tiny_models import tokenizer
+from tiny_models import dense, tokenizer
 
-from optimum_modegpt import CalibrationDataError, InvalidConfig, ModeGPTConfig
+import optimum_modegpt.compress as compress_module
+from optimum_modegpt import (
+    CalibrationDataError,
+    Checkpoint,
+    CheckpointError,
+    InvalidConfig,
+    ModeGPTConfig,
+    ModeGPTQuantizer,
+)
 from optimum_modegpt.calibration.data import calibration_windows, evaluation_windows
 from optimum_modegpt.calibration.sources import HUB_DATASETS
 from optimum_modegpt.cli import main as cli
@@ -22,6 +30,7 @@ from optimum_modegpt.hub.card import front_matter
 from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.result import read
 from optimum_modegpt.mixture import SHORT_NAMES, divide, interleave, mixture_of, names_of, without_folders
+from optimum_modegpt.walk.resume import keep_block
 
 FLAGS = [part for key, value in RECIPE.items() for part in (f"--{key.replace('_', '-')}", str(value))]
 TEXTS = [f"text {number}: " + "lorem ipsum " * (number % 7 + 1) for number in range(60)]
@@ -238,6 +247,32 @@ def test_objects_in_memory_are_replaced_in_json() -> None:
 def test_paths_are_shortened_in_records(files: tuple[str, str]) -> None:
     assert without_folders([*files, "c4"]) == ["prose.txt", "code.txt", "c4"]
     assert without_folders({files[0]: 0.5, "c4": 0.5}) == {"prose.txt": 0.5, "c4": 0.5}
+
+
+def test_interrupted_compression_resumes_with_the_same_mixture_only(
+    files: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compress(dataset: Any) -> Any:
+        quantizer = ModeGPTQuantizer({**RECIPE, "dataset": dataset})
+        checkpoint = Checkpoint(tmp_path / "work")
+        quantizer.compress_model(dense("llama-gqa-tied"), tokenizer(), checkpoint=checkpoint, progress=False)
+        return quantizer.report
+
+    finished = []
+
+    def keep(*arguments: Any) -> Any:
+        finished.append(keep_block(*arguments))
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        return finished[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compress_module, "keep_block", keep)
+        with pytest.raises(KeyboardInterrupt):
+            compress(list(files))
+    with pytest.raises(CheckpointError, match="dataset"):
+        compress({files[0]: 2, files[1]: 1})
+    assert compress({files[1]: 1, files[0]: 1}).stages[0].name == "earlier runs"
 
 
 # ------------------------------------------------------------------------------------------------------ command line
