@@ -146,6 +146,11 @@ def _from_memory(data: Any, request: Request) -> Source:
         found = " and ".join(kinds) or "none"
         raise CalibrationDataError(f"a list as a dataset needs items of one kind, found {found}.")
     kind = kinds[0]
+    if kind == "message" and isinstance(data, Mapping):
+        raise CalibrationDataError(
+            "a dict as a dataset needs input_ids, or a number for each source as its weight, found the keys "
+            f"{', '.join(map(repr, data))}."
+        )
     if kind in ("number", "numbers", "encoding"):
         ids = as_ids(data, f"{IN_MEMORY}token ids")
         return Source(f"{IN_MEMORY}token ids {tuple(ids.shape)}", ids=ids)

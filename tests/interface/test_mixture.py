@@ -219,6 +219,11 @@ def test_windows_of_different_lengths(files: tuple[str, str]) -> None:
     assert calibrate([files[0], ready], length=8).tokens.shape == (12, 8)
 
 
+def test_dict_without_numbers() -> None:
+    with pytest.raises(CalibrationDataError, match="a number for each source as its weight, found the keys 'c4'"):
+        calibrate({"c4": "half"})
+
+
 def test_text_of_the_model_itself_needs_the_model() -> None:
     with pytest.raises(CalibrationDataError, match="no model was given"):
         calibrate("self")
