@@ -71,10 +71,12 @@ class Recipe:
         influence_temperature: ε of the paper's softmax over block influences.
         max_sparsity: largest fraction of weights to remove from any part of any block.
         leverage_ridge: ridge of the paper's leverage scores, as a fraction of the mean diagonal.
-        output_ridge: ridge of the refits of the output and down projections, as a fraction of the mean diagonal.
+        output_ridge: ridge of the refits of the output and down projections, as a fraction of the mean diagonal. A part
+            that falls with the number of tokens is added to it.
         query_ridge: ridge of the query refit, as a fraction of the mean diagonal.
         input_ridge: ridge of the refit of gate and up, as a fraction of the mean diagonals.
-        refit_iterations: conjugate-gradient iterations of the refit of gate and up; 0 disables it.
+        refit_iterations: most conjugate-gradient iterations of the refit of gate and up; 0 disables it. With few tokens
+            per row of these matrices, they are not refitted.
         tokenizer: tokenizer name or object; `None` takes the model's own.
         allow_foreign_tokenizer: whether `tokenizer` may differ from the model's own in vocabulary, special tokens or
             chat template; a difference is then a warning and part of the calibration record.

@@ -14,11 +14,18 @@ import pytest
 import torch
 
 from optimum_modegpt.decompositions.psd import row_type
+from optimum_modegpt.methods import residual_matched
 
 torch.set_num_threads(1)
 
 # A shell that starts the suite in the background makes it and its subprocesses ignore Ctrl-C. Some tests send Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def few_tokens_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let gate and up be refitted also with the few tokens of a test."""
+    monkeypatch.setattr(residual_matched, "TOKENS_PER_ROW", 0)
 
 
 class Sums(list[torch.dtype]):

@@ -50,10 +50,12 @@ class LinearMomentSum:
     gram: Tensor | float = 0.0
     cross: Tensor | float = 0.0
     energy: Tensor | float = 0.0
+    tokens: int = 0
 
     def add(self, inputs: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Add tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
         inputs, target = inputs.flatten(0, -2), target.flatten(0, -2)
+        self.tokens += len(inputs)
         rows = row_type(inputs.device, inputs.dtype)
         if self.ones:
             inputs = with_ones(inputs)
@@ -73,7 +75,7 @@ class LinearMomentSum:
         assert isinstance(gram, Tensor), "no tokens were added"
         assert isinstance(cross, Tensor)
         assert isinstance(energy, Tensor)
-        return LinearMoments(gram, cross, energy, self.ones)
+        return LinearMoments(gram, cross, energy, int(distributed.all_reduce(self.tokens)), self.ones)
 
 
 def _added(total: Tensor | float, product: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ from optimum_modegpt.decompositions.psd import damp, gram_matrix, inverse, mean_
 
 Activation = Callable[[Tensor], Tensor]
 
+SMALLEST_STEP = 1 / 4
+"""Smallest fraction of the step that is tried. Smaller ones gain nothing measurable."""
+
 
 @dataclass(frozen=True)
 class TokenSample:
@@ -44,7 +47,7 @@ def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activati
 
 
 def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its computation
-    rows: Sequence[Tensor],
+    rows: tuple[Tensor, ...],
     down: Tensor,
     samples: Sequence[TokenSample],
     activation: Activation,
@@ -55,11 +58,11 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
     before: int = 0,
     total: Total = complete,
 ) -> tuple[Tensor, ...]:
-    """Return the rows after the Gauss–Newton step, or unchanged rows if no step lowers the error on held-out windows.
+    """Return the rows after the Gauss–Newton step, or `rows` itself if no step lowers the error on held-out windows.
 
-    An eighth of the windows, at least 2, is held out. The conjugate-gradient iterate with the smallest true error on
-    them is taken, and halved while it does not lower that error. With fewer than 4 windows, none is held out, and the
-    error is measured on all of them.
+    An eighth of the windows, at least 2, is held out. The conjugate gradients stop when the true error on them no
+    longer falls. A step that does not lower this error is halved, at most down to `SMALLEST_STEP`. With fewer than 4
+    windows, none is held out, and the error is measured on all of them.
 
     Args:
         rows: (G, U) or (W,), each (k, d), in the order of `hidden_channels`.
@@ -67,7 +70,7 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
         samples: one per window. They are moved to the rows' device one at a time.
         activation: φ.
         ridge: damping of both factors and of the objective, as a fraction (0.1 by default in `Recipe`).
-        iterations: conjugate-gradient iterations.
+        iterations: most conjugate-gradient iterations, at least 1.
         keep_derivatives: whether to keep z of all tokens (tokens × rows numbers) between iterations. Otherwise z is
             recomputed, which costs a third more products.
         before: number of windows of other ranks that come before `samples`.
@@ -78,20 +81,28 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
     if windows >= 4:
         own = max(0, max(2, windows // 8) - before)
         held_back, fitted = samples[:own], samples[own:]
-    problem = _Linearised(tuple(rows), down, fitted, activation, ridge, total, keep_derivatives)
+    problem = _Linearised(rows, down, fitted, activation, ridge, total, keep_derivatives)
 
     def error(step: Sequence[Tensor], scale: float = 1.0) -> float:
         return problem.true_error(_moved(rows, scale, step), held_back)
 
     unmoved = problem.true_error(rows, held_back)
-    best = min(((error(step), step) for step in problem.iterates(iterations)), key=lambda pair: pair[0])
-    scale, reached = 1.0, best[0]
-    while reached >= unmoved and scale > 1 / 16:
+    steps = problem.iterates(iterations)
+    best = next(steps)
+    reached = error(best)
+    if reached < unmoved:
+        for step in steps:
+            present = error(step)
+            if present >= reached:
+                break
+            best, reached = step, present
+    scale = 1.0
+    while reached >= unmoved and scale > SMALLEST_STEP:
         scale /= 2
-        reached = error(best[1], scale)
+        reached = error(best, scale)
     if not reached < unmoved:
-        return tuple(rows)
-    return tuple(_moved(rows, scale, best[1]))
+        return rows
+    return tuple(_moved(rows, scale, best))
 
 
 class _Linearised:

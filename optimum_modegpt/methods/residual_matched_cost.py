@@ -11,14 +11,17 @@ from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.decompositions.softmax import ITERATIONS
 from optimum_modegpt.methods import cost
 from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
-from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens
+from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens, refits_inputs
 
 CONJUGATE_VECTORS = 9
 """Tensors as large as gate and up during their refit: the rows, a few steps, residuals and directions."""
 
 
 def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
-    """Return the multiply-adds of all blocks together, by step. `widths` are the kept widths of the MLPs."""
+    """Return the multiply-adds of all blocks together, by step. `widths` are the kept widths of the MLPs.
+
+    The refit of gate and up is counted with all its rounds and iterations, although it may end early.
+    """
     blocks, d = shapes.blocks, shapes.d_model
     steps = {
         "residual streams": {"own": blocks * 2 * cost.block_forward(shapes, extent.windows, extent.length)},
@@ -30,8 +33,11 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
         window = curvature_work(head_dim, shapes.groups, shapes.head_count, extent.length)
         windows = affordable_windows(window, cost.block_forward(shapes, 1, extent.length), extent.windows)
         steps["curvature of the attention"] = {"raised": blocks * windows * window}
-    cut = [width for width in widths if width < shapes.mlp]
-    if config.refit_iterations and cut:
+    cut = []
+    for width in widths:
+        if width < shapes.mlp and refits_inputs(extent.tokens, width, shapes.mlp_inputs, config):
+            cut.append(width)
+    if cut:
         width, rounds = sum(cut) / len(cut), len(cut) * (1 + FINAL_ROUNDS)
         # Six products per iteration of conjugate gradients, and the moments afterwards.
         token = 6 * config.refit_iterations * d * width + (1 + shapes.mlp_inputs) * gram_work(int(width)) + d * width

@@ -60,6 +60,7 @@ def run(job: str) -> tuple[Any, Report]:
     windows = TokenWindows(tokens(WINDOWS, LENGTH), {})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(residual_matched, "REFIT_TOKENS", 7 * LENGTH)
+        patch.setattr(residual_matched, "TOKENS_PER_ROW", 0)
         patch.setattr(residual_matched, "GAIN_TOKENS", 3 * WINDOWS)
         patch.setattr(sensitivity, "DIVERGENCE_WINDOWS", 2)
         return model, compress(model, config, windows, progress=False)

@@ -55,7 +55,7 @@ def linear_moments(
     inputs = torch.cat((inputs, inputs.new_ones(len(inputs), 1)), dim=1) if ones else inputs
     weighted = inputs * weight[:, None]
     energy = (weight[:, None] * target.square()).sum()
-    return LinearMoments(weighted.T @ inputs, weighted.T @ target, energy, ones)
+    return LinearMoments(weighted.T @ inputs, weighted.T @ target, energy, len(inputs), ones)
 
 
 def rotary_angles(length: int, head_dim: int) -> Tensor:

@@ -228,13 +228,14 @@ def test_refit_compensates_the_errors_of_earlier_blocks(name):
     case = Case(name)
     generator = torch.Generator().manual_seed(0)
     mixing = torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)
-    drifted = [batch @ mixing for batch in case.stream]
+    stream = 40 * case.stream  # the ridge of a refit falls with the number of tokens
+    drifted = [batch @ mixing for batch in stream]
     student = case.block.compressible_copy(CPU)
     with torch.no_grad():
-        targets = residual_matched.run_dense(case.block, case.stream, case.arguments)
+        targets = residual_matched.run_dense(case.block, stream, case.arguments)
         _, after = residual_matched.compress_block(
             student,
-            case.stream,
+            stream,
             drifted,
             targets,
             case.block.dense_widths,
@@ -269,3 +270,13 @@ def test_dense_block_is_left_as_it_was(name, method):
     after = case.block.module.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize(("tokens", "rank", "matrices"), [(960, 48, 2), (480, 48, 1), (480, 24, 2)])
+def test_gate_and_up_are_refitted_if_there_are_enough_tokens_for_their_rows(tokens, rank, matrices, monkeypatch):
+    monkeypatch.setattr(residual_matched, "TOKENS_PER_ROW", 10)
+    assert residual_matched.refits_inputs(tokens, rank, matrices, ModeGPTConfig())
+    assert not residual_matched.refits_inputs(tokens - 1, rank, matrices, ModeGPTConfig())
+    assert not residual_matched.refits_inputs(tokens, rank, matrices, CONFIG)
+    monkeypatch.setattr(residual_matched, "REFIT_TOKENS", tokens - 1)
+    assert not residual_matched.refits_inputs(10 * tokens, rank, matrices, ModeGPTConfig())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from laws import difference, eye, linear_moments, normal
 
-from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit
+from optimum_modegpt.decompositions.least_squares import NOISE_RIDGE, LinearMoments, centred_refit
 
 TOKENS, WIDTH, OUT = 50, 6, 4
 ONES = pytest.mark.parametrize("ones", [False, True])
@@ -37,7 +37,7 @@ def test_refit_is_the_ridge_regression_around_the_dense_weights(ones, rank, rela
 def test_without_data_the_dense_weights_are_kept(ones, scale):
     dense = scale * normal(WIDTH + ones, OUT)
     nothing = linear_moments(torch.zeros(TOKENS, WIDTH).double(), torch.zeros(TOKENS, OUT).double(), ones=ones)
-    nothing = LinearMoments(0 * nothing.gram, nothing.cross, nothing.energy, ones)
+    nothing = LinearMoments(0 * nothing.gram, nothing.cross, nothing.energy, TOKENS, ones)
     refitted = centred_refit(nothing, dense, nothing.ridge(1e-4))
     assert difference(refitted, dense) < 1e-12
     assert nothing.relative_error(refitted) == 0
@@ -65,6 +65,15 @@ def test_ridge_is_relative_to_the_inputs_without_the_constant():
     assert plain.width == extended.width == WIDTH
     assert extended.ridge(1e-4) == plain.ridge(1e-4)
     assert plain.ridge(1e-4) == pytest.approx(1e-4 * float(inputs.square().sum()) / WIDTH)
+
+
+def test_ridge_of_a_refit_adds_the_energy_of_a_fixed_number_of_tokens():
+    inputs, target = normal(TOKENS, WIDTH), normal(TOKENS, OUT)
+    energy = float(inputs.square().sum(1).mean())
+    for repeats in (1, 100):
+        moments = linear_moments(inputs.repeat(repeats, 1), target.repeat(repeats, 1))
+        added = float(moments.refit_ridge(1e-4) - moments.ridge(1e-4))
+        assert added == pytest.approx(NOISE_RIDGE * energy)
 
 
 @ONES
