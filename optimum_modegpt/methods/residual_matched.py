@@ -397,7 +397,7 @@ def refit_mlp(
 ) -> MLPFactors:
     """Cut the MLP as `cut_mlp` does, and also refit gate and up if channels are removed and there are enough tokens.
 
-    Half of the channels are removed first, and the others are chosen after a refit. Down is refitted to the new hidden
+    Half of the channels are removed first. The others are chosen after a refit. Down is refitted to the new hidden
     channels after each refit of gate and up. The second half ends with two rounds of both. The rounds end early if a
     refit of gate and up changes nothing.
     """
