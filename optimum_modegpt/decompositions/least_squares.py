@@ -16,8 +16,8 @@ Total = Callable[[Any], Any]
 
 
 NOISE_RIDGE = 4.0
-"""Part of the ridge of a refit that falls with the number of tokens per input. In SmolLM2-135M with 16,384 tokens, it
-removes a fifth of the loss of log-perplexity. With 100 or more tokens per input, it changes the loss by less than 1 %.
+"""Part of the ridge of a refit that falls with the number of tokens per input. With 16,384 tokens, and
+only the first six blocks of SmolLM2-135M cut, it removed a fifth of the loss of log-perplexity.
 """
 
 
