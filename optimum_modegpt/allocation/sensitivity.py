@@ -5,12 +5,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, total_weights
 
 Curve = Sequence[tuple[float, float]]
-"""Measured (sparsity, divergence) points of one part of one block."""
+"""Points (sparsity, divergence) of one part of one block."""
 Curves = Mapping[tuple[int, str], Curve]
 """Curves by block index and part."""
+
+
+def refine(measured: Curve, losses: Curve) -> list[tuple[float, float]]:
+    """Extend the divergences measured at a few sparsities to all sparsities at which the loss of output is known.
+
+    The divergence per loss is interpolated linearly between the measured sparsities, and constant outside of them.
+    """
+    loss_at = dict(losses)
+    factors = [(sparsity, divergence / loss_at[sparsity]) for sparsity, divergence in measured if loss_at[sparsity] > 0]
+    if not factors:
+        return list(measured)
+    known, factor = zip(*sorted(factors), strict=True)
+    return [(sparsity, loss * float(np.interp(sparsity, known, factor))) for sparsity, loss in losses]
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:

@@ -221,6 +221,17 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record the first argument and the output of every call of `module` within the context."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))  # pyright: ignore[reportArgumentType]
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)

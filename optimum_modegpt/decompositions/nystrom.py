@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -34,10 +36,18 @@ def nystrom_refit(moment: Tensor, kept: Tensor, down: Tensor) -> Tensor:
     return solve(damp(moment[kept][:, kept], NYSTROM_RIDGE), moment[kept] @ down)
 
 
-def elimination_order(
+@dataclass(frozen=True)
+class Elimination:
+    """Result of a backward elimination of rows: the removed rows in order, and the cost of each removal, (steps,)."""
+
+    order: Tensor
+    costs: Tensor
+
+
+def eliminate_rows(
     inverse_hessian: Tensor, weight: Tensor, count: int, *, protected: int = 0, rounds: int = 64
-) -> Tensor:
-    """Return the `count` rows that backward elimination removes, in order (optimal brain surgeon; ours for this pair).
+) -> Elimination:
+    """Remove `count` rows by backward elimination (optimal brain surgeon; ours for this pair).
 
     `weight` (n, d) solves the least squares with the damped moment H, and `inverse_hessian` (n, n) is H⁻¹. Removing row
     i and solving again costs ‖w_i‖² / [H⁻¹]_ii. Rows are removed in order of this cost, and both matrices are
@@ -48,11 +58,13 @@ def elimination_order(
     size = len(inverse_hessian)
     names = torch.arange(size, device=inverse_hessian.device)
     gone, chunk, order = torch.zeros_like(names, dtype=torch.bool), max(1, count // rounds), names[:0]
+    costs = [weight.new_zeros(0)]
     while (excess := count - len(order)) > 0:
         cost = (weight.square().sum(1) / inverse_hessian.diagonal()).masked_fill(gone, torch.inf)
         left = size - protected - len(order)
         candidates = cost[: len(cost) - protected].topk(min(4 * chunk, left), largest=False).indices
-        removed = _eliminate_one_by_one(inverse_hessian, weight, candidates, min(chunk, excess))
+        removed, lost = _eliminate_one_by_one(inverse_hessian, weight, candidates, min(chunk, excess))
+        costs.append(lost)
         columns = inverse_hessian[:, removed]
         update = solve(columns[removed], torch.cat((weight[removed], columns.T), dim=1))
         weight.addmm_(columns, update[:, : weight.shape[1]], alpha=-1)
@@ -62,7 +74,7 @@ def elimination_order(
             kept = (~gone).nonzero()[:, 0]
             inverse_hessian, weight, names = inverse_hessian[kept][:, kept], weight[kept], names[kept]
             gone = gone[kept]
-    return order
+    return Elimination(order, torch.cat(costs))
 
 
 def remaining(removed: Tensor, width: int) -> Tensor:
@@ -71,21 +83,22 @@ def remaining(removed: Tensor, width: int) -> Tensor:
     return kept.nonzero()[:, -1].view(*removed.shape[:-1], -1)
 
 
-def _eliminate_one_by_one(inverse_hessian: Tensor, weight: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """Return the first `count` of the `candidates` to remove, with a rank-one downdate after each removal."""
-    if count == 1:
-        return candidates[:1]
+def _eliminate_one_by_one(
+    inverse_hessian: Tensor, weight: Tensor, candidates: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """Return the first `count` of the `candidates` to remove, and their costs, with a downdate after each removal."""
     block, rows = inverse_hessian[candidates][:, candidates], weight[candidates]
     gram, alive = rows @ rows.T, torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    removed = []
+    removed, costs = [], []
     for _ in range(count):  # without a transfer to the host
         cost = (gram.diagonal() / block.diagonal()).masked_fill(~alive, torch.inf)
         worst = cost.argmin().view(1)
         removed.append(worst)
+        costs.append(cost.index_select(0, worst))
         alive = alive.index_fill(0, worst, False)
         pivot, products = block.index_select(0, worst), gram.index_select(0, worst)
         share = (pivot / pivot.index_select(1, worst)).T  # share of the removed row that each other row takes over
         left = products - products.index_select(1, worst) * share.T / 2
         gram = gram - share @ left - (share @ left).T
         block = block - share @ pivot
-    return candidates[torch.cat(removed)]
+    return candidates[torch.cat(removed)], torch.cat(costs)

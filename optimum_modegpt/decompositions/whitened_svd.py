@@ -24,14 +24,19 @@ def two_sided_basis(query: Tensor, key: Tensor, rank: int) -> tuple[Tensor, Tens
     return scale * (left[..., :rank].mT @ query_inverse), scale * (right[:, :rank] @ key_inverse)
 
 
+def two_sided_energies(query: Tensor, key: Tensor) -> Tensor:
+    """Compute the energies S² (groups, d) of the directions of `two_sided_basis`, decreasing."""
+    return torch.linalg.svdvals(roots(query)[0] @ roots(key)[0]).square()
+
+
 def tail_error(query: Tensor, key: Tensor, rank: int) -> Tensor:
     """Compute the relative error (groups,) of the logits after `two_sided_basis`: (Σ_{i>rank} S_i² / Σ S_i²)^½.
 
     The error is zero for a silent head, whose logits are all zero.
     """
-    singular = torch.linalg.svdvals(roots(query)[0] @ roots(key)[0])
+    energies = two_sided_energies(query, key)
     silent = (query * key).sum((-2, -1)) <= 0  # tr(C_Q C_K); the damping of the roots would hide a zero
-    return (singular[:, rank:].square().sum(-1) / singular.square().sum(-1)).sqrt().masked_fill(silent, 0.0)
+    return (energies[:, rank:].sum(-1) / energies.sum(-1)).sqrt().masked_fill(silent, 0.0)
 
 
 def joint_value_output(values: Tensor, output: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -62,6 +67,11 @@ def value_basis(inputs: Tensor, output: Tensor, rank: int) -> Tensor:
     root, inverse_root = roots(inputs)
     left = torch.linalg.svd(root @ output, full_matrices=False).U
     return torch.linalg.qr(inverse_root @ left[:, :rank]).Q
+
+
+def value_energies(inputs: Tensor, output: Tensor) -> Tensor:
+    """Compute the energies (d,) of the directions of `value_basis`, decreasing: the squared singular values."""
+    return torch.linalg.svdvals(roots(inputs)[0] @ output).square()
 
 
 def block_diagonal(bases: Tensor, repeats: int, *, ones: bool) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
-from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream
+from optimum_modegpt.calibration.streams import Stream, calls_of, inputs_of, map_stream
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
@@ -35,16 +35,16 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
     query_sum, key_sum = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
     value_sum, mlp_sum = HeadMomentSum(block.kv_heads), LinearMomentSum(ones=False)
     separate = block if block.is_separate else block.compressible_copy(block.output.weight.device)
-    with inputs_of(block.stored_value) as reads, inputs_of(block.down) as hidden:
+    with inputs_of(block.stored_value) as reads, calls_of(block.down) as downs:
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
-            inputs, activations = reads.pop(), hidden.pop()
+            inputs, (hidden, mlp_output) = reads.pop(), downs.pop()
             query, key = query_key_vectors(separate, inputs)
             query_sum.add(query)
             key_sum.add(key)
             value_sum.add(_value_vectors(separate, inputs))
-            mlp_sum.add(activations, block.down(activations) - (0 if block.down.bias is None else block.down.bias))
+            mlp_sum.add(hidden, mlp_output if block.down.bias is None else mlp_output - block.down.bias)
             return output
 
         after = list(map_stream(observed, block.output.weight.device, stream))

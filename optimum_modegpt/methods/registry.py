@@ -124,16 +124,14 @@ def work_of(
     config: ModeGPTConfig,
     extent: Extent,
     widths: Sequence[int] | None = None,
-    variants: int | None = None,
 ) -> dict[str, dict[str, Work]]:
     """Return the multiply-adds of all blocks together, by stage ("allocate" and "decompose") and step.
 
-    `widths` are the kept widths of the MLPs, and `variants` the number of cut blocks that sensitivities were measured
-    of. None estimates them. Work that the code repeats is counted once.
+    `widths` are the kept widths of the MLPs. None estimates them. Work that the code repeats is counted once.
     """
     allocate = {}
     if config.sparsity and config.resolved_allocation == "sensitivity":
-        allocate["sensitivities"] = sensitivity_cost.work(shapes, extent, variants)
+        allocate["sensitivities"] = sensitivity_cost.work(shapes, extent)
     elif config.sparsity and config.resolved_allocation == "influence":
         allocate["influences"] = {"own": shapes.blocks * block_forward(shapes, extent.windows, extent.length)}
     if widths is None:

@@ -35,7 +35,7 @@ from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
-from optimum_modegpt.decompositions.nystrom import elimination_order, remaining
+from optimum_modegpt.decompositions.nystrom import Elimination, eliminate_rows, remaining
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, inverse
 from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
@@ -66,14 +66,14 @@ class DenseTargets:
 
     Attributes:
         attention, mlp: the sums of stream and output of each half, before a norm of the sum.
-        attention_weights, mlp_weights: the weights of their tokens; None if all are equal.
+        attention_weights, mlp_weights: the weights of their tokens.
         after: the stream after the block.
     """
 
     attention: Stream
     mlp: Stream
-    attention_weights: list[Tensor] | None
-    mlp_weights: list[Tensor] | None
+    attention_weights: list[Tensor]
+    mlp_weights: list[Tensor]
     after: Stream
 
 
@@ -99,7 +99,7 @@ class MLPStreams:
 # streams
 
 
-def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weighted: bool = True) -> DenseTargets:
+def run_dense(block: Block, stream: Stream, arguments: dict[str, Any]) -> DenseTargets:
     """Run the dense block over the dense stream, and keep the targets of the refits."""
     device = block.output.weight.device
     residual = block.residual
@@ -119,8 +119,6 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any], *, weight
     both = list(store_like(sums(), stream))
     attention, mlp = both[::2], both[1::2]
     after = stream_after(block, mlp, residual.after_mlp)
-    if not weighted:
-        return DenseTargets(attention, mlp, None, None, after)
     return DenseTargets(attention, mlp, _with_mean_one(attention_weights), _with_mean_one(mlp_weights), after)
 
 
@@ -316,25 +314,29 @@ def observe_output(
 def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> ValueOutputFactors:
     """Choose the value basis of each group from the refitted output, then refit the output jointly over all heads."""
     value, dense, bases = block.head_rows("value"), block.input_outputs(block.output), None
-    per_group, size = block.heads // block.kv_heads, block.head_dim
-    if rank < size:
-        best = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-        grams = (
-            moments.gram[: moments.width, : moments.width].unflatten(0, (block.heads, size)).unflatten(2, (-1, size))
-        )
-        own = grams.diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()  # (heads, head_dim, head_dim)
-        groups = own.unflatten(0, (-1, per_group)).sum(1)
-        rows = best[: moments.width].unflatten(0, (block.kv_heads, per_group, size))
-        bases = torch.stack(
-            [value_basis(g, r.transpose(0, 1).flatten(1), rank) for g, r in zip(groups, rows, strict=True)]
-        )
+    if rank < block.head_dim:
+        groups = value_groups(block, moments, config)
+        bases = torch.stack([value_basis(gram, rows, rank) for gram, rows in groups])
         value = bases.mT @ value
-        basis = block_diagonal(bases, per_group, ones=moments.ones)  # orthonormal: its transpose inverts it
+        # The basis is orthonormal: its transpose inverts it.
+        basis = block_diagonal(bases, block.heads // block.kv_heads, ones=moments.ones)
         own = basis.T @ (moments.gram @ dense)
         moments = moments.mapped(basis)
         dense = _refit_to_dense(moments, own, basis.T @ dense, config)
     output = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
     return ValueOutputFactors(value, output, moments.relative_error(output), bases)
+
+
+def value_groups(block: Block, moments: LinearMoments, config: ModeGPTConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the moment and the refitted output rows of the heads of every key-value group, as for `value_basis`."""
+    per_group, size = block.heads // block.kv_heads, block.head_dim
+    best = centred_refit(moments, block.input_outputs(block.output), moments.refit_ridge(config.output_ridge))
+    grams = moments.gram[: moments.width, : moments.width].unflatten(0, (block.heads, size)).unflatten(2, (-1, size))
+    own = grams.diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()  # (heads, head_dim, head_dim)
+    groups = own.unflatten(0, (-1, per_group)).sum(1)
+    rows = best[: moments.width].unflatten(0, (block.kv_heads, per_group, size))
+    for gram, group in zip(groups, rows, strict=True):
+        yield gram, group.transpose(0, 1).flatten(1)
 
 
 def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None) -> Stream:
@@ -374,8 +376,8 @@ def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
     return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
 
 
-def eliminate_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
-    """Return the channels in the order in which backward elimination removes them, down to `rank`."""
+def eliminate_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Elimination:
+    """Remove channels by backward elimination, down to `rank`."""
     return _elimination(block.input_outputs(block.down), moments, rank, config)
 
 
@@ -403,7 +405,7 @@ def refit_mlp(
     """
     moments = observe_mlp(student, streams, targets.mlp, targets.mlp_weights)
     if rank == moments.width or not refits_inputs(moments.tokens, rank, len(student.mlp_inputs), config):
-        return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config), config)
+        return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config).order, config)
     own = sum(map(len, streams.middle))
     windows = max(1, REFIT_TOKENS // streams.middle[0].shape[1])
     sample = itertools.islice(
@@ -413,7 +415,7 @@ def refit_mlp(
     rows, dense = student.mlp_rows(), student.input_outputs(student.down)
     halfway, pays = (rank + moments.width) // 2, True
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
-        order = _elimination(dense, moments, width, config)
+        order = _elimination(dense, moments, width, config).order
         rows, dense, moments = _without(rows, dense, moments, order, config)  # releases the larger moments
         down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
         for _ in range(rounds):
@@ -437,13 +439,13 @@ def refits_inputs(tokens: int, rank: int, matrices: int, config: ModeGPTConfig) 
     return bool(config.refit_iterations) and min(tokens, REFIT_TOKENS) >= TOKENS_PER_ROW * matrices * rank
 
 
-def _elimination(dense: Tensor, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Tensor:
-    """Return the channels in the order of their removal, until `rank` are left. `dense` is the dense down."""
+def _elimination(dense: Tensor, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Elimination:
+    """Remove channels until `rank` are left. `dense` is the dense down. All ranks of a run remove the same ones."""
     ridge = moments.ridge(config.output_ridge)
     inverse_hessian = inverse(add_diagonal(moments.gram, ridge))
     best = inverse_hessian @ (moments.cross + ridge * dense)
-    order = elimination_order(inverse_hessian, best, moments.width - rank, protected=int(moments.ones))
-    return distributed.broadcast(order)
+    found = eliminate_rows(inverse_hessian, best, moments.width - rank, protected=int(moments.ones))
+    return Elimination(distributed.broadcast(found.order), distributed.broadcast(found.costs))
 
 
 def _without(
@@ -498,7 +500,6 @@ def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[To
 
 def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> Iterator[TokenSample]:
     """Yield the MLP's inputs after its norm and its targets, window by window, on the block's device."""
-    assert targets.mlp_weights is not None
     biased = block.mlp_inputs[0].bias is not None
     device, residual = block.output.weight.device, block.residual
     arrived = (streams.batches(device), prefetch(targets.mlp, device))

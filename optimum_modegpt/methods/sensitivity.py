@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt import distributed
-from optimum_modegpt.allocation.plan import Sizes
+from optimum_modegpt.allocation.plan import PartSize, Sizes
+from optimum_modegpt.allocation.sensitivity import refine
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.head import LogitHead
-from optimum_modegpt.calibration.moments import QueryKeyMoments
+from optimum_modegpt.architectures.shapes import Shapes
+from optimum_modegpt.calibration.moments import LinearMomentSum, QueryKeyMoments
 from optimum_modegpt.calibration.streams import (
     DENSE_ADVICE,
     BlockInputs,
     Stream,
+    calls_of,
     check_dense,
     map_stream,
     not_finite,
@@ -30,48 +33,68 @@ from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
+from optimum_modegpt.decompositions.whitened_svd import two_sided_energies, value_energies
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS
 
-RATIOS = (0.15, 0.3, 0.45, 0.6, 0.75, 1.0)
-"""Sparsities at which a part is cut. 1 means the cap."""
-FEWER_RATIOS = (0.3, 0.6, 1.0)
+RATIO_SETS = ((0.15, 0.3, 0.45, 0.6, 0.75, 1.0), (0.3, 0.6, 1.0), (0.4,))
+"""Sparsities at which a part is cut and its divergence measured, in order of preference. 1 means the cap."""
+LOSS_POINTS = 24
+"""Largest number of widths of a part at which the loss of its output is used."""
 MOMENT_WINDOWS, DIVERGENCE_WINDOWS = 32, 16
-LEAST_BUDGET = 8192
+FEWEST_WINDOWS = 4
+"""Windows for the divergence that are used of all, if only in part: one window is one kind of text."""
+SHORTEST_WINDOW = 32
+LEAST_BUDGET = 2048
 """Block-forwards of a window that are always allowed, because they cost little in models with few blocks."""
 LOGITS_AT_ONCE = 2**26
 SWEEPS = 4
 """A single sweep would hold the streams of all cut blocks in memory, and each moves all later blocks to the device."""
 
 Curves = dict[tuple[int, str], list[tuple[float, float]]]
-"""Points (sparsity, divergence) by block and part."""
+"""Points (sparsity, divergence or loss) by block and part."""
+Variant = tuple[int, str, float]
+"""A copy of a block with one part cut: the block's index, the part, and its sparsity."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The part of the calibration that the measurement uses: windows for moments and for the divergence, and ratios."""
+    """The part of the calibration that the measurement uses.
+
+    Attributes:
+        moment_windows: windows for the moments.
+        divergence_windows: windows for the divergence.
+        divergence_length: tokens that are used of each window for the divergence.
+        ratios: sparsities at which divergences are measured.
+    """
 
     moment_windows: int
     divergence_windows: int
+    divergence_length: int
     ratios: tuple[float, ...]
 
 
-def budget(blocks: int, windows: int) -> Budget:
-    """Choose windows and ratios that cost no more than the two streams, or `LEAST_BUDGET` block-forwards of a window.
+def budget(shapes: Shapes, windows: int, length: int) -> Budget:
+    """Choose windows and ratios by their cost: half of a stream's pass, or `LEAST_BUDGET` block-forwards of a window.
 
-    First the windows are reduced, then the ratios. The minimum, one window at three ratios, costs more than that in
-    models of more than about 55 blocks.
+    Every cut block passes half of the blocks on average, and the head. First the windows are reduced to two, then the
+    ratios, and in the end the tokens of a few windows, so that the cost does not grow with the square of the depth.
     """
-    moment_windows = max(1, min(MOMENT_WINDOWS, windows * 2 // 3))
+    moment_windows = max(1, min(MOMENT_WINDOWS, windows // 4))
     available = max(1, min(DIVERGENCE_WINDOWS, windows - moment_windows))
-    allowed = max(LEAST_BUDGET, 2 * blocks * windows)
-    for ratios in (RATIOS, FEWER_RATIOS):
-        each = len(PARTS) * len(ratios) * blocks * (blocks + 1) // 2
-        if (affordable := min(available, allowed // each)) >= min(2, available):
-            return Budget(moment_windows, affordable, ratios)
-    return Budget(moment_windows, 1, FEWER_RATIOS)
+    allowed = max(LEAST_BUDGET, shapes.blocks * windows / 2)
+    head = shapes.vocabulary * shapes.d_model / (shapes.weights + length * shapes.heads)
+    ratios, affordable = RATIO_SETS[0], 0.0
+    for ratios in RATIO_SETS:
+        variants = len(PARTS) * len(ratios) * shapes.blocks
+        affordable = allowed / (variants * ((shapes.blocks + 1) / 2 + head))
+        if affordable >= min(2, available):
+            return Budget(moment_windows, min(available, int(affordable)), length, ratios)
+    few = min(available, FEWEST_WINDOWS)
+    shorter = min(length, max(SHORTEST_WINDOW, int(affordable * length / few)))
+    return Budget(moment_windows, few, shorter, ratios)
 
 
 def split(windows: int, budget: Budget) -> tuple[slice, slice]:
@@ -98,7 +121,7 @@ class Sweeps:
         architecture: the dense model.
         sizes: the sizes of the parts of every block.
         config: the configuration of the compression.
-        ratios: sparsities to cut at.
+        ratios: sparsities to cut at. Between them, a curve follows the loss of the part's own output.
         moments: the inputs of the next block to measure, for the windows for moments.
         divergence: the same for the windows for the divergence.
         device: the compute device.
@@ -131,85 +154,162 @@ class Sweeps:
         """Pass the dense streams through these blocks without measuring them."""
         for block in self.architecture.blocks[sweep.start : sweep.stop]:
             dense = block.on(self.device)
-            self._pass(dense, self._targets(dense))
+            self.moments = self._passed(dense, self.moments)
+            self.divergence = self._passed(dense, self.divergence)
 
     def _measure(self, sweep: range, passed: Callable[[], Any]) -> Curves:
         """Return the curves of these blocks. `passed` is called after every block that the streams have passed."""
-        cuts: list[tuple[int, str, float]] = []
+        variants: list[Variant] = []
+        losses: Curves = {}
         outputs: Stream = []
         reference: Stream = []
         for block in self.architecture.blocks[sweep.start :]:
             dense, arguments = block.on(self.device), self.divergence.on(block.index, self.device)
             _advance(outputs, dense, arguments)
             if block.index in sweep:
-                targets, entering = self._targets(dense), list(prefetch(self.divergence.stream, self.device))
                 with naming(f"block {block.index}"):
-                    outputs += store_like(self._cut(dense, targets, entering, cuts), self.divergence.stream)
-                self._pass(dense, targets)
+                    cuts = self._observe(dense)
+                    losses |= self._losses(block.index, cuts)
+                    entering = list(prefetch(self.divergence.stream, self.device))
+                    outputs += store_like(self._cut(dense, cuts, entering, variants), self.divergence.stream)
+                self.divergence = self._passed(dense, self.divergence)
                 reference = list(self.divergence.stream)
             else:
                 _advance(reference, dense, arguments)
-                self._check(dense, reference, self.divergence)
+                _check(dense, reference, self.divergence)
             passed()
         tail = self.architecture.tail(self.device)
-        divergences = _divergences(tail, reference, outputs, len(cuts))
+        divergences = _divergences(tail, reference, outputs, len(variants))
         if not all(map(math.isfinite, divergences)):
             _check_logits(tail, reference, self.divergence.windows)
-        return _curves(cuts, divergences)
+        measured = _curves(variants, divergences)
+        return {key: refine(curve, losses[key]) for key, curve in measured.items()}
 
-    def _targets(self, dense: Block) -> residual_matched.DenseTargets:
+    def _observe(self, dense: Block) -> dict[str, PartCut]:
+        """Pass the windows for moments through the block, and return how its parts are cut by their moments."""
         arguments = self.moments.on(dense.index, self.device)
-        targets = residual_matched.run_dense(dense, self.moments.stream, arguments, weighted=False)
-        self._check(dense, targets.after, self.moments)
-        return targets
+        student = dense.compressible_copy(self.device)
+        query_key = residual_matched.observe_query_key(student, self.moments.stream, arguments)
+        output = LinearMomentSum(ones=student.output.bias is not None)
+        mlp = LinearMomentSum(ones=student.down.bias is not None)
+        with calls_of(student.output) as attention_calls, calls_of(student.down) as mlp_calls:
 
-    def _pass(self, dense: Block, targets: residual_matched.DenseTargets) -> None:
-        """Pass the dense streams through the block."""
-        arguments = self.divergence.on(dense.index, self.device)
-        self.moments = replace(self.moments, stream=targets.after)
-        self.divergence = replace(self.divergence, stream=list(_run(dense, self.divergence.stream, arguments)))
-        self._check(dense, self.divergence.stream, self.divergence)
+            def observed(entering: Tensor) -> Tensor:
+                after = student.forward(entering, arguments)
+                output.add(*attention_calls.pop())
+                mlp.add(*mlp_calls.pop())
+                return after
 
-    @staticmethod
-    def _check(dense: Block, stream: Stream, front: BlockInputs) -> None:
-        with naming(f"block {dense.index}"):
-            check_dense(stream, front.windows)
+            after = list(map_stream(observed, self.device, self.moments.stream))
+        self.moments = replace(self.moments, stream=after)
+        _check(dense, after, self.moments)
+        sizes, config = self.sizes[dense.index], self.config
+        return {
+            "qk": query_key_cut(student, query_key, sizes["qk"], config),
+            "vo": value_output_cut(student, output.value(), config),
+            "mlp": mlp_cut(student, mlp.value(), sizes["mlp"], config),
+        }
+
+    def _passed(self, dense: Block, inputs: BlockInputs) -> BlockInputs:
+        """Pass a dense stream through the block."""
+        passed = replace(inputs, stream=list(_run(dense, inputs.stream, inputs.on(dense.index, self.device))))
+        _check(dense, passed.stream, passed)
+        return passed
+
+    def _losses(self, index: int, cuts: Mapping[str, PartCut]) -> Curves:
+        """Return the loss of output of every part at some of its widths, and at those that are measured."""
+        losses: Curves = {}
+        for part, size in self.sizes[index].items():
+            narrower = size.widths()[1:]
+            some = narrower[:: -(-len(narrower) // LOSS_POINTS)] if narrower else []
+            widths = sorted({*some, *self._measured_widths(size)}, reverse=True)
+            losses[index, part] = [(1 - width / size.dense, cuts[part].loss(size.dense - width)) for width in widths]
+        return losses
+
+    def _measured_widths(self, size: PartSize) -> set[int]:
+        """Return the allowed widths nearest to the ratios, without the dense one."""
+        return {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios} - {size.dense}
 
     def _cut(
-        self, dense: Block, targets: residual_matched.DenseTargets, entering: Stream, cuts: list[tuple[int, str, float]]
+        self, dense: Block, cuts: Mapping[str, PartCut], entering: Stream, variants: list[Variant]
     ) -> Iterator[Tensor]:
-        """Yield the outputs on `entering` of every variant with one part cut, and append the variant to `cuts`."""
+        """Yield the outputs on `entering` of copies of the block with one part cut, and append these to `variants`."""
         arguments = self.divergence.on(dense.index, self.device)
-        for part, sparsity, student in self._students(dense, targets):
-            cuts.append((dense.index, part, sparsity))
-            for batch in entering:
-                yield student.forward(batch, arguments)
-
-    def _students(self, dense: Block, targets: residual_matched.DenseTargets) -> Iterator[tuple[str, float, Block]]:
-        """Yield copies of the block with one part cut, at every ratio: (part, sparsity, block)."""
-        stream, arguments = self.moments.stream, self.moments.on(dense.index, self.device)
-        student = dense.compressible_copy(self.device)
-        query_key = residual_matched.observe_query_key(student, stream, arguments)
-        heads = residual_matched.head_outputs(student, stream, arguments)
-        output = residual_matched.observe_output(student, stream, heads, targets.attention, None)
-        middle = residual_matched.stream_after(student, targets.attention, student.residual.after_attention)
-        streams = residual_matched.MLPStreams(student.residual.mlp_stream(stream, middle), middle)
-        mlp = residual_matched.observe_mlp(student, streams, targets.mlp, None)
         for part, size in self.sizes[dense.index].items():
-            ranks = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios} - {size.dense}
-            if not ranks:
-                continue
-            with naming(part):
-                cut = _cutter(part, student, (query_key, output, mlp), min(ranks), self.config)
-                for rank in sorted(ranks):
-                    variant = dense.compressible_copy(self.device)
-                    cut(variant, rank)
-                    yield part, 1 - rank / size.dense, variant
+            for width in sorted(self._measured_widths(size)):
+                copied = dense.compressible_copy(self.device)
+                with naming(part):
+                    cuts[part].install(copied, width)
+                variants.append((dense.index, part, 1 - width / size.dense))
+                for batch in entering:
+                    yield copied.forward(batch, arguments)
 
 
-def _curves(cuts: list[tuple[int, str, float]], divergences: list[float]) -> Curves:
+@dataclass(frozen=True)
+class PartCut:
+    """How one part of a block is cut to any width.
+
+    Attributes:
+        install: cuts the part of a copy of the block to a width.
+        losses: the energy of the part's output that is lost after each removed unit, up to a constant factor.
+        unit: the width that is removed at once: 2 for rotary pairs, else 1.
+    """
+
+    install: Callable[[Block, int], None]
+    losses: list[float]
+    unit: int = 1
+
+    def loss(self, removed: int) -> float:
+        """Return the energy that is lost with `removed` of the part's width."""
+        return self.losses[removed // self.unit - 1] if removed else 0.0
+
+
+def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSize, config: ModeGPTConfig) -> PartCut:
+    """Return the cut of query and key by pairs (rotary) or directions of all groups."""
+    pairs = residual_matched.eliminate_query_key(student, moments, size.floor)
+
+    def install(block: Block, rank: int) -> None:
+        factors = residual_matched.cut_query_key(block, moments, pairs, rank, config)
+        block.install_query_key(factors.query, factors.key, factors.pairs)
+
+    if moments is None:
+        return PartCut(install, [])
+    if pairs is not None:
+        return PartCut(install, _cumulated(pairs.costs.sum(0)), unit=2)
+    return PartCut(install, _cumulated(two_sided_energies(moments.query, moments.key).sum(0).flip(0)))
+
+
+def value_output_cut(student: Block, moments: LinearMoments, config: ModeGPTConfig) -> PartCut:
+    """Return the cut of value and output by directions of all groups."""
+
+    def install(block: Block, rank: int) -> None:
+        factors = residual_matched.cut_value_output(block, moments, rank, config)
+        block.install_value_output(factors.value, factors.output)
+
+    groups = residual_matched.value_groups(student, moments, config)
+    energies = torch.stack([value_energies(gram, rows) for gram, rows in groups])
+    return PartCut(install, _cumulated(energies.sum(0).flip(0)))
+
+
+def mlp_cut(student: Block, moments: LinearMoments, size: PartSize, config: ModeGPTConfig) -> PartCut:
+    """Return the cut of the MLP by hidden channels."""
+    elimination = residual_matched.eliminate_mlp(student, moments, size.floor, config)
+
+    def install(block: Block, rank: int) -> None:
+        factors = residual_matched.cut_mlp(block, moments, elimination.order[: moments.width - rank], config)
+        block.install_mlp(factors.rows, factors.down)
+
+    return PartCut(install, _cumulated(elimination.costs))
+
+
+def _cumulated(energies: Tensor) -> list[float]:
+    """Return the sums of the first energies. All ranks of a distributed run get the same ones."""
+    return distributed.broadcast(energies.clamp_min(0).cumsum(0)).tolist()
+
+
+def _curves(variants: list[Variant], divergences: list[float]) -> Curves:
     curves: Curves = {}
-    for (index, part, sparsity), divergence in zip(cuts, divergences, strict=True):
+    for (index, part, sparsity), divergence in zip(variants, divergences, strict=True):
         if not math.isfinite(divergence):
             raise NumericalError(
                 f"block {index}, {part}: with {sparsity:.0%} of it removed the model's output is not finite, although "
@@ -219,36 +319,9 @@ def _curves(cuts: list[tuple[int, str, float]], divergences: list[float]) -> Cur
     return curves
 
 
-def _cutter(
-    part: str,
-    student: Block,
-    moments: tuple[QueryKeyMoments | None, LinearMoments, LinearMoments],
-    least: int,
-    config: ModeGPTConfig,
-) -> Callable[[Block, int], None]:
-    """Return a function that cuts a part of a block to a rank of at least `least`, with one order of removal."""
-    query_key, output, mlp = moments
-    if part == "qk":
-        pairs = residual_matched.eliminate_query_key(student, query_key, least)
-
-        def cut(block: Block, rank: int) -> None:
-            factors = residual_matched.cut_query_key(block, query_key, pairs, rank, config)
-            block.install_query_key(factors.query, factors.key, factors.pairs)
-
-    elif part == "vo":
-
-        def cut(block: Block, rank: int) -> None:
-            factors = residual_matched.cut_value_output(block, output, rank, config)
-            block.install_value_output(factors.value, factors.output)
-
-    else:
-        order = residual_matched.eliminate_mlp(student, mlp, least, config)
-
-        def cut(block: Block, rank: int) -> None:
-            factors = residual_matched.cut_mlp(block, mlp, order[: mlp.width - rank], config)
-            block.install_mlp(factors.rows, factors.down)
-
-    return cut
+def _check(dense: Block, stream: Stream, inputs: BlockInputs) -> None:
+    with naming(f"block {dense.index}"):
+        check_dense(stream, inputs.windows)
 
 
 def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:

@@ -8,23 +8,24 @@ from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
 from optimum_modegpt.report import PARTS
 
 
-def work(shapes: Shapes, extent: Extent, variants: int | None) -> Work:
-    """Return the multiply-adds for this number of cut blocks; None for the largest number."""
-    used, length, blocks = sensitivity.budget(shapes.blocks, extent.windows), extent.length, shapes.blocks
-    variants = variants or blocks * len(PARTS) * len(used.ratios)
+def work(shapes: Shapes, extent: Extent) -> Work:
+    """Return the multiply-adds. Parts with fewer widths than measured ratios need less."""
+    used, blocks = sensitivity.budget(shapes, extent.windows, extent.length), shapes.blocks
+    variants = blocks * len(PARTS) * len(used.ratios)
     passed = variants * (blocks + 1) / 2 + blocks  # a variant passes half of the blocks, on average
-    own = passed * cost.block_forward(shapes, used.divergence_windows, length)
-    own += blocks * cost.block_forward(shapes, used.moment_windows, length)
-    own += variants * used.divergence_windows * length * shapes.vocabulary * shapes.d_model
-    moments = blocks * used.moment_windows * length * cost.moments_work(shapes)
+    own = passed * cost.block_forward(shapes, used.divergence_windows, used.divergence_length)
+    own += blocks * cost.block_forward(shapes, used.moment_windows, extent.length)
+    own += variants * used.divergence_windows * used.divergence_length * shapes.vocabulary * shapes.d_model
+    moments = blocks * used.moment_windows * extent.length * cost.moments_work(shapes)
     return {"own": own, "moments": moments, "exact": blocks * cost.factorisations_work(shapes)}
 
 
 def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
     """Return the moments that can be the peak: the logits after a sweep, and a block while its variants are cut."""
-    used, variant = sensitivity.budget(shapes.blocks, extent.windows), shapes.weights * extent.element
+    used = sensitivity.budget(shapes, extent.windows, extent.length)
+    variant = shapes.weights * extent.element
     cuts = sensitivity.sweep_length(shapes.blocks) * len(PARTS) * len(used.ratios)
-    windows = extent.windows + 3 * used.moment_windows + 2 * used.divergence_windows
+    windows = extent.windows + 2 * used.moment_windows + 2 * used.divergence_windows
     window = extent.length * shapes.d_model * extent.element
     streams = {
         "residual streams": windows * window,

@@ -21,9 +21,6 @@ from optimum_modegpt.walk.request import Request
 from optimum_modegpt.walk.resume import keep_plan
 from optimum_modegpt.walk.state import State
 
-ENOUGH_WINDOWS = 4
-"""Fewer windows for the divergence of the sensitivities are a warning."""
-
 
 def make_plan(request: Request, state: State) -> Plan:
     """Choose the widths by the configuration's allocation. A miss of the requested sparsity is a warning."""
@@ -55,13 +52,9 @@ def make_plan(request: Request, state: State) -> Plan:
 
 def measure_sensitivities(request: Request, state: State) -> None:
     """Measure the divergence curve of every part of every block. Each sweep is written to the checkpoint."""
-    windows, blocks, measurements = len(request.calibration.tokens), len(request.sizes), state.measurements
-    budget = measurements.budget = sensitivity.budget(blocks, windows)
-    if budget.divergence_windows < min(ENOUGH_WINDOWS, windows // 3):
-        state.warn(
-            f"with {blocks} blocks the sensitivities are measured on {budget.divergence_windows} window(s) at "
-            f"{len(budget.ratios)} ratios, to stay near the cost of the rest; the plan is noisier for it."
-        )
+    measurements = state.measurements
+    windows, length = request.calibration.tokens.shape
+    budget = measurements.budget = sensitivity.budget(request.shapes, windows, length)
     for_moments, for_divergence = sensitivity.split(windows, budget)
     sweeps = sensitivity.Sweeps(
         request.architecture,
@@ -69,7 +62,7 @@ def measure_sensitivities(request: Request, state: State) -> None:
         request.config,
         budget.ratios,
         moments=state.embed(request, for_moments),
-        divergence=state.embed(request, for_divergence),
+        divergence=state.embed(request, for_divergence, budget.divergence_length),
         device=request.device,
     )
     for curves in sweeps.measured(measurements.curves, progress=request.show_progress):

@@ -93,8 +93,7 @@ def floor_seconds(request: Request, state: State, plan: Plan) -> dict[str, dict[
     extent = Extent(windows, length, state.batch_size * length, dtype.itemsize)
     rates = product_rates(request.device, dtype)
     kept = [widths.mlp for widths in plan.widths]
-    variants = sum(map(len, state.measurements.curves.values()))
-    stages = work_of(request.shapes, config, extent, widths=kept, variants=variants)
+    stages = work_of(request.shapes, config, extent, widths=kept)
     names = {"allocate": f"allocate ({config.resolved_allocation})", "decompose": "decompose"}
     floor = {}
     for stage, steps in stages.items():

@@ -98,13 +98,13 @@ class State:
             logger.warning(message)
             self.warnings.append(message)
 
-    def embed(self, request: Request, windows: slice = slice(None)) -> BlockInputs:
-        """Return the inputs of the first block for these calibration windows.
+    def embed(self, request: Request, windows: slice = slice(None), length: int | None = None) -> BlockInputs:
+        """Return the inputs of the first block for these calibration windows, or for their first `length` tokens.
 
         Raises:
             NumericalError: they are not finite.
         """
-        tokens = request.calibration.tokens[windows]
+        tokens = request.calibration.tokens[windows, :length]
         inputs = enter(request.architecture, tokens, self.batch_size, self.storage, first=windows.start or 0)
         with naming("embedding"):
             check_dense(inputs.stream, inputs.windows)
