@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, total_weights
 
 Curve = Sequence[tuple[float, float]]
@@ -15,17 +13,15 @@ Curves = Mapping[tuple[int, str], Curve]
 """Curves by block index and part."""
 
 
-def refine(measured: Curve, losses: Curve) -> list[tuple[float, float]]:
-    """Extend the divergences measured at a few sparsities to all sparsities at which the loss of output is known.
+def curve_from_losses(losses: Curve, sparsity: float, divergence: float) -> Curve:
+    """Return a curve of the shape of `losses` that passes through one measured point (sparsity, divergence).
 
-    The divergence per loss is interpolated linearly between the measured sparsities, and constant outside of them.
+    To second order, the divergence is proportional to the energy of the part's output that is lost.
     """
-    loss_at = dict(losses)
-    factors = [(sparsity, divergence / loss_at[sparsity]) for sparsity, divergence in measured if loss_at[sparsity] > 0]
-    if not factors:
-        return list(measured)
-    known, factor = zip(*sorted(factors), strict=True)
-    return [(sparsity, loss * float(np.interp(sparsity, known, factor))) for sparsity, loss in losses]
+    loss = dict(losses)[sparsity]
+    if loss <= 0:
+        return [(sparsity, divergence)]
+    return [(other, energy * divergence / loss) for other, energy in losses]
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:

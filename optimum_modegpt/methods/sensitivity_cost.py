@@ -9,9 +9,9 @@ from optimum_modegpt.report import PARTS
 
 
 def work(shapes: Shapes, extent: Extent) -> Work:
-    """Return the multiply-adds. Parts with fewer widths than measured ratios need less."""
+    """Return the multiply-adds."""
     used, blocks = sensitivity.budget(shapes, extent.windows, extent.length), shapes.blocks
-    variants = blocks * len(PARTS) * len(used.ratios)
+    variants = blocks * len(PARTS)
     passed = variants * (blocks + 1) / 2 + blocks  # a variant passes half of the blocks, on average
     own = passed * cost.block_forward(shapes, used.divergence_windows, used.divergence_length)
     own += blocks * cost.block_forward(shapes, used.moment_windows, extent.length)
@@ -24,7 +24,7 @@ def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
     """Return the moments that can be the peak: the logits after a sweep, and a block while its variants are cut."""
     used = sensitivity.budget(shapes, extent.windows, extent.length)
     variant = shapes.weights * extent.element
-    cuts = sensitivity.sweep_length(shapes.blocks) * len(PARTS) * len(used.ratios)
+    cuts = sensitivity.sweep_length(shapes.blocks) * len(PARTS)
     windows = extent.windows + 2 * used.moment_windows + 2 * used.divergence_windows
     window = extent.length * shapes.d_model * extent.element
     streams = {
@@ -36,8 +36,8 @@ def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
         "head": shapes.vocabulary * shapes.d_model * extent.element,
         "next-token distributions": rows * shapes.vocabulary * (4 * FLOAT32 + extent.element),
     }
-    # The down projection is refitted while the moments of all channels are kept for the next variant.
-    left = int(shapes.mlp * (1 - min(used.ratios)))
+    # The down projection is refitted while the moments of all channels are in memory.
+    left = int(shapes.mlp * (1 - sensitivity.RATIO))
     float64, float32 = 2 * shapes.mlp + 5 * left, shapes.mlp_inputs * (shapes.mlp + left)
     refit = {
         "block, dense and compressed": 2 * variant,

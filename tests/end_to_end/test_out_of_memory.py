@@ -122,8 +122,7 @@ def test_allocation_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     run_dense, decomposed = residual_matched.run_dense, set()
 
     def noted(block: Any, stream: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("weighted", True):
-            decomposed.update(map(len, stream))
+        decomposed.update(map(len, stream))
         return run_dense(block, stream, *args, **kwargs)
 
     monkeypatch.setattr(sensitivity.Sweeps, "measured", measured)

@@ -75,9 +75,8 @@ def test_products_are_near_the_floor(allocation: str, refit_iterations: int, cou
     shapes = shapes_of(resolve(model))
     report = compress(model, config, TokenWindows(tokens, {}), progress=False)
     widths = [block.parts["mlp"].rank for block in report.blocks]
-    variants = sum(map(len, report.sensitivities.values()))
     extent = Extent(WINDOWS, LENGTH, WINDOWS * LENGTH, 4)
-    floor = work_of(shapes, config, extent, widths=widths, variants=variants)
+    floor = work_of(shapes, config, extent, widths=widths)
     assert (allocation == "uniform") == (not floor["allocate"])
     for stage, name in (("allocate", f"allocate ({allocation})"), ("decompose", "decompose")):
         needed = sum(sum(work.values()) - work.get("exact", 0) for work in floor[stage].values())

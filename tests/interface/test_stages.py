@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from optimum_modegpt.methods.sensitivity import DIVERGENCE_WINDOWS, LEAST_BUDGET, MOMENT_WINDOWS, RATIOS, budget
-from optimum_modegpt.report import PARTS
+from optimum_modegpt.architectures.shapes import Shapes
+from optimum_modegpt.methods import sensitivity_cost
+from optimum_modegpt.methods.cost import Extent, block_forward
+from optimum_modegpt.methods.sensitivity import DIVERGENCE_WINDOWS, FEWEST_WINDOWS, SHORTEST_WINDOW, budget
 from optimum_modegpt.stages import StageClock, compute_device
 
 CPU = torch.device("cpu")
@@ -67,22 +69,48 @@ def test_cpu_is_the_default_device_without_an_accelerator(monkeypatch: pytest.Mo
     assert compute_device("cpu", CPU) == CPU
 
 
-def test_small_model_uses_all_windows_and_ratios() -> None:
-    found = budget(5, 64)
-    assert (found.moment_windows, found.divergence_windows) == (MOMENT_WINDOWS, DIVERGENCE_WINDOWS)
-    assert found.ratios == RATIOS
+def shapes(blocks: int, width: int, vocabulary: int) -> Shapes:
+    """Return the sizes of a Llama model with 64 coordinates a head."""
+    weights = 4 * width**2 + 3 * width * 3 * width
+    return Shapes(
+        d_model=width,
+        heads=width,
+        head_count=width // 64,
+        groups=width // 64,
+        mlp=3 * width,
+        mlp_inputs=3 - 1,
+        weights=weights,
+        rotary=True,
+        vocabulary=vocabulary,
+        blocks=blocks,
+    )
 
 
-@pytest.mark.parametrize("blocks", [8, 16, 24, 32])
-def test_budget_of_deeper_models_is_limited(blocks: int) -> None:
-    found = budget(blocks, 128)
-    forwards = len(PARTS) * len(found.ratios) * blocks * (blocks + 1) // 2 * found.divergence_windows
-    assert forwards <= max(LEAST_BUDGET, 2 * blocks * 128)
+SMALL, DEEP, DEEPEST = shapes(5, 64, 512), shapes(30, 576, 49152), shapes(80, 8192, 32000)
+
+
+def test_small_model_uses_whole_windows() -> None:
+    found = budget(SMALL, 64, 256)
+    assert found.moment_windows == 16
+    assert found.divergence_windows == DIVERGENCE_WINDOWS
+    assert found.divergence_length == 256
+
+
+@pytest.mark.parametrize(("model", "passes"), [(DEEP, 1), (DEEPEST, 2)], ids=["30 blocks", "80 blocks"])
+@pytest.mark.parametrize(("windows", "length"), [(64, 512), (128, 2048)])
+def test_sensitivities_of_a_deep_model_cost_no_more_than_a_few_passes(
+    model: Shapes, passes: int, windows: int, length: int
+) -> None:
+    found = budget(model, windows, length)
+    assert found.divergence_windows == FEWEST_WINDOWS
+    assert SHORTEST_WINDOW < found.divergence_length < length
+    work = sensitivity_cost.work(model, Extent(windows, length, length, 2))
+    assert work["own"] <= passes * model.blocks * block_forward(model, windows, length)
 
 
 def test_few_windows_are_split_between_moments_and_divergences() -> None:
     for windows in range(1, 60):
-        found = budget(4, windows)
+        found = budget(SMALL, windows, 64)
         assert found.moment_windows >= 1
         assert found.divergence_windows >= 1
         assert windows == 1 or found.moment_windows + found.divergence_windows <= windows

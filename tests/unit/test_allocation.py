@@ -19,7 +19,7 @@ from optimum_modegpt.allocation.plan import (
     plan_sparsity,
     total_weights,
 )
-from optimum_modegpt.allocation.sensitivity import interpolate, lower_hull, plan_from_curves
+from optimum_modegpt.allocation.sensitivity import curve_from_losses, interpolate, lower_hull, plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.modeling.modegpt_family import Widths
 
@@ -398,6 +398,16 @@ def test_sparsity_above_the_largest_gives_the_floors():
     plan = plan_from_curves(curves, sizes, 0.8)
     assert plan_sparsity(plan, sizes) == largest_sparsity(sizes)
     _check_widths(plan, sizes)
+
+
+def test_curve_has_the_shape_of_the_losses_and_passes_the_measured_point():
+    losses = [(0.1, 1.0), (0.2, 3.0), (0.4, 8.0), (0.8, 40.0)]
+    curve = curve_from_losses(losses, 0.4, 0.2)
+    assert dict(curve) == pytest.approx({0.1: 0.025, 0.2: 0.075, 0.4: 0.2, 0.8: 1.0})
+
+
+def test_curve_of_a_part_without_loss_is_the_measured_point():
+    assert curve_from_losses([(0.25, 0.0), (0.5, 0.0)], 0.5, 0.1) == [(0.5, 0.1)]
 
 
 def test_insensitive_part_is_cut_before_a_sensitive_one():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import centred_refit
 from optimum_modegpt.decompositions.nystrom import (
-    elimination_order,
+    eliminate_rows,
     nystrom_refit,
     remaining,
     ridge_leverage,
@@ -114,8 +114,8 @@ def refitted_error(hessian: Tensor, weight: Tensor, kept: list[int]) -> float:
 def eliminate(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 64) -> Tensor:
     """Return the `rank` remaining rows in increasing order."""
     width = len(hessian) - protected
-    order = elimination_order(inverse(hessian), weight.clone(), width - rank, protected=protected, rounds=rounds)
-    return remaining(order, width)
+    found = eliminate_rows(inverse(hessian), weight.clone(), width - rank, protected=protected, rounds=rounds)
+    return remaining(found.order, width)
 
 
 def greedy(hessian: Tensor, weight: Tensor, rank: int, *, protected: int = 0, rounds: int = 10**6) -> list[int]:
@@ -145,6 +145,17 @@ def test_removing_one_by_one_matches_greedy_elimination(seed):
 def test_removing_in_chunks_matches_greedy_elimination(seed):
     hessian, weight = problem(18, seed=10 * seed)
     assert eliminate(hessian, weight, 4, rounds=4).tolist() == greedy(hessian, weight, 4, rounds=4)
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 64])
+@pytest.mark.parametrize("ones", [False, True])
+def test_costs_sum_to_the_increase_of_the_error_after_every_removal(rounds, ones):
+    hessian, weight = problem(14, ones=ones)
+    found = eliminate_rows(inverse(hessian), weight.clone(), 11, protected=int(ones), rounds=rounds)
+    assert len(found.order) == len(found.costs) == 11
+    for removed in range(1, 12):
+        kept = sorted(set(range(len(hessian))) - set(found.order[:removed].tolist()))
+        assert float(found.costs[:removed].sum()) == pytest.approx(refitted_error(hessian, weight, kept), rel=1e-8)
 
 
 @pytest.mark.parametrize("rounds", [3, 64])

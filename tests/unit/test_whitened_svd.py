@@ -13,7 +13,9 @@ from optimum_modegpt.decompositions.whitened_svd import (
     joint_value_output,
     tail_error,
     two_sided_basis,
+    two_sided_energies,
     value_basis,
+    value_energies,
 )
 from optimum_modegpt.errors import NumericalError
 
@@ -55,13 +57,14 @@ def test_error_of_the_logits_is_the_tail_of_the_singular_values(situation, rank)
     query, key = heads(situation), heads("well-posed", 10)
     query_map, key_map = two_sided_basis(query, key, rank)
     assert query_map.shape == key_map.shape == (3, rank, 12)
-    relative = tail_error(query, key, rank)
+    relative, energies = tail_error(query, key, rank), two_sided_energies(query, key)
     for group in range(3):
         q, k = damped(query[group]), damped(key[group])
         total = logit_error(q, k, torch.zeros_like(q))
         error = logit_error(q, k, query_map[group].T @ key_map[group])
         best = tail(roots(query[group])[0] @ roots(key[group])[0], rank)
         assert error == pytest.approx(best, rel=1e-6, abs=1e-10 * total)
+        assert float(energies[group, rank:].sum()) == pytest.approx(best, rel=1e-6, abs=1e-10 * total)
         if situation != "zero":
             assert float(relative[group]) == pytest.approx((best / total) ** 0.5, abs=1e-9)
 
@@ -192,7 +195,10 @@ def test_error_of_the_basis_of_one_head_is_the_tail_of_the_singular_values(situa
     basis = value_basis(moment(**MOMENTS[situation]), output, rank)
     root = roots(moment(**MOMENTS[situation]))[0]
     total = tail(root @ output, 0)
-    assert refitted_error(inputs, output, basis) == pytest.approx(tail(root @ output, rank), rel=1e-6, abs=1e-9 * total)
+    lost = tail(root @ output, rank)
+    assert refitted_error(inputs, output, basis) == pytest.approx(lost, rel=1e-6, abs=1e-9 * total)
+    energies = value_energies(moment(**MOMENTS[situation]), output)
+    assert float(energies[rank:].sum()) == pytest.approx(lost, rel=1e-6, abs=1e-9 * total)
     if rank == 12:
         assert refitted_error(inputs, output, basis) < 1e-9 * total
 
