@@ -184,10 +184,10 @@ class Sweeps:
         query_key = residual_matched.observe_query_key(student, self.moments.stream, arguments)
         output = LinearMomentSum(ones=student.output.bias is not None)
         mlp = LinearMomentSum(ones=student.down.bias is not None)
-        with calls_of(student.output) as attention_calls, calls_of(student.down) as mlp_calls:
+        with calls_of(dense.output) as attention_calls, calls_of(dense.down) as mlp_calls:
 
             def observed(entering: Tensor) -> Tensor:
-                after = student.forward(entering, arguments)
+                after = dense.forward(entering, arguments)
                 output.add(*attention_calls.pop())
                 mlp.add(*mlp_calls.pop())
                 return after

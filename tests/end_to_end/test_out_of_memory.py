@@ -128,7 +128,7 @@ def test_allocation_is_retried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sensitivity.Sweeps, "measured", measured)
     monkeypatch.setattr(residual_matched, "run_dense", noted)
     config = ModeGPTConfig(sparsity=0.3, batch_size=4, refit_iterations=0)
-    report = compress(dense("opt"), config, TokenWindows(tokens(8, 24), {}), progress=False)
+    report = compress(dense("opt"), config, TokenWindows(tokens(16, 24), {}), progress=False)
     assert sizes == [4, 2]
     assert f"allocate (sensitivity): {SEEN.format(4, 2)}" in report.warnings
     assert report.batch_size == 2
