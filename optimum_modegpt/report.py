@@ -95,10 +95,10 @@ class Report:
     processes: int = 1
     """Number of processes, each of which used a shard of the calibration data. `stages` and `device` are of rank 0."""
     sensitivities: dict[str, list[list[float]]] = field(default_factory=dict)
-    """"block.part" -> [sparsity, KL divergence in nats per token], through one measured point. Empty unless the
+    """"block.part" -> [sparsity, KL divergence in nats per token], through measured points. Empty unless the
     allocation uses it."""
     sensitivity_budget: dict[str, Any] = field(default_factory=dict)
-    """Windows for moments and for divergences, and tokens of the latter, used to measure the sensitivities."""
+    """Windows for moments and for divergences, tokens of the latter, and ratios, used to measure the sensitivities."""
     influences: list[float] = field(default_factory=list)
     """Block influence 1 − E cos(input, output) of every block. Empty unless the allocation used it."""
     self_check: dict[str, Any] = field(default_factory=dict)

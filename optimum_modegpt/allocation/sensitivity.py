@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, total_weights
 
 Curve = Sequence[tuple[float, float]]
@@ -13,15 +15,18 @@ Curves = Mapping[tuple[int, str], Curve]
 """Curves by block index and part."""
 
 
-def curve_from_losses(losses: Curve, sparsity: float, divergence: float) -> Curve:
-    """Return a curve of the shape of `losses` that passes through one measured point (sparsity, divergence).
+def curve_from_losses(losses: Curve, measured: Curve) -> list[tuple[float, float]]:
+    """Return a curve of the shape of `losses` that passes through the `measured` points.
 
-    To second order, the divergence is proportional to the energy of the part's output that is lost.
+    To second order, the divergence is proportional to the energy of the part's output that is lost. Their ratio is
+    interpolated linearly between the measured points, and constant outside of them.
     """
-    loss = dict(losses)[sparsity]
-    if loss <= 0:
-        return [(sparsity, divergence)]
-    return [(other, energy * divergence / loss) for other, energy in losses]
+    loss_at = dict(losses)
+    ratios = [(sparsity, divergence / loss_at[sparsity]) for sparsity, divergence in measured if loss_at[sparsity] > 0]
+    if not ratios:
+        return list(measured)
+    known, ratio = zip(*sorted(ratios), strict=True)
+    return [(sparsity, loss * float(np.interp(sparsity, known, ratio))) for sparsity, loss in losses]
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import PartSize, Sizes
-from optimum_modegpt.allocation.sensitivity import Curve, curve_from_losses
+from optimum_modegpt.allocation.sensitivity import curve_from_losses
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.head import LogitHead
 from optimum_modegpt.architectures.shapes import Shapes
@@ -39,14 +39,16 @@ from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS
 
-RATIO = 0.4
-"""Sparsity at which a part is cut to measure its divergence."""
+RATIOS, FEWER_RATIOS = (0.3, 0.6, 1.0), (0.4, 1.0)
+"""Sparsities at which a part is cut to measure its divergence. 1 means the cap: a softmax is far from linear there."""
+PASS_SHARE = 0.7
+"""The cost of the divergences, as a share of a stream's pass."""
 LOSS_POINTS = 24
 """Largest number of widths of a part at which the loss of its output is used."""
 MOMENT_WINDOWS, DIVERGENCE_WINDOWS = 32, 16
 FEWEST_WINDOWS = 4
 """Windows for the divergence that are used of all, if only in part: one window is one kind of text."""
-SHORTEST_WINDOW = 32
+SHORTEST_WINDOW = 40
 SHALLOW_BUDGET = 24_000
 """Divided by the number of blocks, this is the number of block-forwards of a window that are always allowed. They cost
 little in models with few blocks."""
@@ -54,7 +56,7 @@ LOGITS_AT_ONCE = 2**26
 SWEEPS = 4
 """A single sweep would hold the streams of all cut blocks in memory, and each moves all later blocks to the device."""
 
-Curves = dict[tuple[int, str], Curve]
+Curves = dict[tuple[int, str], list[tuple[float, float]]]
 """Points (sparsity, divergence or loss) by block and part."""
 Variant = tuple[int, str, float]
 """A copy of a block with one part cut: the block's index, the part, and its sparsity."""
@@ -68,27 +70,31 @@ class Budget:
         moment_windows: windows for the moments.
         divergence_windows: windows for the divergence.
         divergence_length: tokens that are used of each window for the divergence.
+        ratios: sparsities at which the divergence is measured.
     """
 
     moment_windows: int
     divergence_windows: int
     divergence_length: int
+    ratios: tuple[float, ...]
 
 
 def budget(shapes: Shapes, windows: int, length: int) -> Budget:
-    """Choose windows by their cost: half of a stream's pass, or more in a model with few blocks.
+    """Choose windows and ratios by their cost: `PASS_SHARE` of a stream's pass, or more in a model with few blocks.
 
     Every cut block passes half of the blocks on average, and the head. If fewer than `FEWEST_WINDOWS` are affordable,
-    only the first tokens of these are used, so that the cost does not grow with the square of the depth.
+    only the first tokens of these are used, at fewer ratios. The cost does not grow with the square of the depth.
     """
     moment_windows = max(1, min(MOMENT_WINDOWS, windows // 4))
     available = max(1, min(DIVERGENCE_WINDOWS, windows - moment_windows))
-    allowed = max(SHALLOW_BUDGET / shapes.blocks, shapes.blocks * windows / 2)  # block-forwards of a window
+    allowed = max(SHALLOW_BUDGET / shapes.blocks, PASS_SHARE * shapes.blocks * windows)  # block-forwards of a window
     head = shapes.vocabulary * shapes.d_model / (shapes.weights + length * shapes.heads)
-    affordable = allowed / (len(PARTS) * shapes.blocks * ((shapes.blocks + 1) / 2 + head))
-    used = min(available, max(FEWEST_WINDOWS, int(affordable)))
-    affordable_length = int(affordable * length / used)
-    return Budget(moment_windows, used, min(length, max(SHORTEST_WINDOW, affordable_length)))
+    affordable = allowed / (len(PARTS) * shapes.blocks * ((shapes.blocks + 1) / 2 + head))  # windows at one ratio
+    few = min(available, FEWEST_WINDOWS)
+    if affordable >= few * len(RATIOS):
+        return Budget(moment_windows, min(available, int(affordable / len(RATIOS))), length, RATIOS)
+    affordable_length = int(affordable * length / len(FEWER_RATIOS) / few)
+    return Budget(moment_windows, few, min(length, max(SHORTEST_WINDOW, affordable_length)), FEWER_RATIOS)
 
 
 def split(windows: int, budget: Budget) -> tuple[slice, slice]:
@@ -105,7 +111,7 @@ def sweep_length(blocks: int) -> int:
 
 @dataclass
 class Sweeps:
-    """Measures mean KL(dense ‖ cut) in nats per token for every part of every block, cut by `RATIO`.
+    """Measures mean KL(dense ‖ cut) in nats per token for every part of every block, cut at some ratios.
 
     Each part is cut alone, with dense statistics and its own dense output as the target, without token weights, norm
     gains and the refit of gate and up. The rest of the model remains dense. The blocks are measured in a few sweeps:
@@ -116,6 +122,7 @@ class Sweeps:
         architecture: the dense model.
         sizes: the sizes of the parts of every block.
         config: the configuration of the compression.
+        ratios: sparsities to cut at.
         moments: the inputs of the next block to measure, for the windows for moments.
         divergence: the same for the windows for the divergence.
         device: the compute device.
@@ -124,6 +131,7 @@ class Sweeps:
     architecture: Architecture
     sizes: Sizes
     config: ModeGPTConfig
+    ratios: tuple[float, ...]
     moments: BlockInputs
     divergence: BlockInputs
     device: torch.device
@@ -209,14 +217,19 @@ class Sweeps:
         return passed
 
     def _losses(self, index: int, cuts: Mapping[str, PartCut]) -> Curves:
-        """Return the loss of output of every part at some of its widths, and at the one that is measured."""
+        """Return the loss of output of every part at some of its widths, and at those that are measured."""
         losses: Curves = {}
         for part, size in self.sizes[index].items():
             narrower = size.widths()[1:]
             some = narrower[:: -(-len(narrower) // LOSS_POINTS)] if narrower else []
-            widths = sorted({*some, _measured_width(size)} - {size.dense}, reverse=True)
+            widths = sorted({*some, *self._measured_widths(size)}, reverse=True)
             losses[index, part] = [(1 - width / size.dense, cuts[part].loss(size.dense - width)) for width in widths]
         return losses
+
+    def _measured_widths(self, size: PartSize) -> list[int]:
+        """Return the allowed widths nearest to the ratios, without the dense one."""
+        widths = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios}
+        return sorted(widths - {size.dense})
 
     def _cut(
         self, dense: Block, cuts: Mapping[str, PartCut], entering: Stream, variants: list[Variant]
@@ -224,15 +237,13 @@ class Sweeps:
         """Yield the outputs on `entering` of copies of the block with one part cut, and append these to `variants`."""
         arguments = self.divergence.on(dense.index, self.device)
         for part, size in self.sizes[dense.index].items():
-            width = _measured_width(size)
-            if width == size.dense:
-                continue
-            copied = dense.compressible_copy(self.device)
-            with naming(part):
-                cuts[part].install(copied, width)
-            variants.append((dense.index, part, 1 - width / size.dense))
-            for batch in entering:
-                yield copied.forward(batch, arguments)
+            for width in self._measured_widths(size):
+                copied = dense.compressible_copy(self.device)
+                with naming(part):
+                    cuts[part].install(copied, width)
+                variants.append((dense.index, part, 1 - width / size.dense))
+                for batch in entering:
+                    yield copied.forward(batch, arguments)
 
 
 @dataclass(frozen=True)
@@ -297,21 +308,17 @@ def _cumulated(energies: Tensor) -> list[float]:
     return distributed.broadcast(energies.clamp_min(0).cumsum(0)).tolist()
 
 
-def _measured_width(size: PartSize) -> int:
-    return size.nearest(max(size.floor, size.dense * (1 - RATIO)))
-
-
 def _curves(losses: Curves, variants: list[Variant], divergences: list[float]) -> Curves:
     """Return the curves through the measured divergences."""
-    curves: Curves = {}
+    measured: Curves = {}
     for (index, part, sparsity), divergence in zip(variants, divergences, strict=True):
         if not math.isfinite(divergence):
             raise NumericalError(
                 f"block {index}, {part}: with {sparsity:.0%} of it removed the model's output is not finite, although "
                 "the dense model's is. Load the model in bfloat16 or float32."
             )
-        curves[index, part] = curve_from_losses(losses[index, part], sparsity, divergence)
-    return curves
+        measured.setdefault((index, part), []).append((sparsity, divergence))
+    return {key: curve_from_losses(losses[key], points) for key, points in measured.items()}
 
 
 def _check(dense: Block, stream: Stream, inputs: BlockInputs) -> None:

@@ -11,7 +11,7 @@ from optimum_modegpt.report import PARTS
 def work(shapes: Shapes, extent: Extent) -> Work:
     """Return the multiply-adds."""
     used, blocks = sensitivity.budget(shapes, extent.windows, extent.length), shapes.blocks
-    variants = blocks * len(PARTS)
+    variants = blocks * len(PARTS) * len(used.ratios)
     passed = variants * (blocks + 1) / 2 + blocks  # a variant passes half of the blocks, on average
     own = passed * cost.block_forward(shapes, used.divergence_windows, used.divergence_length)
     own += blocks * cost.block_forward(shapes, used.moment_windows, extent.length)
@@ -24,7 +24,7 @@ def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
     """Return the moments that can be the peak: the logits after a sweep, and a block while its variants are cut."""
     used = sensitivity.budget(shapes, extent.windows, extent.length)
     variant = shapes.weights * extent.element
-    cuts = sensitivity.sweep_length(shapes.blocks) * len(PARTS)
+    cuts = sensitivity.sweep_length(shapes.blocks) * len(PARTS) * len(used.ratios)
     windows = extent.windows + 2 * used.moment_windows + 2 * used.divergence_windows
     window = extent.length * shapes.d_model * extent.element
     streams = {
@@ -37,7 +37,7 @@ def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
         "next-token distributions": rows * shapes.vocabulary * (4 * FLOAT32 + extent.element),
     }
     # The down projection is refitted while the moments of all channels are in memory.
-    left = int(shapes.mlp * (1 - sensitivity.RATIO))
+    left = int(shapes.mlp * (1 - min(used.ratios)))
     float64, float32 = 2 * shapes.mlp + 5 * left, shapes.mlp_inputs * (shapes.mlp + left)
     refit = {
         "block, dense and compressed": 2 * variant,

@@ -60,6 +60,7 @@ def measure_sensitivities(request: Request, state: State) -> None:
         request.architecture,
         request.sizes,
         request.config,
+        budget.ratios,
         moments=state.embed(request, for_moments),
         divergence=state.embed(request, for_divergence, budget.divergence_length),
         device=request.device,

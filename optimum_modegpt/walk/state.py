@@ -32,7 +32,9 @@ class Measurements:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the measurements, safe for JSON."""
-        budget = {} if self.budget is None else dict(vars(self.budget))
+        budget = {}
+        if self.budget is not None:
+            budget = {**vars(self.budget), "ratios": list(self.budget.ratios)}
         curves = {}
         for (block, part), curve in self.curves.items():
             curves[f"{block}.{part}"] = list(map(list, curve))
@@ -45,8 +47,10 @@ class Measurements:
         for name, curve in fields["sensitivities"].items():
             block, _, part = name.partition(".")
             curves[int(block), part] = [(sparsity, divergence) for sparsity, divergence in curve]
-        budget = fields["sensitivity_budget"]
-        return cls(curves, Budget(**budget) if budget else None, fields["influences"])
+        budget = fields["sensitivity_budget"] or None
+        if budget is not None:
+            budget = Budget(**{**budget, "ratios": tuple(budget["ratios"])})
+        return cls(curves, budget, fields["influences"])
 
 
 @dataclass

@@ -303,7 +303,7 @@ def test_sensitivities_bring_a_block_to_the_device_once_a_sweep(monkeypatch: pyt
     def curves(number: int) -> sensitivity.Curves:
         brought.clear()
         monkeypatch.setattr(sensitivity, "SWEEPS", number)
-        sweeps = sensitivity.Sweeps(architecture, sizes, config, first, second, host)
+        sweeps = sensitivity.Sweeps(architecture, sizes, config, (0.3, 0.6), first, second, host)
         with torch.no_grad():
             return {name: curve for found in sweeps.measured({}, progress=False) for name, curve in found.items()}
 

@@ -11,7 +11,7 @@ import torch
 from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.methods import sensitivity_cost
 from optimum_modegpt.methods.cost import Extent, block_forward
-from optimum_modegpt.methods.sensitivity import DIVERGENCE_WINDOWS, FEWEST_WINDOWS, SHORTEST_WINDOW, budget
+from optimum_modegpt.methods.sensitivity import FEWER_RATIOS, FEWEST_WINDOWS, RATIOS, SHORTEST_WINDOW, budget
 from optimum_modegpt.stages import StageClock, compute_device
 
 CPU = torch.device("cpu")
@@ -92,7 +92,8 @@ SMALL, DEEP, DEEPEST = shapes(5, 64, 512), shapes(30, 576, 49152), shapes(80, 81
 def test_small_model_uses_whole_windows() -> None:
     found = budget(SMALL, 64, 256)
     assert found.moment_windows == 16
-    assert found.divergence_windows == DIVERGENCE_WINDOWS
+    assert found.divergence_windows == 16
+    assert found.ratios == RATIOS
     assert found.divergence_length == 256
 
 
@@ -103,7 +104,8 @@ def test_sensitivities_of_a_deep_model_cost_no_more_than_a_few_passes(
 ) -> None:
     found = budget(model, windows, length)
     assert found.divergence_windows == FEWEST_WINDOWS
-    assert SHORTEST_WINDOW < found.divergence_length < length
+    assert found.ratios == FEWER_RATIOS
+    assert SHORTEST_WINDOW <= found.divergence_length < length
     work = sensitivity_cost.work(model, Extent(windows, length, length, 2))
     assert work["own"] <= passes * model.blocks * block_forward(model, windows, length)
 

@@ -400,14 +400,18 @@ def test_sparsity_above_the_largest_gives_the_floors():
     _check_widths(plan, sizes)
 
 
-def test_curve_has_the_shape_of_the_losses_and_passes_the_measured_point():
-    losses = [(0.1, 1.0), (0.2, 3.0), (0.4, 8.0), (0.8, 40.0)]
-    curve = curve_from_losses(losses, 0.4, 0.2)
-    assert dict(curve) == pytest.approx({0.1: 0.025, 0.2: 0.075, 0.4: 0.2, 0.8: 1.0})
+def test_curve_has_the_shape_of_the_losses_and_passes_the_measured_points():
+    losses = [(0.1, 1.0), (0.2, 3.0), (0.4, 8.0), (0.6, 15.0), (0.8, 40.0)]
+    curve = dict(curve_from_losses(losses, [(0.2, 0.3), (0.6, 3.0)]))
+    assert curve[0.2] == pytest.approx(0.3)
+    assert curve[0.6] == pytest.approx(3.0)
+    assert curve[0.1] == pytest.approx(0.1), "proportional to the loss below the first measurement"
+    assert curve[0.8] == pytest.approx(8.0), "and above the last"
+    assert curve[0.4] == pytest.approx(8.0 * 0.15), "with the mean ratio halfway"
 
 
 def test_curve_of_a_part_without_loss_is_the_measured_point():
-    assert curve_from_losses([(0.25, 0.0), (0.5, 0.0)], 0.5, 0.1) == [(0.5, 0.1)]
+    assert curve_from_losses([(0.25, 0.0), (0.5, 0.0)], [(0.5, 0.1)]) == [(0.5, 0.1)]
 
 
 def test_insensitive_part_is_cut_before_a_sensitive_one():
