@@ -88,7 +88,7 @@ class Recipe:
     sparsity: float = 0.3
     method: Literal["default", "paper"] = "default"
     allocation: Literal["sensitivity", "influence", "uniform"] | None = None
-    dataset: Any = "wikitext2"
+    dataset: Any = ("c4", "wikitext2")
     dataset_split: str | None = None
     text_column: str | None = None
     num_samples: int = 128

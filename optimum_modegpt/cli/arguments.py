@@ -262,7 +262,8 @@ def _add_configuration(parser: Any) -> None:
     for field in dataclasses.fields(Recipe):
         text = texts[field.name]
         if field.default is not None and field.default is not False:
-            text += f" Default: {field.default}."
+            default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
+            text += f" Default: {default}."
         kind = str(field.type).removesuffix(" | None")
         options = kinds.get(field.name) or kinds.get(kind) or {"metavar": "NAME"}
         flag = f"--{field.name.replace('_', '-')}"

@@ -206,5 +206,5 @@ def is_repo_id(name: str) -> bool:
 
 def default_dataset(config: ModeGPTConfig, source: Source) -> ModeGPTConfig:
     """Return the configuration, with the embedded text for the embedded model unless a dataset was chosen."""
-    is_chosen = not isinstance(config.dataset, str) or config.dataset != ModeGPTConfig.dataset
-    return replace(config, dataset=DEMO) if source.is_demo and not is_chosen else config
+    is_default = isinstance(config.dataset, dict) and config.dataset == ModeGPTConfig().dataset
+    return replace(config, dataset=DEMO) if source.is_demo and is_default else config

@@ -128,8 +128,9 @@ def test_every_field_is_a_flag_with_its_help(field: str, capsys: pytest.CaptureF
     kind = str(ModeGPTConfig.__dataclass_fields__[field].type).split(" ")[0]
     value = VALUES.get(field, {"float": "0.5", "int": "3", "bool": "True"}.get(kind, "word"))
     flag, words = f"--{field.replace('_', '-')}", [] if kind == "bool" else [value]
-    options = cli.build_parser().parse_args(["compress", "m", "--output", "o", flag, *words])
-    expected = ModeGPTConfig.from_dict({field: type(getattr(options, field))(value)})
+    single = [] if field == "dataset" else ["--dataset", "c4"]  # a split or a column is for a single text
+    options = cli.build_parser().parse_args(["compress", "m", "--output", "o", *single, flag, *words])
+    expected = ModeGPTConfig.from_dict({"dataset": "c4", field: type(getattr(options, field))(value)})
     assert configuration(options) == expected
     assert str(getattr(expected, field)) == value
     with pytest.raises(SystemExit):
@@ -519,7 +520,7 @@ def test_a_dataset_that_cannot_be_reached_names_the_flag(
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = refusal(capsys, "compress", checkpoint, "--output", tmp_path / "o")
-    start = "error: Salesforce/wikitext, subset wikitext-2-raw-v1 cannot be read: "
+    start = "error: allenai/c4, subset en cannot be read: "
     assert message.startswith(start)
     assert "(--dataset FILE on the command line): a local .txt" in message
 

@@ -21,7 +21,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "sparsity": 0.3,
         "method": "default",
         "allocation": None,
-        "dataset": "wikitext2",
+        "dataset": {"c4": 1.0, "wikitext2": 1.0},
         "dataset_split": None,
         "text_column": None,
         "num_samples": 128,

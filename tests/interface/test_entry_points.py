@@ -350,7 +350,7 @@ def test_source_resolves_the_commit_of_a_cached_model(tmp_path: Path) -> None:
 def test_demo_model_defaults_to_the_demo_text() -> None:
     assert default_dataset(ModeGPTConfig(), Source("demo")).dataset == "demo"
     assert default_dataset(ModeGPTConfig(dataset="c4"), Source("demo")).dataset == "c4"
-    assert default_dataset(ModeGPTConfig(), Source("me/model")).dataset == "wikitext2"
+    assert default_dataset(ModeGPTConfig(), Source("me/model")).dataset == {"c4": 1.0, "wikitext2": 1.0}
 
 
 def test_base_model_of_a_folder_is_its_name(tmp_path: Path) -> None:
