@@ -46,9 +46,8 @@ PASS_SHARE = 0.7
 LOSS_POINTS = 24
 """Largest number of widths of a part at which the loss of its output is used."""
 MOMENT_WINDOWS, DIVERGENCE_WINDOWS = 32, 16
-FEWEST_WINDOWS = 4
-"""Windows for the divergence that are used of all, if only in part: one window is one kind of text."""
-SHORTEST_WINDOW = 40
+FEWEST_WINDOWS, SHORTEST_WINDOW = 2, 256
+"""Windows for the divergence, and tokens of each, that are always used. Query and key seem unimportant in shorter ones."""
 SHALLOW_BUDGET = 24_000
 """Divided by the number of blocks, this is the number of block-forwards of a window that are always allowed. They cost
 little in models with few blocks."""
@@ -83,7 +82,8 @@ def budget(shapes: Shapes, windows: int, length: int) -> Budget:
     """Choose windows and ratios by their cost: `PASS_SHARE` of a stream's pass, or more in a model with few blocks.
 
     Every cut block passes half of the blocks on average, and the head. If fewer than `FEWEST_WINDOWS` are affordable,
-    only the first tokens of these are used, at fewer ratios. The cost does not grow with the square of the depth.
+    only the first tokens of these are used, at fewer ratios. The cost does not grow with the square of the depth until
+    `SHORTEST_WINDOW` is reached.
     """
     moment_windows = max(1, min(MOMENT_WINDOWS, windows // 4))
     available = max(1, min(DIVERGENCE_WINDOWS, windows - moment_windows))
