@@ -47,7 +47,8 @@ LOSS_POINTS = 24
 """Largest number of widths of a part at which the loss of its output is used."""
 MOMENT_WINDOWS, DIVERGENCE_WINDOWS = 32, 16
 FEWEST_WINDOWS, SHORTEST_WINDOW = 2, 256
-"""Windows for the divergence, and tokens of each, that are always used. Query and key seem unimportant in shorter ones."""
+"""Windows for the divergence, and tokens of each, that are always used if the text has them. Query and key seem
+unimportant in shorter windows."""
 SHALLOW_BUDGET = 24_000
 """Divided by the number of blocks, this is the number of block-forwards of a window that are always allowed. They cost
 little in models with few blocks."""
