@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, total_weights
 
 Curve = Sequence[tuple[float, float]]
@@ -25,8 +23,9 @@ def curve_from_losses(losses: Curve, measured: Curve) -> list[tuple[float, float
     ratios = [(sparsity, divergence / loss_at[sparsity]) for sparsity, divergence in measured if loss_at[sparsity] > 0]
     if not ratios:
         return list(measured)
-    known, ratio = zip(*sorted(ratios), strict=True)
-    return [(sparsity, loss * float(np.interp(sparsity, known, ratio))) for sparsity, loss in losses]
+    ratios.sort()
+    first, last = ratios[0][0], ratios[-1][0]
+    return [(sparsity, loss * interpolate(ratios, min(max(sparsity, first), last))) for sparsity, loss in losses]
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:
@@ -43,7 +42,7 @@ def lower_hull(curve: Curve) -> list[tuple[float, float]]:
 
 
 def interpolate(hull: Sequence[tuple[float, float]], sparsity: float) -> float:
-    """Interpolate the hull's divergence at `sparsity`. Beyond the last point, extrapolate with the last slope."""
+    """Interpolate linearly between the points. Beyond the last point, extrapolate with the last slope."""
     if len(hull) == 1:
         return hull[0][1]
     left, right = hull[0], hull[1]

@@ -306,7 +306,7 @@ def mlp_cut(student: Block, moments: LinearMoments, size: PartSize, config: Mode
 
 def _cumulated(energies: Tensor) -> list[float]:
     """Return the sums of the first energies. All ranks of a distributed run get the same ones."""
-    return distributed.broadcast(energies.clamp_min(0).cumsum(0)).tolist()
+    return distributed.broadcast(energies.clamp_min(0).cumsum(0)).cpu().tolist()
 
 
 def _curves(losses: Curves, variants: list[Variant], divergences: list[float]) -> Curves:

@@ -178,7 +178,10 @@ def launched(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
     return output, done.stdout
 
 
-def test_rank_0_saves_and_prints(words: list[str], launched: tuple[Path, str], tmp_path: Path) -> None:
+def test_rank_0_saves_and_prints(
+    words: list[str], launched: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residual_matched, "TOKENS_PER_ROW", 10)  # as in the launched processes
     output, printed = launched
     assert printed.count("saved in") == 1
     assert "on cpu, 2 processes" in printed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from checkpoints import save_dense, save_text
 from tiny_models import compressed, dense, tokenizer
+from transformers.utils.logging import enable_progress_bar
 
 scoreboard = pytest.importorskip("scoreboard")
 import rows  # noqa: E402
@@ -21,6 +23,13 @@ CHOICES = {"query": "Question: on sea\n", "choices": ["a rat", "toes", "ear"], "
 OTHER = {"query": "Question: is it\n", "choices": ["no", "an iron tree"], "gold": 0}
 CONTEXTS = {"context_options": ["tea so Ann", "sea so Bo"], "continuation": "ate.", "gold": 0}
 LAST_WORD = {"context": "one tree and one", "continuation": "tree"}
+
+
+@pytest.fixture(autouse=True)
+def progress_bars_again() -> Iterator[None]:
+    """Enable the progress bars that the benchmark disables."""
+    yield
+    enable_progress_bar()
 
 
 def questions(tmp_path: Path, task: str, *items: dict[str, Any], context: int | None = 64) -> list[zero_shot.Question]:
