@@ -16,9 +16,8 @@ Total = Callable[[Any], Any]
 
 
 NOISE_RIDGE = 4.0
-"""Part of the ridge of a refit that falls with the number of tokens per input. With 16,384 tokens, and
-only the first six blocks of SmolLM2-135M cut, it removed a fifth of the loss of log-perplexity.
-"""
+"""Part of the ridge of a refit that falls with the number of tokens per input. Chosen on held-out text, with the first
+four to six blocks of SmolLM2-135M cut on 16,384 tokens."""
 
 
 def complete(own: Any) -> Any:
