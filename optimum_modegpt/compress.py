@@ -22,7 +22,7 @@ from optimum_modegpt.report import Report
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.checks import check_reading, check_request, check_result
 from optimum_modegpt.walk.guards import collected_warnings, evaluation_mode, retrying_on_oom
-from optimum_modegpt.walk.planning import make_plan
+from optimum_modegpt.walk.planning import make_plan, measure_gradients
 from optimum_modegpt.walk.prepare import prepare
 from optimum_modegpt.walk.record import make_record, make_report, parameters_around
 from optimum_modegpt.walk.request import Base, Request
@@ -64,8 +64,16 @@ def compress(
     state = State.start(request)
     check_request(request, state)
     precision, warned = products_of(model.dtype), collected_warnings(state)
-    with torch.no_grad(), precision, evaluation_mode(model), warned, resuming(request, state):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        precision,
+        evaluation_mode(model),
+        warned,
+        resuming(request, state),
+    ):
         retrying_on_oom("embed", embed, request, state)
+        retrying_on_oom("gradients", measure_gradients, request, state)
         plan = known_plan(request)
         if plan is None:
             plan = retrying_on_oom(f"allocate ({request.config.resolved_allocation})", make_plan, request, state)
@@ -98,11 +106,12 @@ def cut_blocks(
     shown = bar(desc="decompose", unit="block", total=len(blocks), initial=len(modules), shown=request.show_progress)
     with shown:
         for block in blocks[len(modules) :]:
+            gradients = state.gradients[block.index] if state.gradients else None
             with naming(f"block {block.index}"):
                 cut = method.cut_block(
                     block.on(device),
                     plan.widths[block.index],
-                    CalibrationInputs(streams, state.inputs.on(block.index, device), state.inputs.windows),
+                    CalibrationInputs(streams, state.inputs.on(block.index, device), state.inputs.windows, gradients),
                     state.keep_derivatives,
                 )
                 streams = cut.after

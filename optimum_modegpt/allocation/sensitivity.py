@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from statistics import median
 
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, total_weights
 
@@ -19,13 +20,27 @@ def curve_from_losses(losses: Curve, measured: Curve) -> list[tuple[float, float
     To second order, the divergence is proportional to the energy of the part's output that is lost. Their ratio is
     interpolated linearly between the measured points, and constant outside of them.
     """
-    loss_at = dict(losses)
-    ratios = [(sparsity, divergence / loss_at[sparsity]) for sparsity, divergence in measured if loss_at[sparsity] > 0]
+    ratios = _ratios(measured, losses)
     if not ratios:
         return list(measured)
-    ratios.sort()
-    first, last = ratios[0][0], ratios[-1][0]
-    return [(sparsity, loss * interpolate(ratios, min(max(sparsity, first), last))) for sparsity, loss in losses]
+    return [(sparsity, loss * _within(ratios, sparsity)) for sparsity, loss in losses]
+
+
+def divergences_of(second_orders: Curves, ratios: Curves) -> dict[tuple[int, str], Curve]:
+    """Return the divergence of every part of every block, from its second order and the ratio of both in some blocks.
+
+    Elsewhere, the ratio is the median of those of the same part.
+    """
+    divergences = {}
+    for (block, part), curve in second_orders.items():
+        known = [ratios[key] for key in ratios if key == (block, part)]
+        known = known or [ratios[key] for key in ratios if key[1] == part]
+        points = []
+        for sparsity, second_order in curve:
+            ratio = median(_within(sorted(each), sparsity) for each in known) if known else 1.0
+            points.append((sparsity, second_order * ratio))
+        divergences[block, part] = points
+    return divergences
 
 
 def lower_hull(curve: Curve) -> list[tuple[float, float]]:
@@ -106,6 +121,17 @@ def _steps(
         slope = max(slope, (costs[i + 1] - costs[i]) / ((before - after) * size.weights_per_unit))
         steps.append((slope, i, block, part, after))
     return steps
+
+
+def _ratios(numerators: Curve, denominators: Curve) -> list[tuple[float, float]]:
+    """Return the ratios of two curves at the points of the first, without those at which the second is 0."""
+    below = dict(denominators)
+    return sorted((sparsity, value / below[sparsity]) for sparsity, value in numerators if below[sparsity] > 0)
+
+
+def _within(points: Curve, at: float) -> float:
+    """Interpolate linearly between the points. Outside of them, the result is constant."""
+    return interpolate(points, min(max(at, points[0][0]), points[-1][0]))
 
 
 def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:

@@ -15,11 +15,9 @@ class Shapes:
     d_model: int  # width of the residual stream
     heads: int  # joint width of the attention heads
     head_count: int
-    groups: int  # number of key-value heads
     mlp: int  # width of the MLP
     mlp_inputs: int  # number of input projections of the MLP
     weights: int  # number of weights of the block's projections
-    rotary: bool  # whether query and key are rotated by position
     vocabulary: int
     blocks: int
     eager: bool = False  # whether the attention is "eager", which holds the scores of a batch
@@ -34,11 +32,9 @@ def shapes_of(architecture: Architecture) -> Shapes:
         d_model=largest.d_model,
         heads=largest.heads * largest.head_dim,
         head_count=largest.heads,
-        groups=largest.kv_heads,
         mlp=largest.mlp_width,
         mlp_inputs=len(largest.family.mlp.inputs),
         weights=largest.weights,
-        rotary=largest.rotary and "qk" not in largest.full_width_parts,
         vocabulary=head.out_features,
         blocks=len(architecture.blocks),
         eager=model.config._attn_implementation == "eager",

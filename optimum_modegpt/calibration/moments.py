@@ -1,4 +1,4 @@
-"""Accumulate sums over tokens: second moments, cross moments, attention curvature, and slopes between two streams."""
+"""Accumulate sums over tokens: second moments, cross moments, and slopes between two streams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.architectures.norms import set_gain
-from optimum_modegpt.architectures.positions import head_tables
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import (
     accumulation_dtype,
@@ -23,19 +22,12 @@ from optimum_modegpt.decompositions.psd import (
     to_float64,
 )
 from optimum_modegpt.modeling.modegpt_family import Norm
-from optimum_modegpt.report import count_parameters
 
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
 
 SLOPE_RIDGE = 1e-4
 """Ridge of the norm gains, as a fraction of the mean energy of a channel."""
-
-QUERY_STRIDE = 4
-"""Stride of the queries that are used for the attention curvature."""
-
-CURVATURE_BUDGET = 0.25
-"""Maximum cost of the attention curvature, as a fraction of the cost of a stream's forward pass."""
 
 
 @dataclass
@@ -168,7 +160,7 @@ class QueryKeyMoments:
     """Moments of queries and keys per key-value group: (groups, d, d), float64, before rotation.
 
     `query` is the second moment of the queries, summed over the group's heads. `key` is the second moment of the keys
-    or, with rotary embeddings, the curvature F of the attention distribution.
+    or, in the residual-matched method, of the gradients at the queries.
     """
 
     query: Tensor
@@ -182,84 +174,3 @@ def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """
     shape = (-1, block.head_dim)
     return block.query(inputs).unflatten(-1, shape), block.key(inputs).unflatten(-1, shape)
-
-
-@dataclass
-class AttentionCurvatureSum:
-    """Accumulates F = Σ_t Σ_s p_ts (z_ts − μ_t)(z_ts − μ_t)ᵀ per key-value group, summed over its heads (ours).
-
-    z_ts is the key at s rotated into the frame of the query at t, p the attention probabilities, and
-    μ_t = Σ_s p_ts z_ts. The second-order KL divergence of a softmax row is a quadratic form in F. Queries are
-    subsampled by `stride`.
-    """
-
-    block: Block
-    stride: int = QUERY_STRIDE
-    curvature: Tensor | float = 0.0
-
-    def add(self, query: Tensor, key: Tensor, arguments: dict[str, Any]) -> None:
-        """Add `query` and `key` from `query_key_vectors`. `arguments` are the block's, for the rotary tables."""
-        tables = head_tables(arguments["position_embeddings"], self.block.family, query.shape[-1])
-        cos, sin = map(at_least_float32, tables)  # (1, length, d)
-        # (batch, heads, length, d)
-        query = _rotate(at_least_float32(query).transpose(1, 2), cos[:, None], sin[:, None])
-        key = _rotate(at_least_float32(key).transpose(1, 2), cos[:, None], sin[:, None])
-        length = query.shape[2]
-        positions = torch.arange(length, device=query.device)
-        rows = positions[self.stride - 1 :: self.stride] if length >= self.stride else positions[-1:]
-        visible = positions <= rows[:, None]
-        if (window := self.block.attention.attention_window) is not None:
-            visible &= positions > rows[:, None] - window
-        moments = []
-        for group, heads in enumerate(torch.arange(query.shape[1]).view(key.shape[1], -1)):
-            scatter = self._group(query[:, heads][:, :, rows], key[:, group], visible)
-            moments.append(_turn_moments(scatter, cos[0, rows], -sin[0, rows]).sum(0))
-        self.curvature = self.curvature + to_float64(torch.stack(moments))
-
-    def value(self) -> Tensor:
-        """Return F so far, over the tokens of all ranks, (groups, d, d)."""
-        curvature = distributed.all_reduce(self.curvature)
-        assert isinstance(curvature, Tensor)
-        return curvature
-
-    def _group(self, query: Tensor, key: Tensor, visible: Tensor) -> Tensor:
-        """Compute the scatter (rows, d, d) of the rotated keys around their mean, summed over batch and heads.
-
-        `query` (batch, heads, rows, d), `key` (batch, length, d), `visible` (rows, length).
-        """
-        # A common shift changes neither softmax nor scatter, and avoids cancellation of large key biases in float32.
-        key = key - key.mean(1, keepdim=True)
-        logits = query @ key[:, None].mT * self.block.attention.scaling
-        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)  # (batch, heads, rows, length)
-        mean = weights @ key[:, None]  # (batch, heads, rows, d)
-        summed = weights.sum(1)  # (batch, rows, length)
-        scatter = torch.stack([(w[:, :, None] * k).mT @ k for w, k in zip(summed, key, strict=True)]).sum(0)
-        return scatter - torch.einsum("bhta,bhtc->tac", mean, mean)
-
-
-def curvature_windows(block: Block, windows: int, length: int) -> int:
-    """Return the number of windows for the attention curvature, so that its cost stays below `CURVATURE_BUDGET`."""
-    parameters = count_parameters(block.module)
-    forward = length * parameters + length * length * block.heads * block.head_dim
-    return affordable_windows(curvature_work(block.head_dim, block.kv_heads, block.heads, length), forward, windows)
-
-
-def curvature_work(head_dim: int, kv_heads: int, heads: int, length: int) -> float:
-    """Return the multiply-adds of the curvature over one window."""
-    return length / QUERY_STRIDE * length * head_dim * (kv_heads * head_dim + 2 * heads)
-
-
-def affordable_windows(curvature: float, forward: float, windows: int) -> int:
-    """Return how many of `windows` the curvature may use, from the multiply-adds of both for one window."""
-    return max(1, min(windows, int(CURVATURE_BUDGET * windows * forward / curvature)))
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def _turn_moments(moments: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Compute R_t M_t R_tᵀ for moments (rows, d, d) and tables (rows, d)."""
-    half = _rotate(moments, cos[:, None], sin[:, None])
-    return _rotate(half.mT, cos[:, None], sin[:, None]).mT

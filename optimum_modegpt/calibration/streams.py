@@ -12,13 +12,14 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Architecture
 from optimum_modegpt.calibration.transfers import offload, prefetch, to_host
 from optimum_modegpt.distributed import shard
@@ -100,6 +101,15 @@ def _in_file(tensor: Tensor, folder: Path) -> Tensor:
     return mapped.view(tensor.shape)
 
 
+def first_windows(stream: Stream, windows: int) -> Iterator[Tensor]:
+    """Yield the first `windows` of this rank's stream, in its batches. The last batch may be a view."""
+    for batch in stream:
+        if windows <= 0:
+            return
+        yield batch[:windows]
+        windows -= len(batch)
+
+
 def in_batches(stream: Stream, size: int) -> Stream:
     """Split the stream into batches of at most `size` windows. Parts of larger batches are views."""
     return [part for batch in stream for part in batch.split(size)]
@@ -134,6 +144,11 @@ class BlockInputs:
     def on(self, index: int, device: torch.device) -> dict[str, Any]:
         """Return the arguments of block `index` on `device`."""
         return {name: _move(value, device) for name, value in self.arguments[index].items()}
+
+    def first(self, windows: int) -> BlockInputs:
+        """Return the inputs of the first `windows` of all ranks."""
+        own = max(0, windows - distributed.exclusive_sum(len(self.windows)))
+        return replace(self, stream=list(first_windows(self.stream, own)), windows=self.windows[:own])
 
 
 class _Recorder(nn.Module):

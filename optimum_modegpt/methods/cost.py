@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from optimum_modegpt.architectures.shapes import Shapes
-from optimum_modegpt.calibration.moments import QUERY_STRIDE
 from optimum_modegpt.decompositions.psd import gram_work
 
 FLOAT64, FLOAT32 = 8, 4
@@ -54,9 +53,14 @@ def factorisations_work(shapes: Shapes) -> float:
     return (4 * shapes.mlp**3 + shapes.heads**3) / 3 + 2 * shapes.d_model * (2 * shapes.mlp**2 + shapes.heads**2)
 
 
+def metrics_work(shapes: Shapes) -> float:
+    """Return the multiply-adds of the factors of both metrics of a block, without their sums over tokens."""
+    return 2 * shapes.d_model**3 / 3 + 2 * (shapes.mlp + shapes.heads) * shapes.d_model**2
+
+
 def block_memory(shapes: Shapes, extent: Extent) -> list[ByteCounts]:
-    """Return the bytes at the peaks of one block: the moments of its MLP, their factorisation, and the curvature."""
-    d, mlp, head_dim = shapes.d_model, shapes.mlp, shapes.heads // shapes.head_count
+    """Return the bytes at the peaks of one block: the moments of its MLP, and their factorisation."""
+    d, mlp = shapes.d_model, shapes.mlp
     row = extent.element + max(extent.element, 2 * FLOAT32)
     moments = {
         "moments of the MLP": (mlp**2 + mlp * d) * (FLOAT64 + FLOAT32),
@@ -68,14 +72,8 @@ def block_memory(shapes: Shapes, extent: Extent) -> list[ByteCounts]:
         "moments of the MLP, and their factorisation": 4 * mlp**2 * FLOAT64,
         "weights in float64 and float32": mlp * d * (2 * FLOAT64 + shapes.mlp_inputs * FLOAT32),
     }
-    scatter = extent.length * head_dim + (shapes.groups + 2) * head_dim**2
-    scores = 3 * extent.batch * shapes.head_count // shapes.groups
-    curvature = {
-        "curvature of the attention": extent.length // QUERY_STRIDE * (scatter + scores) * FLOAT32,
-        "one batch of tokens": 6 * extent.batch * shapes.heads * FLOAT32,
-    }
     blocks = {"block, dense and compressed": 2 * shapes.weights * extent.element}
-    return [blocks | moments, blocks | factorisation, blocks | curvature]
+    return [blocks | moments, blocks | factorisation]
 
 
 def attention_scores(shapes: Shapes, extent: Extent) -> int:

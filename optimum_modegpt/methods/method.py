@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.shapes import Shapes
+from optimum_modegpt.calibration.gradients import OutputGradients
 from optimum_modegpt.calibration.streams import Stream
 from optimum_modegpt.methods.cost import Extent, Peak, Work
 from optimum_modegpt.modeling.modegpt_family import Widths
@@ -40,11 +41,13 @@ class CalibrationInputs:
         streams: the residual streams.
         arguments: the other arguments of the block's forward pass, on the compute device.
         windows: the numbers of the calibration windows of `streams`, for error messages.
+        gradients: the gradients at the block, or None for a method that uses none.
     """
 
     streams: StreamPair
     arguments: dict[str, Any]
     windows: Tensor
+    gradients: OutputGradients | None
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,11 @@ class Method(Protocol):
 
     Attributes:
         streams: number of residual streams between two blocks.
+        uses_gradients: whether it uses the gradients of the dense model's predictions.
     """
 
     streams: ClassVar[int]
+    uses_gradients: ClassVar[bool]
 
     def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
         """Return a compressed copy of `block`. The block itself does not change.

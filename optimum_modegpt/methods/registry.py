@@ -28,6 +28,7 @@ class ResidualMatched:
 
     config: ModeGPTConfig
     streams: ClassVar[int] = 2
+    uses_gradients: ClassVar[bool] = True
 
     def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
         """Cut and refit a copy of the block. At its dense widths it stays as it is until an earlier one was cut."""
@@ -37,12 +38,13 @@ class ResidualMatched:
         check_dense(targets.after, inputs.windows)
         if widths == block.dense_widths and streams.equal:
             return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(targets.after, targets.after))
+        assert inputs.gradients is not None
         errors, after = residual_matched.compress_block(
             copied,
-            streams.dense,
-            streams.compressed,
+            streams,
             targets,
             widths,
+            metrics=residual_matched.OutputMetrics.of(inputs.gradients, block, block.output.weight.device),
             arguments=inputs.arguments,
             config=self.config,
             keep_derivatives=keep_derivatives,
@@ -81,6 +83,7 @@ class Published:
 
     config: ModeGPTConfig
     streams: ClassVar[int] = 1
+    uses_gradients: ClassVar[bool] = False
 
     def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
         """Cut a copy of the block by the moments of the dense stream. A block at its dense widths stays as it is."""
@@ -119,24 +122,32 @@ def method_of(config: ModeGPTConfig) -> Method:
     return METHODS[config.method](config)
 
 
+def uses_gradients(config: ModeGPTConfig) -> bool:
+    """Return whether a compression uses the gradients of the dense model's predictions."""
+    return config.sparsity > 0 and (method_of(config).uses_gradients or config.resolved_allocation == "sensitivity")
+
+
 def work_of(
     shapes: Shapes,
     config: ModeGPTConfig,
     extent: Extent,
     widths: Sequence[int] | None = None,
 ) -> dict[str, dict[str, Work]]:
-    """Return the multiply-adds of all blocks together, by stage ("allocate" and "decompose") and step.
+    """Return the multiply-adds of all blocks together, by stage ("gradients", "allocate", "decompose") and step.
 
     `widths` are the kept widths of the MLPs. None estimates them. Work that the code repeats is counted once.
     """
-    allocate = {}
+    gradients, allocate = {}, {}
+    if uses_gradients(config):
+        gradients["gradients"] = sensitivity_cost.gradients_work(shapes, extent)
     if config.sparsity and config.resolved_allocation == "sensitivity":
         allocate["sensitivities"] = sensitivity_cost.work(shapes, extent)
     elif config.sparsity and config.resolved_allocation == "influence":
         allocate["influences"] = {"own": shapes.blocks * block_forward(shapes, extent.windows, extent.length)}
     if widths is None:
         widths = [int(shapes.mlp * (1 - config.sparsity))] * shapes.blocks
-    return {"allocate": allocate, "decompose": method_of(config).work(shapes, extent, widths)}
+    decompose = method_of(config).work(shapes, extent, widths)
+    return {"gradients": gradients, "allocate": allocate, "decompose": decompose}
 
 
 def peaks_of(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> list[Peak]:
@@ -144,4 +155,8 @@ def peaks_of(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivat
     found = method_of(config).peaks(shapes, extent, keep_derivatives)
     if config.sparsity and config.resolved_allocation == "sensitivity":
         found += sensitivity_cost.peaks(shapes, extent)
-    return found
+    if not uses_gradients(config):
+        return found
+    gradients = {"gradients": sensitivity_cost.gradients_memory(shapes, extent)}
+    found += sensitivity_cost.gradients_peaks(shapes, extent)
+    return [(needed, streams | gradients) for needed, streams in found]

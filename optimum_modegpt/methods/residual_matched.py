@@ -18,14 +18,12 @@ from torch import Tensor
 from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
+from optimum_modegpt.calibration.gradients import OutputGradients, metric_factor, query_metric
 from optimum_modegpt.calibration.moments import (
-    AttentionCurvatureSum,
     HeadMomentSum,
     LinearMomentSum,
     QueryKeyMoments,
     SlopeSum,
-    curvature_windows,
-    query_key_vectors,
     token_weights,
     with_ones,
     without_gain,
@@ -42,6 +40,7 @@ from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax,
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.methods.method import StreamPair
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
 REFIT_TOKENS = 65_536
@@ -75,6 +74,29 @@ class DenseTargets:
     attention_weights: list[Tensor]
     mlp_weights: list[Tensor]
     after: Stream
+
+
+@dataclass(frozen=True)
+class OutputMetrics:
+    """The metrics in which errors inside one block are measured.
+
+    Attributes:
+        query: of the queries, from `query_metric`.
+        attention, mlp: of the outputs of attention and MLP, from `metric_factor`.
+    """
+
+    query: Tensor
+    attention: Tensor
+    mlp: Tensor
+
+    @classmethod
+    def of(cls, gradients: OutputGradients, block: Block, device: torch.device) -> OutputMetrics:
+        """Return the metrics of the gradients at `block`."""
+        return cls(
+            query_metric(gradients.query, block, device),
+            metric_factor(gradients.attention, device),
+            metric_factor(gradients.mlp, device),
+        )
 
 
 @dataclass(frozen=True)
@@ -124,29 +146,29 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any]) -> DenseT
 
 def compress_block(
     student: Block,
-    dense: Stream,
-    compressed: Stream,
+    streams: StreamPair,
     targets: DenseTargets,
     widths: Widths,
     *,
+    metrics: OutputMetrics,
     arguments: dict[str, Any],
     config: ModeGPTConfig,
     keep_derivatives: bool,
 ) -> tuple[dict[str, float], Stream]:
     """Cut and refit the three parts of `student`, a copy of the dense block at full width.
 
-    `dense` and `compressed` are the two streams at the block's input. The target of each part is the output that makes
+    `streams` are those at the block's input. The target of each part is the output that makes
     the compressed stream equal to the dense one. The MLP therefore also compensates the error of the attention, even
     if both halves read the block's input.
 
     Returns:
         The relative error by part, and the compressed stream after the block.
     """
-    residual = student.residual
+    residual, dense, compressed = student.residual, streams.dense, streams.compressed
     for norm in residual.norms_of_input:
         match_norm(norm, student.norm, dense, compressed)
     with naming("qk"):
-        moments = observe_query_key(student, compressed, arguments)
+        moments = observe_query_key(student, compressed, metrics.query)
         elimination = eliminate_query_key(student, moments, widths.qk)
         query_key = cut_query_key(student, moments, elimination, widths.qk, config)
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
@@ -154,18 +176,18 @@ def compress_block(
     with naming("vo"):
         heads = list(store_like(head_outputs(student, compressed, arguments), compressed))
         moments = observe_output(student, compressed, heads, targets.attention, targets.attention_weights)
-        value_output = cut_value_output(student, moments, widths.vo, config)
+        value_output = cut_value_output(student, moments, metrics.attention, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output)
     sums = _attended(student, compressed, heads, value_output.bases)
 
     for norm in residual.norms_of_middle:
         match_norm(norm, student.norm, targets.attention, sums)
     middle = stream_after(student, sums, residual.after_attention)
-    streams = MLPStreams(residual.mlp_stream(compressed, middle), middle)
+    own = MLPStreams(residual.mlp_stream(compressed, middle), middle)
     with naming("mlp"):
-        mlp = refit_mlp(student, streams, targets, widths.mlp, config, keep_derivatives=keep_derivatives)
+        mlp = refit_mlp(student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives)
     student.install_mlp(mlp.rows, mlp.down)
-    sums = _after_mlp(student, streams)
+    sums = _after_mlp(student, own)
 
     for norm in residual.norms_of_output:
         match_norm(norm, student.norm, targets.mlp, sums)
@@ -226,30 +248,15 @@ def match_output(
 # query and key
 
 
-def observe_query_key(block: Block, stream: Stream, arguments: dict[str, Any]) -> QueryKeyMoments | None:
-    """Measure query moments with the attention curvature (rotary), or with the key moments.
-
-    The curvature uses as many windows as its budget allows. If query and key stay at full width, return None.
-    """
+def observe_query_key(block: Block, stream: Stream, metric: Tensor) -> QueryKeyMoments | None:
+    """Measure query moments, for the given metric of the queries. If query and key stay at full width, return None."""
     if "qk" in block.full_width_parts:
         return None
-    device = block.output.weight.device
-    own = windows = sum(map(len, stream))
-    if block.rotary:
-        length = arguments["position_embeddings"][0].shape[1]
-        windows = curvature_windows(block, int(distributed.all_reduce(own)), length) - distributed.exclusive_sum(own)
-    query_sum, key_sum = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
-    curvature = AttentionCurvatureSum(block)
-    for batch in prefetch(_first_windows(stream, windows), device):
-        query, key = query_key_vectors(block, block.residual.attention_input(batch))
-        query_sum.add(query)
-        if block.rotary:
-            curvature.add(query, key, arguments)
-        else:
-            key_sum.add(key)
-    if block.rotary:
-        return QueryKeyMoments(query_sum.value(), curvature.value())
-    return QueryKeyMoments(query_sum.value(), key_sum.value())
+    total = HeadMomentSum(block.kv_heads)
+    for batch in prefetch(stream, block.output.weight.device):
+        query = block.query(block.residual.attention_input(batch))
+        total.add(query.unflatten(-1, (-1, block.head_dim)))
+    return QueryKeyMoments(total.value(), metric)
 
 
 def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
@@ -311,11 +318,16 @@ def observe_output(
     return moments.value()
 
 
-def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> ValueOutputFactors:
-    """Choose the value basis of each group from the refitted output, then refit the output jointly over all heads."""
+def cut_value_output(
+    block: Block, moments: LinearMoments, metric: Tensor, rank: int, config: ModeGPTConfig
+) -> ValueOutputFactors:
+    """Choose the value basis of each group from the refitted output, then refit the output jointly over all heads.
+
+    The basis loses least in `metric`, from `metric_factor`. The refit does not depend on it.
+    """
     value, dense, bases = block.head_rows("value"), block.input_outputs(block.output), None
     if rank < block.head_dim:
-        groups = value_groups(block, moments, config)
+        groups = value_groups(block, moments, metric, config)
         bases = torch.stack([value_basis(gram, rows, rank) for gram, rows in groups])
         value = bases.mT @ value
         # The basis is orthonormal: its transpose inverts it.
@@ -327,14 +339,19 @@ def cut_value_output(block: Block, moments: LinearMoments, rank: int, config: Mo
     return ValueOutputFactors(value, output, moments.relative_error(output), bases)
 
 
-def value_groups(block: Block, moments: LinearMoments, config: ModeGPTConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the moment and the refitted output rows of the heads of every key-value group, as for `value_basis`."""
+def value_groups(
+    block: Block, moments: LinearMoments, metric: Tensor, config: ModeGPTConfig
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the moment and the refitted output rows of the heads of every key-value group, as for `value_basis`.
+
+    The rows are multiplied by `metric`, from `metric_factor`.
+    """
     per_group, size = block.heads // block.kv_heads, block.head_dim
     best = centred_refit(moments, block.input_outputs(block.output), moments.refit_ridge(config.output_ridge))
     grams = moments.gram[: moments.width, : moments.width].unflatten(0, (block.heads, size)).unflatten(2, (-1, size))
     own = grams.diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()  # (heads, head_dim, head_dim)
     groups = own.unflatten(0, (-1, per_group)).sum(1)
-    rows = best[: moments.width].unflatten(0, (block.kv_heads, per_group, size))
+    rows = (best @ metric)[: moments.width].unflatten(0, (block.kv_heads, per_group, size))
     for gram, group in zip(groups, rows, strict=True):
         yield gram, group.transpose(0, 1).flatten(1)
 
@@ -376,9 +393,11 @@ def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
     return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
 
 
-def eliminate_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Elimination:
-    """Remove channels by backward elimination, down to `rank`."""
-    return _elimination(block.input_outputs(block.down), moments, rank, config)
+def eliminate_mlp(
+    block: Block, moments: LinearMoments, metric: Tensor, rank: int, config: ModeGPTConfig
+) -> Elimination:
+    """Remove channels by backward elimination, down to `rank`. The costs are measured in `metric`."""
+    return _elimination(block.input_outputs(block.down), moments, metric, rank, config)
 
 
 def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
@@ -392,6 +411,7 @@ def refit_mlp(
     student: Block,
     streams: MLPStreams,
     targets: DenseTargets,
+    metric: Tensor,
     rank: int,
     config: ModeGPTConfig,
     *,
@@ -405,7 +425,7 @@ def refit_mlp(
     """
     moments = observe_mlp(student, streams, targets.mlp, targets.mlp_weights)
     if rank == moments.width or not refits_inputs(moments.tokens, rank, len(student.mlp_inputs), config):
-        return cut_mlp(student, moments, eliminate_mlp(student, moments, rank, config).order, config)
+        return cut_mlp(student, moments, eliminate_mlp(student, moments, metric, rank, config).order, config)
     own = sum(map(len, streams.middle))
     windows = max(1, REFIT_TOKENS // streams.middle[0].shape[1])
     sample = itertools.islice(
@@ -415,7 +435,7 @@ def refit_mlp(
     rows, dense = student.mlp_rows(), student.input_outputs(student.down)
     halfway, pays = (rank + moments.width) // 2, True
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
-        order = _elimination(dense, moments, width, config).order
+        order = _elimination(dense, moments, metric, width, config).order
         rows, dense, moments = _without(rows, dense, moments, order, config)  # releases the larger moments
         down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
         for _ in range(rounds):
@@ -439,12 +459,14 @@ def refits_inputs(tokens: int, rank: int, matrices: int, config: ModeGPTConfig) 
     return bool(config.refit_iterations) and min(tokens, REFIT_TOKENS) >= TOKENS_PER_ROW * matrices * rank
 
 
-def _elimination(dense: Tensor, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> Elimination:
+def _elimination(
+    dense: Tensor, moments: LinearMoments, metric: Tensor, rank: int, config: ModeGPTConfig
+) -> Elimination:
     """Remove channels until `rank` are left. `dense` is the dense down. All ranks of a run remove the same ones."""
     ridge = moments.ridge(config.output_ridge)
     inverse_hessian = inverse(add_diagonal(moments.gram, ridge))
     best = inverse_hessian @ (moments.cross + ridge * dense)
-    found = eliminate_rows(inverse_hessian, best, moments.width - rank, protected=int(moments.ones))
+    found = eliminate_rows(inverse_hessian, best @ metric, moments.width - rank, protected=int(moments.ones))
     return Elimination(distributed.broadcast(found.order), distributed.broadcast(found.costs))
 
 
@@ -541,14 +563,6 @@ def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tenso
     if block.topology != "post-LN":
         return sums
     return list(map_stream(post_norm, block.output.weight.device, sums))
-
-
-def _first_windows(stream: Stream, windows: int) -> Iterable[Tensor]:
-    for batch in stream:
-        if windows <= 0:
-            return
-        yield batch[:windows]
-        windows -= len(batch)
 
 
 def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optimum_modegpt.architectures.shapes import Shapes
-from optimum_modegpt.calibration.moments import affordable_windows, curvature_work
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.decompositions.softmax import ITERATIONS
@@ -28,11 +27,6 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
         "moments": {"moments": blocks * extent.tokens * cost.moments_work(shapes)},
         "factorisations": {"exact": blocks * cost.factorisations_work(shapes)},
     }
-    if shapes.rotary:
-        head_dim = shapes.heads // shapes.head_count
-        window = curvature_work(head_dim, shapes.groups, shapes.head_count, extent.length)
-        windows = affordable_windows(window, cost.block_forward(shapes, 1, extent.length), extent.windows)
-        steps["curvature of the attention"] = {"raised": blocks * windows * window}
     cut = []
     for width in widths:
         if width < shapes.mlp and refits_inputs(extent.tokens, width, shapes.mlp_inputs, config):

@@ -1,11 +1,17 @@
-"""Measure how much each part of each block matters, by cutting it alone (ours)."""
+"""Measure how much each part of each block matters, by cutting it alone (ours).
+
+A part is cut to a few widths. The divergence of the model's predictions follows to second order from the change of the
+part's output and the gradients there, so the later blocks are not needed. In a few blocks, the cut copies also pass the
+later blocks, which gives the divergence itself. Its ratio to the second order is similar in most blocks. At all other
+widths, the divergence follows from the loss of the part's own output.
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,11 +20,11 @@ from torch import Tensor, nn
 
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import PartSize, Sizes
-from optimum_modegpt.allocation.sensitivity import curve_from_losses
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.head import LogitHead
 from optimum_modegpt.architectures.shapes import Shapes
-from optimum_modegpt.calibration.moments import LinearMomentSum, QueryKeyMoments
+from optimum_modegpt.calibration.gradients import LOGITS_AT_ONCE, OutputGradients
+from optimum_modegpt.calibration.moments import LinearMomentSum
 from optimum_modegpt.calibration.streams import (
     DENSE_ADVICE,
     BlockInputs,
@@ -31,78 +37,101 @@ from optimum_modegpt.calibration.streams import (
 )
 from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
-from optimum_modegpt.decompositions.whitened_svd import two_sided_energies, value_energies
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods.part_cuts import PartCut, mlp_cut, query_key_cut, value_output_cut
+from optimum_modegpt.methods.residual_matched import OutputMetrics
 from optimum_modegpt.progress import bar
 from optimum_modegpt.report import PARTS
 
-RATIOS, FEWER_RATIOS = (0.3, 0.6, 1.0), (0.4, 1.0)
-"""Sparsities at which a part is cut to measure its divergence. 1 means the cap: a softmax is far from linear there."""
-PASS_SHARE = 0.7
-"""The cost of the divergences, as a share of a stream's pass."""
+RATIOS = (0.3, 0.6, 1.0)
+"""Sparsities at which a part is cut. 1 means the cap: a softmax is far from linear there."""
 LOSS_POINTS = 24
 """Largest number of widths of a part at which the loss of its output is used."""
-MOMENT_WINDOWS, DIVERGENCE_WINDOWS = 32, 16
-FEWEST_WINDOWS, SHORTEST_WINDOW = 2, 256
-"""Windows for the divergence, and tokens of each, that are always used if the text has them. Query and key seem
-unimportant in shorter windows."""
+MOMENT_WINDOWS = 32
+MEASURED_BLOCKS = 4
+"""Number of blocks whose cut copies pass the later blocks."""
+FEWEST_WINDOWS, MOST_WINDOWS, LENGTH = 2, 16, 512
+"""Windows for the divergence, and the largest number of tokens of each. Query and key seem unimportant in short
+windows."""
+GRADIENT_WINDOWS = 4
+"""Fewest windows for the gradients."""
+PASS_SHARE = 0.5
+"""The cost of the divergences, as a share of a stream's pass."""
 SHALLOW_BUDGET = 24_000
 """Divided by the number of blocks, this is the number of block-forwards of a window that are always allowed. They cost
 little in models with few blocks."""
-LOGITS_AT_ONCE = 2**26
 SWEEPS = 4
 """A single sweep would hold the streams of all cut blocks in memory, and each moves all later blocks to the device."""
 
-Curves = dict[tuple[int, str], list[tuple[float, float]]]
-"""Points (sparsity, divergence or loss) by block and part."""
-Variant = tuple[int, str, float]
-"""A copy of a block with one part cut: the block's index, the part, and its sparsity."""
+Curve = list[tuple[float, float]]
+"""Points (sparsity, divergence or loss) of a part."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A copy of a block with one part cut, and the second order of its divergence."""
+
+    block: int
+    part: str
+    sparsity: float
+    second_order: float
+
+
+@dataclass(frozen=True)
+class Half:
+    """The attention or the MLP of a dense block on one batch: its input, its output, and the gradient at the output."""
+
+    inputs: Tensor
+    output: Tensor
+    gradient: Tensor
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The part of the calibration that the measurement uses.
+    """The part of the calibration that the gradients and the sensitivities use.
 
     Attributes:
         moment_windows: windows for the moments.
-        divergence_windows: windows for the divergence.
-        divergence_length: tokens that are used of each window for the divergence.
-        ratios: sparsities at which the divergence is measured.
+        gradient_windows: windows for the gradients.
+        divergence_windows: the first of these, on which divergences are measured.
+        length: tokens that are used of each window for gradients and divergences.
+        blocks: the blocks whose cut copies pass the later blocks.
     """
 
     moment_windows: int
+    gradient_windows: int
     divergence_windows: int
-    divergence_length: int
-    ratios: tuple[float, ...]
+    length: int
+    blocks: tuple[int, ...]
 
 
 def budget(shapes: Shapes, windows: int, length: int) -> Budget:
-    """Choose windows and ratios by their cost: `PASS_SHARE` of a stream's pass, or more in a model with few blocks.
-
-    Every cut block passes half of the blocks on average, and the head. If fewer than `FEWEST_WINDOWS` are affordable,
-    only the first tokens of these are used, at fewer ratios. The cost does not grow with the square of the depth until
-    `SHORTEST_WINDOW` is reached.
-    """
+    """Choose windows and blocks by their cost, which grows linearly with the number of blocks."""
+    passed = shapes.blocks * windows * length
+    length = min(length, LENGTH)
     moment_windows = max(1, min(MOMENT_WINDOWS, windows // 4))
-    available = max(1, min(DIVERGENCE_WINDOWS, windows - moment_windows))
-    allowed = max(SHALLOW_BUDGET / shapes.blocks, PASS_SHARE * shapes.blocks * windows)  # block-forwards of a window
+    available = max(1, min(MOST_WINDOWS, windows - moment_windows))
+    measured = min(shapes.blocks, MEASURED_BLOCKS)
+    allowed = max(SHALLOW_BUDGET / shapes.blocks, PASS_SHARE * passed / length)
+    divergence_windows = min(available, max(FEWEST_WINDOWS, int(allowed / later_work(shapes, length))))
+    gradient_windows = min(available, max(GRADIENT_WINDOWS, divergence_windows))
+    return Budget(moment_windows, gradient_windows, divergence_windows, length, _spaced(shapes.blocks, measured))
+
+
+def later_work(shapes: Shapes, length: int) -> float:
+    """Return the cost of the later blocks and the head for all cut copies on one window, in forwards of a block."""
     head = shapes.vocabulary * shapes.d_model / (shapes.weights + length * shapes.heads)
-    affordable = allowed / (len(PARTS) * shapes.blocks * ((shapes.blocks + 1) / 2 + head))  # windows at one ratio
-    few = min(available, FEWEST_WINDOWS)
-    if affordable >= few * len(RATIOS):
-        return Budget(moment_windows, min(available, int(affordable / len(RATIOS))), length, RATIOS)
-    affordable_length = int(affordable * length / len(FEWER_RATIOS) / few)
-    return Budget(moment_windows, few, min(length, max(SHORTEST_WINDOW, affordable_length)), FEWER_RATIOS)
+    copies = min(shapes.blocks, MEASURED_BLOCKS) * len(PARTS) * len(RATIOS)
+    return copies * ((shapes.blocks + 1) / 2 + head)
 
 
 def split(windows: int, budget: Budget) -> tuple[slice, slice]:
-    """Divide the windows into those for moments and those for the divergence. A single window is used for both."""
+    """Divide the windows into those for moments and those for gradients. A single window is used for both."""
     own = max(1, min(budget.moment_windows, windows - 1))
     first = own if windows > 1 else 0
-    return slice(0, own), slice(first, first + budget.divergence_windows)
+    return slice(0, own), slice(first, first + budget.gradient_windows)
 
 
 def sweep_length(blocks: int) -> int:
@@ -110,47 +139,78 @@ def sweep_length(blocks: int) -> int:
     return -(-blocks // SWEEPS)
 
 
+def _spaced(blocks: int, count: int) -> tuple[int, ...]:
+    """Return `count` block indices at equal distances, with the first and the last block."""
+    return tuple(round(step * (blocks - 1) / max(1, count - 1)) for step in range(count))
+
+
+@dataclass(frozen=True)
+class PartMeasurement:
+    """Measurements of one part of one block, by sparsity.
+
+    Attributes:
+        losses: the energy of the part's output that is lost, at many widths, up to a factor.
+        second_order: the second order of the divergence, in nats per token, at a few widths.
+        ratios: mean KL(dense ‖ cut) relative to the second order on the same tokens, at these widths. Empty in most
+            blocks.
+    """
+
+    losses: Curve
+    second_order: Curve
+    ratios: Curve = field(default_factory=list)
+
+
+Measured = dict[tuple[int, str], PartMeasurement]
+"""Measurements by block and part."""
+
+
 @dataclass
 class Sweeps:
-    """Measures mean KL(dense ‖ cut) in nats per token for every part of every block, cut at some ratios.
+    """Measures every part of every block, cut at some ratios.
 
     Each part is cut alone, with dense statistics and its own dense output as the target, without token weights, norm
     gains and the refit of gate and up. The rest of the model remains dense. The blocks are measured in a few sweeps:
-    the outputs of all cut blocks of a sweep pass the later blocks together, so that each is moved to the device once.
-    The divergence at other sparsities follows from the loss of the part's own output there.
+    the outputs of the cut blocks of a sweep pass the later blocks together, so that each is moved to the device once.
 
     Attributes:
         architecture: the dense model.
         sizes: the sizes of the parts of every block.
         config: the configuration of the compression.
-        ratios: sparsities to cut at.
+        budget: the blocks and windows to use.
         moments: the inputs of the next block to measure, for the windows for moments.
-        divergence: the same for the windows for the divergence.
+        divergence: the same for the windows of the gradients.
+        gradients: the gradients at every block.
         device: the compute device.
     """
 
     architecture: Architecture
     sizes: Sizes
     config: ModeGPTConfig
-    ratios: tuple[float, ...]
+    budget: Budget
     moments: BlockInputs
     divergence: BlockInputs
+    gradients: list[OutputGradients]
     device: torch.device
 
-    def measured(self, known: Curves, *, progress: bool) -> Iterator[Curves]:
-        """Yield the curves of each sweep. Blocks in `known` are not measured again."""
+    def measured(self, known: Measured, *, progress: bool) -> Iterator[Measured]:
+        """Yield the measurements of each sweep. Blocks in `known` are not measured again."""
         blocks = len(self.architecture.blocks)
         length = sweep_length(blocks)
         sweeps = [range(blocks)[first : first + length] for first in range(0, blocks, length)]
         done = {index for index, _ in known}
-        total = sum(blocks - sweep.start for sweep in sweeps)
+        total = sum(self._passed_blocks(sweep) for sweep in sweeps)
         with bar(total=total, desc="sensitivities", unit="block", shown=progress) as shown:
             for sweep in sweeps:
                 if done.isdisjoint(sweep):
                     yield self._measure(sweep, shown.update)
                 else:
                     self._leave_out(sweep)
-                    shown.update(blocks - sweep.start)
+                    shown.update(self._passed_blocks(sweep))
+
+    def _passed_blocks(self, sweep: range) -> int:
+        """Return the number of blocks that are passed in a sweep: only those of the sweep, or also all later ones."""
+        exact = not set(sweep).isdisjoint(self.budget.blocks)
+        return len(self.architecture.blocks) - sweep.start if exact else len(sweep)
 
     def _leave_out(self, sweep: range) -> None:
         """Pass the dense streams through these blocks without measuring them."""
@@ -159,38 +219,105 @@ class Sweeps:
             self.moments = self._passed(dense, self.moments)
             self.divergence = self._passed(dense, self.divergence)
 
-    def _measure(self, sweep: range, passed: Callable[[], Any]) -> Curves:
-        """Return the curves of these blocks. `passed` is called after every block that the streams have passed."""
+    def _measure(self, sweep: range, passed: Callable[[], Any]) -> Measured:
+        """Return the measurements of these blocks. `passed` is called after every block that the streams passed."""
+        found: Measured = {}
         variants: list[Variant] = []
-        losses: Curves = {}
         outputs: Stream = []
-        reference: Stream = []
-        for block in self.architecture.blocks[sweep.start :]:
-            dense, arguments = block.on(self.device), self.divergence.on(block.index, self.device)
+        for block in self.architecture.blocks[sweep.start : sweep.stop]:
+            dense = block.on(self.device)
+            _advance(outputs, dense, self.divergence.on(block.index, self.device))
+            with naming(f"block {block.index}"):
+                found |= self._measure_block(dense, variants, outputs)
+            passed()
+        if variants:
+            divergences = self._divergences(sweep, outputs, len(variants), passed)
+            for variant, divergence in zip(variants, divergences, strict=True):
+                _require_finite(divergence, variant.block, variant.part, variant.sparsity)
+                if variant.second_order:
+                    ratio = divergence / variant.second_order
+                    found[variant.block, variant.part].ratios.append((variant.sparsity, ratio))
+        return found
+
+    def _measure_block(self, dense: Block, variants: list[Variant], outputs: Stream) -> Measured:
+        """Measure losses and second orders of a block's parts, and pass the streams through the block.
+
+        If the divergence of the block's cut copies is measured, append them to `variants`, and their outputs to
+        `outputs`.
+        """
+        cuts = self._observe(dense)
+        first = self.divergence.first(self.budget.divergence_windows)
+        halves = self._halves(dense)
+        measured: Measured = {}
+        for part, size in self.sizes[dense.index].items():
+            second_orders: Curve = []
+            for width in self._measured_widths(size):
+                copied, sparsity = dense.compressible_copy(self.device), 1 - width / size.dense
+                with naming(part):
+                    cuts[part].install(copied, width)
+                effects = self._effects(copied, part, halves)
+                second_order = _mean(effects, self.budget.length)
+                _require_finite(second_order, dense.index, part, sparsity)
+                second_orders.append((sparsity, second_order))
+                if dense.index in self.budget.blocks:
+                    second_order = _mean(effects[: len(first.windows)], self.budget.length)
+                    variants.append(Variant(dense.index, part, sparsity, second_order))
+                    outputs += _run(copied, first.stream, first.on(dense.index, self.device))
+            measured[dense.index, part] = PartMeasurement(self._losses(size, cuts[part]), second_orders)
+        return measured
+
+    def _halves(self, dense: Block) -> dict[str, list[Half]]:
+        """Pass the stream of the gradients through the block, and return its halves, batch by batch."""
+        arguments, residual = self.divergence.on(dense.index, self.device), dense.residual
+        gradients = self.gradients[dense.index]
+        attention, mlp, after = [], [], []
+        batches = (self.divergence.stream, gradients.attention, gradients.mlp)
+        for hidden, at_attention, at_mlp in zip(*(prefetch(each, self.device) for each in batches), strict=True):
+            inputs = residual.attention_input(hidden)
+            output = dense.attend(inputs, arguments)
+            attention.append(Half(inputs, output, at_attention))
+            middle = residual.after_attention(residual.add(hidden, output))
+            inputs = residual.mlp_input(residual.mlp_stream(hidden, middle))
+            output = dense.mlp(inputs)
+            mlp.append(Half(inputs, output, at_mlp))
+            after.append(residual.after_mlp(residual.add(middle, output)))
+        self.divergence = replace(self.divergence, stream=list(store_like(after, self.divergence.stream)))
+        _check(dense, self.divergence.stream, self.divergence)
+        return {"qk": attention, "vo": attention, "mlp": mlp}
+
+    def _effects(self, copied: Block, part: str, halves: Mapping[str, list[Half]]) -> Tensor:
+        """Return ½ Σ (gᵀ Δ)² over the tokens of every window of this rank, (windows,). Δ is the output's change."""
+        arguments = self.divergence.on(copied.index, self.device)
+        effects = [to_float64(torch.zeros(0, device=self.device))]
+        for half in halves[part]:
+            output = copied.mlp(half.inputs) if part == "mlp" else copied.attend(half.inputs, arguments)
+            change = at_least_float32(output) - at_least_float32(half.output)
+            effect = (at_least_float32(half.gradient) * change).sum(-1)
+            effects.append(to_float64(effect.square().sum(-1)) / 2)
+        return torch.cat(effects)
+
+    def _divergences(self, sweep: range, outputs: Stream, variants: int, passed: Callable[[], Any]) -> list[float]:
+        """Pass the streams of cut copies, and the dense one, through the blocks after the sweep, and compare them."""
+        inputs = self.divergence.first(self.budget.divergence_windows)
+        reference = list(inputs.stream)
+        for block in self.architecture.blocks[sweep.stop :]:
+            dense, arguments = block.on(self.device), inputs.on(block.index, self.device)
             _advance(outputs, dense, arguments)
-            if block.index in sweep:
-                with naming(f"block {block.index}"):
-                    cuts = self._observe(dense)
-                    losses |= self._losses(block.index, cuts)
-                    entering = list(prefetch(self.divergence.stream, self.device))
-                    outputs += store_like(self._cut(dense, cuts, entering, variants), self.divergence.stream)
-                self.divergence = self._passed(dense, self.divergence)
-                reference = list(self.divergence.stream)
-            else:
-                _advance(reference, dense, arguments)
-                _check(dense, reference, self.divergence)
+            _advance(reference, dense, arguments)
+            _check(dense, reference, inputs)
             passed()
         tail = self.architecture.tail(self.device)
-        divergences = _divergences(tail, reference, outputs, len(variants))
+        divergences = _divergences(tail, reference, outputs, variants)
         if not all(map(math.isfinite, divergences)):
-            _check_logits(tail, reference, self.divergence.windows)
-        return _curves(losses, variants, divergences)
+            _check_logits(tail, reference, inputs.windows)
+        return divergences
 
     def _observe(self, dense: Block) -> dict[str, PartCut]:
         """Pass the windows for moments through the block, and return how its parts are cut by their moments."""
         arguments = self.moments.on(dense.index, self.device)
         student = dense.compressible_copy(self.device)
-        query_key = residual_matched.observe_query_key(student, self.moments.stream, arguments)
+        metrics = OutputMetrics.of(self.gradients[dense.index], dense, self.device)
+        query_key = residual_matched.observe_query_key(student, self.moments.stream, metrics.query)
         output = LinearMomentSum(ones=student.output.bias is not None)
         mlp = LinearMomentSum(ones=student.down.bias is not None)
         with calls_of(dense.output) as attention_calls, calls_of(dense.down) as mlp_calls:
@@ -207,8 +334,8 @@ class Sweeps:
         sizes, config = self.sizes[dense.index], self.config
         return {
             "qk": query_key_cut(student, query_key, sizes["qk"], config),
-            "vo": value_output_cut(student, output.value(), config),
-            "mlp": mlp_cut(student, mlp.value(), sizes["mlp"], config),
+            "vo": value_output_cut(student, output.value(), metrics.attention, config),
+            "mlp": mlp_cut(student, mlp.value(), metrics.mlp, sizes["mlp"], config),
         }
 
     def _passed(self, dense: Block, inputs: BlockInputs) -> BlockInputs:
@@ -217,109 +344,31 @@ class Sweeps:
         _check(dense, passed.stream, passed)
         return passed
 
-    def _losses(self, index: int, cuts: Mapping[str, PartCut]) -> Curves:
-        """Return the loss of output of every part at some of its widths, and at those that are measured."""
-        losses: Curves = {}
-        for part, size in self.sizes[index].items():
-            narrower = size.widths()[1:]
-            some = narrower[:: -(-len(narrower) // LOSS_POINTS)] if narrower else []
-            widths = sorted({*some, *self._measured_widths(size)}, reverse=True)
-            losses[index, part] = [(1 - width / size.dense, cuts[part].loss(size.dense - width)) for width in widths]
-        return losses
+    def _losses(self, size: PartSize, cut: PartCut) -> Curve:
+        """Return the loss of a part's output at some of its widths, and at those that are measured."""
+        narrower = size.widths()[1:]
+        some = narrower[:: -(-len(narrower) // LOSS_POINTS)] if narrower else []
+        widths = sorted({*some, *self._measured_widths(size)}, reverse=True)
+        return [(1 - width / size.dense, cut.loss(size.dense - width)) for width in widths]
 
     def _measured_widths(self, size: PartSize) -> list[int]:
         """Return the allowed widths nearest to the ratios, without the dense one."""
-        widths = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in self.ratios}
+        widths = {size.nearest(max(size.floor, size.dense * (1 - ratio))) for ratio in RATIOS}
         return sorted(widths - {size.dense})
 
-    def _cut(
-        self, dense: Block, cuts: Mapping[str, PartCut], entering: Stream, variants: list[Variant]
-    ) -> Iterator[Tensor]:
-        """Yield the outputs on `entering` of copies of the block with one part cut, and append these to `variants`."""
-        arguments = self.divergence.on(dense.index, self.device)
-        for part, size in self.sizes[dense.index].items():
-            for width in self._measured_widths(size):
-                copied = dense.compressible_copy(self.device)
-                with naming(part):
-                    cuts[part].install(copied, width)
-                variants.append((dense.index, part, 1 - width / size.dense))
-                for batch in entering:
-                    yield copied.forward(batch, arguments)
+
+def _mean(effects: Tensor, length: int) -> float:
+    """Return the mean over the tokens of all ranks, from the sums over windows of `length` tokens."""
+    windows = distributed.all_reduce(len(effects))
+    return distributed.all_reduce(float(effects.sum())) / (windows * length)
 
 
-@dataclass(frozen=True)
-class PartCut:
-    """How one part of a block is cut to any width.
-
-    Attributes:
-        install: cuts the part of a copy of the block to a width.
-        losses: the energy of the part's output that is lost after each removed unit, up to a constant factor.
-        unit: the width that is removed at once: 2 for rotary pairs, else 1.
-    """
-
-    install: Callable[[Block, int], None]
-    losses: list[float]
-    unit: int = 1
-
-    def loss(self, removed: int) -> float:
-        """Return the energy that is lost with `removed` of the part's width."""
-        return self.losses[removed // self.unit - 1] if removed else 0.0
-
-
-def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSize, config: ModeGPTConfig) -> PartCut:
-    """Return the cut of query and key by pairs (rotary) or directions of all groups."""
-    pairs = residual_matched.eliminate_query_key(student, moments, size.floor)
-
-    def install(block: Block, rank: int) -> None:
-        factors = residual_matched.cut_query_key(block, moments, pairs, rank, config)
-        block.install_query_key(factors.query, factors.key, factors.pairs)
-
-    if moments is None:
-        return PartCut(install, [])
-    if pairs is not None:
-        return PartCut(install, _cumulated(pairs.costs.sum(0)), unit=2)
-    return PartCut(install, _cumulated(two_sided_energies(moments.query, moments.key).sum(0).flip(0)))
-
-
-def value_output_cut(student: Block, moments: LinearMoments, config: ModeGPTConfig) -> PartCut:
-    """Return the cut of value and output by directions of all groups."""
-
-    def install(block: Block, rank: int) -> None:
-        factors = residual_matched.cut_value_output(block, moments, rank, config)
-        block.install_value_output(factors.value, factors.output)
-
-    groups = residual_matched.value_groups(student, moments, config)
-    energies = torch.stack([value_energies(gram, rows) for gram, rows in groups])
-    return PartCut(install, _cumulated(energies.sum(0).flip(0)))
-
-
-def mlp_cut(student: Block, moments: LinearMoments, size: PartSize, config: ModeGPTConfig) -> PartCut:
-    """Return the cut of the MLP by hidden channels."""
-    elimination = residual_matched.eliminate_mlp(student, moments, size.floor, config)
-
-    def install(block: Block, rank: int) -> None:
-        factors = residual_matched.cut_mlp(block, moments, elimination.order[: moments.width - rank], config)
-        block.install_mlp(factors.rows, factors.down)
-
-    return PartCut(install, _cumulated(elimination.costs))
-
-
-def _cumulated(energies: Tensor) -> list[float]:
-    """Return the sums of the first energies. All ranks of a distributed run get the same ones."""
-    return distributed.broadcast(energies.clamp_min(0).cumsum(0)).cpu().tolist()
-
-
-def _curves(losses: Curves, variants: list[Variant], divergences: list[float]) -> Curves:
-    """Return the curves through the measured divergences."""
-    measured: Curves = {}
-    for (index, part, sparsity), divergence in zip(variants, divergences, strict=True):
-        if not math.isfinite(divergence):
-            raise NumericalError(
-                f"block {index}, {part}: with {sparsity:.0%} of it removed the model's output is not finite, although "
-                "the dense model's is. Load the model in bfloat16 or float32."
-            )
-        measured.setdefault((index, part), []).append((sparsity, divergence))
-    return {key: curve_from_losses(losses[key], points) for key, points in measured.items()}
+def _require_finite(divergence: float, index: int, part: str, sparsity: float) -> None:
+    if not math.isfinite(divergence):
+        raise NumericalError(
+            f"block {index}, {part}: with {sparsity:.0%} of it removed the model's output is not finite, although "
+            "the dense model's is. Load the model in bfloat16 or float32."
+        )
 
 
 def _check(dense: Block, stream: Stream, inputs: BlockInputs) -> None:

@@ -51,11 +51,6 @@ class ModeGPTAttentionMixin(Dense):
         """Whether this layer rotates query and key by position."""
         return rotates(self, self.family)
 
-    @property
-    def attention_window(self) -> int | None:
-        """Length of the sliding window, or None if the attention is full."""
-        return self.score_arguments().get("sliding_window")
-
     def score_arguments(self) -> dict[str, Any]:
         """Return the arguments of the attention function that determine the scores, in addition to `scaling`."""
         return {name: attrgetter(path)(self) for name, path in self.family.attention.score_arguments}

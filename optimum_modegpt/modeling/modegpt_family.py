@@ -263,13 +263,9 @@ class Family:
 
     @property
     def full_width_parts(self) -> tuple[Part, ...]:
-        """The parts that compression leaves at their dense width.
-
-        The curvature of the attention is known for plain scores with a window. A soft cap or sinks change it.
-        """
+        """The parts that compression leaves at their dense width."""
         parts: list[Part] = []
-        plain_scores = {name for name, _ in self.attention.score_arguments} <= {"sliding_window"}
-        if self.attention.head_norms is not None or not plain_scores:
+        if self.attention.head_norms is not None:
             parts.append("qk")
         if self.attention.values == "coordinates":
             parts.append("vo")

@@ -12,10 +12,12 @@ from optimum_modegpt.allocation.sensitivity import plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.budget.sizes import SPARSITY_TOLERANCE
+from optimum_modegpt.calibration.gradients import output_gradients
 from optimum_modegpt.calibration.influence import InfluenceSum
 from optimum_modegpt.calibration.streams import check_dense, map_stream
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods import sensitivity
+from optimum_modegpt.methods.registry import uses_gradients
 from optimum_modegpt.progress import bar
 from optimum_modegpt.walk.request import Request
 from optimum_modegpt.walk.resume import keep_plan
@@ -29,7 +31,7 @@ def make_plan(request: Request, state: State) -> Plan:
         return Plan.dense(sizes)
     if config.resolved_allocation == "sensitivity":
         measure_sensitivities(request, state)
-        plan = plan_from_curves(state.measurements.curves, sizes, config.sparsity)
+        plan = plan_from_curves(state.measurements.curves(), sizes, config.sparsity)
     elif config.resolved_allocation == "influence":
         state.measurements.influences = measure_influences(request, state)
         targets = influence_targets(
@@ -51,23 +53,43 @@ def make_plan(request: Request, state: State) -> Plan:
 
 
 def measure_sensitivities(request: Request, state: State) -> None:
-    """Measure the divergence curve of every part of every block. Each sweep is written to the checkpoint."""
-    measurements = state.measurements
-    windows, length = request.calibration.tokens.shape
-    budget = measurements.budget = sensitivity.budget(request.shapes, windows, length)
-    for_moments, for_divergence = sensitivity.split(windows, budget)
+    """Measure the sensitivity of every part of every block. Each sweep is written to the checkpoint."""
+    measurements, budget = state.measurements, measure_budget(request)
+    measurements.budget = budget
+    for_moments, for_gradients = sensitivity.split(len(request.calibration.tokens), budget)
     sweeps = sensitivity.Sweeps(
         request.architecture,
         request.sizes,
         request.config,
-        budget.ratios,
+        budget,
         moments=state.embed(request, for_moments),
-        divergence=state.embed(request, for_divergence, budget.divergence_length),
+        divergence=state.embed(request, for_gradients, budget.length),
+        gradients=state.gradients,
         device=request.device,
     )
-    for curves in sweeps.measured(measurements.curves, progress=request.show_progress):
-        measurements.curves |= curves
+    for measured in sweeps.measured(measurements.parts, progress=request.show_progress):
+        measurements.parts |= measured
         keep_plan(request, state, None)
+
+
+def measure_gradients(request: Request, state: State) -> None:
+    """Measure the gradients of the dense model's predictions at every block, if the compression uses them."""
+    if not uses_gradients(request.config):
+        return
+    budget = measure_budget(request)
+    _, for_gradients = sensitivity.split(len(request.calibration.tokens), budget)
+    state.gradients = output_gradients(
+        request.architecture,
+        state.embed(request, for_gradients, budget.length),
+        request.device,
+        seed=request.config.seed,
+        progress=request.show_progress,
+    )
+
+
+def measure_budget(request: Request) -> sensitivity.Budget:
+    """Return the part of the calibration that gradients and sensitivities use."""
+    return sensitivity.budget(request.shapes, *request.calibration.tokens.shape)
 
 
 def measure_influences(request: Request, state: State) -> list[float]:

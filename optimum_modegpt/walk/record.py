@@ -70,7 +70,7 @@ def make_report(
         batch_size=state.batch_size,
         streams=state.streams,
         processes=distributed.world_size(),
-        **state.measurements.to_dict(),
+        **state.measurements.for_report(),
         warnings=tuple(state.warnings),
         self_check=dataclasses.asdict(check),
         versions=versions(),
@@ -94,10 +94,10 @@ def floor_seconds(request: Request, state: State, plan: Plan) -> dict[str, dict[
     rates = product_rates(request.device, dtype)
     kept = [widths.mlp for widths in plan.widths]
     stages = work_of(request.shapes, config, extent, widths=kept)
-    names = {"allocate": f"allocate ({config.resolved_allocation})", "decompose": "decompose"}
     floor = {}
     for stage, steps in stages.items():
-        floor[names[stage]] = {step: product_seconds(work, rates) for step, work in steps.items()}
+        name = f"allocate ({config.resolved_allocation})" if stage == "allocate" else stage
+        floor[name] = {step: product_seconds(work, rates) for step, work in steps.items()}
     return floor
 
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from optimum_modegpt import distributed
+from optimum_modegpt.allocation.sensitivity import Curve, curve_from_losses, divergences_of
 from optimum_modegpt.budget.placement import Free, Needs, Placement, Storage, choose_placement, finished_size
+from optimum_modegpt.calibration.gradients import OutputGradients
 from optimum_modegpt.calibration.streams import BlockInputs, StreamStorage, check_dense, enter, in_batches
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.cost import Extent
-from optimum_modegpt.methods.sensitivity import Budget, Curves
+from optimum_modegpt.methods.sensitivity import Budget, Measured, PartMeasurement
 from optimum_modegpt.stages import StageClock
 from optimum_modegpt.walk.request import Request
 
@@ -26,31 +28,42 @@ logger = logging.getLogger(__name__)
 class Measurements:
     """The measurements from which a plan is made. They are empty if the allocation needs none."""
 
-    curves: Curves = field(default_factory=dict)
+    parts: Measured = field(default_factory=dict)
     budget: Budget | None = None
     influences: list[float] = field(default_factory=list)
 
+    def curves(self) -> dict[tuple[int, str], Curve]:
+        """Return the divergence of every part of every block by sparsity."""
+        second_orders = {key: part.second_order for key, part in self.parts.items()}
+        ratios = {key: part.ratios for key, part in self.parts.items() if part.ratios}
+        divergences = divergences_of(second_orders, ratios)
+        return {key: curve_from_losses(part.losses, divergences[key]) for key, part in self.parts.items()}
+
+    def for_report(self) -> dict[str, Any]:
+        """Return the fields of a report, safe for JSON."""
+        budget = {} if self.budget is None else {**vars(self.budget), "blocks": list(self.budget.blocks)}
+        curves = {f"{block}.{part}": list(map(list, curve)) for (block, part), curve in self.curves().items()}
+        return {"sensitivities": curves, "sensitivity_budget": budget, "influences": self.influences}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the measurements, safe for JSON."""
-        budget = {}
-        if self.budget is not None:
-            budget = {**vars(self.budget), "ratios": list(self.budget.ratios)}
-        curves = {}
-        for (block, part), curve in self.curves.items():
-            curves[f"{block}.{part}"] = list(map(list, curve))
-        return {"sensitivities": curves, "sensitivity_budget": budget, "influences": self.influences}
+        parts = {f"{block}.{part}": vars(measured) for (block, part), measured in self.parts.items()}
+        budget = None if self.budget is None else vars(self.budget)
+        return {"parts": parts, "budget": budget, "influences": self.influences}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measurements:
-        """Create the measurements from the result of `to_dict`."""
-        curves: Curves = {}
-        for name, curve in fields["sensitivities"].items():
+        """Create the measurements from the result of `to_dict`, also after it was JSON."""
+        parts: Measured = {}
+        for name, measured in fields["parts"].items():
             block, _, part = name.partition(".")
-            curves[int(block), part] = [(sparsity, divergence) for sparsity, divergence in curve]
-        budget = fields["sensitivity_budget"] or None
+            parts[int(block), part] = PartMeasurement(
+                **{kind: [(sparsity, value) for sparsity, value in curve] for kind, curve in measured.items()}
+            )
+        budget = fields["budget"]
         if budget is not None:
-            budget = Budget(**{**budget, "ratios": tuple(budget["ratios"])})
-        return cls(curves, budget, fields["influences"])
+            budget = Budget(**{**budget, "blocks": tuple(budget["blocks"])})
+        return cls(parts, budget, fields["influences"])
 
 
 @dataclass
@@ -64,6 +77,7 @@ class State:
         storage: that storage.
         keep_derivatives: whether there is memory to keep the derivatives of the hidden channels in the MLP's refit.
         inputs: the inputs of the first block. They are empty until the calibration tokens are embedded.
+        gradients: the gradients at every block. They are empty until they are measured.
         measurements: the measurements from which the plan is made.
         warnings: the warnings so far, for the report.
     """
@@ -74,6 +88,7 @@ class State:
     storage: StreamStorage
     keep_derivatives: bool
     inputs: BlockInputs = field(default_factory=lambda: BlockInputs([], []))
+    gradients: list[OutputGradients] = field(default_factory=list)
     measurements: Measurements = field(default_factory=Measurements)
     warnings: list[str] = field(default_factory=list)
 
@@ -117,6 +132,7 @@ class State:
         if request.checkpoint is not None:
             request.checkpoint.keep_batch_size(self.batch_size)
         self.inputs = replace(self.inputs, stream=in_batches(self.inputs.stream, self.batch_size))
+        self.gradients = [gradients.in_batches(self.batch_size) for gradients in self.gradients]
 
 
 def place(request: Request) -> Placement:

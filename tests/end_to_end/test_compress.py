@@ -19,6 +19,7 @@ from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Architecture, Block, resolve
 from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.calibration.gradients import output_gradients
 from optimum_modegpt.calibration.streams import StreamStorage, enter
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
@@ -258,7 +259,7 @@ def test_copies_on_the_device_do_not_grow_with_depth(
     request.addfinalizer(gc.unfreeze)
     gc.freeze()  # the garbage collector need not search objects that are older than the test
     peaks = []
-    for depth in (2, 6):
+    for depth in (4, 8):
         model = dense("llama-gqa-tied", num_hidden_layers=depth)
         most.clear()
         config = ModeGPTConfig(round_to=1, method=recipe[0], allocation=recipe[1])
@@ -282,6 +283,7 @@ def test_record_and_report_describe_the_compression(tmp_path: Any) -> None:
         assert all(0 <= part.relative_error < 1 for part in block.parts.values())
     assert [stage.name for stage in report.stages] == [
         "embed",
+        "gradients",
         "allocate (sensitivity)",
         "decompose",
         "adopt",
@@ -293,24 +295,82 @@ def test_record_and_report_describe_the_compression(tmp_path: Any) -> None:
     assert json.loads(json.dumps(record)) == record
 
 
+def measured(
+    architecture: Architecture, *, windows: int, gradient_windows: int, divergence_windows: int, blocks: tuple[int, ...]
+) -> sensitivity.Measured:
+    """Return the sensitivities of all parts, with exact divergences of `blocks`."""
+    config, host = ModeGPTConfig(sparsity=0.3, round_to=1), torch.device("cpu")
+    used = sensitivity.Budget(windows, gradient_windows, divergence_windows, 24, blocks)
+    with torch.no_grad():
+        first, second = (
+            enter(architecture, tokens(count, 24, seed=seed), 4, StreamStorage(host))
+            for seed, count in enumerate((windows, gradient_windows))
+        )
+        gradients = output_gradients(architecture, second, host, seed=0, progress=False)
+        sizes = part_sizes(architecture, config)
+        sweeps = sensitivity.Sweeps(architecture, sizes, config, used, first, second, gradients, host)
+        return {name: part for found in sweeps.measured({}, progress=False) for name, part in found.items()}
+
+
 def test_sensitivities_bring_a_block_to_the_device_once_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    architecture, config = resolve(dense("llama-gqa-tied", num_hidden_layers=6)), ModeGPTConfig(sparsity=0.3)
-    sizes, host = part_sizes(architecture, config), torch.device("cpu")
-    first, second = (enter(architecture, tokens(8, 24, seed=seed), 4, StreamStorage(host)) for seed in range(2))
+    architecture = resolve(dense("llama-gqa-tied", num_hidden_layers=6))
     brought, on = [], Block.on
     monkeypatch.setattr(Block, "on", lambda block, device: (brought.append(block.index), on(block, device))[1])
 
-    def curves(number: int) -> sensitivity.Curves:
-        brought.clear()
-        monkeypatch.setattr(sensitivity, "SWEEPS", number)
-        sweeps = sensitivity.Sweeps(architecture, sizes, config, (0.3, 0.6), first, second, host)
-        with torch.no_grad():
-            return {name: curve for found in sweeps.measured({}, progress=False) for name, curve in found.items()}
+    def found(sweeps: int, blocks: tuple[int, ...]) -> sensitivity.Measured:
+        monkeypatch.setattr(sensitivity, "SWEEPS", sweeps)
+        result = measured(architecture, windows=8, gradient_windows=6, divergence_windows=3, blocks=blocks)
+        del brought[:6]  # for the gradients
+        return result
 
-    together = curves(1)
+    together = found(1, (0, 5))
     assert brought == list(range(6))
-    assert curves(3) == together, "the batch size changes no result"
+    brought.clear()
+    assert found(3, (0, 5)) == together, "the number of sweeps changes no result"
+    assert brought == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5], "a sweep without a measured block ends with its own blocks"
+    brought.clear()
+    found(3, (0, 2, 5))
     assert brought == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 4, 5]
+
+
+def test_divergence_of_a_block_does_not_depend_on_the_other_measured_blocks() -> None:
+    architecture = resolve(dense("gpt_neox"))
+    sizes = {"windows": 8, "gradient_windows": 6, "divergence_windows": 3}
+    few, all_blocks = (measured(architecture, **sizes, blocks=blocks) for blocks in ((1,), (0, 1, 2)))
+    for (block, part), found in few.items():
+        expected = all_blocks[block, part]
+        assert (found.losses, found.second_order) == (expected.losses, expected.second_order)
+        assert found.ratios == (expected.ratios if block == 1 else [])
+        assert [at for at, _ in expected.ratios] == [at for at, _ in expected.second_order]
+
+
+@pytest.mark.parametrize("name", ["opt-post-ln", "gpt_neox", "gpt2"])
+def test_second_order_is_near_the_divergence_of_a_small_cut(name: str) -> None:
+    found = measured(
+        resolve(dense(name)), windows=64, gradient_windows=64, divergence_windows=64, blocks=(0, 1, 2)
+    )
+    for key, part in found.items():
+        (_, second_order), (_, ratio) = min(part.second_order), min(part.ratios)
+        assert 0 < second_order < 0.1, key
+        assert 0.7 < ratio < 1.4, key
+
+
+def test_part_that_no_prediction_depends_on_is_cut_first() -> None:
+    """Without value weights, neither values nor scores of block 1 matter. Its queries and keys are as large as ever."""
+    model = dense("llama-gqa-tied")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.v_proj.weight.zero_()
+    ids = tokens(2, LENGTH)
+    expected = model(ids).logits
+    report = run(model, sparsity=0.11, refit_iterations=0)
+    ranks = {(block.index, part): block.parts[part].rank for block in report.blocks for part in ("qk", "vo")}
+    assert (ranks[1, "qk"], ranks[1, "vo"]) == (2, 1), "the narrowest widths"
+    for part in ("qk", "vo"):
+        assert max(divergence for _, divergence in report.sensitivities[f"1.{part}"]) < 1e-6
+        assert min(ranks[0, part], ranks[2, part]) > ranks[1, part]
+    before = nn.functional.log_softmax(expected, -1)
+    after = nn.functional.log_softmax(model(ids).logits, -1)
+    assert nn.functional.kl_div(after, before, reduction="sum", log_target=True) / ids.numel() < 0.1
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "influence", "sensitivity"])

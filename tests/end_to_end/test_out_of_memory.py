@@ -62,6 +62,7 @@ def test_retry_is_bit_identical_to_a_run_with_half_the_batch_size(of: str, monke
     assert report.warnings == (f"decompose: {SEEN.format(4, 2)}",)
     assert [stage.name for stage in report.stages] == [
         "embed",
+        "gradients",
         "allocate (uniform)",
         "decompose",
         "adopt",

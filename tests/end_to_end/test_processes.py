@@ -62,7 +62,8 @@ def run(job: str) -> tuple[Any, Report]:
         patch.setattr(residual_matched, "REFIT_TOKENS", 7 * LENGTH)
         patch.setattr(residual_matched, "TOKENS_PER_ROW", 0)
         patch.setattr(residual_matched, "GAIN_TOKENS", 3 * WINDOWS)
-        patch.setattr(sensitivity, "DIVERGENCE_WINDOWS", 2)
+        patch.setattr(sensitivity, "SHALLOW_BUDGET", 0)
+        patch.setattr(sensitivity, "GRADIENT_WINDOWS", 2 if name == "opt" else 5)
         return model, compress(model, config, windows, progress=False)
 
 
@@ -149,8 +150,9 @@ def test_several_ranks_match_one_process(job: str, together: Path) -> None:
 
 
 def test_budgets_are_smaller_than_the_number_of_ranks(together: Path) -> None:
-    budget = Report.load(together / "opt.json").sensitivity_budget
-    assert budget["divergence_windows"] < PROCESSES
+    few, more = (Report.load(together / f"{job}.json").sensitivity_budget for job in ("opt", "opt-post-ln"))
+    assert few["gradient_windows"] == few["divergence_windows"] < PROCESSES
+    assert more["divergence_windows"] < PROCESSES < more["gradient_windows"]
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -200,7 +202,7 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
     "in a sweep": (
         Checkpoint,
         "keep_plan",
-        lambda _, plan, measured, __: not plan and len(measured["sensitivities"]) > 3,
+        lambda _, plan, measured, __: not plan and len(measured["parts"]) > 3,
     ),
     "while streams are saved": (
         Checkpoint,

@@ -14,17 +14,16 @@ from optimum_modegpt.architectures.shapes import Shapes, shapes_of
 from optimum_modegpt.budget.placement import MARGIN, MOST_TOKENS, Free, Needs, Placement, choose_placement
 from optimum_modegpt.methods.cost import Extent, attention_scores
 from optimum_modegpt.methods.registry import peaks_of
+from optimum_modegpt.methods.sensitivity import budget
 from optimum_modegpt.stages import StageClock
 
 SHAPES = Shapes(
     d_model=4096,
     heads=4096,
     head_count=32,
-    groups=32,
     mlp=11008,
     mlp_inputs=2,
     weights=4 * 4096**2 + 3 * 4096 * 11008,
-    rotary=True,
     vocabulary=32000,
     blocks=32,
 )
@@ -105,10 +104,35 @@ def test_the_scores_of_an_eager_attention_count() -> None:
     assert clock.stages[0].peak_memory - before == pytest.approx(scores, rel=0.2)
     fused = replace(shapes, eager=False)
     most = [
-        max(sum(work.values()) for work, _ in peaks_of(each, ModeGPTConfig(), extent, False))
+        max(sum(work.values()) for work, _ in peaks_of(each, ModeGPTConfig(method="paper"), extent, False))
         for each in (shapes, fused)
     ]
     assert most[0] > scores > most[1]
+
+
+def test_gradients_count_the_scores_of_any_attention() -> None:
+    """The gradients use plain products, so that they are the same in every run."""
+    extent = Extent(128, 512, 4 * 512, 2)
+    scores = 4 * 512 * 512 * SHAPES.head_count * 4
+    default, paper = (
+        max(sum(needed.values()) for needed, _ in peaks_of(SHAPES, ModeGPTConfig(method=method), extent, False))
+        for method in ("default", "paper")
+    )
+    assert default > paper
+    assert default > 2 * scores, "the scores and their gradients"
+
+
+def test_gradients_of_all_blocks_count_as_streams() -> None:
+    extent = Extent(128, 2048, 2048, 2)
+    used = budget(SHAPES, 128, 2048)
+    tokens = used.gradient_windows * used.length
+    expected = 32 * tokens * (4096 + 2 * 4096) * 2
+    for recipe in ({}, {"allocation": "uniform"}, {"method": "paper", "allocation": "sensitivity"}):
+        for _, streams in peaks_of(SHAPES, ModeGPTConfig(**recipe), extent, False):
+            assert streams["gradients"] == expected
+    for recipe in ({"method": "paper"}, {"sparsity": 0.0}):
+        for _, streams in peaks_of(SHAPES, ModeGPTConfig(**recipe), extent, False):
+            assert "gradients" not in streams
 
 
 def test_a_batch_size_that_was_asked_for_is_kept() -> None:

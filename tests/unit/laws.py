@@ -1,19 +1,14 @@
-"""Build test inputs: moments of a given rank, condition and scale, explicit data, rotary tables."""
+"""Build test inputs: moments of a given rank, condition and scale, explicit data, rotary angles."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import LinearMoments
-from optimum_modegpt.modeling.modegpt_family import Family
-
-HEADS = {"mha": (4, 4), "gqa": (4, 2), "mqa": (4, 1)}
-"""(heads, key-value heads) by name."""
 
 MOMENTS: dict[str, dict[str, Any]] = {
     "well-posed": {},
@@ -64,23 +59,11 @@ def rotary_angles(length: int, head_dim: int) -> Tensor:
     return torch.arange(length, dtype=torch.float64)[:, None] * frequencies
 
 
-def rotary_tables(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (1, length, head_dim) as transformers passes them to a block: both halves are equal."""
-    angles = rotary_angles(length, head_dim).repeat(1, 2)[None]
-    return angles.cos(), angles.sin()
-
-
 def turned(vectors: Tensor, angles: Tensor) -> Tensor:
     """Rotate every pair (i, i + d/2) of `vectors` (…, d), read as a complex number, by `angles` (…, d/2)."""
     first, second = vectors.chunk(2, dim=-1)
     rotated = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
     return torch.cat((rotated.real, rotated.imag), dim=-1)
-
-
-def attention_block(head_dim: int, window: int | None = None) -> Any:
-    """Return an object with the block attributes that the attention curvature reads."""
-    attention = SimpleNamespace(scaling=head_dim**-0.5, attention_window=window)
-    return SimpleNamespace(attention=attention, family=Family("llama"))
 
 
 def difference(actual: Tensor, expected: Tensor) -> float:

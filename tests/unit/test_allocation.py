@@ -19,7 +19,13 @@ from optimum_modegpt.allocation.plan import (
     plan_sparsity,
     total_weights,
 )
-from optimum_modegpt.allocation.sensitivity import curve_from_losses, interpolate, lower_hull, plan_from_curves
+from optimum_modegpt.allocation.sensitivity import (
+    curve_from_losses,
+    divergences_of,
+    interpolate,
+    lower_hull,
+    plan_from_curves,
+)
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.modeling.modegpt_family import Widths
 
@@ -412,6 +418,42 @@ def test_curve_has_the_shape_of_the_losses_and_passes_the_measured_points():
 
 def test_curve_of_a_part_without_loss_is_the_measured_point():
     assert curve_from_losses([(0.25, 0.0), (0.5, 0.0)], [(0.5, 0.1)]) == [(0.5, 0.1)]
+
+
+SECOND_ORDERS = {(block, part): [(0.3, 1.0 + block), (0.9, 4.0)] for block in range(4) for part in ("mlp", "qk")}
+"""Second orders of four blocks."""
+
+
+def test_divergence_of_a_measured_block_is_its_second_order_times_its_own_ratio():
+    ratios = {(0, "mlp"): [(0.3, 2.0), (0.9, 0.5)], (3, "mlp"): [(0.9, 0.25), (0.3, 1.0)]}
+    found = divergences_of(SECOND_ORDERS, ratios)
+    assert found[0, "mlp"] == [(0.3, 2.0), (0.9, 2.0)]
+    assert found[3, "mlp"] == [(0.3, 4.0), (0.9, 1.0)], "in any order of the points"
+
+
+@pytest.mark.parametrize("changed", [0.1, 1.2, 10.0])
+def test_ratio_of_another_block_is_the_median_of_the_same_part(changed):
+    ratios = {
+        (0, "mlp"): [(0.3, 1.0), (0.9, 0.5)],
+        (2, "mlp"): [(0.3, changed), (0.9, changed)],
+        (3, "mlp"): [(0.3, 1.5), (0.9, 0.5)],
+        (0, "qk"): [(0.3, 100.0), (0.9, 100.0)],
+    }
+    found = divergences_of(SECOND_ORDERS, ratios)
+    assert found[1, "mlp"] == [(0.3, pytest.approx(2 * sorted([1.0, changed, 1.5])[1])), (0.9, 4.0 * 0.5)]
+    assert found[1, "qk"] == [(0.3, pytest.approx(200.0)), (0.9, pytest.approx(400.0))]
+    assert found.keys() == SECOND_ORDERS.keys()
+
+
+def test_ratio_is_interpolated_between_the_sparsities_and_constant_outside():
+    second_orders = {(0, "vo"): [(0.1, 1.0), (0.45, 1.0), (1.0, 1.0)]}
+    found = divergences_of(second_orders, {(5, "vo"): [(0.3, 1.0), (0.6, 3.0)]})
+    assert found[0, "vo"] == [(0.1, 1.0), (0.45, pytest.approx(2.0)), (1.0, 3.0)]
+
+
+def test_divergence_without_any_ratio_is_the_second_order():
+    assert divergences_of(SECOND_ORDERS, {}) == SECOND_ORDERS
+    assert divergences_of(SECOND_ORDERS, {(0, "vo"): [(0.3, 7.0)]}) == SECOND_ORDERS
 
 
 def test_insensitive_part_is_cut_before_a_sensitive_one():

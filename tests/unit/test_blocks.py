@@ -12,9 +12,12 @@ from tiny_models import dense, tokens
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block, resolve
+from optimum_modegpt.calibration.gradients import output_gradients
 from optimum_modegpt.calibration.streams import StreamStorage, enter
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods import published, residual_matched
+from optimum_modegpt.methods.method import StreamPair
+from optimum_modegpt.methods.residual_matched import OutputMetrics
 
 SEPARATE = [
     "llama-gqa-tied",
@@ -39,12 +42,17 @@ class Case:
     """The second block of a tiny model with its inputs. Nothing was fitted to the tokens `other`."""
 
     def __init__(self, name: str) -> None:
-        architecture = resolve(dense(name))
-        self.block: Block = architecture.blocks[1]
-        front, other = (
-            enter(architecture, tokens(6, 16, seed=seed), 3, StreamStorage(torch.device("cpu"))) for seed in (0, 1)
+        self.architecture = resolve(dense(name))
+        self.block: Block = self.architecture.blocks[1]
+        self.front, other = (
+            enter(self.architecture, tokens(6, 16, seed=seed), 3, StreamStorage(CPU)) for seed in (0, 1)
         )
-        self.stream, self.other, self.arguments = front.stream, other.stream, front.on(1, CPU)
+        self.stream, self.other, self.arguments = self.front.stream, other.stream, self.front.on(1, CPU)
+
+    def metrics(self) -> OutputMetrics:
+        """Return the metrics of errors in the block, with the model's present weights."""
+        gradients = output_gradients(self.architecture, self.front, CPU, seed=0, progress=False)[1]
+        return OutputMetrics.of(gradients, self.block, CPU)
 
     def cut(self, method: str, **ranks: int) -> tuple[Block, dict[str, float]]:
         """Return a copy of the block, with every part cut by `method` to the given rank or kept at full rank."""
@@ -57,10 +65,10 @@ class Case:
             targets = residual_matched.run_dense(self.block, self.stream, self.arguments)
             errors, _ = residual_matched.compress_block(
                 student,
-                self.stream,
-                self.stream,
+                StreamPair(self.stream, self.stream),
                 targets,
                 widths,
+                metrics=self.metrics(),
                 arguments=self.arguments,
                 config=CONFIG,
                 keep_derivatives=False,
@@ -110,7 +118,7 @@ def test_output_stays_at_the_dense_one_on_the_new_basis_where_the_tokens_do_not_
         targets = residual_matched.run_dense(block, case.stream, case.arguments)
         heads = residual_matched.head_outputs(block, case.stream, case.arguments)
         moments = residual_matched.observe_output(block, case.stream, heads, targets.attention, None)
-        factors = residual_matched.cut_value_output(block, moments, 3, config)
+        factors = residual_matched.cut_value_output(block, moments, case.metrics().attention, 3, config)
         bases = (factors.value @ torch.linalg.pinv(block.head_rows("value"))).mT  # (kv_heads, head_dim, 3)
     dense_output = block.input_outputs(block.output)
     rows = dense_output[:32].unflatten(0, (4, 8))  # (heads, head_dim, d_model)
@@ -235,10 +243,10 @@ def test_refit_compensates_the_errors_of_earlier_blocks(name):
         targets = residual_matched.run_dense(case.block, stream, case.arguments)
         _, after = residual_matched.compress_block(
             student,
-            stream,
-            drifted,
+            StreamPair(stream, drifted),
             targets,
             case.block.dense_widths,
+            metrics=case.metrics(),
             arguments=case.arguments,
             config=CONFIG,
             keep_derivatives=False,

@@ -11,7 +11,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from optimum_modegpt.architectures.norms import gain, set_gain
 from optimum_modegpt.calibration.influence import InfluenceSum
-from optimum_modegpt.calibration.moments import LinearMomentSum, SlopeSum, token_weights, with_ones, without_gain
+from optimum_modegpt.calibration.moments import (
+    HeadMomentSum,
+    LinearMomentSum,
+    SlopeSum,
+    token_weights,
+    with_ones,
+    without_gain,
+)
 from optimum_modegpt.decompositions import psd
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.modeling.modegpt_family import Norm
@@ -42,6 +49,18 @@ def sums_of(inputs: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | N
     total = LinearMomentSum(ones=ones)
     total.add(inputs, target, weight)
     return total.value()
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_head_moments_are_summed_over_the_query_heads_of_a_group(groups):
+    query, total = normal(*SHAPE, 4, 6), HeadMomentSum(groups)
+    total.add(query[:1])
+    total.add(query[1:])
+    expected = torch.zeros(groups, 6, 6).double()
+    for token in query.flatten(0, 1):
+        for head, vector in enumerate(token):
+            expected[head // (4 // groups)] += torch.outer(vector, vector)
+    assert difference(total.value(), expected) < 1e-6
 
 
 @pytest.mark.parametrize("width", [5, 300])

@@ -29,11 +29,11 @@ def head_moments(seed: int = 0, situation: str = "well-posed") -> Tensor:
     return torch.stack(result)
 
 
-def refit_error(curvature: Tensor, query: Tensor, mapping: Tensor, kept: Tensor) -> float:
-    """Return the loss of the attention rows: E (q − q̂)ᵀ F (q − q̂), with q̂ the mapped query on the kept coordinates."""
+def refit_error(metric: Tensor, query: Tensor, mapping: Tensor, kept: Tensor) -> float:
+    """Return the loss in the metric: E (q − q̂)ᵀ F (q − q̂), with q̂ the mapped query on the kept coordinates."""
     gap = eye(len(query))
     gap[kept] -= mapping
-    return float((curvature * (gap @ query @ gap.T)).sum())
+    return float((metric * (gap @ query @ gap.T)).sum())
 
 
 def complement(kept: Tensor) -> list[int]:
@@ -93,37 +93,37 @@ def test_without_rotation_coordinates_are_chosen_alone():
 # ---------------------------------------------------------------------------------------------------------- elimination
 
 
-def explicit_error(curvature: Tensor, query: Tensor, kept: Tensor) -> float:
-    """Compute tr(C_pp (F_pp − F_pk F_kk⁻¹ F_kp)) of the damped curvature, for kept coordinates."""
-    kept, curvature, pruned = kept.tolist(), damp(curvature, ROOT_RIDGE), complement(kept)
-    across = curvature[kept][:, pruned]
-    schur = curvature[pruned][:, pruned] - across.T @ torch.linalg.inv(curvature[kept][:, kept]) @ across
+def explicit_error(metric: Tensor, query: Tensor, kept: Tensor) -> float:
+    """Compute tr(C_pp (F_pp − F_pk F_kk⁻¹ F_kp)) of the damped metric, for kept coordinates."""
+    kept, metric, pruned = kept.tolist(), damp(metric, ROOT_RIDGE), complement(kept)
+    across = metric[kept][:, pruned]
+    schur = metric[pruned][:, pruned] - across.T @ torch.linalg.inv(metric[kept][:, kept]) @ across
     return float((query[pruned][:, pruned] @ schur).trace())
 
 
 @pytest.mark.parametrize("situation", ["well-posed", "singular", "scale 1e-20", "scale 1e20"])
 @pytest.mark.parametrize("count", [4, 2, 1])
 def test_elimination_is_greedy_with_the_error_of_the_formula(situation, count):
-    curvature, query = head_moments(0, situation), head_moments(50)
-    kept, errors = eliminate_pairs(curvature, query, count).after(count)
+    metric, query = head_moments(0, situation), head_moments(50)
+    kept, errors = eliminate_pairs(metric, query, count).after(count)
     for group in range(GROUPS):
         pairs = list(range(PAIRS))
         while len(pairs) > count:
 
             def trial(gone: int, group: int = group, pairs: list[int] = pairs) -> float:
                 left = torch.tensor([pair for pair in pairs if pair != gone])
-                return explicit_error(curvature[group], query[group], pair_indices(left, HEAD_DIM))
+                return explicit_error(metric[group], query[group], pair_indices(left, HEAD_DIM))
 
             pairs = [pair for pair in pairs if pair != min(pairs, key=trial)]
         assert kept[group].tolist() == pairs
-        expected = explicit_error(curvature[group], query[group], pair_indices(kept[group], HEAD_DIM))
+        expected = explicit_error(metric[group], query[group], pair_indices(kept[group], HEAD_DIM))
         assert float(errors[group]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_error_is_the_loss_of_the_refitted_query():
-    curvature, query = head_moments(0), head_moments(50)
-    kept, errors = eliminate_pairs(curvature, query, 3).after(3)
-    damped = damp(curvature, ROOT_RIDGE)
+    metric, query = head_moments(0), head_moments(50)
+    kept, errors = eliminate_pairs(metric, query, 3).after(3)
+    damped = damp(metric, ROOT_RIDGE)
     for group, mapping in enumerate(query_refit(damped, kept, ridge=1e-14)):
         index = pair_indices(kept[group], HEAD_DIM)
         assert refit_error(damped[group], query[group], mapping, index) == pytest.approx(float(errors[group]))
@@ -137,32 +137,32 @@ def test_keeping_every_pair_costs_nothing_and_changes_nothing():
     assert torch.equal(mapping, eye(HEAD_DIM).expand(GROUPS, -1, -1))
 
 
-def test_pairs_without_curvature_are_pruned_for_nothing():
-    curvature, query = head_moments(0), head_moments(50)
+def test_pairs_that_the_metric_ignores_are_pruned_for_nothing():
+    metric, query = head_moments(0), head_moments(50)
     silent = pair_indices(torch.tensor([1, 4]), HEAD_DIM)
-    curvature[1, silent], curvature[1, :, silent] = 0, 0
-    kept, errors = eliminate_pairs(curvature, query, PAIRS - 2).after(PAIRS - 2)
+    metric[1, silent], metric[1, :, silent] = 0, 0
+    kept, errors = eliminate_pairs(metric, query, PAIRS - 2).after(PAIRS - 2)
     assert kept[1].tolist() == [0, 2, 3, 5]
-    assert errors[1] < 1e-5 * (curvature[1] * query[1]).sum().abs()
-    assert errors[0] > 1e-5 * (curvature[0] * query[0]).sum().abs()
+    assert errors[1] < 1e-5 * (metric[1] * query[1]).sum().abs()
+    assert errors[0] > 1e-5 * (metric[0] * query[0]).sum().abs()
 
 
 def test_pairs_that_no_query_reads_are_pruned_for_nothing():
-    curvature, query = head_moments(0), head_moments(50)
+    metric, query = head_moments(0), head_moments(50)
     silent = pair_indices(torch.tensor([0, 3]), HEAD_DIM)
     query[2, silent], query[2, :, silent] = 0, 0
-    kept, errors = eliminate_pairs(curvature, query, PAIRS - 2).after(PAIRS - 2)
+    kept, errors = eliminate_pairs(metric, query, PAIRS - 2).after(PAIRS - 2)
     assert kept[2].tolist() == [1, 2, 4, 5]
     assert errors[2] == 0
 
 
 @pytest.mark.parametrize("situation", MOMENTS)
-def test_any_curvature_gives_pairs_and_a_finite_refit(situation):
-    curvature = head_moments(0, situation)
-    kept, errors = eliminate_pairs(curvature, head_moments(50), 2).after(2)
+def test_any_metric_gives_pairs_and_a_finite_refit(situation):
+    metric = head_moments(0, situation)
+    kept, errors = eliminate_pairs(metric, head_moments(50), 2).after(2)
     assert errors.isfinite().all()
     assert (kept.diff(dim=1) > 0).all()
-    assert query_refit(curvature, kept, ridge=1e-3).isfinite().all()
+    assert query_refit(metric, kept, ridge=1e-3).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------- refit
@@ -174,12 +174,12 @@ def test_refit_is_exact_where_pruned_keys_are_combinations_of_kept_ones():
     keys, query = torch.zeros(60, HEAD_DIM).double(), normal(10, HEAD_DIM, seed=1)
     keys[:, kept] = normal(60, 6)
     keys[:, complement(kept)] = keys[:, kept] @ normal(6, 6, seed=2)
-    curvature = (keys.T @ keys)[None]
-    mapping = query_refit(curvature, pairs, ridge=1e-13)[0]
+    metric = (keys.T @ keys)[None]
+    mapping = query_refit(metric, pairs, ridge=1e-13)[0]
     assert difference((query @ mapping.T) @ keys[:, kept].T, query @ keys.T) < 1e-10
     assert (
-        refit_error(curvature[0], query.T @ query, mapping, kept)
-        < 1e-18 * float((curvature[0] * (query.T @ query)).sum().abs()) + 1e-9
+        refit_error(metric[0], query.T @ query, mapping, kept)
+        < 1e-18 * float((metric[0] * (query.T @ query)).sum().abs()) + 1e-9
     )
 
 
@@ -198,26 +198,26 @@ def test_refit_is_exact_up_to_a_constant_in_each_row():
 
 
 def test_no_other_map_of_the_query_loses_less():
-    curvature, query, pairs = head_moments(0)[:1], head_moments(50)[0], torch.tensor([[0, 3]])
-    kept, mapping = pair_indices(pairs, HEAD_DIM)[0], query_refit(curvature, pairs, ridge=1e-13)[0]
-    best = refit_error(curvature[0], query, mapping, kept)
+    metric, query, pairs = head_moments(0)[:1], head_moments(50)[0], torch.tensor([[0, 3]])
+    kept, mapping = pair_indices(pairs, HEAD_DIM)[0], query_refit(metric, pairs, ridge=1e-13)[0]
+    best = refit_error(metric[0], query, mapping, kept)
     for seed in range(10):
         other = mapping + 1e-2 * normal(*mapping.shape, seed=seed)
-        assert refit_error(curvature[0], query, other, kept) > best
-    assert best < refit_error(curvature[0], query, eye(HEAD_DIM)[kept], kept)
+        assert refit_error(metric[0], query, other, kept) > best
+    assert best < refit_error(metric[0], query, eye(HEAD_DIM)[kept], kept)
 
 
 def test_large_ridge_leaves_the_kept_query_rows_alone():
-    curvature, pairs = head_moments(0), torch.tensor([[0, 3]] * GROUPS)
-    mapping = query_refit(curvature, pairs, ridge=1e12)
+    metric, pairs = head_moments(0), torch.tensor([[0, 3]] * GROUPS)
+    mapping = query_refit(metric, pairs, ridge=1e12)
     assert difference(mapping, eye(HEAD_DIM)[pair_indices(pairs, HEAD_DIM)]) < 1e-9
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_scale_of_the_moments_does_not_matter(scale):
-    curvature, query = head_moments(0), head_moments(50)
-    kept, errors = eliminate_pairs(curvature, query, 3).after(3)
-    scaled_kept, scaled_errors = eliminate_pairs(scale * curvature, scale * query, 3).after(3)
+    metric, query = head_moments(0), head_moments(50)
+    kept, errors = eliminate_pairs(metric, query, 3).after(3)
+    scaled_kept, scaled_errors = eliminate_pairs(scale * metric, scale * query, 3).after(3)
     assert torch.equal(scaled_kept, kept)
     assert difference(scaled_errors, scale * scale * errors) < 1e-9
-    assert difference(query_refit(scale * curvature, kept, ridge=1e-3), query_refit(curvature, kept, ridge=1e-3)) < 1e-9
+    assert difference(query_refit(scale * metric, kept, ridge=1e-3), query_refit(metric, kept, ridge=1e-3)) < 1e-9
