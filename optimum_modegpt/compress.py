@@ -65,7 +65,6 @@ def compress(
     check_request(request, state)
     precision, warned = products_of(model.dtype), collected_warnings(state)
     with (
-        torch.inference_mode(False),
         torch.no_grad(),
         precision,
         evaluation_mode(model),

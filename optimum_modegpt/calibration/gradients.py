@@ -20,6 +20,7 @@ from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.head import LogitHead
 from optimum_modegpt.calibration.moments import HeadMomentSum
 from optimum_modegpt.calibration.streams import (
+    DENSE_ADVICE,
     BlockInputs,
     Stream,
     calls_of,
@@ -92,7 +93,7 @@ def output_gradients(
             four = list(store_like(_differentiated(separate, streams.pop(), after, arguments), inputs.stream))
             entering, query, attention, mlp = (four[place::4] for place in range(4))
             with naming(f"block {block.index}"):
-                _check_finite(entering, inputs.windows)
+                _require_finite("the gradients of the dense model's predictions", entering, inputs.windows)
             found.append(OutputGradients(query, attention, mlp))
             after = entering
             shown.update()
@@ -139,7 +140,11 @@ def _logit_gradients(tail: LogitHead, stream: Stream, inputs: BlockInputs, seed:
         found = []
         for window, number in zip(batch, numbers, strict=False):
             generator = torch.Generator().manual_seed(seed + number)
-            found.append(torch.cat([_through_head(tail, part, generator) for part in window.split(rows)]))
+            parts = window.split(rows)
+            found.append(torch.cat([_through_head(tail, part, generator) for part in parts]))
+            if not found[-1].isfinite().all():
+                logits = [tail(part)[None] for part in parts]
+                _require_finite("the dense model's logits", logits, torch.tensor([number] * len(parts)))
         yield torch.stack(found).to(torch.bfloat16)
 
 
@@ -169,9 +174,6 @@ def _differentiated(block: Block, stream: Stream, after: Stream, arguments: dict
                 yield each.to(torch.bfloat16).view(*entering.shape[:2], -1)
 
 
-def _check_finite(gradients: Stream, windows: Tensor) -> None:
-    if (window := not_finite(gradients, windows)) is not None:
-        raise NumericalError(
-            f"the gradients of the dense model's predictions are not finite on {window}. Load the model in bfloat16 or "
-            "float32."
-        )
+def _require_finite(name: str, stream: Stream, windows: Tensor) -> None:
+    if (window := not_finite(stream, windows)) is not None:
+        raise NumericalError(f"{name} are not finite on {window}. {DENSE_ADVICE}")

@@ -49,50 +49,50 @@ class PairElimination:
         return remaining(self.order[:, :gone], self.pairs), self.costs[:, :gone].sum(1)
 
 
-def eliminate_pairs(attention: Tensor, query: Tensor, count: int) -> PairElimination:
+def eliminate_pairs(metric: Tensor, query: Tensor, count: int) -> PairElimination:
     """Remove the cheapest pair, one at a time, until `count` pairs remain in every group (ours).
 
-    `attention` F (groups, d, d) is the curvature of the attention distribution in the key directions of the logits.
+    `metric` F (groups, d, d) measures the errors δ of a query, as δᵀ F δ.
     `query` C_Q is the second moment of the queries. With the query refitted, keeping k and pruning p costs
     tr(C_Q,pp (F_pp − F_pk F_kk⁻¹ F_kp)). Removing pair i from the refitted query M q adds
     tr(([F⁻¹]_ii)⁻¹ [M C_Q Mᵀ]_ii) to this cost. F⁻¹ and M are downdated after each removal.
     """
-    groups, head_dim, _ = attention.shape
+    groups, head_dim, _ = metric.shape
     pairs = head_dim // 2
-    blocks = pair_indices(torch.arange(pairs, device=attention.device)[:, None], head_dim)  # (pairs, 2)
-    inverse_curvature = inverse(damp(attention, ROOT_RIDGE))
-    mapping = torch.eye(head_dim, dtype=attention.dtype, device=attention.device).expand_as(attention)
-    every, gone = torch.arange(groups, device=attention.device), attention.new_zeros(groups, pairs, dtype=torch.bool)
-    order, costs = [every.new_zeros(groups, 0)], [attention.new_zeros(groups, 0)]
+    blocks = pair_indices(torch.arange(pairs, device=metric.device)[:, None], head_dim)  # (pairs, 2)
+    inverse_metric = inverse(damp(metric, ROOT_RIDGE))
+    mapping = torch.eye(head_dim, dtype=metric.dtype, device=metric.device).expand_as(metric)
+    every, gone = torch.arange(groups, device=metric.device), metric.new_zeros(groups, pairs, dtype=torch.bool)
+    order, costs = [every.new_zeros(groups, 0)], [metric.new_zeros(groups, 0)]
     for _ in range(pairs - count):
         lost = _diagonal_blocks(mapping @ query @ mapping.mT, blocks)
-        own = add_diagonal(_diagonal_blocks(inverse_curvature, blocks), gone)  # removed ones are zero
+        own = add_diagonal(_diagonal_blocks(inverse_metric, blocks), gone)  # removed ones are zero
         cost = (own.inverse() * lost).sum((-2, -1)).masked_fill(gone, torch.inf)
         worst = cost.argmin(1)
-        columns = inverse_curvature[every[:, None], :, blocks[worst]].mT  # (groups, d, 2)
+        columns = inverse_metric[every[:, None], :, blocks[worst]].mT  # (groups, d, 2)
         rows = torch.cat((mapping[every[:, None], blocks[worst]], columns.mT), dim=2)
         update = columns @ own[every, worst].inverse() @ rows
-        mapping, inverse_curvature = mapping - update[..., :head_dim], inverse_curvature - update[..., head_dim:]
+        mapping, inverse_metric = mapping - update[..., :head_dim], inverse_metric - update[..., head_dim:]
         gone[every, worst] = True
         order.append(worst[:, None])
         costs.append(cost[every, worst][:, None])
     return PairElimination(torch.cat(order, dim=1), torch.cat(costs, dim=1), pairs)
 
 
-def query_refit(attention: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
+def query_refit(metric: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
     """Compute the map (groups, 2·count, d) from dense to kept query coordinates (ours).
 
     The map gives W_Q,kept + F_kk⁻¹ F_kp W_Q,pruned. It applies to the rows of a head's query weight and bias. F_kk is
     damped by `ridge` · its mean diagonal.
     """
-    head_dim = attention.shape[-1]
+    head_dim = metric.shape[-1]
     maps = []
-    for curvature, kept in zip(attention, pair_indices(pairs, head_dim), strict=True):
+    for own, kept in zip(metric, pair_indices(pairs, head_dim), strict=True):
         pruned = remaining(kept, head_dim)
-        mapping = curvature.new_zeros(len(kept), head_dim)
+        mapping = own.new_zeros(len(kept), head_dim)
         mapping[torch.arange(len(kept)), kept] = 1
         if len(pruned):
-            mapping[:, pruned] = solve(damp(curvature[kept][:, kept], ridge), curvature[kept][:, pruned])
+            mapping[:, pruned] = solve(damp(own[kept][:, kept], ridge), own[kept][:, pruned])
         maps.append(mapping)
     return torch.stack(maps)
 

@@ -273,7 +273,7 @@ def cut_query_key(
     rank: int,
     config: ModeGPTConfig,
 ) -> QueryKeyFactors:
-    """Keep the pairs that `elimination` leaves, and refit the query on their curvature.
+    """Keep the pairs that `elimination` leaves, and refit the query on them.
 
     Without an elimination, use a two-sided basis. Without moments, `rank` must be the full one.
     """

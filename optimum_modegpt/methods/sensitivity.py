@@ -231,6 +231,7 @@ class Sweeps:
                 found |= self._measure_block(dense, variants, outputs)
             passed()
         if variants:
+            del dense  # later blocks follow
             divergences = self._divergences(sweep, outputs, len(variants), passed)
             for variant, divergence in zip(variants, divergences, strict=True):
                 _require_finite(divergence, variant.block, variant.part, variant.sparsity)
@@ -360,7 +361,7 @@ class Sweeps:
 def _mean(effects: Tensor, length: int) -> float:
     """Return the mean over the tokens of all ranks, from the sums over windows of `length` tokens."""
     windows = distributed.all_reduce(len(effects))
-    return distributed.all_reduce(float(effects.sum())) / (windows * length)
+    return float(distributed.all_reduce(float(effects.sum())) / (windows * length))
 
 
 def _require_finite(divergence: float, index: int, part: str, sparsity: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from optimum_modegpt.allocation.plan import Plan, plan_sparsity
@@ -78,13 +79,14 @@ def measure_gradients(request: Request, state: State) -> None:
         return
     budget = measure_budget(request)
     _, for_gradients = sensitivity.split(len(request.calibration.tokens), budget)
-    state.gradients = output_gradients(
-        request.architecture,
-        state.embed(request, for_gradients, budget.length),
-        request.device,
-        seed=request.config.seed,
-        progress=request.show_progress,
-    )
+    with torch.inference_mode(False), torch.no_grad():  # the caller's inference mode would forbid gradients
+        state.gradients = output_gradients(
+            request.architecture,
+            state.embed(request, for_gradients, budget.length),
+            request.device,
+            seed=request.config.seed,
+            progress=request.show_progress,
+        )
 
 
 def measure_budget(request: Request) -> sensitivity.Budget:

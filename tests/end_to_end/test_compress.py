@@ -346,9 +346,7 @@ def test_divergence_of_a_block_does_not_depend_on_the_other_measured_blocks() ->
 
 @pytest.mark.parametrize("name", ["opt-post-ln", "gpt_neox", "gpt2"])
 def test_second_order_is_near_the_divergence_of_a_small_cut(name: str) -> None:
-    found = measured(
-        resolve(dense(name)), windows=64, gradient_windows=64, divergence_windows=64, blocks=(0, 1, 2)
-    )
+    found = measured(resolve(dense(name)), windows=64, gradient_windows=64, divergence_windows=64, blocks=(0, 1, 2))
     for key, part in found.items():
         (_, second_order), (_, ratio) = min(part.second_order), min(part.ratios)
         assert 0 < second_order < 0.1, key

@@ -137,7 +137,9 @@ def test_small_error_causes_the_predicted_divergence(name: str, place: str) -> N
     generator, errors = torch.Generator().manual_seed(1), []
 
     def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        error = torch.randn(output.shape, generator=generator, dtype=output.dtype) * 1e-3 * output.square().mean().sqrt()
+        error = (
+            torch.randn(output.shape, generator=generator, dtype=output.dtype) * 1e-3 * output.square().mean().sqrt()
+        )
         errors.append(error)
         return output + error
 
@@ -223,7 +225,7 @@ def test_gradient_that_is_not_finite_is_an_error_that_names_block_and_window() -
         measured(architecture, ids, first=2)
 
 
-# ---------------------------------------------------------------------------------------------------------------- metric
+# --------------------------------------------------------------------------------------------------------------- metric
 
 
 def in_batches(rows: Tensor) -> list[Tensor]:
