@@ -229,9 +229,9 @@ class Sweeps:
             _advance(outputs, dense, self.divergence.on(block.index, self.device))
             with naming(f"block {block.index}"):
                 found |= self._measure_block(dense, variants, outputs)
+            del dense  # it would stay on the device while the later blocks pass
             passed()
         if variants:
-            del dense  # later blocks follow
             divergences = self._divergences(sweep, outputs, len(variants), passed)
             for variant, divergence in zip(variants, divergences, strict=True):
                 _require_finite(divergence, variant.block, variant.part, variant.sparsity)
