@@ -100,6 +100,7 @@ def cut_blocks(
     plan: Plan, request: Request, state: State
 ) -> tuple[list[nn.Module], nn.Module | None, list[dict[str, float]]]:
     """Return the compressed blocks, the final norm, and the relative errors by block and part."""
+    measure_gradients(request, state)
     method, blocks, device = method_of(request.config), request.architecture.blocks, request.device
     modules, errors, streams = finished_blocks(request, state, plan)
     shown = bar(desc="decompose", unit="block", total=len(blocks), initial=len(modules), shown=request.show_progress)

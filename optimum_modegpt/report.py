@@ -98,7 +98,7 @@ class Report:
     """"block.part" -> [sparsity, KL divergence in nats per token], through measured points. Empty unless the
     allocation uses it."""
     sensitivity_budget: dict[str, Any] = field(default_factory=dict)
-    """Windows for moments and for divergences, tokens of the latter, and ratios, used to measure the sensitivities."""
+    """Windows for moments, gradients and divergences, tokens of the last two, and blocks with measured divergences."""
     influences: list[float] = field(default_factory=list)
     """Block influence 1 − E cos(input, output) of every block. Empty unless the allocation used it."""
     self_check: dict[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.errors import UnsupportedModel
-from optimum_modegpt.modeling.modegpt_attention import pair_columns, rotates
+from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_family import Family
 
 
@@ -47,13 +47,3 @@ def pair_coordinates(head_dim: int, width: int, *, interleaved: bool) -> Tensor:
     rotated = torch.arange(width)
     rotated = rotated.view(-1, 2) if interleaved else rotated.view(2, -1).T
     return torch.cat((rotated, torch.arange(width, head_dim).view(-1, 2)))
-
-
-def head_tables(tables: tuple[Tensor, Tensor], family: Family, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Return the model's cos and sin tables (1, length, columns) in the order of compressed models, (1, length, d)."""
-    cos, sin = tables
-    if family.attention.positions.table == "concatenated" and cos.shape[-1] == head_dim:
-        return cos, sin
-    cos = pair_columns(cos, family, head_dim // 2, 1.0)
-    sin = pair_columns(sin, family, head_dim // 2, 0.0)
-    return torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)

@@ -2,7 +2,8 @@
 
 For a change δ of the logits, the divergence of the next-token distribution p is ½ δᵀ (diag p − p pᵀ) δ to second
 order. v = √p ∘ ε − p (√p · ε), with ε standard normal, has this covariance. If g is the gradient of v · logits with
-respect to an output inside the model, an error Δ of that output therefore causes a divergence of ½ E (gᵀ Δ)².
+respect to an output inside the model, an error Δ of that output therefore causes a divergence of ½ E (gᵀ Δ)². This
+assumes that the errors of different tokens are uncorrelated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from optimum_modegpt.calibration.streams import (
     Stream,
     calls_of,
     check_dense,
-    in_batches,
     map_stream,
     not_finite,
     store_like,
@@ -48,21 +48,17 @@ FLOOR = 1e-150
 
 @dataclass(frozen=True)
 class OutputGradients:
-    """The gradients g at one block, one tensor (batch, length, d_model) in bfloat16 for each batch.
+    """The gradients g at one block, one tensor in bfloat16 for each batch.
 
     Attributes:
         query: at the output of the query projection, (batch, length, heads · head_dim).
-        attention: at the output of the attention's output projection.
-        mlp: at the output of the down projection.
+        attention: at the output of the attention's output projection, (batch, length, d_model).
+        mlp: at the output of the down projection, (batch, length, d_model).
     """
 
     query: Stream
     attention: Stream
     mlp: Stream
-
-    def in_batches(self, size: int) -> OutputGradients:
-        """Split all batches into those of at most `size` windows."""
-        return OutputGradients(*(in_batches(stream, size) for stream in (self.query, self.attention, self.mlp)))
 
 
 def output_gradients(

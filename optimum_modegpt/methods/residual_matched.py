@@ -34,7 +34,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import Elimination, eliminate_rows, remaining
-from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, inverse
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, inverse, mean_diagonal
 from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
@@ -284,7 +284,10 @@ def cut_query_key(
     assert moments is not None
     per_group = block.heads // block.kv_heads
     if elimination is None:
-        query_map, key_map = two_sided_basis(moments.query, moments.key, rank)
+        # The metric has other units than the keys, and is zero for a head that no prediction depends on.
+        loudness = mean_diagonal(moments.query)
+        balanced = moments.key * (loudness / mean_diagonal(moments.key))[:, None, None]
+        query_map, key_map = two_sided_basis(moments.query, add_diagonal(balanced, ROOT_RIDGE * loudness), rank)
         error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
     pairs, errors = elimination.after(rank // 2)

@@ -57,6 +57,9 @@ FEWEST_WINDOWS, MOST_WINDOWS, LENGTH = 2, 16, 512
 windows."""
 GRADIENT_WINDOWS = 4
 """Fewest windows for the gradients."""
+SMALLEST = 5e-3
+"""Smallest second order, in nats per token, that a divergence is compared with. The rounding of streams to bfloat16
+causes a divergence of up to 2e-3."""
 PASS_SHARE = 0.5
 """The cost of the divergences, as a share of a stream's pass."""
 SHALLOW_BUDGET = 24_000
@@ -217,7 +220,7 @@ class Sweeps:
         for block in self.architecture.blocks[sweep.start : sweep.stop]:
             dense = block.on(self.device)
             self.moments = self._passed(dense, self.moments)
-            self.divergence = self._passed(dense, self.divergence)
+            self._halves(dense)
 
     def _measure(self, sweep: range, passed: Callable[[], Any]) -> Measured:
         """Return the measurements of these blocks. `passed` is called after every block that the streams passed."""
@@ -234,8 +237,9 @@ class Sweeps:
         if variants:
             divergences = self._divergences(sweep, outputs, len(variants), passed)
             for variant, divergence in zip(variants, divergences, strict=True):
-                _require_finite(divergence, variant.block, variant.part, variant.sparsity)
-                if variant.second_order:
+                with naming(f"block {variant.block}"):
+                    _require_finite(divergence, variant.part, variant.sparsity)
+                if variant.second_order >= SMALLEST:
                     ratio = divergence / variant.second_order
                     found[variant.block, variant.part].ratios.append((variant.sparsity, ratio))
         return found
@@ -258,7 +262,7 @@ class Sweeps:
                     cuts[part].install(copied, width)
                 effects = self._effects(copied, part, halves)
                 second_order = _mean(effects, self.budget.length)
-                _require_finite(second_order, dense.index, part, sparsity)
+                _require_finite(second_order, part, sparsity)
                 second_orders.append((sparsity, second_order))
                 if dense.index in self.budget.blocks:
                     second_order = _mean(effects[: len(first.windows)], self.budget.length)
@@ -364,10 +368,10 @@ def _mean(effects: Tensor, length: int) -> float:
     return float(distributed.all_reduce(float(effects.sum())) / (windows * length))
 
 
-def _require_finite(divergence: float, index: int, part: str, sparsity: float) -> None:
+def _require_finite(divergence: float, part: str, sparsity: float) -> None:
     if not math.isfinite(divergence):
         raise NumericalError(
-            f"block {index}, {part}: with {sparsity:.0%} of it removed the model's output is not finite, although "
+            f"{part}: with {sparsity:.0%} of it removed the model's output is not finite, although "
             "the dense model's is. Load the model in bfloat16 or float32."
         )
 

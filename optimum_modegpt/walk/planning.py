@@ -55,6 +55,7 @@ def make_plan(request: Request, state: State) -> Plan:
 
 def measure_sensitivities(request: Request, state: State) -> None:
     """Measure the sensitivity of every part of every block. Each sweep is written to the checkpoint."""
+    measure_gradients(request, state)
     measurements, budget = state.measurements, measure_budget(request)
     measurements.budget = budget
     for_moments, for_gradients = sensitivity.split(len(request.calibration.tokens), budget)
@@ -74,8 +75,11 @@ def measure_sensitivities(request: Request, state: State) -> None:
 
 
 def measure_gradients(request: Request, state: State) -> None:
-    """Measure the gradients of the dense model's predictions at every block, if the compression uses them."""
-    if not uses_gradients(request.config):
+    """Measure the gradients of the dense model's predictions at every block, if the compression uses them.
+
+    Known gradients are not measured again. They are dropped if memory runs out.
+    """
+    if state.gradients or not uses_gradients(request.config):
         return
     budget = measure_budget(request)
     _, for_gradients = sensitivity.split(len(request.calibration.tokens), budget)

@@ -22,6 +22,9 @@ from optimum_modegpt.walk.record import versions
 from optimum_modegpt.walk.request import Request
 from optimum_modegpt.walk.state import Measurements, State
 
+ALGORITHM = 2
+"""Number of the algorithm. It changes when the same settings give another result."""
+
 
 @contextmanager
 def resuming(request: Request, state: State) -> Iterator[None]:
@@ -59,6 +62,7 @@ def identity(request: Request) -> dict[str, Any]:
     for name, value in config.to_dict().items():
         if name != "batch_size":
             settings[f"configuration, {name}"] = value
+    settings["algorithm"] = ALGORITHM
     settings["plan"] = None if request.plan is None else request.plan.to_list()
     settings["processes"] = distributed.world_size()
     machine = {"device": request.device.type, "threads": torch.get_num_threads(), "versions": versions()}

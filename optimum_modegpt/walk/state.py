@@ -132,7 +132,7 @@ class State:
         if request.checkpoint is not None:
             request.checkpoint.keep_batch_size(self.batch_size)
         self.inputs = replace(self.inputs, stream=in_batches(self.inputs.stream, self.batch_size))
-        self.gradients = [gradients.in_batches(self.batch_size) for gradients in self.gradients]
+        self.gradients = []
 
 
 def place(request: Request) -> Placement:

@@ -213,8 +213,11 @@ def test_full_disk_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest.Mon
     assert_same(states(again), states(uninterrupted))
 
 
-def test_sensitivities_resume_after_the_last_finished_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uninterrupted, again = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt_neox"])
+def test_sensitivities_resume_after_the_last_finished_sweep(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uninterrupted, again = dense(name), dense(name)
     report = run(uninterrupted, None)
     measure, sweeps = Sweeps._measure, []
 
@@ -226,7 +229,7 @@ def test_sensitivities_resume_after_the_last_finished_sweep(tmp_path: Path, monk
 
     monkeypatch.setattr(Sweeps, "_measure", dies_in_the_third)
     with pytest.raises(Killed):
-        run(dense("llama-gqa-tied"), Checkpoint(tmp_path / "kept"))
+        run(dense(name), Checkpoint(tmp_path / "kept"))
     assert sweeps == [range(1), range(1, 2)]
     sweeps.clear()
     resumed = run(again, Checkpoint(tmp_path / "kept"))

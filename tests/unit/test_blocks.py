@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import difference
+from laws import difference, moment
 from tiny_models import dense, tokens
 from torch import Tensor
 
@@ -254,6 +254,19 @@ def test_refit_compensates_the_errors_of_earlier_blocks(name):
         untouched = [case.block.forward(batch, case.arguments) for batch in drifted]
     errors = [difference(torch.cat(result), torch.cat(targets.after)) for result in (after, untouched)]
     assert errors[0] < 0.7 * errors[1]
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])
+@pytest.mark.parametrize("scale", [0.0, 1e-8, 1.0, 1e8])
+def test_query_and_key_have_similar_weights_in_any_unit_of_the_metric(name, scale):
+    case = Case(name)
+    student, metric = case.block.compressible_copy(CPU), scale * moment(8).expand(4, -1, -1)
+    with torch.no_grad():
+        moments = residual_matched.observe_query_key(student, case.stream, metric)
+        factors = residual_matched.cut_query_key(student, moments, None, 4, CONFIG)
+    ratio = factors.query.norm() / factors.key.norm()
+    limit = 1e2 if scale else 1e5  # the metric of a silent head is its damping
+    assert 1 / limit < ratio < limit
 
 
 @EVERY_STRUCTURE
