@@ -105,6 +105,7 @@ def folder(tmp_path: Path) -> Path:
     model.save_pretrained(tmp_path / "dense")
     tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text("A short text about a long river. " * 400, encoding="utf-8")
+    (tmp_path / "other.txt").write_text("Small boats sail home before the storm. " * 400, encoding="utf-8")
     return tmp_path
 
 
@@ -153,7 +154,7 @@ def test_the_shell_commands_run_as_printed(folder: Path, monkeypatch: pytest.Mon
         "evaluate": f"{text} --max-windows 8",
         "benchmark": "--batch-sizes 1 --prompt-lengths 8 --new-tokens 2 --repeats 1",
         "compare": "--max-new-tokens 4 --max-kl 100",
-        "recover": f"{text} --num-samples 40 --steps 20",
+        "recover": f"--dataset {folder}/other.txt --sequence-length 32 --num-samples 40 --steps 20",
     }
     for command in shell_commands("optimum-cli modegpt "):
         for name in (HUB_NAME, SMALL_NAME):
@@ -250,6 +251,15 @@ def test_the_summary_is_that_of_the_files() -> None:
     for name, *cells in rows:
         expected = expected_cells(name, CARD_SPARSITY)
         assert [cell.strip("*") for cell in cells] == [expected[place] for place in (0, 3, 4, 6)]
+
+
+def test_the_real_model_is_that_of_the_scoreboard() -> None:
+    expected = []
+    for row in read(ROOT / "tests" / "benchmarks" / "results" / "scoreboard.json")["rows"]:
+        accuracies = [answers.count("1") / len(answers) for answers in row["tasks"].values()]
+        figures = [f"{perplexity:.2f}" for perplexity in row["texts"].values()]
+        expected.append([row["recipe"], *figures, f"{statistics.fmean(accuracies):.3f}"])
+    assert table_after("scoreboard", README) == expected
 
 
 def test_the_recoveries_are_those_of_the_files() -> None:
