@@ -333,7 +333,8 @@ def test_sensitivities_bring_a_block_to_the_device_once_a_sweep(monkeypatch: pyt
     assert brought == [0, 1, 2, 3, 4, 5, 2, 3, 4, 5, 4, 5]
 
 
-def test_divergence_of_a_block_does_not_depend_on_the_other_measured_blocks() -> None:
+def test_divergence_of_a_block_does_not_depend_on_the_other_measured_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "SMALLEST", 0)
     architecture = resolve(dense("gpt_neox"))
     sizes = {"windows": 8, "gradient_windows": 6, "divergence_windows": 3}
     few, all_blocks = (measured(architecture, **sizes, blocks=blocks) for blocks in ((1,), (0, 1, 2)))
@@ -345,7 +346,8 @@ def test_divergence_of_a_block_does_not_depend_on_the_other_measured_blocks() ->
 
 
 @pytest.mark.parametrize("name", ["opt-post-ln", "gpt_neox", "gpt2"])
-def test_second_order_is_near_the_divergence_of_a_small_cut(name: str) -> None:
+def test_second_order_is_near_the_divergence_of_a_small_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensitivity, "SMALLEST", 0)
     found = measured(resolve(dense(name)), windows=64, gradient_windows=64, divergence_windows=64, blocks=(0, 1, 2))
     for key, part in found.items():
         (_, second_order), (_, ratio) = min(part.second_order), min(part.ratios)
