@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from optimum_modegpt.calibration.streams import (
     store_like,
 )
 from optimum_modegpt.calibration.transfers import prefetch
-from optimum_modegpt.decompositions.psd import add_diagonal, at_least_float32, to_float64
+from optimum_modegpt.decompositions.psd import at_least_float32, damp, gram_matrix, to_float64
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.progress import bar
 
@@ -41,9 +42,6 @@ LOGITS_AT_ONCE = 2**25
 METRIC_RIDGE = 1.0
 """Damping of the metric, as a fraction of its mean diagonal. The gradients are exact for small errors only, and few
 tokens do not show all directions that matter. Chosen on SmolLM2-135M and models of five blocks."""
-
-FLOOR = 1e-150
-"""Smallest damping of the metric, for outputs that no prediction depends on."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def output_gradients(
     with bar(total=2 * len(blocks), desc="gradients", unit="block", shown=progress) as shown:
         for block in blocks:
             dense, arguments = block.on(device), inputs.on(block.index, device)
-            streams.append([*map_stream(lambda x, b=dense, a=arguments: b.forward(x, a), device, streams[-1])])
+            streams.append(list(map_stream(partial(dense.forward, arguments=arguments), device, streams[-1])))
             with naming(f"block {block.index}"):
                 check_dense(streams[-1], inputs.windows)
             shown.update()
@@ -115,11 +113,9 @@ def metric_factor(gradients: Stream, device: torch.device) -> Tensor:
     """
     total: Any = 0.0
     for batch in prefetch(gradients, device):
-        rows = at_least_float32(batch).flatten(0, 1)
-        total = total + to_float64(rows.T @ rows)
+        total = total + to_float64(gram_matrix(at_least_float32(batch).flatten(0, 1)))
     metric = distributed.all_reduce(total) / _tokens(gradients)
-    damping = METRIC_RIDGE * metric.diagonal().mean() + FLOOR
-    return torch.linalg.cholesky(add_diagonal(metric, damping))
+    return torch.linalg.cholesky(damp(metric, METRIC_RIDGE))
 
 
 def _tokens(stream: Stream) -> int:
