@@ -20,7 +20,7 @@ from optimum_modegpt.methods import residual_matched
 
 @dataclass(frozen=True)
 class PartCut:
-    """How one part of a block is cut to any width.
+    """Cuts one part of a block to any width.
 
     Attributes:
         install: cuts the part of a copy of the block to a width.
@@ -38,7 +38,7 @@ class PartCut:
 
 
 def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSize, config: ModeGPTConfig) -> PartCut:
-    """Return the cut of query and key by pairs (rotary) or directions of all groups."""
+    """Return a cut that removes query-key pairs if query and key are rotated, else directions of their common space."""
     pairs = residual_matched.eliminate_query_key(student, moments, size.floor)
 
     def install(block: Block, rank: int) -> None:
@@ -53,7 +53,7 @@ def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSiz
 
 
 def value_output_cut(student: Block, moments: LinearMoments, metric: Tensor, config: ModeGPTConfig) -> PartCut:
-    """Return the cut of value and output by directions of all groups."""
+    """Return a cut that removes directions of the value space of every key-value group."""
 
     def install(block: Block, rank: int) -> None:
         factors = residual_matched.cut_value_output(block, moments, metric, rank, config)
@@ -65,7 +65,7 @@ def value_output_cut(student: Block, moments: LinearMoments, metric: Tensor, con
 
 
 def mlp_cut(student: Block, moments: LinearMoments, metric: Tensor, size: PartSize, config: ModeGPTConfig) -> PartCut:
-    """Return the cut of the MLP by hidden channels."""
+    """Return a cut that removes hidden channels of the MLP."""
     elimination = residual_matched.eliminate_mlp(student, moments, metric, size.floor, config)
 
     def install(block: Block, rank: int) -> None:

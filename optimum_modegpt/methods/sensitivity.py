@@ -124,7 +124,10 @@ def budget(shapes: Shapes, windows: int, length: int) -> Budget:
 
 
 def later_work(shapes: Shapes, length: int) -> float:
-    """Return the cost of the later blocks and the head for all cut copies on one window, in forwards of a block."""
+    """Return the cost of passing all cut copies through later blocks and head, in forward passes of one block.
+
+    The copies pass on one window of `length` tokens.
+    """
     head = shapes.vocabulary * shapes.d_model / (shapes.weights + length * shapes.heads)
     copies = min(shapes.blocks, MEASURED_BLOCKS) * len(PARTS) * len(RATIOS)
     return copies * ((shapes.blocks + 1) / 2 + head)
