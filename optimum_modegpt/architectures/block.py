@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ class Block:
     multiplier: float
     rotary: bool
     """Whether query and key are rotated by position."""
+    uncut: Mapping[Part, str]
+    """The parts that compression leaves at their dense width, with the reason."""
 
     @property
     def family(self) -> Family:
@@ -103,11 +105,6 @@ class Block:
     def activation(self) -> Any:
         """The MLP's activation φ."""
         return self.module.get_submodule(self.family.mlp.activation)
-
-    @property
-    def full_width_parts(self) -> tuple[Part, ...]:
-        """The parts that compression leaves at their dense width."""
-        return self.family.full_width_parts
 
     @property
     def weights(self) -> int:

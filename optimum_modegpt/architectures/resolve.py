@@ -13,11 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_modegpt.architectures.block import Block
 from optimum_modegpt.architectures.classes import FamilyClasses
-from optimum_modegpt.architectures.families import FAMILIES
+from optimum_modegpt.architectures.families import family_of
 from optimum_modegpt.architectures.head import LogitHead, cap_of, scale_of
+from optimum_modegpt.architectures.refused import REFUSED
 from optimum_modegpt.architectures.residual import multiplier_of, topology_of
 from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
+from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_config import count_heads, mlp_width
 from optimum_modegpt.modeling.modegpt_contract import check_attention
@@ -111,7 +113,8 @@ def check_model_type(model_type: str) -> FamilyClasses:
 
     Raises:
         AlreadyCompressed: for a result of this package.
-        UnsupportedModel: for a type we do not know, with the list of those we know.
+        UnsupportedModel: for a type that cannot be compressed, with the reason; for one that we do not know, with the
+            list of those that we know.
         ImportError: if the installed transformers changed the family's attention; before any weights are loaded.
     """
     if is_compressed(model_type):
@@ -119,9 +122,10 @@ def check_model_type(model_type: str) -> FamilyClasses:
             f"this model ({model_type}) is already compressed; compressing it again would calibrate on its own errors. "
             "Start from the dense model (config.modegpt names it) with a higher sparsity."
         )
-    if model_type not in FAMILIES:
-        raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(sorted(FAMILIES))}.")
-    classes = FAMILIES[model_type]
+    if (reason := REFUSED.get(model_type)) is not None:
+        raise UnsupportedModel(f"model_type {model_type!r} {reason}; it cannot be compressed.")
+    if (classes := family_of(model_type)) is None:
+        raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(DENSE_TYPES)}.")
     if (feature := classes.family.unsupported) is not None:
         raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
     check_attention(classes.attention_class.dense_class())
@@ -183,6 +187,7 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
         topology=topology_of(family.residual, config),
         multiplier=multiplier_of(family.residual, config),
         rotary=rotates(attention, family),
+        uncut=family.uncut(config),
     )
 
 

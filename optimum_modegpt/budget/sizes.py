@@ -25,7 +25,7 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
             "qk": part_size(dense.qk, head_unit, qk_step, cap),
             "vo": part_size(dense.vo, head_unit, vo_step, cap),
         }
-        for part in block.full_width_parts:
+        for part in block.uncut:
             size = parts[part]
             parts[part] = PartSize(size.dense, size.weights_per_unit, step=size.dense, floor=size.dense)
         return parts

@@ -64,7 +64,7 @@ def compress_block(
     with naming("mlp"):
         mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
-    if "vo" not in student.full_width_parts:
+    if "vo" not in student.uncut:
         student.install_value_output(value_output.value, value_output.output)
     student.install_mlp(mlp.rows, mlp.down)
     return {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}

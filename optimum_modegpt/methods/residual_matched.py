@@ -250,7 +250,7 @@ def match_output(
 
 def observe_query_key(block: Block, stream: Stream, metric: Tensor) -> QueryKeyMoments | None:
     """Measure query moments, for the given metric of the queries. If query and key stay at full width, return None."""
-    if "qk" in block.full_width_parts:
+    if "qk" in block.uncut:
         return None
     total = HeadMomentSum(block.kv_heads)
     for batch in prefetch(stream, block.output.weight.device):

@@ -6,7 +6,7 @@ This file is also remote code: it is copied next to the weights. It imports only
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .modegpt_family import Family, Widths
@@ -116,13 +116,14 @@ class ModeGPTConfigMixin(Dense):
         _check_record(getattr(self, "modegpt", None))
         limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
         limits[self.family.mlp.width] = self.dense_mlp_width
-        return [self._widths_of(index, limits) for index in range(self.num_hidden_layers)]
+        uncut = self.family.uncut(self)
+        return [self._widths_of(index, limits, uncut) for index in range(self.num_hidden_layers)]
 
-    def _widths_of(self, index: int, limits: dict[str, int]) -> Widths:
+    def _widths_of(self, index: int, limits: dict[str, int], uncut: Collection[str]) -> Widths:
         layer = self.per_layer_config[index]
         sizes: list[Any] = [getattr(layer, name, None) for name in limits]
         for (name, limit), size, part in zip(limits.items(), sizes, ("qk", "vo", "mlp"), strict=True):
-            least = limit if part in self.family.full_width_parts else 1
+            least = limit if part in uncut else 1
             if type(size) is not int or not least <= size <= limit:
                 raise ValueError(
                     f"config.json: per_layer_config[{index}].{name} is {size!r}; "

@@ -7,7 +7,7 @@ This file is also remote code: it is copied next to the weights. It imports neit
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Part = Literal["mlp", "qk", "vo"]
 Topology = Literal["sequential", "parallel", "post-LN"]
@@ -95,6 +95,8 @@ class Attention:
             scores in addition to `scaling`: a window, a soft cap, sinks. The attribute may be dotted.
         dropout: attribute of the attention with the dropout of the probabilities, dotted or not.
         output_dropout: path of the dropout module after the output projection, if it is part of the attention.
+        clip: name of the configuration's limit that queries, keys and values are clamped to; None if there is none. A
+            model that sets it keeps its attention at full width.
     """
 
     module: str = "self_attn"
@@ -110,6 +112,7 @@ class Attention:
     score_arguments: tuple[tuple[str, str], ...] = ()
     dropout: str = "attention_dropout"
     output_dropout: str | None = None
+    clip: str | None = None
 
 
 @dataclass(frozen=True)
@@ -261,15 +264,16 @@ class Family:
             Projection(mlp.output, "mlp", 1, "block", mlp.storage),
         )
 
-    @property
-    def full_width_parts(self) -> tuple[Part, ...]:
-        """The parts that compression leaves at their dense width."""
-        parts: list[Part] = []
+    def uncut(self, config: Any) -> dict[Part, str]:
+        """Return the parts that compression leaves at their dense width in a model, each with the reason."""
+        parts: dict[Part, str] = {}
         if self.attention.head_norms is not None:
-            parts.append("qk")
+            parts["qk"] = "queries and keys are normalised"
         if self.attention.values == "coordinates":
-            parts.append("vo")
-        return tuple(parts)
+            parts["vo"] = "single coordinates of the values are changed before the output projection"
+        if self.attention.clip is not None and getattr(config, self.attention.clip) is not None:
+            parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
+        return parts
 
     @property
     def unsupported(self) -> str | None:

@@ -18,7 +18,8 @@ import torch
 from checkpoints import RECIPE, save_dense, save_text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, dense, tokens
+from tiny_configs import FAMILIES
+from tiny_models import dense, tokens
 from torch import nn
 
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_models import FAMILIES, VARIANTS, classes, dense, tokens
+from tiny_configs import FAMILIES, VARIANTS
+from tiny_models import classes, dense, tokens
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, XGLMConfig, XGLMForCausalLM
 
 from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Architecture, Block, resolve
@@ -504,8 +505,8 @@ def test_compressing_twice_is_refused() -> None:
 
 
 def test_an_unknown_family_is_refused_with_those_that_are_known() -> None:
-    model = BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260))
-    with pytest.raises(UnsupportedModel, match=f"bloom.*known: {', '.join(DENSE_TYPES)}"):
+    model = XGLMForCausalLM(XGLMConfig(num_layers=1, attention_heads=2, d_model=8, ffn_dim=8, vocab_size=260))
+    with pytest.raises(UnsupportedModel, match=f"xglm.*known: {', '.join(DENSE_TYPES)}"):
         run(model)
 
 

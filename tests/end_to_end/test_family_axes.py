@@ -16,7 +16,8 @@ from tiny_models import fill, tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from optimum_modegpt.architectures import FAMILIES, FamilyClasses, resolve
+from optimum_modegpt.architectures import FamilyClasses, family_of, resolve
+from optimum_modegpt.architectures.families import FAMILIES
 from optimum_modegpt.architectures.head import LogitHead
 from optimum_modegpt.architectures.positions import pair_coordinates
 from optimum_modegpt.architectures.storage import dense_weights
@@ -24,6 +25,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import UnsupportedModel
+from optimum_modegpt.modeling import DENSE_TYPES, modegpt_granite
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
 from optimum_modegpt.modeling.modegpt_blocks import ModeGPTMLPMixin
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin, register
@@ -81,15 +83,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "vaultgemma": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0, "sliding_window": 6},
 }
 NAMES = pytest.mark.parametrize("name", LITERALS)
-SUPPORTED = dict(FAMILIES)
-GRANITE = SUPPORTED["granite"].family
+SUPPORTED = [classes for classes in map(family_of, DENSE_TYPES) if classes is not None]
+GRANITE = modegpt_granite.FAMILY
 
 
 @pytest.fixture(autouse=True)
 def _registered_classes() -> Iterator[None]:
     """Register the classes of the supported families again, because a test may have replaced them."""
     yield
-    for classes in SUPPORTED.values():
+    for classes in SUPPORTED:
         AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)
 
 
@@ -160,7 +162,7 @@ def test_both_methods_reach_the_sparsity(name: str, monkeypatch: pytest.MonkeyPa
         found = logits(model).log_softmax(-1)
         divergences[method] = float(nn.functional.kl_div(found, reference, reduction="batchmean", log_target=True))
         for widths in model.config.widths():
-            assert widths.qk == 8 or "qk" not in LITERALS[name].full_width_parts
+            assert widths.qk == 8 or "qk" not in LITERALS[name].uncut(model.config)
     assert divergences["default"] < divergences["paper"]
 
 

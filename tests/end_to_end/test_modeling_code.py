@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subprocess_load import run_worker
-from tiny_models import FAMILIES, classes, compressed, tokenizer, tokens
+from tiny_configs import FAMILIES
+from tiny_models import classes, compressed, tokenizer, tokens
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 FAMILY = pytest.mark.parametrize("name", FAMILIES)

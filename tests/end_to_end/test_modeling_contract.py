@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, compressed, dense, tokens
+from tiny_configs import FAMILIES
+from tiny_models import compressed, dense, tokens
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from optimum_modegpt.architectures import FAMILIES as KNOWN_FAMILIES
+from optimum_modegpt.architectures import family_of
+from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_contract import (
     CACHE_NAMES,
     KNOWN_VERSIONS,
@@ -129,9 +131,11 @@ def test_a_cache_under_another_name_is_refused(name: str) -> None:
             attention(hidden, position_embeddings=embeddings, **{foreign: DynamicCache()})
 
 
-@pytest.mark.parametrize("family", sorted(KNOWN_FAMILIES))
+@pytest.mark.parametrize("family", DENSE_TYPES)
 def test_the_installed_transformers_fits_the_contract(family: str) -> None:
-    dense_class = KNOWN_FAMILIES[family].attention_class.dense_class()
+    classes = family_of(family)
+    assert classes is not None
+    dense_class = classes.attention_class.dense_class()
     [expected] = set(CACHE_NAMES) & set(inspect.signature(dense_class.forward).parameters)
     assert check_attention(dense_class) == expected
 
@@ -211,7 +215,7 @@ def test_engines_get_the_widths_that_they_allocate(name: str, engine: str, monke
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
     layers = [model.config.per_layer_config[index] for index in range(model.config.num_hidden_layers)]
     allocated = [layer.head_dim if engine == "vllm" else model.config.dense_head_dim for layer in layers]
-    if "qk" not in model.config.family.full_width_parts:
+    if "qk" not in model.config.family.uncut(model.config):
         padded = any(width.vo > width.qk for width in model.config.widths())
         assert padded, "the case in which query and key are padded"
     assert seen == [(width, width, width) for width in allocated]

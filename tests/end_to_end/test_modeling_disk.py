@@ -11,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from subprocess_load import run_worker
-from tiny_models import FAMILIES, SHARED_CODE, VARIANTS, classes, compressed, tokenizer, tokens
+from tiny_configs import FAMILIES, VARIANTS
+from tiny_models import SHARED_CODE, classes, compressed, tokenizer, tokens
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from optimum_modegpt.modeling.modegpt_family import Widths
@@ -169,7 +170,7 @@ def test_saved_files_have_the_compressed_shapes_and_metadata(name: str, saved: d
             }
             for path, shape in expected.items():
                 assert file.get_slice(f"{prefix}.{path}.weight").get_shape() == list(shape)
-    assert (widths[0].qk < head_dim) != ("qk" in family.full_width_parts)
+    assert (widths[0].qk < head_dim) != ("qk" in family.uncut(model.config))
     assert widths[0].mlp < mlp_width
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, VARIANTS, compressed, dense, tokenizer, tokens
+from tiny_configs import FAMILIES, VARIANTS
+from tiny_models import compressed, dense, tokenizer, tokens
 from torch import Tensor
 from transformers import ContinuousBatchingConfig, PreTrainedModel, pipeline
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from peft_versions import own_adapters
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, classes, compressed, dense, tokens
+from tiny_configs import FAMILIES
+from tiny_models import classes, compressed, dense, tokens
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 from checkpoints import save_dense, save_text
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, dense, tokens
+from tiny_configs import FAMILIES
+from tiny_models import dense, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_modegpt import ModeGPTConfig, Report, distributed

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, VARIANTS, compressed, dense, tokenizer, tokens
+from tiny_configs import FAMILIES, VARIANTS
+from tiny_models import compressed, dense, tokenizer, tokens
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 

@@ -10,7 +10,8 @@ import torch
 from peft_versions import own_adapters
 from safetensors.torch import load_file
 from subprocess_load import run_worker
-from tiny_models import FAMILIES, SHARED_CODE, VARIANTS, classes, compressed, fine_tune, tokenizer, tokens
+from tiny_configs import FAMILIES, VARIANTS
+from tiny_models import SHARED_CODE, classes, compressed, fine_tune, tokenizer, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, compressed, tokens
+from tiny_configs import FAMILIES
+from tiny_models import compressed, tokens
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subprocess_load import run_worker
-from tiny_models import FAMILIES, VARIANTS, classes, compressed, dense, fine_tune, tokenizer, tokens
+from tiny_configs import FAMILIES, VARIANTS
+from tiny_models import classes, compressed, dense, fine_tune, tokenizer, tokens
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -44,7 +45,7 @@ def model_for(method: str, name: str) -> Any:
         return compressed(name)
     family: Any = classes(name)["AutoModelForCausalLM"].config_class.family
     widths = FITTING
-    if "qk" in family.full_width_parts:
+    if "qk" in compressed(name).config.family.uncut(compressed(name).config):
         widths = [dataclasses.replace(each, qk=32) for each in FITTING]
     sizes = {"hidden_size": 128, family.mlp.width: 192, **dict.fromkeys(family.sizes, 128)}
     if "head_dim" in vars(VARIANTS[name][0](**VARIANTS[name][1])):

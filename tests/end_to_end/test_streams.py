@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from tiny_models import FAMILIES, dense, tokens
+from tiny_configs import FAMILIES
+from tiny_models import dense, tokens
 
 from optimum_modegpt import ModeGPTConfig, Report
 from optimum_modegpt.budget.estimate import estimate

@@ -23,7 +23,7 @@ from checkpoints import RECIPE, save_dense, save_text
 from optimum.commands.optimum_cli import main as optimum_main
 from tiny_models import dense, tokenizer, tokens
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM
+from transformers import AutoModelForCausalLM, XGLMConfig, XGLMForCausalLM
 
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, demo, perplexity
 from optimum_modegpt.calibration.data import evaluation_windows
@@ -264,12 +264,13 @@ def test_a_compressed_model_is_refused(compressed: Path, tmp_path: Path, capsys:
 
 
 def test_an_unknown_family_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = tmp_path / "bloom"
-    BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)).save_pretrained(model)
+    model = tmp_path / "xglm"
+    config = XGLMConfig(num_layers=1, attention_heads=2, d_model=8, ffn_dim=8, vocab_size=260)
+    XGLMForCausalLM(config).save_pretrained(model)
     for arguments in (["compress", model, "--output", tmp_path / "o"], ["estimate", model]):
         message = refusal(capsys, *arguments)
-        assert f"model_type 'bloom' is not supported; known: {', '.join(DENSE_TYPES)}" in message
-    assert [path.name for path in tmp_path.iterdir()] == ["bloom"]
+        assert f"model_type 'xglm' is not supported; known: {', '.join(DENSE_TYPES)}" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["xglm"]
 
 
 def test_a_name_that_cannot_be_reached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -626,7 +627,8 @@ def test_inspect_a_dense_model(checkpoint: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_inspect_recommends_only_possible_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)).save_pretrained(tmp_path)
+    config = XGLMConfig(num_layers=1, attention_heads=2, d_model=8, ffn_dim=8, vocab_size=260)
+    XGLMForCausalLM(config).save_pretrained(tmp_path)
     assert cli.main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert f"cannot be compressed; known: {', '.join(DENSE_TYPES)}" in printed

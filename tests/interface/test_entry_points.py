@@ -15,14 +15,15 @@ import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, classes, dense, tokenizer, tokens
+from tiny_configs import FAMILIES
+from tiny_models import classes, dense, tokenizer, tokens
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
     LlamaForCausalLM,
     PreTrainedModel,
+    XGLMConfig,
+    XGLMForCausalLM,
     pipeline,
 )
 
@@ -156,11 +157,11 @@ def test_quantizer_refuses_objects_that_are_no_model(thing: Any, config: ModeGPT
 
 
 def test_unknown_family_is_refused_before_weights_are_read(tmp_path: Path, config: ModeGPTConfig) -> None:
-    small = BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)
-    BloomForCausalLM(small).save_pretrained(tmp_path)
+    small = XGLMConfig(num_layers=1, attention_heads=2, d_model=8, ffn_dim=8, vocab_size=260)
+    XGLMForCausalLM(small).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(b"not weights")
-    with pytest.raises(UnsupportedModel, match=f"'bloom' is not supported; known: {', '.join(DENSE_TYPES)}"):
+    with pytest.raises(UnsupportedModel, match=f"'xglm' is not supported; known: {', '.join(DENSE_TYPES)}"):
         AutoModelForCausalLM.from_pretrained(tmp_path, compression_config=config)
 
 

@@ -11,7 +11,8 @@ import psutil
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
-from tiny_models import VARIANTS, dense
+from tiny_configs import VARIANTS
+from tiny_models import dense
 from transformers import AutoModelForCausalLM
 
 from optimum_modegpt import InsufficientResources, ModeGPTConfig, distributed

@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
     LlamaModel,
     PreTrainedTokenizerFast,
+    XGLMConfig,
+    XGLMForCausalLM,
 )
 
 from optimum_modegpt import CalibrationDataError, ModeGPTConfig, ModeGPTModelForCausalLM, ModeGPTQuantizer
@@ -348,12 +348,12 @@ def test_a_model_without_a_tokenizer_takes_any_and_says_so(
 
 
 UNKNOWN_FAMILY = """
-from transformers import AutoModelForCausalLM, BloomForCausalLM
+from transformers import AutoModelForCausalLM, XGLMForCausalLM
 from optimum_modegpt import ModeGPTConfig, ModeGPTModelForCausalLM, UnsupportedModel
 given, config = sys.argv[1], ModeGPTConfig(dataset=[[1, 2]])
 for load in (
     lambda: AutoModelForCausalLM.from_pretrained(given, quantization_config=config),
-    lambda: BloomForCausalLM.from_pretrained(given, quantization_config=config),
+    lambda: XGLMForCausalLM.from_pretrained(given, quantization_config=config),
     lambda: AutoModelForCausalLM.from_pretrained(given, compression_config=config),
     lambda: ModeGPTModelForCausalLM.from_pretrained(given, compression_config=config),
 ):
@@ -382,17 +382,17 @@ def client(code: str, *words: Any, **environment: str) -> Any:
 
 
 def test_an_unknown_family_is_refused_before_its_weights_are_downloaded(hub: Hub, tmp_path: Path) -> None:
-    BloomForCausalLM(BloomConfig(n_layer=1, n_head=2, hidden_size=8, vocab_size=260)).save_pretrained(
-        tmp_path / "bloom"
+    XGLMForCausalLM(XGLMConfig(num_layers=1, attention_heads=2, d_model=8, ffn_dim=8, vocab_size=260)).save_pretrained(
+        tmp_path / "xglm"
     )
     files = {
-        path.name: Blob(path.read_bytes(), path.suffix == ".safetensors") for path in (tmp_path / "bloom").iterdir()
+        path.name: Blob(path.read_bytes(), path.suffix == ".safetensors") for path in (tmp_path / "xglm").iterdir()
     }
-    hub.create("user/bloom").commit("main", files)
-    done = client(UNKNOWN_FAMILY, "user/bloom", **hub.environment(tmp_path / "home"))
+    hub.create("user/xglm").commit("main", files)
+    done = client(UNKNOWN_FAMILY, "user/xglm", **hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(f"model_type 'bloom' is not supported; known: {', '.join(DENSE_TYPES)}") == 4
-    assert hub.asked(r"user/bloom/resolve/.*/config\.json")
+    assert done.stdout.count(f"model_type 'xglm' is not supported; known: {', '.join(DENSE_TYPES)}") == 4
+    assert hub.asked(r"user/xglm/resolve/.*/config\.json")
     assert not hub.asked(r"\.safetensors|\.bin")
 
 

@@ -19,7 +19,8 @@ import torch
 from checkpoints import RECIPE, save_dense, save_text
 from peft_versions import own_adapters
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, compressed, dense, tokenizer, tokens
+from tiny_configs import FAMILIES
+from tiny_models import compressed, dense, tokenizer, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

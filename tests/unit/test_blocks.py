@@ -286,7 +286,7 @@ def test_dense_targets_are_those_of_the_blocks_own_forward_pass(name):
 def test_dense_block_is_left_as_it_was(name, method):
     case = Case(name)
     before = {key: value.clone() for key, value in case.block.module.state_dict().items()}
-    qk = case.block.head_dim if "qk" in case.block.full_width_parts else 4
+    qk = case.block.head_dim if "qk" in case.block.uncut else 4
     case.cut(method, qk=qk, vo=3, mlp=20)
     after = case.block.module.state_dict()
     assert after.keys() == before.keys()

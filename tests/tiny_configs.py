@@ -1,0 +1,129 @@
+"""Configurations of tiny models of every family. The first one of a family represents it.
+
+The core families cover the features of all others, and take part in every test. The others take part in
+`test_every_family.py`, and in every test if the environment sets MODEGPT_TEST_FAMILIES=all.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from optimum_modegpt.modeling import DENSE_TYPES
+
+VOCABULARY = 260
+"""256 bytes, three special tokens and one token that the tokenizer never makes."""
+
+CORE = ("gpt2", "gpt_neox", "granite", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3")
+"""The families that take part in every test."""
+TESTED = DENSE_TYPES if os.environ.get("MODEGPT_TEST_FAMILIES") == "all" else CORE
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GATED = _COMMON | {"intermediate_size": 48}
+_GRANITE = _GATED | {
+    "embedding_multiplier": 1.5,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+}
+_OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+_GPT2 = _COMMON | {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama-gqa-tied": (LlamaConfig, _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-mqa-biases": (LlamaConfig, _GATED | {"num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True}),
+    "llama-mha": (LlamaConfig, _GATED | {"num_key_value_heads": 4}),
+    "mistral-window": (MistralConfig, _GATED | {"num_key_value_heads": 2, "sliding_window": 6}),
+    "mistral-head-dim": (
+        MistralConfig,
+        _GATED | {"num_key_value_heads": 2, "sliding_window": None, "head_dim": 12},
+    ),
+    "qwen2-mixed-window": (
+        Qwen2Config,
+        _GATED
+        | {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "qwen2": (Qwen2Config, _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "opt": (OPTConfig, _OPT),
+    "opt-post-ln": (OPTConfig, _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 20}),
+    "opt-bare": (OPTConfig, _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    "qwen3": (Qwen3Config, _GATED | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}),
+    "qwen3-mixed-window-biases": (
+        Qwen3Config,
+        _GATED
+        | {
+            "num_key_value_heads": 1,
+            "head_dim": 12,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "phi3": (Phi3Config, _GATED | {"num_key_value_heads": 2}),
+    "phi3-partial-window-tied": (
+        Phi3Config,
+        _GATED
+        | {
+            "num_key_value_heads": 4,
+            "sliding_window": 6,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_neox": (GPTNeoXConfig, _GATED),
+    "gpt_neox-sequential-tied": (
+        GPTNeoXConfig,
+        _GATED | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "gpt_neox-full-rotary": (
+        GPTNeoXConfig,
+        _GATED | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}},
+    ),
+    "granite": (GraniteConfig, _GRANITE | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "granite-mha-biases": (
+        GraniteConfig,
+        _GRANITE | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+    ),
+    "gpt2": (GPT2Config, _GPT2),
+    "gpt2-scaled-untied": (
+        GPT2Config,
+        _GPT2 | {"n_inner": None, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
+    ),
+}
+
+REPRESENTATIVES: dict[str, str] = {}
+for _name, (_config, _) in EVERY_VARIANT.items():
+    REPRESENTATIVES.setdefault(_config.model_type, _name)
+VARIANTS = {name: variant for name, variant in EVERY_VARIANT.items() if variant[0].model_type in TESTED}
+"""The variants of the families that take part in every test."""
+OTHERS = tuple(name for name in EVERY_VARIANT if name not in VARIANTS)
+"""The other variants, which only `test_every_family.py` tests."""
+FAMILIES = tuple(REPRESENTATIVES[model_type] for model_type in TESTED)
+"""One variant of each of these families, for tests that cost more than a forward pass."""
