@@ -10,7 +10,7 @@ from typing import Any
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.modeling.modegpt_family import is_compressed
-from optimum_modegpt.report import PARTS
+from optimum_modegpt.report import PARTS, uncut_sentences
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Inspection:
     """Fraction of the weights of the blocks' projections that was removed."""
     record: dict[str, Any] | None = None
     """Record of the compression in the configuration. None for a dense model."""
+    uncut: tuple[str, ...] = ()
+    """Sentences that name the parts that cannot be cut in this model, with the reason."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, safe for JSON."""
@@ -74,7 +76,9 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
     weights = _weights_of_blocks(config, tensors)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
         _check_shapes(config, blocks, weights)
-    return replace(found, blocks=blocks, sparsity=_sparsity(config, blocks, weights), record=config.modegpt)
+    uncut = uncut_sentences([config.family.uncut(config)] * len(blocks))
+    sparsity = _sparsity(config, blocks, weights)
+    return replace(found, blocks=blocks, sparsity=sparsity, record=config.modegpt, uncut=uncut)
 
 
 def block_ranks(config: Any) -> tuple[BlockRanks, ...]:

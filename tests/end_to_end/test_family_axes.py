@@ -210,7 +210,10 @@ def test_values_that_are_coordinates_stay_at_full_width(monkeypatch: pytest.Monk
     family = replace(LITERALS["gemma"], attention=Attention(values="coordinates"))
     before = [block.compressible_copy(torch.device("cpu")) for block in resolve_with(family, monkeypatch).blocks]
     for method in ("default", "paper"):
-        model, _ = compressed_with(family, monkeypatch, sparsity=0.2, method=method)
+        model, report = compressed_with(family, monkeypatch, sparsity=0.2, method=method)
+        (sentence,) = report.uncut
+        assert sentence.startswith("vo stays at full width: single coordinates of the values")
+        assert sentence in report.summary()
         for block, own in zip(model.model.layers, before, strict=True):
             assert torch.equal(block.self_attn.v_proj.weight, own.value.weight)
 
