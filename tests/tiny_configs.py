@@ -18,6 +18,7 @@ from transformers import (
     OPTConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
 )
 
@@ -110,6 +111,21 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
     "granite-mha-biases": (
         GraniteConfig,
         _GRANITE | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+    ),
+    "qwen3_5_text": (
+        Qwen3_5TextConfig,
+        _GATED
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 5,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
     ),
     "gpt2": (GPT2Config, _GPT2),
     "gpt2-scaled-untied": (

@@ -10,7 +10,6 @@ from typing import Any
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.modeling.modegpt_family import is_compressed
-from optimum_modegpt.report import PARTS
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class BlockRanks:
-    """Kept and dense width of each part of a block."""
+    """Kept and dense width of each part that a block has."""
 
     index: int
     ranks: dict[str, int]
@@ -89,7 +88,9 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
     dense = {"mlp": config.dense_mlp_width, "qk": config.dense_head_dim, "vo": config.dense_head_dim}
     blocks = []
     for index, widths in enumerate(widths_of_blocks):
-        blocks.append(BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, dense))
+        parts = config.family.parts(config, index)
+        ranks = {part: getattr(widths, part) for part in parts}
+        blocks.append(BlockRanks(index, ranks, {part: dense[part] for part in parts}))
     return tuple(blocks)
 
 
@@ -108,7 +109,7 @@ def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[st
     units = {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
     for block in blocks:
-        for projection in config.family.projections:
+        for projection in config.family.projections_of(block.ranks.keys()):
             axis, size = projection.axis, units[projection.unit] * block.ranks[projection.part]
             name = f"{block.index}.{projection.path}.weight"
             if name not in weights:
@@ -128,7 +129,7 @@ def _sparsity(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, T
     """Compute 1 − Σ now / Σ dense over the blocks' projections, whose width is that of their part."""
     now = before = 0.0
     for block in blocks:
-        for projection in config.family.projections:
+        for projection in config.family.projections_of(block.ranks.keys()):
             weight = weights.get(f"{block.index}.{projection.path}.weight")
             if weight is not None:
                 now += weight.size

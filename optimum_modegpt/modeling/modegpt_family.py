@@ -6,11 +6,15 @@ This file is also remote code: it is copied next to the weights. It imports neit
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Part = Literal["mlp", "qk", "vo"]
 Topology = Literal["sequential", "parallel", "post-LN"]
+
+PARTS: tuple[Part, ...] = ("mlp", "qk", "vo")
+"""The three pairs of matrices of a decoder block, in the order of the paper (types I, II, III)."""
 
 PREFIX = "modegpt_"
 """A compressed model's `model_type` is this and that of the dense model."""
@@ -84,6 +88,9 @@ class Attention:
 
     Attributes:
         module: path of the attention.
+        layers: the types of layers, in the configuration's `layer_types`, that have this attention; None if all have.
+        mixers: paths of the modules that mix tokens in other layers. They stay dense, and such a block has no "qk" and
+            "vo".
         query, key, value, output: paths of the projections, in the compressed model if the dense one stacks them.
         storage: how the dense model stores them.
         positions: how query and key are rotated.
@@ -100,6 +107,8 @@ class Attention:
     """
 
     module: str = "self_attn"
+    layers: tuple[str, ...] | None = None
+    mixers: tuple[str, ...] = ()
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
@@ -264,6 +273,22 @@ class Family:
             Projection(mlp.output, "mlp", 1, "block", mlp.storage),
         )
 
+    def projections_of(self, parts: Collection[Part]) -> tuple[Projection, ...]:
+        """Return the projections of a block that has these parts."""
+        return tuple(projection for projection in self.projections if projection.part in parts)
+
+    def absent(self, config: Any, index: int) -> dict[Part, str]:
+        """Return the parts that block `index` of a model does not have, each with the reason."""
+        layers = self.attention.layers
+        if layers is None or config.layer_types[index] in layers:
+            return {}
+        return dict.fromkeys(("qk", "vo"), f"layers of type {config.layer_types[index]} keep their dense attention")
+
+    def parts(self, config: Any, index: int) -> tuple[Part, ...]:
+        """Return the parts of block `index` of a model."""
+        absent = self.absent(config, index)
+        return tuple(part for part in PARTS if part not in absent)
+
     def uncut(self, config: Any) -> dict[Part, str]:
         """Return the parts that compression leaves at their dense width in a model, each with the reason."""
         parts: dict[Part, str] = {}
@@ -293,8 +318,8 @@ class Family:
 
 @dataclass(frozen=True)
 class Widths:
-    """Inner widths of one block: query/key and value head dims, MLP width."""
+    """Inner widths of one block: query/key and value head dims, MLP width. A part that a block lacks has width 0."""
 
-    qk: int
-    vo: int
-    mlp: int
+    qk: int = 0
+    vo: int = 0
+    mlp: int = 0

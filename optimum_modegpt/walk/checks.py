@@ -71,6 +71,9 @@ def check_plan(plan: Plan, sizes: Sizes) -> None:
     if len(plan.widths) != len(sizes):
         raise InvalidConfig(f"the plan has {len(plan.widths)} blocks, the model {len(sizes)}.")
     for index, (widths, block) in enumerate(zip(plan.widths, sizes, strict=True)):
+        for part, width in vars(widths).items():
+            if part not in block and width:
+                raise InvalidConfig(f"plan, block {index}: {part} width {width}; the block has no {part}, expected 0.")
         for part, size in block.items():
             width = getattr(widths, part)
             if width not in size.widths():
