@@ -134,7 +134,7 @@ def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
 def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
     """Give a newly built dense block the widths of a compressed one. The values must be loaded afterwards."""
     family = model_class.config_class.family
-    parts = tuple(part for part in PARTS if getattr(widths, part))
+    parts: tuple[Part, ...] = PARTS if widths.qk else ("mlp",)
     adopt_block(block, model_class, parts)
     units = {"block": 1}
     if "qk" in parts:

@@ -6,7 +6,7 @@ This file is also remote code: it is copied next to the weights. It imports only
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .modegpt_family import Family, Widths
@@ -44,7 +44,7 @@ class ModeGPTConfigMixin(Dense):
         if "modegpt" in kwargs:
             _check_record(kwargs["modegpt"])
         ours = {"_auto_class", "transformers_weights", *vars(ModeGPTConfigMixin), *ModeGPTConfigMixin.__annotations__}
-        if foreign := sorted(kwargs.keys() & ours):
+        if foreign := sorted(kwargs.keys() & ours - {"per_layer_config"}):
             raise ValueError(f"config.json has {foreign}, which no compressed model has. Save or download it again.")
         check_sizes(vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes), self.attribute_map)
         if kwargs.get("per_layer_config") is not None:
@@ -68,6 +68,15 @@ class ModeGPTConfigMixin(Dense):
         known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width}
         if foreign := {name for entry in entries.values() for name in entry} - known:
             raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
+
+    @property
+    def per_layer_config(self) -> Any:
+        """The configurations of the blocks, by index. That of a layer type is the whole configuration."""
+        return _BlockConfigs(self, super().per_layer_config)
+
+    @per_layer_config.setter
+    def per_layer_config(self, entries: Any) -> None:
+        super(ModeGPTConfigMixin, type(self)).per_layer_config.fset(self, entries)
 
     @classmethod
     def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
@@ -135,6 +144,22 @@ class ModeGPTConfigMixin(Dense):
                 f"expected {cached}, the larger of qk_head_dim and v_head_dim, or the dense one if both are 0."
             )
         return Widths(qk, vo, mlp)
+
+
+class _BlockConfigs(Sequence[Any]):
+    """The configurations of the blocks. A layer type has the dense widths, from which its rotary table is computed.
+
+    transformers would return those of its blocks if they are equal, and compute a table of the compressed width.
+    """
+
+    def __init__(self, whole: Any, blocks: Sequence[Any]) -> None:
+        self.whole, self.blocks = whole, blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.whole if isinstance(index, str) else self.blocks[index]
 
 
 def _check_record(record: Any) -> None:

@@ -139,7 +139,8 @@ def _check_norms(architecture: Architecture, stream: Tensor) -> None:
     The compression changes gains, and an error shows only at a gain that is not that of the model.
     """
     kind, residual = architecture.family.norm, architecture.blocks[0].residual
-    for norm in (residual.attention_norm, residual.mlp_norm, architecture.final_norm):
+    of_outputs = residual.attention_output_norm, residual.mlp_output_norm
+    for norm in (residual.attention_norm, residual.mlp_norm, *of_outputs, architecture.final_norm):
         if not has_gain(norm):
             continue
         copied = copy.deepcopy(norm).to(stream.device)
