@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.plot import plot_kept
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PARTS = ("mlp", "qk", "vo")
-"""The three pairs of matrices of a decoder block, in the order of the paper (types I, II, III)."""
 
 REPORT_VERSION = 1
 
@@ -35,7 +34,7 @@ class PartReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """The parts of one decoder block."""
+    """The parts of one decoder block. A block without attention that compression cuts has only "mlp"."""
 
     index: int
     parts: dict[str, PartReport]
@@ -180,7 +179,7 @@ class Report:
         for block in self.blocks:
             row = f"{block.index:>5}"
             for part in PARTS:
-                row += f"{_cell(block.parts[part]):>22}"
+                row += f"{_cell(block.parts.get(part)):>22}"
             rows.append(row)
         seconds = floor = peak = 0.0
         for stage in self.stages:
@@ -209,10 +208,11 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed. The message names the extra to install.
         """
-        kept: dict[str, list[float]] = {"mlp": [], "qk": [], "vo": []}
+        kept: dict[str, list[float]] = {part: [] for part in PARTS}
         for block in self.blocks:
-            for part, found in block.parts.items():
-                kept[part].append(found.rank / found.dense_rank)
+            for part, values in kept.items():
+                found = block.parts.get(part)
+                values.append(math.nan if found is None else found.rank / found.dense_rank)
         return plot_kept(kept, f"{self.base_model or 'model'}: {self.achieved_sparsity:.1%} removed", path)
 
 
@@ -221,6 +221,8 @@ def plot_ranks(report: Report, path: str | Path | None = None) -> Figure:
     return report.plot(path)
 
 
-def _cell(part: PartReport) -> str:
+def _cell(part: PartReport | None) -> str:
+    if part is None:
+        return "–"
     error = "" if part.relative_error is None else f" err {part.relative_error:.3f}"
     return f"{part.rank}/{part.dense_rank}{error}"

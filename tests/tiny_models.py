@@ -7,6 +7,7 @@ those of `tiny_configs.EVERY_VARIANT`. Biases and norm weights are random too, s
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,11 +72,14 @@ def compressed(
     model_class = classes(name)[auto]
     config_class, values = EVERY_VARIANT[name]
     dense_config = config_class(**(values | changes))
-    family = model_class.attention_class.family
+    family = model_class.config_class.family
     head, mlp = head_dim(dense_config), mlp_width(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
     qk = [head] * 3 if "qk" in family.uncut(dense_config) else [4 + odd, 6 + odd, head]
-    widths = widths or [Widths(qk[0], 7, 31), Widths(qk[1], 3, 40), Widths(qk[2], head, mlp)]
+    if widths is None:
+        widths = [Widths(qk[0], 7, 31), Widths(qk[1], 3, 40), Widths(qk[2], head, mlp)]
+        for index, each in enumerate(widths):
+            widths[index] = replace(each, **dict.fromkeys(family.absent(dense_config, index), 0))
     record = {"format_version": 1, "base_model": name}
     model = fill(model_class(model_class.config_class.from_dense(dense_config, widths, record)), seed)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from optimum_modegpt.allocation.plan import total_weights
 from optimum_modegpt.architectures import check_model_type, read_blocks
 from optimum_modegpt.architectures.shapes import shapes_of
 from optimum_modegpt.budget.placement import Free, Needs, Placement, choose_placement, finished_size
@@ -69,9 +70,10 @@ def estimate(
         AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.
     """
     architecture = read_blocks(model, check_model_type(model.config.model_type))
-    check_reachable(config, part_sizes(architecture, config))
+    sizes = part_sizes(architecture, config)
+    check_reachable(config, sizes)
     shapes, element = shapes_of(architecture), model.dtype.itemsize
-    weights, parameters = shapes.blocks * shapes.weights, sum(each.numel() for each in model.parameters())
+    weights, parameters = total_weights(sizes), sum(each.numel() for each in model.parameters())
     host, mapped_weights = {"libraries": LIBRARIES}, parameters * element
     if not weights_mapped:
         host["weights"], mapped_weights = mapped_weights, 0
@@ -98,7 +100,7 @@ def estimate(
         disk=disk,
         forward_multiply_adds=int(forward),
         forward_passes=passes,
-        uncut=uncut_sentences([block.uncut for block in architecture.blocks]),
+        uncut=uncut_sentences(architecture.dense_parts),
     )
 
 

@@ -115,7 +115,8 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
         return lines[0]
     rows = [["block", *PARTS]]
     for block in found.blocks:
-        rows.append([str(block.index), *(f"{block.ranks[part]}/{block.dense_ranks[part]}" for part in PARTS)])
+        cells = {part: f"{rank}/{block.dense_ranks[part]}" for part, rank in block.ranks.items()}
+        rows.append([str(block.index), *(cells.get(part, "–") for part in PARTS)])
     lines.append(aligned(rows, left=0))
     lines += found.uncut
     record = found.record or {}
