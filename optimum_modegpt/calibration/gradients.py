@@ -49,7 +49,7 @@ class OutputGradients:
     """The gradients g at one block, one tensor in bfloat16 for each batch.
 
     Attributes:
-        query: at the output of the query projection, (batch, length, heads · head_dim).
+        query: at the output of the query projection or its norm, (batch, length, heads · head_dim).
         attention: at the output of the attention's output projection, (batch, length, d_model).
         mlp: at the output of the down projection, (batch, length, d_model).
     """
@@ -152,9 +152,9 @@ def _through_head(tail: LogitHead, hidden: Tensor, generator: torch.Generator) -
 
 
 def _differentiated(block: Block, stream: Stream, after: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
-    """Yield the gradients at the block's input, and at the outputs of query, output and down, batch by batch."""
+    """Yield the gradients at the block's input, the queries, and the outputs of output and down, batch by batch."""
     device = block.output.weight.device
-    with calls_of(block.query) as query, calls_of(block.output) as attention, calls_of(block.down) as mlp:
+    with calls_of(block.query_vectors) as query, calls_of(block.output) as attention, calls_of(block.down) as mlp:
         for entering, gradient in zip(prefetch(stream, device), prefetch(after, device), strict=True):
             entering = entering.detach().requires_grad_()
             # The gradient of the other kernels differs from run to run.
@@ -163,7 +163,7 @@ def _differentiated(block: Block, stream: Stream, after: Stream, arguments: dict
                 outputs = (entering, query.pop()[1], attention.pop()[1], mlp.pop()[1])
                 gradients = torch.autograd.grad(output, outputs, gradient.to(output))
             for each in gradients:  # some blocks flatten the tokens of their MLP
-                yield each.to(torch.bfloat16).view(*entering.shape[:2], -1)
+                yield each.to(torch.bfloat16).reshape(*entering.shape[:2], -1)
 
 
 def _require_finite(name: str, stream: Stream, windows: Tensor) -> None:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block
-from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
+from optimum_modegpt.calibration.moments import (
+    HeadMomentSum,
+    HeadSamples,
+    LinearMomentSum,
+    QueryKeyMoments,
+    query_key_vectors,
+)
 from optimum_modegpt.calibration.streams import Stream, calls_of, inputs_of, map_stream
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
@@ -18,6 +24,7 @@ from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinat
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.methods.head_norms import kept_pairs, narrow_query_key
 from optimum_modegpt.modeling.modegpt_family import Widths
 
 
@@ -34,13 +41,18 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
     """Run the dense block over `stream`. Return its moments and the stream after it."""
     query_sum, key_sum = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
     value_sum, mlp_sum = HeadMomentSum(block.kv_heads), LinearMomentSum(ones=False)
-    separate = block if block.is_separate else block.compressible_copy(block.output.weight.device)
+    own = block.is_separate and not block.normalised
+    separate = block if own else block.compressible_copy(block.output.weight.device)
+    samples = HeadSamples(separate, sum(batch.shape[:2].numel() for batch in stream)) if block.normalised else None
     with inputs_of(block.stored_value) as reads, calls_of(block.down) as downs:
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
             inputs, (hidden, mlp_output) = reads.pop(), downs.pop()
-            query, key = query_key_vectors(separate, inputs)
+            if samples is None:
+                query, key = query_key_vectors(separate, inputs)
+            else:
+                query, key = samples.vectors(inputs, arguments)
             query_sum.add(query)
             key_sum.add(key)
             value_sum.add(_value_vectors(separate, inputs))
@@ -48,9 +60,9 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
             return output
 
         after = list(map_stream(observed, block.output.weight.device, stream))
-    return PublishedMoments(
-        QueryKeyMoments(query_sum.value(), key_sum.value()), value_sum.value(), mlp_sum.value()
-    ), after
+    before = None if samples is None else samples.value()
+    query_key = QueryKeyMoments(query_sum.value(), key_sum.value(), before)
+    return PublishedMoments(query_key, value_sum.value(), mlp_sum.value()), after
 
 
 def compress_block(
@@ -63,7 +75,7 @@ def compress_block(
         value_output = cut_value_output(student, moments.values, widths.vo)
     with naming("mlp"):
         mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
-    student.install_query_key(query_key.query, query_key.key, query_key.pairs)
+    student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
     if "vo" not in student.uncut:
         student.install_value_output(value_output.value, value_output.output)
     student.install_mlp(mlp.rows, mlp.down)
@@ -73,15 +85,18 @@ def compress_block(
 def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:
     """Select the same coordinates of query and key in each group (CR, Algorithm 2). Rotary pairs stay together."""
     query, key = block.head_rows("query"), block.head_rows("key")
-    if block.rotary:
-        pairs = select_pairs(moments.query, moments.key, rank // 2)
+    if block.paired:
+        pairs = select_pairs(moments.query, moments.key, kept_pairs(block, rank))
         kept = pair_indices(pairs, block.head_dim)
     else:
         pairs, kept = None, select_coordinates(moments.query, moments.key, rank)
     products = moments.query.diagonal(dim1=-2, dim2=-1) * moments.key.diagonal(dim1=-2, dim2=-1)
     lost = products.sum() - products.gather(1, kept).sum()
+    error = relative(lost, products.sum())
+    if moments.samples is not None and pairs is not None and rank < block.head_dim:
+        return narrow_query_key(block, moments.samples, pairs, error)
     kept_queries = kept.repeat_interleave(block.heads // block.kv_heads, dim=0)
-    return QueryKeyFactors(_take(query, kept_queries), _take(key, kept), pairs, relative(lost, products.sum()))
+    return QueryKeyFactors(_take(query, kept_queries), _take(key, kept), pairs if block.rotary else None, error)
 
 
 def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFactors:

@@ -325,7 +325,7 @@ class Sweeps:
         arguments = self.moments.on(dense.index, self.device)
         student = dense.compressible_copy(self.device)
         metrics = OutputMetrics.of(self.gradients[dense.index], dense, self.device)
-        query_key = residual_matched.observe_query_key(student, self.moments.stream, metrics.query)
+        query_key = residual_matched.observe_query_key(student, self.moments.stream, metrics.query, arguments)
         output = LinearMomentSum(ones=student.output.bias is not None)
         mlp = LinearMomentSum(ones=student.down.bias is not None)
         with calls_of(dense.output) as attention_calls, calls_of(dense.down) as mlp_calls:

@@ -5,6 +5,7 @@ This file is also remote code: it is copied next to the weights. It imports only
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,10 @@ from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_config import Dense, count_heads, head_dim, mlp_width
 from .modegpt_contract import check_attention
 from .modegpt_family import Family, Widths
+
+
+HEADS = (("query", "heads"), ("key", "kv_heads"))
+"""The projections of query and key, and the name of the number of their heads."""
 
 
 class ModeGPTMLPMixin(Dense):
@@ -107,6 +112,13 @@ def install_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | N
     block.set_submodule(path, new)
 
 
+def install_head_gains(attention: Any, gains: Mapping[str, Tensor]) -> None:
+    """Give the norms of "query" and "key" the weights (heads, qk_head_dim) that are given for them."""
+    for role, weight in gains.items():
+        norm = attention.head_norm(role)
+        norm.weight = nn.Parameter(weight.to(norm.weight), requires_grad=norm.weight.requires_grad)
+
+
 def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
     """Return an uninitialised projection of another shape, with the bias, dtype, device and mode of `like`."""
     new: Any = nn.utils.skip_init(
@@ -138,3 +150,6 @@ def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
         block.set_submodule(projection.path, empty_linear(old, *shape))
     if attention.rotates:
         install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
+    if family.attention.head_norms is not None and widths.qk < attention.dense_head_dim:
+        empty = {role: attention.head_norm(role).weight.new_empty(units[unit], widths.qk) for role, unit in HEADS}
+        install_head_gains(attention, empty)
