@@ -43,12 +43,13 @@ def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSiz
 
     def install(block: Block, rank: int) -> None:
         factors = residual_matched.cut_query_key(block, moments, pairs, rank, config)
-        block.install_query_key(factors.query, factors.key, factors.pairs)
+        block.install_query_key(factors.query, factors.key, factors.pairs, factors.gains)
 
     if moments is None:
         return PartCut(install, [])
     if pairs is not None:
-        return PartCut(install, _cumulated(pairs.costs.sum(0)), unit=2)
+        first = student.head_dim // 2 - residual_matched.kept_pairs(student, student.head_dim - 2)
+        return PartCut(install, _cumulated(pairs.costs.sum(0))[first - 1 :], unit=2)
     return PartCut(install, _cumulated(two_sided_energies(moments.query, moments.key).sum(0).flip(0)))
 
 

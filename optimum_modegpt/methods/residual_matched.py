@@ -22,6 +22,7 @@ from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
 from optimum_modegpt.calibration.gradients import OutputGradients, metric_factor, query_metric
 from optimum_modegpt.calibration.moments import (
     HeadMomentSum,
+    HeadSamples,
     LinearMomentSum,
     QueryKeyMoments,
     SlopeSum,
@@ -29,18 +30,25 @@ from optimum_modegpt.calibration.moments import (
     with_ones,
     without_gain,
 )
-from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, store_like
+from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, store_like, token_count
 from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import Elimination, eliminate_rows, remaining
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, inverse, mean_diagonal
-from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
+from optimum_modegpt.decompositions.rotary import (
+    PairElimination,
+    eliminate_pairs,
+    eliminate_pairs_alone,
+    pair_indices,
+    query_refit,
+)
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.methods.head_norms import kept_pairs, narrow_query_key
 from optimum_modegpt.methods.method import StreamPair
 from optimum_modegpt.methods.output_norm import before_norm
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
@@ -201,10 +209,10 @@ def _compress_attention(
     assert metrics.query is not None
     assert metrics.attention is not None
     with naming("qk"):
-        moments = observe_query_key(student, stream, metrics.query)
+        moments = observe_query_key(student, stream, metrics.query, arguments)
         elimination = eliminate_query_key(student, moments, widths.qk)
         query_key = cut_query_key(student, moments, elimination, widths.qk, config)
-    student.install_query_key(query_key.query, query_key.key, query_key.pairs)
+    student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
 
     with naming("vo"):
         heads = list(store_like(head_outputs(student, stream, arguments), stream))
@@ -274,22 +282,32 @@ def match_output(
 # query and key
 
 
-def observe_query_key(block: Block, stream: Stream, metric: Tensor) -> QueryKeyMoments | None:
+def observe_query_key(
+    block: Block, stream: Stream, metric: Tensor, arguments: dict[str, Any]
+) -> QueryKeyMoments | None:
     """Measure query moments, for the given metric of the queries. If query and key stay at full width, return None."""
     if "qk" in block.uncut:
         return None
     total = HeadMomentSum(block.kv_heads)
+    samples = HeadSamples(block, token_count(stream)) if block.normalised else None
     for batch in prefetch(stream, block.device):
-        query = block.query(block.residual.attention_input(batch))
-        total.add(query.unflatten(-1, (-1, block.head_dim)))
-    return QueryKeyMoments(total.value(), metric)
+        inputs = block.residual.attention_input(batch)
+        if samples is None:
+            total.add(block.query(inputs).unflatten(-1, (-1, block.head_dim)))
+        else:
+            total.add(samples.vectors(inputs, arguments)[0])
+    return QueryKeyMoments(total.value(), metric, None if samples is None else samples.value())
 
 
 def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
-    """Return the order in which the pairs of a head are removed, down to `rank`. None without rotation or moments."""
-    if moments is None or not block.rotary:
+    """Return the order in which the pairs of a head are removed, down to `rank`. None without pairs or moments.
+
+    The query is not refitted through a norm.
+    """
+    if moments is None or not block.paired:
         return None
-    return eliminate_pairs(moments.key, moments.query, rank // 2)
+    eliminate = eliminate_pairs_alone if block.normalised else eliminate_pairs
+    return eliminate(moments.key, moments.query, kept_pairs(block, rank))
 
 
 def cut_query_key(
@@ -299,7 +317,7 @@ def cut_query_key(
     rank: int,
     config: ModeGPTConfig,
 ) -> QueryKeyFactors:
-    """Keep the pairs that `elimination` leaves, and refit the query on them.
+    """Keep the pairs that `elimination` leaves, and refit the query on them unless it is normalised.
 
     Without an elimination, use a two-sided basis. Without moments, `rank` must be the full one.
     """
@@ -316,12 +334,15 @@ def cut_query_key(
         query_map, key_map = two_sided_basis(moments.query, add_diagonal(balanced, ROOT_RIDGE * loudness), rank)
         error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
-    pairs, errors = elimination.after(rank // 2)
+    pairs, errors = elimination.after(kept_pairs(block, rank))
     pairs = distributed.broadcast(pairs)
+    total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
+    error = relative(errors.sum(), total.sum())
+    if moments.samples is not None:
+        return narrow_query_key(block, moments.samples, pairs, error)
     query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
     kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
-    total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
-    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, relative(errors.sum(), total.sum()))
+    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, error)
 
 
 # value and output

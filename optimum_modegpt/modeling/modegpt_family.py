@@ -71,7 +71,9 @@ class Positions:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Norms of queries and keys. They keep query and key at full width.
+    """Norms of queries and keys. They compute as the norms of the residual stream do.
+
+    A block with narrow heads has a gain for each of them, (heads, qk_head_dim), because each keeps other coordinates.
 
     Attributes:
         query, key: paths of the norms, from the block.
@@ -296,8 +298,10 @@ class Family:
     def uncut(self, config: Any) -> dict[Part, str]:
         """Return the parts that compression leaves at their dense width in a model, each with the reason."""
         parts: dict[Part, str] = {}
-        if self.attention.head_norms is not None:
-            parts["qk"] = "queries and keys are normalised"
+        if (norms := self.attention.head_norms) is not None and norms.over == "projection":
+            parts["qk"] = "queries and keys are normalised over all heads"
+        elif norms is not None and self.norm.centred:
+            parts["qk"] = "queries and keys are centred and normalised"
         if self.attention.values == "coordinates":
             parts["vo"] = "single coordinates of the values are changed before the output projection"
         if self.attention.clip is not None and getattr(config, self.attention.clip) is not None:
