@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
+from optimum_modegpt.modeling.modegpt_blocks import install_head_gains
 
 CPU = torch.device("cpu")
 
@@ -33,11 +34,13 @@ def blocks_of(model: PreTrainedModel, name: str) -> Any:
 def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Return a model that computes the same, with zeros for everything that was cut.
 
-    It is the stock model, or the compressed class at full width if the stock model stores the projections otherwise.
+    It is the stock model, or the compressed class at full width if the stock model stores the projections otherwise, or
+    has norms of heads, which have a gain for each head in narrow blocks.
     """
     family = model.config.family
     twin = dense(name)
-    if not resolve(twin).blocks[0].is_separate:
+    first = resolve(twin).blocks[0]
+    if not first.is_separate or first.normalised:
         adopt(twin, name)
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("rope_index")}
     state |= {key: value for key, value in twin.state_dict().items() if key.endswith("rope_index")}
@@ -61,6 +64,16 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
             for leaf, full in reference.get_submodule(path).named_parameters():
                 key = f"{prefix}.{index}.{path}.{leaf}"
                 state[key] = torch.zeros_like(full).index_copy(0, places, state[key])
+        if family.attention.head_norms is not None and qk < head_dim:
+            # Larger rows have the same mean square over more coordinates. A gain of 0 silences those not kept.
+            gains, offset, ratio = {}, family.norm.offset, (head_dim / qk) ** 0.5
+            for role, rows_kept in (("query", kept.repeat_interleave(heads // kv_heads, 0)), ("key", kept)):
+                for leaf, _ in reference.get_submodule(getattr(family.attention, role)).named_parameters():
+                    state[f"{prefix}.{index}.{getattr(family.attention, role)}.{leaf}"] *= ratio
+                key = f"{prefix}.{index}.{getattr(family.attention.head_norms, role)}.weight"
+                full = torch.zeros(len(rows_kept), head_dim).scatter(1, rows_kept, (state[key] + offset) / ratio)
+                gains[role] = state[key] = full - offset
+            install_head_gains(reference.get_submodule(family.attention.module), gains)
         columns = {
             family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim),
             family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features),
