@@ -44,8 +44,8 @@ def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            if parameter.ndim == 1:
-                is_gain = name.endswith("weight") and ("norm" in name or "ln_" in name)
+            is_gain = name.endswith("weight") and ("norm" in name or "ln_" in name)
+            if parameter.ndim == 1 or is_gain:
                 parameter.copy_(0.3 * noise + (1.0 if is_gain else 0.0))
             elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(0.5 * noise)

@@ -97,6 +97,12 @@ class Block:
         return self.family.attention.head_norms is not None
 
     @property
+    def norms_rotated(self) -> bool:
+        """Whether query and key heads are normalised after their rotation."""
+        norms = self.family.attention.head_norms
+        return self.rotary and norms is not None and norms.rotated
+
+    @property
     def paired(self) -> bool:
         """Whether narrow heads keep pairs of coordinates. Otherwise, they have a basis of their own."""
         return self.rotary or self.normalised

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from optimum_modegpt.allocation.plan import PartSize, Sizes, head_step, largest_sparsity, mlp_step, part_size
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.decompositions.ballast import BALLAST
 from optimum_modegpt.errors import InvalidConfig
 
 SPARSITY_TOLERANCE = 0.005
@@ -27,10 +24,6 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
             vo_step = head_step(dense.vo, config.round_to, pairs=False)
             parts["qk"] = part_size(dense.qk, head_unit, qk_step, cap)
             parts["vo"] = part_size(dense.vo, head_unit, vo_step, cap)
-        if block.normalised and "qk" in parts:  # a narrow head has at least one pair in addition to the ballast
-            size = parts["qk"]
-            floor = max(size.floor, -(-(BALLAST + 2) // size.step) * size.step)
-            parts["qk"] = replace(size, floor=min(floor, size.dense))
         for part in block.uncut:
             size = parts[part]
             parts[part] = PartSize(size.dense, size.weights_per_unit, step=size.dense, floor=size.dense)

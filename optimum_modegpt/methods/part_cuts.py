@@ -48,8 +48,7 @@ def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSiz
     if moments is None:
         return PartCut(install, [])
     if pairs is not None:
-        first = student.head_dim // 2 - residual_matched.kept_pairs(student, student.head_dim - 2)
-        return PartCut(install, _cumulated(pairs.costs.sum(0))[first - 1 :], unit=2)
+        return PartCut(install, _cumulated(pairs.costs.sum(0)), unit=2)
     return PartCut(install, _cumulated(two_sided_energies(moments.query, moments.key).sum(0).flip(0)))
 
 

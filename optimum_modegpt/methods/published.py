@@ -25,7 +25,7 @@ from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinat
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
-from optimum_modegpt.methods.head_norms import kept_pairs, narrow_query_key
+from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.modeling.modegpt_family import Widths
 
 
@@ -113,7 +113,7 @@ def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKey
     """Select the same coordinates of query and key in each group (CR, Algorithm 2). Rotary pairs stay together."""
     query, key = block.head_rows("query"), block.head_rows("key")
     if block.paired:
-        pairs = select_pairs(moments.query, moments.key, kept_pairs(block, rank))
+        pairs = select_pairs(moments.query, moments.key, rank // 2)
         kept = pair_indices(pairs, block.head_dim)
     else:
         pairs, kept = None, select_coordinates(moments.query, moments.key, rank)

@@ -48,7 +48,7 @@ from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax,
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
-from optimum_modegpt.methods.head_norms import kept_pairs, narrow_query_key
+from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.methods.method import StreamPair
 from optimum_modegpt.methods.output_norm import before_norm
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
@@ -302,12 +302,12 @@ def observe_query_key(
 def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
     """Return the order in which the pairs of a head are removed, down to `rank`. None without pairs or moments.
 
-    The query is not refitted through a norm.
+    No refit can act through a rotation, after which some families have their norms.
     """
     if moments is None or not block.paired:
         return None
-    eliminate = eliminate_pairs_alone if block.normalised else eliminate_pairs
-    return eliminate(moments.key, moments.query, kept_pairs(block, rank))
+    eliminate = eliminate_pairs_alone if block.norms_rotated else eliminate_pairs
+    return eliminate(moments.key, moments.query, rank // 2)
 
 
 def cut_query_key(
@@ -317,7 +317,7 @@ def cut_query_key(
     rank: int,
     config: ModeGPTConfig,
 ) -> QueryKeyFactors:
-    """Keep the pairs that `elimination` leaves, and refit the query on them unless it is normalised.
+    """Keep the pairs that `elimination` leaves, and refit the query on them.
 
     Without an elimination, use a two-sided basis. Without moments, `rank` must be the full one.
     """
@@ -334,15 +334,17 @@ def cut_query_key(
         query_map, key_map = two_sided_basis(moments.query, add_diagonal(balanced, ROOT_RIDGE * loudness), rank)
         error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
-    pairs, errors = elimination.after(kept_pairs(block, rank))
+    pairs, errors = elimination.after(rank // 2)
     pairs = distributed.broadcast(pairs)
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
     error = relative(errors.sum(), total.sum())
+    query_map = None if block.norms_rotated else query_refit(moments.key, pairs, ridge=config.query_ridge)
     if moments.samples is not None:
-        return narrow_query_key(block, moments.samples, pairs, error)
-    query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
+        return narrow_query_key(block, moments.samples, pairs, error, query_map)
+    assert query_map is not None
     kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
-    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, error)
+    query = query_map.repeat_interleave(per_group, dim=0) @ query
+    return QueryKeyFactors(query, key.gather(1, kept), pairs, error)
 
 
 # value and output
