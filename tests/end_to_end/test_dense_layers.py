@@ -20,6 +20,7 @@ from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.evaluation.inspection import inspection
+from optimum_modegpt.hub.card import write_card
 from optimum_modegpt.loading.models import load_config, load_model
 from optimum_modegpt.loading.safetensors_index import read_headers
 from optimum_modegpt.loading.source import Source
@@ -30,7 +31,7 @@ NAME = "qwen3_5_text"
 
 
 def run(model: Any, **arguments: Any) -> Report:
-    record = {"name": "random tokens", "windows": 10, "sequence_length": 16}
+    record = {"name": "random tokens", "windows": 10, "sequence_length": 16, "tokens": 160, "sha256": "digest"}
     windows = TokenWindows(tokens(10, 16, seed=7), record)
     config = ModeGPTConfig(sparsity=0.3, allocation="uniform", round_to=1)
     return compress(model, config, windows, device="cpu", progress=False, **arguments)
@@ -43,6 +44,8 @@ def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     assert report.summary().splitlines()[1].split()[-2:] == ["–", "–"]
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
+    report.save(tmp_path / "report.json")
+    write_card(tmp_path)
     row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| 0 |"))
     assert row.startswith("| 0 | 34 / 48 | 0.")
     assert row.endswith("| – | – | – | – |")
