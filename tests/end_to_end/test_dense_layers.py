@@ -18,9 +18,9 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli.tables import inspection_table
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.errors import InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.inspection import inspection
-from optimum_modegpt.hub.card import write_card
+from optimum_modegpt.hub.card import save_report, write_card
 from optimum_modegpt.loading.models import load_config, load_model
 from optimum_modegpt.loading.safetensors_index import read_headers
 from optimum_modegpt.loading.source import Source
@@ -44,7 +44,7 @@ def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     assert report.summary().splitlines()[1].split()[-2:] == ["–", "–"]
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    report.save(tmp_path / "report.json")
+    save_report(tmp_path, report)
     write_card(tmp_path)
     row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| 0 |"))
     assert row.startswith("| 0 | 34 / 48 | 0.")
@@ -71,6 +71,20 @@ def test_a_configuration_with_a_width_of_an_absent_part_is_refused(field: str) -
     values["per_layer_config"]["1"][field] = 6
     with pytest.raises(ValueError, match=field):
         type(config)(**values).widths()
+
+
+def test_a_configuration_with_an_impossible_size_of_a_layer_is_refused() -> None:
+    config = compressed("gemma4_text").config
+    values = config.to_dict()
+    values["per_layer_config"]["1"]["head_dim"] = 2**40
+    with pytest.raises(ValueError, match="head_dim is 1099511627776"):
+        type(config)(**values)
+
+
+@pytest.mark.parametrize("name", ["hidden_size_per_layer_input", "num_kv_shared_layers"])
+def test_blocks_that_read_more_than_the_stream_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"{name}=1, which changes its blocks; expected 0"):
+        resolve(dense("gemma4_text", **{name: 1}))
 
 
 def test_a_plan_for_an_absent_part_is_refused() -> None:
