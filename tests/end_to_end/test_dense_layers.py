@@ -52,7 +52,7 @@ def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     found = inspection(load_config(Source(str(tmp_path))), read_headers(Source(str(tmp_path))))
     assert [block.ranks for block in found.blocks] == [{"mlp": widths.mlp} for widths in model.config.widths()]
     assert found.sparsity == pytest.approx(report.achieved_sparsity)
-    assert inspection_table(found, {}).splitlines()[3].split() == ["0", "34/48", "–", "–"]
+    assert inspection_table(found, {}).splitlines()[2].split() == ["0", "34/48", "–", "–"]
     report.plot(tmp_path / "ranks.svg")
 
 
