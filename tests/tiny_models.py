@@ -51,6 +51,9 @@ def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("scalar"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
     return model
 
 
@@ -73,7 +76,7 @@ def compressed(
     config_class, values = EVERY_VARIANT[name]
     dense_config = config_class(**(values | changes))
     family = model_class.config_class.family
-    head, mlp = head_dim(dense_config), mlp_width(dense_config, family)
+    head, mlp = (1 if family.absent(dense_config, 0) else head_dim(dense_config)), mlp_width(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
     qk = [head] * 3 if "qk" in family.uncut(dense_config) else [4 + odd, 6 + odd, head]
     if widths is None:

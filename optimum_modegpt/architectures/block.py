@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -143,7 +144,8 @@ class Block:
         names = self.family.residual
         paths = (names.attention_norm, names.mlp_norm, names.attention_output_norm, names.mlp_output_norm)
         norms = (None if path is None else self.module.get_submodule(path) for path in paths)
-        return ResidualProgram(self.topology, self.multiplier, *norms)
+        scale: Any = None if names.scale is None else attrgetter(names.scale)(self.module)
+        return ResidualProgram(self.topology, self.multiplier, *norms, scale)
 
     @property
     def norm(self) -> Norm:

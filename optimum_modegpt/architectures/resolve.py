@@ -161,8 +161,10 @@ def resolve(model: PreTrainedModel) -> Architecture:
             "the compute device by itself."
         )
     for name in classes.family.refused:
-        if getattr(model.config, name):
-            raise UnsupportedModel(f"{type(model).__name__} has {name}=True, which changes its blocks; expected False.")
+        if value := getattr(model.config, name):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has {name}={value!r}, which changes its blocks; expected {type(value)()!r}."
+            )
     architecture = read_blocks(model, classes)
     if not architecture.blocks:
         raise UnsupportedModel(f"{type(model).__name__} has no decoder blocks.")
@@ -180,14 +182,14 @@ def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
 
 def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) -> Block:
     family = classes.family
-    parts, counts = family.parts(config, index), count_heads(config)
+    parts = family.parts(config, index)
     attention = module.get_submodule(family.attention.module) if "qk" in parts else None
     return Block(
         module,
         classes,
         index,
-        heads=counts["heads"],
-        kv_heads=counts["kv_heads"],
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads if attention is None else count_heads(config)["kv_heads"],
         head_dim=0 if attention is None else getattr(attention, family.attention.head_dim),
         d_model=config.hidden_size,
         mlp_width=mlp_shape(module, family)[1],

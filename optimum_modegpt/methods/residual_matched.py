@@ -149,7 +149,7 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any]) -> DenseT
 
     both = list(store_like(sums(), stream))
     attention, mlp = both[::2], both[1::2]
-    after = stream_after(block, mlp, residual.after_mlp)
+    after = stream_after(block, mlp, residual.after_mlp, changed=not residual.ends_with_sum)
     return DenseTargets(attention, mlp, _with_mean_one(attention_weights), _with_mean_one(mlp_weights), after)
 
 
@@ -183,7 +183,7 @@ def compress_block(
 
     for norm in residual.norms_of_middle:
         match_norm(norm, student.norm, targets.attention, sums)
-    middle = stream_after(student, sums, residual.after_attention)
+    middle = stream_after(student, sums, residual.after_attention, changed=residual.post_norm)
     own = MLPStreams(residual.mlp_stream(compressed, middle), middle)
     with naming("mlp"):
         mlp = refit_mlp(student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives)
@@ -193,7 +193,7 @@ def compress_block(
     for norm in residual.norms_of_output:
         match_norm(norm, student.norm, targets.mlp, sums)
     errors["mlp"] = mlp.relative_error
-    return errors, stream_after(student, sums, residual.after_mlp)
+    return errors, stream_after(student, sums, residual.after_mlp, changed=not residual.ends_with_sum)
 
 
 def _compress_attention(
@@ -620,11 +620,9 @@ def _refit_to_dense(moments: LinearMoments, own: Tensor, present: Tensor, config
     return centred_refit(replace(moments, cross=own), present, moments.ridge(config.output_ridge))
 
 
-def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tensor]) -> Stream:
-    """Return the stream after a half from the sums of stream and output: the same, or its norm in a post-LN block."""
-    if block.topology != "post-LN":
-        return sums
-    return list(map_stream(post_norm, block.device, sums))
+def stream_after(block: Block, sums: Stream, function: Callable[[Tensor], Tensor], *, changed: bool) -> Stream:
+    """Return the stream after a half from the sums of stream and output: the same, or `function` of it if `changed`."""
+    return list(map_stream(function, block.device, sums)) if changed else sums
 
 
 def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:

@@ -46,9 +46,12 @@ class ModeGPTConfigMixin(Dense):
         ours = {"_auto_class", "transformers_weights", *vars(ModeGPTConfigMixin), *ModeGPTConfigMixin.__annotations__}
         if foreign := sorted(kwargs.keys() & ours - {"per_layer_config"}):
             raise ValueError(f"config.json has {foreign}, which no compressed model has. Save or download it again.")
-        check_sizes(vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes), self.attribute_map)
+        values, sizes = vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes)
+        check_sizes(values, sizes, self.attribute_map)
         if kwargs.get("per_layer_config") is not None:
             self._check_blocks(kwargs["per_layer_config"])
+            for entry in kwargs["per_layer_config"].values():
+                check_sizes(values | entry, sizes, self.attribute_map)
         super().__post_init__(**kwargs)
 
     def _check_blocks(self, entries: Any) -> None:
@@ -65,7 +68,7 @@ class ModeGPTConfigMixin(Dense):
                 f"config.json: per_layer_config has {len(found)} entries; expected one for each of "
                 f"{self.num_hidden_layers} blocks, so look at {sorted(strange)[:5]}."
             )
-        known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width}
+        known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width, *self.family.layer_sizes}
         if foreign := {name for entry in entries.values() for name in entry} - known:
             raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
 
@@ -84,9 +87,12 @@ class ModeGPTConfigMixin(Dense):
         values = dense.to_dict()
         for key in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
             values.pop(key, None)
+        own = {int(index): entry for index, entry in values.pop("per_layer_config", {}).items()}
         per_layer: dict[int, dict[str, int]] = {}
         for index, width in enumerate(widths):
-            per_layer[index] = {"qk_head_dim": width.qk, "v_head_dim": width.vo, cls.family.mlp.width: width.mlp}
+            kept = {name: size for name, size in own.get(index, {}).items() if name in cls.family.layer_sizes}
+            sizes = {"qk_head_dim": width.qk, "v_head_dim": width.vo, cls.family.mlp.width: width.mlp}
+            per_layer[index] = kept | sizes
             if "qk" not in cls.family.absent(dense, index):
                 # The width of a row of the key-value cache, under the name that caches and serving engines read.
                 per_layer[index]["head_dim"] = max(width.qk, width.vo)
@@ -138,7 +144,7 @@ class ModeGPTConfigMixin(Dense):
                 )
         qk, vo, mlp = sizes
         cached = max(qk, vo) or self.dense_head_dim  # of a block without these parts, it is the dense one
-        if getattr(layer, "head_dim", cached) != cached:
+        if "head_dim" not in self.family.layer_sizes and getattr(layer, "head_dim", cached) != cached:
             raise ValueError(
                 f"config.json: per_layer_config[{index}].head_dim is {layer.head_dim!r}; "
                 f"expected {cached}, the larger of qk_head_dim and v_head_dim, or the dense one if both are 0."
@@ -159,7 +165,10 @@ class _BlockConfigs(Sequence[Any]):
         return len(self.blocks)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.whole if isinstance(index, str) else self.blocks[index]
+        if not isinstance(index, str):
+            return self.blocks[index]
+        # Widths of heads that differ between layer types are dense.
+        return self.blocks[self.whole.layer_types.index(index)] if self.whole.family.layer_sizes else self.whole
 
 
 def _check_record(record: Any) -> None:

@@ -183,6 +183,7 @@ class Residual:
         flag: name of the configuration's boolean that chooses the topology; None if there is one.
         topology_without_flag: the topology if that boolean is false.
         multiplier: name of m in the configuration; None for 1.
+        scale: path of a tensor that multiplies the block's output; None for 1.
         attention_output_norm, mlp_output_norm: the norm of a half's output before the sum; None if there is none.
     """
 
@@ -192,6 +193,7 @@ class Residual:
     flag: str | None = None
     topology_without_flag: Topology = "sequential"
     multiplier: str | None = None
+    scale: str | None = None
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
 
@@ -248,7 +250,9 @@ class Family:
         blocks: path of the list of blocks, from the base model.
         attention, mlp, norm, residual, head: the parts of a model.
         sizes: names of sizes in the configuration that only this family has.
-        refused: names of booleans in the configuration that change the computation of a block, and must be false.
+        layer_sizes: names of sizes that the dense configuration has for each layer, equal in the layers of one type.
+        refused: names of values in the configuration that change the computation of a block, and must be false, zero or
+            None.
     """
 
     model_type: str
@@ -259,6 +263,7 @@ class Family:
     residual: Residual = Residual()
     head: Head = Head()
     sizes: tuple[str, ...] = ()
+    layer_sizes: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
     @property
