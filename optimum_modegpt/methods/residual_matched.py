@@ -179,7 +179,7 @@ def compress_block(
         moments = observe_output(student, compressed, heads, targets.attention, targets.attention_weights)
         value_output = cut_value_output(student, moments, metrics.attention, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output)
-    sums = _attended(student, compressed, heads, value_output.bases)
+    sums = _attended(student, compressed, heads, value_output.bases, targets)
 
     for norm in residual.norms_of_middle:
         match_norm(norm, student.norm, targets.attention, sums)
@@ -188,7 +188,7 @@ def compress_block(
     with naming("mlp"):
         mlp = refit_mlp(student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives)
     student.install_mlp(mlp.rows, mlp.down)
-    sums = _after_mlp(student, own)
+    sums = _after_mlp(student, own, targets)
 
     for norm in residual.norms_of_output:
         match_norm(norm, student.norm, targets.mlp, sums)
@@ -365,16 +365,21 @@ def value_groups(
         yield gram, group.transpose(0, 1).flatten(1)
 
 
-def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None) -> Stream:
+def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None, targets: DenseTargets) -> Stream:
     """Return the sums of stream and attention output, from the head outputs with the dense values and their bases."""
 
-    def total(hidden: Tensor, head: Tensor) -> Tensor:
+    def output(head: Tensor) -> Tensor:
         if bases is not None:
             grouped = head.unflatten(-1, (len(bases), -1, bases.shape[1]))  # (batch, length, kv_heads, per group, d)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
-        return block.residual.add_attention(hidden, block.output(head))
+        return block.output(head)
 
-    return list(map_stream(total, block.output.weight.device, stream, heads))
+    device, residual = block.output.weight.device, block.residual
+    if residual.attention_output_norm is None:
+        return list(map_stream(lambda hidden, head: residual.add_attention(hidden, output(head)), device, stream, heads))
+    outputs = list(map_stream(output, device, heads))
+    fit_output_norm(residual.attention_output_norm, block, outputs, stream, targets.attention, targets.attention_weights)
+    return list(map_stream(residual.add_attention, device, stream, outputs))
 
 
 # mlp
@@ -394,15 +399,39 @@ def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: lis
     return moments.value()
 
 
-def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
+def _after_mlp(block: Block, streams: MLPStreams, targets: DenseTargets) -> Stream:
     """Return the sums of stream and MLP output."""
-    residual = block.residual
+    residual, device = block.residual, block.output.weight.device
 
-    def total(read: Tensor, middle: Tensor) -> Tensor:
-        return residual.add_mlp(middle, block.down(block.mlp_hidden(residual.mlp_input(read))))
+    def output(read: Tensor) -> Tensor:
+        return block.down(block.mlp_hidden(residual.mlp_input(read)))
 
+    if residual.mlp_output_norm is None:
+        totals = (residual.add_mlp(middle, output(read)) for read, middle in streams.batches(device))
+        return list(store_like(totals, streams.middle))
+    outputs = list(map_stream(output, device, streams.read))
+    fit_output_norm(residual.mlp_output_norm, block, outputs, streams.middle, targets.mlp, targets.mlp_weights)
+    return list(map_stream(residual.add_mlp, device, streams.middle, outputs))
+
+
+GAIN_MODE = "target"
+
+
+def fit_output_norm(norm, block, outputs, stream, totals, weights):
+    if GAIN_MODE == "none" or not has_gain(norm):
+        return
     device = block.output.weight.device
-    return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
+    bare = without_gain(norm, block.norm)
+    product = square = 0.0
+    for output, hidden, total, weight in zip(*(prefetch(each, device) for each in (outputs, stream, totals)), weights, strict=True):
+        t = block.residual.missing(at_least_float32(total), at_least_float32(hidden))
+        n = bare(at_least_float32(output))
+        w = weight.to(n)[..., None]
+        product = product + (w * n * t).flatten(0, -2).double().sum(0)
+        square = square + (w * n * n).flatten(0, -2).double().sum(0)
+    old = gain(norm, block.norm)
+    ridge = 1e-2 * square.mean()
+    set_gain(norm, block.norm, ((product + ridge * old.double()) / (square + ridge)).to(old))
 
 
 def eliminate_mlp(
