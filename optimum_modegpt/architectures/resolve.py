@@ -167,7 +167,9 @@ def resolve(model: PreTrainedModel) -> Architecture:
 def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
     """Read the blocks of a dense model, which may be on the meta device, without any check."""
     modules: Any = model.base_model.get_submodule(classes.family.blocks)
-    blocks = tuple(_read_block(module, classes, index, model.config.get_text_config()) for index, module in enumerate(modules))
+    blocks = tuple(
+        _read_block(module, classes, index, model.config.get_text_config()) for index, module in enumerate(modules)
+    )
     return Architecture(model, classes, blocks)
 
 

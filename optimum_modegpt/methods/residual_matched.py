@@ -41,7 +41,7 @@ from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_err
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.method import StreamPair
-from optimum_modegpt.methods.output_norm import before_norm
+from optimum_modegpt.methods.output_norm import before_norm, fit_gain
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
 REFIT_TOKENS = 65_536
@@ -316,12 +316,11 @@ def observe_output(
     """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
-    residual = block.residual
+    norm = block.residual.attention_output_norm
     arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets, device)
     for batch, head, target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        wanted = residual.missing(at_least_float32(target), at_least_float32(batch))
-        if residual.attention_output_norm is not None:
-            norm = residual.attention_output_norm
+        wanted = block.residual.missing(at_least_float32(target), at_least_float32(batch))
+        if norm is not None:
             wanted, weight = before_norm(block.output(head), wanted, weight, norm, block.norm)
         moments.add(head, wanted, weight)
     return moments.value()
@@ -366,7 +365,10 @@ def value_groups(
 
 
 def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None, targets: DenseTargets) -> Stream:
-    """Return the sums of stream and attention output, from the head outputs with the dense values and their bases."""
+    """Return the sums of stream and attention output, from the head outputs with the dense values and their bases.
+
+    If the output is normalised, the gain of its norm is fitted first.
+    """
 
     def output(head: Tensor) -> Tensor:
         if bases is not None:
@@ -374,11 +376,14 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None,
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
         return block.output(head)
 
+    def total(hidden: Tensor, head: Tensor) -> Tensor:
+        return residual.add_attention(hidden, output(head))
+
     device, residual = block.output.weight.device, block.residual
-    if residual.attention_output_norm is None:
-        return list(map_stream(lambda hidden, head: residual.add_attention(hidden, output(head)), device, stream, heads))
+    if (norm := residual.attention_output_norm) is None:
+        return list(map_stream(total, device, stream, heads))
     outputs = list(map_stream(output, device, heads))
-    fit_output_norm(residual.attention_output_norm, block, outputs, stream, targets.attention, targets.attention_weights)
+    _fit_gain(block, norm, outputs, stream, targets.attention, targets.attention_weights)
     return list(map_stream(residual.add_attention, device, stream, outputs))
 
 
@@ -400,38 +405,18 @@ def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: lis
 
 
 def _after_mlp(block: Block, streams: MLPStreams, targets: DenseTargets) -> Stream:
-    """Return the sums of stream and MLP output."""
+    """Return the sums of stream and MLP output. If the output is normalised, the gain of its norm is fitted first."""
     residual, device = block.residual, block.output.weight.device
 
     def output(read: Tensor) -> Tensor:
         return block.down(block.mlp_hidden(residual.mlp_input(read)))
 
-    if residual.mlp_output_norm is None:
+    if (norm := residual.mlp_output_norm) is None:
         totals = (residual.add_mlp(middle, output(read)) for read, middle in streams.batches(device))
         return list(store_like(totals, streams.middle))
     outputs = list(map_stream(output, device, streams.read))
-    fit_output_norm(residual.mlp_output_norm, block, outputs, streams.middle, targets.mlp, targets.mlp_weights)
+    _fit_gain(block, norm, outputs, streams.middle, targets.mlp, targets.mlp_weights)
     return list(map_stream(residual.add_mlp, device, streams.middle, outputs))
-
-
-GAIN_MODE = "target"
-
-
-def fit_output_norm(norm, block, outputs, stream, totals, weights):
-    if GAIN_MODE == "none" or not has_gain(norm):
-        return
-    device = block.output.weight.device
-    bare = without_gain(norm, block.norm)
-    product = square = 0.0
-    for output, hidden, total, weight in zip(*(prefetch(each, device) for each in (outputs, stream, totals)), weights, strict=True):
-        t = block.residual.missing(at_least_float32(total), at_least_float32(hidden))
-        n = bare(at_least_float32(output))
-        w = weight.to(n)[..., None]
-        product = product + (w * n * t).flatten(0, -2).double().sum(0)
-        square = square + (w * n * n).flatten(0, -2).double().sum(0)
-    old = gain(norm, block.norm)
-    ridge = 1e-2 * square.mean()
-    set_gain(norm, block.norm, ((product + ridge * old.double()) / (square + ridge)).to(old))
 
 
 def eliminate_mlp(
@@ -568,10 +553,10 @@ def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> 
     arrived = (streams.batches(device), prefetch(targets.mlp, device))
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         inputs = residual.mlp_input(read)
-        targets = residual.missing(at_least_float32(target), at_least_float32(middle))
+        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
         if residual.mlp_output_norm is not None:
-            targets, weight = before_norm(block.mlp(inputs), targets, weight, residual.mlp_output_norm, block.norm)
-        for seen, wanted, own in zip(at_least_float32(inputs), targets, weight, strict=True):
+            missing, weight = before_norm(block.mlp(inputs), missing, weight, residual.mlp_output_norm, block.norm)
+        for seen, wanted, own in zip(at_least_float32(inputs), missing, weight, strict=True):
             if biased:
                 seen = with_ones(seen)
             yield TokenSample(seen, wanted, own)
@@ -599,6 +584,17 @@ def _refit_to_dense(moments: LinearMoments, own: Tensor, present: Tensor, config
     `own` is the cross moment with the dense output, which has no noise. The ridge therefore can be small.
     """
     return centred_refit(replace(moments, cross=own), present, moments.ridge(config.output_ridge))
+
+
+def _fit_gain(block: Block, norm: Any, outputs: Stream, stream: Stream, sums: Stream, weights: list[Tensor]) -> None:
+    """Fit the gain of the norm of a half's outputs to the missing difference of `stream` to the dense sums."""
+
+    def tokens() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        arrived = (prefetch(each, block.output.weight.device) for each in (outputs, stream, sums))
+        for output, hidden, total, weight in zip(*arrived, weights, strict=True):
+            yield output, block.residual.missing(at_least_float32(total), at_least_float32(hidden)), weight
+
+    fit_gain(norm, block.norm, tokens())
 
 
 def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tensor]) -> Stream:

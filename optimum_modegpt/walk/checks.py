@@ -186,7 +186,9 @@ def _check_derived_buffers(model: Any, stock_class: Any, config: Any) -> None:
     """Compare buffers that no file contains, such as rotary frequencies, with those that a reload would compute."""
     with torch.device("meta"):
         fresh = stock_class(config)
-    models = {f"{path}." if path else "": each for path, each in fresh.named_modules() if hasattr(each, "_init_weights")}
+    models = {
+        f"{path}." if path else "": each for path, each in fresh.named_modules() if hasattr(each, "_init_weights")
+    }
     for path, module in fresh.named_modules():
         if not module._non_persistent_buffers_set:
             continue

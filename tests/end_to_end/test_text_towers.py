@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from subprocess_load import run_worker
 from safetensors.torch import load_file
+from subprocess_load import run_worker
 from tiny_configs import VOCABULARY
 from tiny_models import fill, tokenizer, tokens
 from torch import Tensor
