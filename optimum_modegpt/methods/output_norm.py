@@ -15,15 +15,13 @@ output channel alone. A LayerNorm also subtracts the mean, of o, n and δ alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
-from optimum_modegpt import distributed
-from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
-from optimum_modegpt.calibration.moments import token_weights, without_gain
-from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
+from optimum_modegpt.architectures.norms import gain, has_gain
+from optimum_modegpt.calibration.moments import token_weights
+from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.modeling.modegpt_family import Norm
 
 GAIN_RIDGE = 0.01
@@ -49,27 +47,3 @@ def before_norm(output: Tensor, wanted: Tensor, weight: Tensor | None, norm: Any
     along = (missing * normalised).mean(-1, keepdim=True)
     change = (missing - normalised * along) / inverse_square.sqrt()[..., None]
     return output + change, inverse_square if weight is None else weight * inverse_square
-
-
-def fit_gain(norm: Any, kind: Norm, tokens: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Fit the gain of a norm by least squares: g = Σ w n t / Σ w n² per channel, with a ridge towards the present gain.
-
-    `tokens` has batches of outputs o and of the wanted outputs t of the norm, (…, d_model) each, and of weights w (…).
-    A norm without a gain does not change.
-    """
-    if not has_gain(norm):
-        return
-    product: Tensor | float = 0.0
-    square: Tensor | float = 0.0
-    bare, bias = without_gain(norm, kind), getattr(norm, "bias", None)
-    for output, wanted, weight in tokens:
-        normalised = bare(at_least_float32(output))
-        weighted = weight.to(normalised)[..., None] * normalised
-        target = wanted if bias is None else wanted - bias.detach()
-        product = product + to_float64((weighted * target).flatten(0, -2).sum(0))
-        square = square + to_float64((weighted * normalised).flatten(0, -2).sum(0))
-    product, square = distributed.all_reduce(product), distributed.all_reduce(square)
-    assert isinstance(square, Tensor), "no tokens were added"
-    present = to_float64(gain(norm, kind))
-    ridge = GAIN_RIDGE * square.mean()
-    set_gain(norm, kind, ((product + ridge * present) / (square + ridge)).to(norm.weight))

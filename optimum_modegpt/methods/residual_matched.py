@@ -41,7 +41,7 @@ from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_err
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.method import StreamPair
-from optimum_modegpt.methods.output_norm import before_norm, fit_gain
+from optimum_modegpt.methods.output_norm import before_norm
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
 REFIT_TOKENS = 65_536
@@ -179,7 +179,7 @@ def compress_block(
         moments = observe_output(student, compressed, heads, targets.attention, targets.attention_weights)
         value_output = cut_value_output(student, moments, metrics.attention, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output)
-    sums = _attended(student, compressed, heads, value_output.bases, targets)
+    sums = _attended(student, compressed, heads, value_output.bases)
 
     for norm in residual.norms_of_middle:
         match_norm(norm, student.norm, targets.attention, sums)
@@ -188,7 +188,7 @@ def compress_block(
     with naming("mlp"):
         mlp = refit_mlp(student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives)
     student.install_mlp(mlp.rows, mlp.down)
-    sums = _after_mlp(student, own, targets)
+    sums = _after_mlp(student, own)
 
     for norm in residual.norms_of_output:
         match_norm(norm, student.norm, targets.mlp, sums)
@@ -364,27 +364,16 @@ def value_groups(
         yield gram, group.transpose(0, 1).flatten(1)
 
 
-def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None, targets: DenseTargets) -> Stream:
-    """Return the sums of stream and attention output, from the head outputs with the dense values and their bases.
+def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None) -> Stream:
+    """Return the sums of stream and attention output, from the head outputs with the dense values and their bases."""
 
-    If the output is normalised, the gain of its norm is fitted first.
-    """
-
-    def output(head: Tensor) -> Tensor:
+    def total(hidden: Tensor, head: Tensor) -> Tensor:
         if bases is not None:
             grouped = head.unflatten(-1, (len(bases), -1, bases.shape[1]))  # (batch, length, kv_heads, per group, d)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
-        return block.output(head)
+        return block.residual.add_attention(hidden, block.output(head))
 
-    def total(hidden: Tensor, head: Tensor) -> Tensor:
-        return residual.add_attention(hidden, output(head))
-
-    device, residual = block.output.weight.device, block.residual
-    if (norm := residual.attention_output_norm) is None:
-        return list(map_stream(total, device, stream, heads))
-    outputs = list(map_stream(output, device, heads))
-    _fit_gain(block, norm, outputs, stream, targets.attention, targets.attention_weights)
-    return list(map_stream(residual.add_attention, device, stream, outputs))
+    return list(map_stream(total, block.output.weight.device, stream, heads))
 
 
 # mlp
@@ -404,19 +393,15 @@ def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: lis
     return moments.value()
 
 
-def _after_mlp(block: Block, streams: MLPStreams, targets: DenseTargets) -> Stream:
-    """Return the sums of stream and MLP output. If the output is normalised, the gain of its norm is fitted first."""
-    residual, device = block.residual, block.output.weight.device
+def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
+    """Return the sums of stream and MLP output."""
+    residual = block.residual
 
-    def output(read: Tensor) -> Tensor:
-        return block.down(block.mlp_hidden(residual.mlp_input(read)))
+    def total(read: Tensor, middle: Tensor) -> Tensor:
+        return residual.add_mlp(middle, block.down(block.mlp_hidden(residual.mlp_input(read))))
 
-    if (norm := residual.mlp_output_norm) is None:
-        totals = (residual.add_mlp(middle, output(read)) for read, middle in streams.batches(device))
-        return list(store_like(totals, streams.middle))
-    outputs = list(map_stream(output, device, streams.read))
-    _fit_gain(block, norm, outputs, streams.middle, targets.mlp, targets.mlp_weights)
-    return list(map_stream(residual.add_mlp, device, streams.middle, outputs))
+    device = block.output.weight.device
+    return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
 
 
 def eliminate_mlp(
@@ -584,17 +569,6 @@ def _refit_to_dense(moments: LinearMoments, own: Tensor, present: Tensor, config
     `own` is the cross moment with the dense output, which has no noise. The ridge therefore can be small.
     """
     return centred_refit(replace(moments, cross=own), present, moments.ridge(config.output_ridge))
-
-
-def _fit_gain(block: Block, norm: Any, outputs: Stream, stream: Stream, sums: Stream, weights: list[Tensor]) -> None:
-    """Fit the gain of the norm of a half's outputs to the missing difference of `stream` to the dense sums."""
-
-    def tokens() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        arrived = (prefetch(each, block.output.weight.device) for each in (outputs, stream, sums))
-        for output, hidden, total, weight in zip(*arrived, weights, strict=True):
-            yield output, block.residual.missing(at_least_float32(total), at_least_float32(hidden)), weight
-
-    fit_gain(norm, block.norm, tokens())
 
 
 def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tensor]) -> Stream:

@@ -74,8 +74,8 @@ class ModeGPTConfigMixin(Dense):
         return _BlockConfigs(self, super().per_layer_config)
 
     @per_layer_config.setter
-    def per_layer_config(self, entries: Any) -> None:
-        super(ModeGPTConfigMixin, type(self)).per_layer_config.fset(self, entries)
+    def per_layer_config(self, per_layer_config: Any) -> None:
+        super(ModeGPTConfigMixin, type(self)).per_layer_config.fset(self, per_layer_config)
 
     @classmethod
     def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:

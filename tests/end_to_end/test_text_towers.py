@@ -45,7 +45,8 @@ TEXT = {
 
 
 def model() -> Any:
-    config = Gemma3Config(
+    config_class: Any = Gemma3Config
+    config = config_class(
         text_config=TEXT,
         vision_config=VISION,
         mm_tokens_per_image=IMAGE_TOKENS,
