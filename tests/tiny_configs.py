@@ -224,5 +224,5 @@ VARIANTS = {name: variant for name, variant in EVERY_VARIANT.items() if variant[
 """The variants of the families that take part in every test."""
 OTHERS = tuple(name for name in EVERY_VARIANT if name not in VARIANTS)
 """The other variants, which only `test_every_family.py` tests."""
-FAMILIES = tuple(REPRESENTATIVES[model_type] for model_type in TESTED)
+FAMILIES = tuple(REPRESENTATIVES[model_type] for model_type in TESTED if model_type in REPRESENTATIVES)
 """One variant of each of these families, for tests that cost more than a forward pass."""

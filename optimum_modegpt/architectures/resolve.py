@@ -43,7 +43,7 @@ class Architecture:
     @property
     def dense_parts(self) -> list[dict[Part, str]]:
         """The parts of every block that stay dense, each with the reason."""
-        return [self.family.dense_parts(self.model.config, block.index) for block in self.blocks]
+        return [self.family.dense_parts(self.model.config.get_text_config(), block.index) for block in self.blocks]
 
     @property
     def block_list(self) -> nn.ModuleList:
@@ -83,7 +83,7 @@ class Architecture:
     @property
     def own_tail(self) -> LogitHead:
         """The model's own modules after the last block, from the final norm to the logits."""
-        head, config = self.family.head, self.model.config
+        head, config = self.family.head, self.model.config.get_text_config()
         return LogitHead(
             self.final_norm,
             self._projection,
@@ -101,7 +101,7 @@ class Architecture:
         matrix = at_least_float32(matrix.detach().to(device))
         if self._projection is not None:
             matrix = matrix @ self._projection.weight.detach().to(matrix)
-        scale = scale_of(self.family.head, self.model.config)
+        scale = scale_of(self.family.head, self.model.config.get_text_config())
         return matrix if scale == 1 else matrix * scale
 
     @property
@@ -161,7 +161,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
             "the compute device by itself."
         )
     for name in classes.family.refused:
-        if value := getattr(model.config, name):
+        if value := getattr(model.config.get_text_config(), name):
             raise UnsupportedModel(
                 f"{type(model).__name__} has {name}={value!r}, which changes its blocks; expected {type(value)()!r}."
             )
@@ -176,7 +176,9 @@ def resolve(model: PreTrainedModel) -> Architecture:
 def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
     """Read the blocks of a dense model, which may be on the meta device, without any check."""
     modules: Any = model.base_model.get_submodule(classes.family.blocks)
-    blocks = tuple(_read_block(module, classes, index, model.config) for index, module in enumerate(modules))
+    blocks = tuple(
+        _read_block(module, classes, index, model.config.get_text_config()) for index, module in enumerate(modules)
+    )
     return Architecture(model, classes, blocks)
 
 

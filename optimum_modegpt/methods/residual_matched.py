@@ -364,12 +364,11 @@ def observe_output(
     """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
     device = block.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
-    residual = block.residual
+    norm = block.residual.attention_output_norm
     arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets, device)
     for batch, head, target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        wanted = residual.missing(at_least_float32(target), at_least_float32(batch))
-        if residual.attention_output_norm is not None:
-            norm = residual.attention_output_norm
+        wanted = block.residual.missing(at_least_float32(target), at_least_float32(batch))
+        if norm is not None:
             wanted, weight = before_norm(block.output(head), wanted, weight, norm, block.norm)
         moments.add(head, wanted, weight)
     return moments.value()
@@ -587,10 +586,10 @@ def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> 
     arrived = (streams.batches(device), prefetch(targets.mlp, device))
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         inputs = residual.mlp_input(read)
-        targets = residual.missing(at_least_float32(target), at_least_float32(middle))
+        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
         if residual.mlp_output_norm is not None:
-            targets, weight = before_norm(block.mlp(inputs), targets, weight, residual.mlp_output_norm, block.norm)
-        for seen, wanted, own in zip(at_least_float32(inputs), targets, weight, strict=True):
+            missing, weight = before_norm(block.mlp(inputs), missing, weight, residual.mlp_output_norm, block.norm)
+        for seen, wanted, own in zip(at_least_float32(inputs), missing, weight, strict=True):
             if biased:
                 seen = with_ones(seen)
             yield TokenSample(seen, wanted, own)

@@ -58,8 +58,8 @@ class Positions:
         table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
             for each pair, next to each other; "single": one for each pair.
         layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
-        flag_needs: attribute of the attention that is None if all layers rotate whatever their flag is; None if the
-            flag always counts.
+        flag_needs: attribute of the attention that is None in models whose layers all rotate, also if `layer_flag` is
+            false; None if `layer_flag` always counts.
     """
 
     pairs: Literal["half", "interleaved", "none"] = "half"
