@@ -94,8 +94,8 @@ class Block:
 
     @property
     def normalised(self) -> bool:
-        """Whether query and key heads are normalised."""
-        return self.family.attention.head_norms is not None
+        """Whether query and key heads are normalised, and may be narrow all the same."""
+        return self.family.attention.head_norms is not None and "qk" not in self.uncut
 
     @property
     def norms_rotated(self) -> bool:

@@ -125,7 +125,7 @@ def install_head_gains(attention: Any, gains: Mapping[str, Tensor]) -> None:
     """Give the norms of "query" and "key" the weights (heads, qk_head_dim) that are given for them."""
     for role, weight in gains.items():
         norm = attention.head_norm(role)
-        norm.weight = nn.Parameter(weight.to(norm.weight), requires_grad=norm.weight.requires_grad)
+        norm.weight = nn.Parameter(weight.to(norm.weight).contiguous(), requires_grad=norm.weight.requires_grad)
 
 
 def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:

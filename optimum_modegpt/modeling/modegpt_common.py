@@ -41,9 +41,9 @@ class ModeGPTModelMixin(Dense):
 
     def post_init(self) -> None:
         """Narrow the blocks that the dense constructor has just built, then initialise as every model does."""
-        base: Any = self.base_model
-        if base is self or not isinstance(base, ModeGPTModelMixin):  # else it has narrowed them itself
-            blocks = base.get_submodule(self.config_class.family.blocks)
+        # An inner compressed model has narrowed its blocks itself.
+        if not any(isinstance(module, ModeGPTModelMixin) for module in self.modules() if module is not self):
+            blocks: Any = self.base_model.get_submodule(self.config_class.family.blocks)
             for block, widths in zip(blocks, self.config.widths(), strict=True):
                 shrink_block(block, type(self), widths)
         super().post_init()
