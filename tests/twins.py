@@ -65,15 +65,7 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
                 key = f"{prefix}.{index}.{path}.{leaf}"
                 state[key] = torch.zeros_like(full).index_copy(0, places, state[key])
         if family.attention.head_norms is not None and qk < head_dim:
-            # Larger rows have the same mean square over more coordinates. A gain of 0 silences those not kept.
-            gains, offset, ratio = {}, family.norm.offset, (head_dim / qk) ** 0.5
-            for role, rows_kept in (("query", kept.repeat_interleave(heads // kv_heads, 0)), ("key", kept)):
-                for leaf, _ in reference.get_submodule(getattr(family.attention, role)).named_parameters():
-                    state[f"{prefix}.{index}.{getattr(family.attention, role)}.{leaf}"] *= ratio
-                key = f"{prefix}.{index}.{getattr(family.attention.head_norms, role)}.weight"
-                full = torch.zeros(len(rows_kept), head_dim).scatter(1, rows_kept, (state[key] + offset) / ratio)
-                gains[role] = state[key] = full - offset
-            install_head_gains(reference.get_submodule(family.attention.module), gains)
+            _pad_head_norms(state, f"{prefix}.{index}", reference, attention, kept)
         columns = {
             family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim),
             family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features),
@@ -84,6 +76,21 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
             state[key] = torch.zeros_like(full).index_copy(1, places, state[key])
     twin.load_state_dict(state, strict=True)
     return twin
+
+
+def _pad_head_norms(state: dict[str, Tensor], prefix: str, reference: Any, attention: Any, kept: Tensor) -> None:
+    """Pad the gains of a narrow block's norms with zeros, and give its padded rows the same mean square as before."""
+    family, ratio, gains = attention.family, (attention.dense_head_dim / attention.qk_head_dim) ** 0.5, {}
+    for role in ("query", "key"):
+        path = getattr(family.attention, role)
+        for leaf, _ in reference.get_submodule(path).named_parameters():
+            state[f"{prefix}.{path}.{leaf}"] *= ratio
+        key = f"{prefix}.{getattr(family.attention.head_norms, role)}.weight"
+        rows = kept.repeat_interleave(len(state[key]) // len(kept), 0)
+        full = torch.zeros(len(rows), attention.dense_head_dim)
+        full = full.scatter(1, rows, (state[key] + family.norm.offset) / ratio)
+        gains[role] = state[key] = full - family.norm.offset
+    install_head_gains(reference.get_submodule(family.attention.module), gains)
 
 
 def _rows(kept: Tensor, head_dim: int) -> Tensor:

@@ -16,7 +16,6 @@ from .modegpt_config import Dense, count_heads, head_dim, mlp_width
 from .modegpt_contract import check_attention
 from .modegpt_family import Family, Widths
 
-
 HEADS = (("query", "heads"), ("key", "kv_heads"))
 """The projections of query and key, and the name of the number of their heads."""
 

@@ -135,12 +135,16 @@ def _check_norms(architecture: Architecture, stream: Tensor) -> None:
 
     The compression changes gains, and an error shows only at a gain that is not that of the model.
     """
-    kind, residual = architecture.family.norm, architecture.blocks[0].residual
-    for norm in (residual.attention_norm, residual.mlp_norm, architecture.final_norm):
+    kind, first = architecture.family.norm, architecture.blocks[0]
+    of_stream = first.residual.attention_norm, first.residual.mlp_norm, architecture.final_norm
+    of_heads = [] if "qk" in first.uncut else first.dense_head_norms
+    for norm in (*of_stream, *of_heads):
         if not has_gain(norm):
             continue
         copied = copy.deepcopy(norm).to(stream.device)
         values = stream.to(copied.weight.dtype)
+        if norm in of_heads:
+            values = values.flatten()[: copied.weight.numel()].view_as(copied.weight)
         bias = 0.0 if getattr(copied, "bias", None) is None else copied.bias.detach()
         single, shifted = copied(values), copied(values + values.std())
         set_gain(copied, kind, 2 * gain(copied, kind))
