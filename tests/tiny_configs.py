@@ -10,11 +10,17 @@ import os
 from typing import Any
 
 from transformers import (
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    Glm4Config,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
@@ -41,6 +47,12 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GATED = _COMMON | {"intermediate_size": 48}
+_GROUPED = _GATED | {"num_key_value_heads": 2}
+_MIXED_WINDOW = {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+_SCALED_TABLES = {  # one rotary table for each layer type, as in Gemma 3 from 4B and Olmo 3
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 _GRANITE = _GATED | {
     "embedding_multiplier": 1.5,
     "attention_multiplier": 0.3,
@@ -116,6 +128,61 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
         GPT2Config,
         _GPT2 | {"n_inner": None, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
     ),
+    "gemma2": (
+        Gemma2Config,
+        _GROUPED
+        | _MIXED_WINDOW
+        | {"head_dim": 12, "query_pre_attn_scalar": 100, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma2-mqa-biases-uncapped": (
+        Gemma2Config,
+        _GATED
+        | {
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        _GROUPED | _MIXED_WINDOW | {"head_dim": 12, "query_pre_attn_scalar": 100, "rope_parameters": _SCALED_TABLES},
+    ),
+    "gemma3_text-mqa-capped": (
+        Gemma3TextConfig,
+        _GATED | {"num_key_value_heads": 1, "head_dim": 8, "attention_bias": True, "final_logit_softcapping": 5.0},
+    ),
+    "glm4": (Glm4Config, _GROUPED | {"head_dim": 8, "attention_bias": True}),
+    "glm4-mha-tied": (
+        Glm4Config,
+        _GATED
+        | {
+            "num_key_value_heads": 4,
+            "head_dim": 12,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "olmo2": (Olmo2Config, _GROUPED),
+    "olmo2-mha-biases-tied": (
+        Olmo2Config,
+        _GATED | {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "olmo3": (Olmo3Config, _GROUPED | _MIXED_WINDOW | {"rope_parameters": _SCALED_TABLES}),
+    "exaone4": (Exaone4Config, _GROUPED | _MIXED_WINDOW),
+    "exaone4-without-window": (
+        Exaone4Config,
+        _GATED
+        | {
+            "num_key_value_heads": 4,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 3,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 
 REPRESENTATIVES: dict[str, str] = {}
@@ -125,5 +192,5 @@ VARIANTS = {name: variant for name, variant in EVERY_VARIANT.items() if variant[
 """The variants of the families that take part in every test."""
 OTHERS = tuple(name for name in EVERY_VARIANT if name not in VARIANTS)
 """The other variants, which only `test_every_family.py` tests."""
-FAMILIES = tuple(REPRESENTATIVES[model_type] for model_type in TESTED)
+FAMILIES = tuple(REPRESENTATIVES[model_type] for model_type in TESTED if model_type in REPRESENTATIVES)
 """One variant of each of these families, for tests that cost more than a forward pass."""

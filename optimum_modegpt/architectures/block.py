@@ -125,8 +125,10 @@ class Block:
     @property
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
-        names, find = self.family.residual, self.module.get_submodule
-        return ResidualProgram(self.topology, self.multiplier, find(names.attention_norm), find(names.mlp_norm))
+        names = self.family.residual
+        paths = (names.attention_norm, names.mlp_norm, names.attention_output_norm, names.mlp_output_norm)
+        norms = (None if path is None else self.module.get_submodule(path) for path in paths)
+        return ResidualProgram(self.topology, self.multiplier, *norms)
 
     @property
     def norm(self) -> Norm:
@@ -205,9 +207,9 @@ class Block:
         """Return the block's output, composed from its halves. If it differs from `forward`, we misread the block."""
         residual = self.residual
         output = self.attend(residual.attention_input(stream), arguments)
-        middle = residual.after_attention(residual.add(stream, output))
+        middle = residual.after_attention(residual.add_attention(stream, output))
         hidden = self.mlp_hidden(residual.mlp_input(residual.mlp_stream(stream, middle)))
-        return residual.after_mlp(residual.add(middle, self.down(hidden)))
+        return residual.after_mlp(residual.add_mlp(middle, self.down(hidden)))
 
     # ------------------------------------------------------------------------------------------------------- install
 

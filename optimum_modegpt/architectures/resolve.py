@@ -77,7 +77,7 @@ class Architecture:
     @property
     def own_tail(self) -> LogitHead:
         """The model's own modules after the last block, from the final norm to the logits."""
-        head, config = self.family.head, self.model.config
+        head, config = self.family.head, self.model.config.get_text_config()
         return LogitHead(
             self.final_norm,
             self._projection,
@@ -95,7 +95,7 @@ class Architecture:
         matrix = at_least_float32(matrix.detach().to(device))
         if self._projection is not None:
             matrix = matrix @ self._projection.weight.detach().to(matrix)
-        scale = scale_of(self.family.head, self.model.config)
+        scale = scale_of(self.family.head, self.model.config.get_text_config())
         return matrix if scale == 1 else matrix * scale
 
     @property
@@ -154,7 +154,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
             "the compute device by itself."
         )
     for name in classes.family.refused:
-        if getattr(model.config, name):
+        if getattr(model.config.get_text_config(), name):
             raise UnsupportedModel(f"{type(model).__name__} has {name}=True, which changes its blocks; expected False.")
     architecture = read_blocks(model, classes)
     if not architecture.blocks:
@@ -167,7 +167,9 @@ def resolve(model: PreTrainedModel) -> Architecture:
 def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
     """Read the blocks of a dense model, which may be on the meta device, without any check."""
     modules: Any = model.base_model.get_submodule(classes.family.blocks)
-    blocks = tuple(_read_block(module, classes, index, model.config) for index, module in enumerate(modules))
+    blocks = tuple(
+        _read_block(module, classes, index, model.config.get_text_config()) for index, module in enumerate(modules)
+    )
     return Architecture(model, classes, blocks)
 
 

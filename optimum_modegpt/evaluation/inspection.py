@@ -104,8 +104,9 @@ def _weights_of_blocks(config: Any, tensors: Mapping[str, TensorHeader]) -> dict
 
 
 def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, TensorHeader]) -> None:
-    heads = config.num_attention_heads
-    units = {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads, "block": 1}
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    units = {"heads": heads, "kv_heads": getattr(text, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
     for block in blocks:
         for projection in config.family.projections:

@@ -49,6 +49,7 @@ from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.methods.method import StreamPair
+from optimum_modegpt.methods.output_norm import before_norm
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
 REFIT_TOKENS = 65_536
@@ -138,9 +139,9 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any]) -> DenseT
 
     def sums() -> Iterator[Tensor]:
         for hidden in prefetch(stream, device):
-            total = residual.add(hidden, block.attend(residual.attention_input(hidden), arguments))
+            total = residual.add_attention(hidden, block.attend(residual.attention_input(hidden), arguments))
             middle = residual.after_attention(total)
-            end = residual.add(middle, block.mlp(residual.mlp_input(residual.mlp_stream(hidden, middle))))
+            end = residual.add_mlp(middle, block.mlp(residual.mlp_input(residual.mlp_stream(hidden, middle))))
             # In a parallel block, the norm that divides the attention's output is the next block's.
             attention_weights.append(token_weights(residual.mlp_stream(end, total), block.norm))
             mlp_weights.append(token_weights(end, block.norm))
@@ -338,9 +339,13 @@ def observe_output(
     """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
     device = block.output.weight.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
+    norm = block.residual.attention_output_norm
     arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets, device)
     for batch, head, target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        moments.add(head, block.residual.missing(at_least_float32(target), at_least_float32(batch)), weight)
+        wanted = block.residual.missing(at_least_float32(target), at_least_float32(batch))
+        if norm is not None:
+            wanted, weight = before_norm(block.output(head), wanted, weight, norm, block.norm)
+        moments.add(head, wanted, weight)
     return moments.value()
 
 
@@ -389,7 +394,7 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
         if bases is not None:
             grouped = head.unflatten(-1, (len(bases), -1, bases.shape[1]))  # (batch, length, kv_heads, per group, d)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
-        return block.residual.add(hidden, block.output(head))
+        return block.residual.add_attention(hidden, block.output(head))
 
     return list(map_stream(total, block.output.weight.device, stream, heads))
 
@@ -403,8 +408,11 @@ def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: lis
     moments = LinearMomentSum(ones=block.down.bias is not None)
     arrived = streams.batches(device), prefetch(targets, device)
     for (read, middle), target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
-        moments.add(block.mlp_hidden(residual.mlp_input(read)), missing, weight)
+        hidden = block.mlp_hidden(residual.mlp_input(read))
+        wanted = residual.missing(at_least_float32(target), at_least_float32(middle))
+        if residual.mlp_output_norm is not None:
+            wanted, weight = before_norm(block.down(hidden), wanted, weight, residual.mlp_output_norm, block.norm)
+        moments.add(hidden, wanted, weight)
     return moments.value()
 
 
@@ -413,7 +421,7 @@ def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
     residual = block.residual
 
     def total(read: Tensor, middle: Tensor) -> Tensor:
-        return residual.add(middle, block.down(block.mlp_hidden(residual.mlp_input(read))))
+        return residual.add_mlp(middle, block.down(block.mlp_hidden(residual.mlp_input(read))))
 
     device = block.output.weight.device
     return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
@@ -552,9 +560,11 @@ def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> 
     device, residual = block.output.weight.device, block.residual
     arrived = (streams.batches(device), prefetch(targets.mlp, device))
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
-        inputs = at_least_float32(residual.mlp_input(read))
+        inputs = residual.mlp_input(read)
         missing = residual.missing(at_least_float32(target), at_least_float32(middle))
-        for seen, wanted, own in zip(inputs, missing, weight, strict=True):
+        if residual.mlp_output_norm is not None:
+            missing, weight = before_norm(block.mlp(inputs), missing, weight, residual.mlp_output_norm, block.norm)
+        for seen, wanted, own in zip(at_least_float32(inputs), missing, weight, strict=True):
             if biased:
                 seen = with_ones(seen)
             yield TokenSample(seen, wanted, own)

@@ -284,11 +284,11 @@ class Sweeps:
             inputs = residual.attention_input(hidden)
             output = dense.attend(inputs, arguments)
             attention.append(Half(inputs, output, at_attention))
-            middle = residual.after_attention(residual.add(hidden, output))
+            middle = residual.after_attention(residual.add_attention(hidden, output))
             inputs = residual.mlp_input(residual.mlp_stream(hidden, middle))
             output = dense.mlp(inputs)
             mlp.append(Half(inputs, output, at_mlp))
-            after.append(residual.after_mlp(residual.add(middle, output)))
+            after.append(residual.after_mlp(residual.add_mlp(middle, output)))
         self.divergence = replace(self.divergence, stream=list(store_like(after, self.divergence.stream)))
         _check(dense, self.divergence.stream, self.divergence)
         return {"qk": attention, "vo": attention, "mlp": mlp}

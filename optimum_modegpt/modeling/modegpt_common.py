@@ -41,7 +41,7 @@ class ModeGPTModelMixin(Dense):
 
     def post_init(self) -> None:
         """Narrow the blocks that the dense constructor has just built, then initialise as every model does."""
-        family = self.attention_class.family
+        family = self.config_class.family
         blocks: Any = self.base_model.get_submodule(family.blocks)
         for block, widths in zip(blocks, self.config.widths(), strict=True):
             if not isinstance(block.get_submodule(family.attention.module), ModeGPTAttentionMixin):
@@ -165,9 +165,10 @@ def register(
     config_class.family, config_class.model_type = family, family.compressed_type
     config_class.auto_classes = {auto: f"{module}.{cls.__name__}" for auto, cls in names.items()}
     config_class._auto_class = "AutoConfig"
-    attention_class.family = family
-    if mlp_class is not None:
-        mlp_class.family = family
+    for part in (attention_class, mlp_class):
+        # A model with a text tower has the attention of the tower's family, which has been registered before.
+        if part is not None and "family" not in vars(part):
+            part.family = family
     PER_LAYER.add(family.mlp.width)
     if not config_class.__module__.startswith("transformers_modules."):
         # Not for remote code, because AutoConfig would use the code of one repository for all others of the family.

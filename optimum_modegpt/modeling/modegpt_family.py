@@ -54,12 +54,15 @@ class Positions:
         table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
             for each pair, next to each other; "single": one for each pair.
         layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
+        flag_needs: attribute of the attention that is None in models whose layers all rotate, also if `layer_flag` is
+            false; None if `layer_flag` always counts.
     """
 
     pairs: Literal["half", "interleaved", "none"] = "half"
     partial: bool = False
     table: Literal["concatenated", "repeated", "single"] = "concatenated"
     layer_flag: str | None = None
+    flag_needs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,18 +166,19 @@ class Residual:
     "sequential": y = x + m·attention(norm(x)), z = y + m·mlp(norm(y)).
     "parallel": z = x + m·attention(norm(x)) + m·mlp(norm(x)), with two norms or one for both.
     "post-LN": y = norm(x + m·attention(x)), z = norm(y + m·mlp(y)).
+    With norms of the outputs, m·norm(attention(…)) replaces m·attention(…), and likewise for the MLP.
 
     Attributes:
-        attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block.
+        attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block; None if there is none.
         topology: one of the three above.
         flag: name of the configuration's boolean that chooses the topology; None if there is one.
         topology_without_flag: the topology if that boolean is false.
         multiplier: name of m in the configuration; None for 1.
-        attention_output_norm, mlp_output_norm: a norm of a half's output before the sum, which is refused.
+        attention_output_norm, mlp_output_norm: the norm of a half's output before the sum; None if there is none.
     """
 
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     topology: Topology = "sequential"
     flag: str | None = None
     topology_without_flag: Topology = "sequential"
@@ -285,9 +289,6 @@ class Family:
         features = {
             "experts": "experts" in (self.mlp.storage.layout, self.attention.storage.layout),
             "a shared MLP in addition to experts": self.mlp.shared is not None,
-            "norms on the output of attention or MLP": (
-                self.residual.attention_output_norm is not None or self.residual.mlp_output_norm is not None
-            ),
         }
         for feature, present in features.items():
             if present:

@@ -25,7 +25,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import UnsupportedModel
-from optimum_modegpt.modeling import DENSE_TYPES, modegpt_granite
+from optimum_modegpt.modeling import DENSE_TYPES, modegpt_gemma2, modegpt_granite
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
 from optimum_modegpt.modeling.modegpt_blocks import ModeGPTMLPMixin
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin, register
@@ -193,8 +193,8 @@ WRONG: dict[str, tuple[Family, str]] = {
     "experts": (replace(LITERALS["gemma"], mlp=MLP(storage=Storage("experts", "mlp.experts"))), "has experts"),
     "shared experts": (replace(LITERALS["gemma"], mlp=MLP(shared="mlp.shared")), "has a shared MLP"),
     "output norms": (
-        replace(LITERALS["gemma"], residual=Residual(mlp_output_norm="post_feedforward_layernorm")),
-        "has norms on the output",
+        replace(modegpt_gemma2.FAMILY, residual=Residual(mlp_norm="pre_feedforward_layernorm")),
+        "block 0 computes something else",
     ),
 }
 

@@ -231,9 +231,9 @@ def test_reported_error_is_that_of_the_block(name):
         lost, total = [0.0, 0.0], [0.0, 0.0]
         for index, batch in enumerate(case.stream):
             residual = student.residual
-            after = residual.add(batch, student.attend(residual.attention_input(batch), case.arguments))
+            after = residual.add_attention(batch, student.attend(residual.attention_input(batch), case.arguments))
             middle = residual.after_attention(after)
-            end = residual.add(middle, student.mlp(residual.mlp_input(residual.mlp_stream(batch, middle))))
+            end = residual.add_mlp(middle, student.mlp(residual.mlp_input(residual.mlp_stream(batch, middle))))
             for part, (wanted, found, start, weight) in enumerate(
                 (
                     (targets.attention[index], after, batch, targets.attention_weights[index]),
