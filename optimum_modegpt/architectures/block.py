@@ -108,6 +108,12 @@ class Block:
         """Whether narrow heads keep pairs of coordinates. Otherwise, they have a basis of their own."""
         return self.rotary or self.normalised
 
+    @property
+    def dense_head_norms(self) -> list[nn.Module]:
+        """The norms of queries and keys, if any, of a dense block."""
+        norms = self.family.attention.head_norms
+        return [] if norms is None else [self.module.get_submodule(path) for path in (norms.query, norms.key)]
+
     def head_norm(self, role: str) -> Any:
         """Return the norm of "query" or "key". The block must be normalised, and of the compressed classes."""
         return self.attention.head_norm(role)

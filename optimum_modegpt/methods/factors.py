@@ -12,7 +12,7 @@ from torch import Tensor
 class QueryKeyFactors:
     """Rows (heads, rank, in [+ 1]) of query and key, and the pairs (kv_heads, rank / 2); None without rotation.
 
-    `gains` (heads, rank) are those of the norms of "query" and "key"; None if there are none, or they do not change.
+    `gains` (heads, rank) are those of the norms of "query" and "key". None leaves their gains, if there are norms.
     """
 
     query: Tensor

@@ -138,13 +138,16 @@ def _check_norms(architecture: Architecture, stream: Tensor) -> None:
 
     The compression changes gains, and an error shows only at a gain that is not that of the model.
     """
-    kind, residual = architecture.family.norm, architecture.blocks[0].residual
+    kind, first = architecture.family.norm, architecture.blocks[0]
+    residual, of_heads = first.residual, [] if "qk" in first.uncut else first.dense_head_norms
     of_outputs = residual.attention_output_norm, residual.mlp_output_norm
-    for norm in (residual.attention_norm, residual.mlp_norm, *of_outputs, architecture.final_norm):
+    for norm in (residual.attention_norm, residual.mlp_norm, *of_outputs, architecture.final_norm, *of_heads):
         if not has_gain(norm):
             continue
         copied = copy.deepcopy(norm).to(stream.device)
         values = stream.to(copied.weight.dtype)
+        if norm in of_heads:
+            values = values.flatten()[: copied.weight.numel()].view_as(copied.weight)
         bias = 0.0 if getattr(copied, "bias", None) is None else copied.bias.detach()
         single, shifted = copied(values), copied(values + values.std())
         set_gain(copied, kind, 2 * gain(copied, kind))

@@ -215,7 +215,6 @@ def test_engines_get_the_widths_that_they_allocate(name: str, engine: str, monke
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
     layers = [model.config.per_layer_config[index] for index in range(model.config.num_hidden_layers)]
     allocated = [layer.head_dim if engine == "vllm" else model.config.dense_head_dim for layer in layers]
-    if "qk" not in model.config.family.uncut(model.config):
-        padded = any(width.vo > width.qk for width in model.config.widths())
-        assert padded, "the case in which query and key are padded"
+    padded = any(width.vo > width.qk for width in model.config.widths())
+    assert padded, "the case in which query and key are padded"
     assert seen == [(width, width, width) for width in allocated]
