@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -93,8 +94,12 @@ class Block:
     @property
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
-        names, find = self.family.residual, self.module.get_submodule
-        return ResidualProgram(self.topology, self.multiplier, find(names.attention_norm), find(names.mlp_norm))
+        names = self.family.residual
+        attention_norm = attrgetter(names.attention_norm)(self.module)
+        mlp_norm = attrgetter(names.mlp_norm)(self.module)
+        if mlp_norm is None:
+            mlp_norm = attention_norm
+        return ResidualProgram(self.topology, self.multiplier, attention_norm, mlp_norm)
 
     @property
     def norm(self) -> Norm:

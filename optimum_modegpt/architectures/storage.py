@@ -54,8 +54,8 @@ def is_separate(block: nn.Module, family: Family) -> bool:
 
 def reorder_head_norms(block: nn.Module, family: Family) -> None:
     """Bring the parameters of a dense block's query and key norms, if any, in the order of compressed models."""
-    order = canonical_order(block.get_submodule(family.attention.module), family)
-    norms = family.attention.head_norms
+    attention: Any = block.get_submodule(family.attention.module)
+    order, norms = canonical_order(attention, family), family.attention.norms_of(attention.config)
     if norms is None or order is None:
         return
     for path in (norms.query, norms.key):

@@ -56,7 +56,9 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
     Raises:
         ImportError: the dense class takes an argument that the compressed one does not handle.
     """
-    attention.cache_argument = check_attention(attention_class.dense_class())
+    attention.cache_argument = check_attention(
+        attention_class.dense_class(), attention_class.family.attention.passed_on
+    )
     attention.__class__ = attention_class
     head_dim, key = attention.dense_head_dim, attention.projection("key")
     attention.set_widths(head_dim, head_dim)

@@ -115,6 +115,16 @@ def test_left_padded_batch_matches_single_sequences(name: str) -> None:
 
 
 @EVERY
+def test_bfloat16_is_close_to_float32(name: str) -> None:
+    """Some models have a rotary table in float32, with queries and keys in bfloat16."""
+    model, ids = compressed(name), tokens()
+    expected = logits(model, ids)
+    found = logits(model.to(torch.bfloat16), ids)
+    assert found.dtype is torch.bfloat16
+    assert (found.float() - expected).norm() < 0.1 * expected.norm()
+
+
+@EVERY
 def test_training_reaches_every_parameter(name: str) -> None:
     model, ids = compressed(name).train(), tokens()
     model(ids, labels=ids).loss.backward()
