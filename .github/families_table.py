@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from optimum_modegpt.architectures import FamilyClasses, family_of
 from optimum_modegpt.architectures.refused import REFUSED
 from optimum_modegpt.modeling import DENSE_TYPES
-from optimum_modegpt.modeling.modegpt_family import Family, Part
+from optimum_modegpt.modeling.modegpt_family import PARTS, Family, Part
 
 PAGE = Path(__file__).parent / "docs" / "families.md"
-PARTS: tuple[Part, ...] = get_args(Part)
 TEXT = """\
 # Families
 
@@ -70,10 +69,18 @@ def page() -> str:
 def _row(classes: FamilyClasses) -> str:
     family, config = classes.family, classes.config.__bases__[-1]()
     uncut = family.uncut(config)
-    cut = ", ".join(part for part in PARTS if part not in uncut)
+    present = {part for index in range(config.num_hidden_layers) for part in family.parts(config, index)}
+    cut = ", ".join(part for part in PARTS if part in present and part not in uncut)
     refused = (f"`{name}` true: refused" for name in family.refused)
     options = "; ".join((*_options(family, config, uncut), *refused))
-    return f"| `{family.model_type}` | {cut} | {_described(uncut) or '–'} | {options or '–'} |"
+    dense = "; ".join([*_described(uncut), *_dense_layers(family, config)])
+    return f"| `{family.model_type}` | {cut} | {dense or '–'} | {options or '–'} |"
+
+
+def _dense_layers(family: Family, config: Any) -> list[str]:
+    """Return the reasons why some layers lack parts, each once."""
+    absent = (family.absent(config, index) for index in range(config.num_hidden_layers))
+    return list(dict.fromkeys(reason for parts in absent for reason in parts.values()))
 
 
 def _options(family: Family, config: Any, uncut: Mapping[Part, str]) -> Iterator[str]:
@@ -86,15 +93,15 @@ def _options(family: Family, config: Any, uncut: Mapping[Part, str]) -> Iterator
             found = family.uncut(Changed(config, **{name: not value}))
             if found != uncut:
                 state = "set" if value is None else str(not value).lower()
-                yield f"`{name}` {state}: {_described(found) or 'nothing'} at full width"
+                yield f"`{name}` {state}: {', '.join(_described(found)) or 'nothing'} at full width"
 
 
-def _described(uncut: Mapping[Part, str]) -> str:
+def _described(uncut: Mapping[Part, str]) -> list[str]:
     """Return the parts at full width with their reasons, parts of the same reason together."""
     reasons: dict[str, list[str]] = {}
     for part, reason in uncut.items():
         reasons.setdefault(reason, []).append(part)
-    return ", ".join(f"{' and '.join(parts)} ({reason})" for reason, parts in reasons.items())
+    return [f"{' and '.join(parts)} ({reason})" for reason, parts in reasons.items()]
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ COLOURS = {"mlp": "#4c72b0", "qk": "#dd8452", "vo": "#55a868"}
 def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path | None = None) -> Figure:
     """Plot the kept fraction of each part's width, one bar per block and part.
 
-    `kept` maps each part to the kept fraction of every block. If `path` is given, the figure is also saved there, in
-    the format of the file extension. Raises `ImportError` if matplotlib is not installed.
+    `kept` maps each part to the kept fraction of every block, which is not a number if the block lacks the part. If
+    `path` is given, the figure is also saved there, in the format of the file extension. Raises `ImportError` if
+    matplotlib is not installed.
     """
     blocks = len(kept["mlp"])
     figure = _figure(min(max(6.5, 0.3 * blocks + 1), 16), 3.2)

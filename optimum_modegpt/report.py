@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_modegpt.errors import EvaluationError
+from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.plot import plot_kept
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-PARTS = ("mlp", "qk", "vo")
-"""The three pairs of matrices of a decoder block, in the order of the paper (types I, II, III)."""
 
 REPORT_VERSION = 1
 
@@ -35,7 +34,7 @@ class PartReport:
 
 @dataclass(frozen=True)
 class BlockReport:
-    """The parts of one decoder block."""
+    """The parts of one decoder block. A block without attention that compression cuts has only "mlp"."""
 
     index: int
     parts: dict[str, PartReport]
@@ -64,6 +63,19 @@ class Parameters:
     blocks_after: int
     total_before: int
     total_after: int
+
+
+def uncut_sentences(reasons: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """Return a sentence for each part that stays at full width. `reasons` has one mapping part -> reason per block."""
+    found: dict[tuple[str, str], int] = {}
+    for block in reasons:
+        for item in block.items():
+            found[item] = found.get(item, 0) + 1
+    sentences = []
+    for (part, reason), count in found.items():
+        where = "" if count == len(reasons) else f" in {count} of {len(reasons)} blocks"
+        sentences.append(f"{part} stays at full width{where}: {reason}")
+    return tuple(sentences)
 
 
 def count_parameters(model: Any) -> int:
@@ -101,6 +113,8 @@ class Report:
     """Windows for moments, gradients and divergences, tokens of the last two, and blocks with measured divergences."""
     influences: list[float] = field(default_factory=list)
     """Block influence 1 − E cos(input, output) of every block. Empty unless the allocation used it."""
+    uncut: tuple[str, ...] = ()
+    """Sentences that name the parts that cannot be cut in this model, with the reason."""
     self_check: dict[str, Any] = field(default_factory=dict)
     """Tokens, difference, tolerance and seconds of the check of the finished model. See `walk.self_check.SelfCheck`."""
     warnings: tuple[str, ...] = ()
@@ -131,6 +145,7 @@ class Report:
             blocks=tuple(blocks),
             stages=tuple(Stage(**stage) for stage in fields.pop("stages")),
             warnings=tuple(fields.pop("warnings")),
+            uncut=tuple(fields.pop("uncut", ())),
             **fields,
         )
 
@@ -164,7 +179,7 @@ class Report:
         for block in self.blocks:
             row = f"{block.index:>5}"
             for part in PARTS:
-                row += f"{_cell(block.parts[part]):>22}"
+                row += f"{_cell(block.parts.get(part)):>22}"
             rows.append(row)
         seconds = floor = peak = 0.0
         for stage in self.stages:
@@ -180,6 +195,7 @@ class Report:
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
             f"{seconds:.1f} s{paced}, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
         ]
+        rows += self.uncut
         for warning in self.warnings:
             rows.append(f"warning: {warning}")
         return "\n".join(rows)
@@ -192,10 +208,11 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed. The message names the extra to install.
         """
-        kept: dict[str, list[float]] = {"mlp": [], "qk": [], "vo": []}
+        kept: dict[str, list[float]] = {part: [] for part in PARTS}
         for block in self.blocks:
-            for part, found in block.parts.items():
-                kept[part].append(found.rank / found.dense_rank)
+            for part, values in kept.items():
+                found = block.parts.get(part)
+                values.append(math.nan if found is None else found.rank / found.dense_rank)
         return plot_kept(kept, f"{self.base_model or 'model'}: {self.achieved_sparsity:.1%} removed", path)
 
 
@@ -204,6 +221,8 @@ def plot_ranks(report: Report, path: str | Path | None = None) -> Figure:
     return report.plot(path)
 
 
-def _cell(part: PartReport) -> str:
+def _cell(part: PartReport | None) -> str:
+    if part is None:
+        return "–"
     error = "" if part.relative_error is None else f" err {part.relative_error:.3f}"
     return f"{part.rank}/{part.dense_rank}{error}"

@@ -16,7 +16,11 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     Ernie4_5Config,
+    Exaone4Config,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    Glm4Config,
     GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -28,11 +32,14 @@ from transformers import (
     MinistralConfig,
     MistralConfig,
     NemotronConfig,
+    Olmo2Config,
+    Olmo3Config,
     OlmoConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
+    Qwen3_5TextConfig,
     Qwen3Config,
     SeedOssConfig,
     SmolLM3Config,
@@ -60,6 +67,12 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GATED = _COMMON | {"intermediate_size": 48}
+_GROUPED = _GATED | {"num_key_value_heads": 2}
+_MIXED_WINDOW = {"sliding_window": 6, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+_SCALED_TABLES = {  # one rotary table for each layer type, as in Gemma 3 from 4B and Olmo 3
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
 _GRANITE = _GATED | {
     "embedding_multiplier": 1.5,
     "attention_multiplier": 0.3,
@@ -67,9 +80,8 @@ _GRANITE = _GATED | {
     "logits_scaling": 2.0,
 }
 _OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
-_GQA = _GATED | {"num_key_value_heads": 2}
 _HALF_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-_MIXED_WINDOW = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_WINDOW_FIRST = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -142,55 +154,129 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
         GraniteConfig,
         _GRANITE | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
     ),
+    "qwen3_5_text": (
+        Qwen3_5TextConfig,
+        _GATED
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 5,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
     "gpt2": (GPT2Config, _GPT2),
     "gpt2-scaled-untied": (
         GPT2Config,
         _GPT2 | {"n_inner": None, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
     ),
-    "gemma": (GemmaConfig, _GQA | {"head_dim": 12, "attention_bias": True}),
+    "gemma": (GemmaConfig, _GROUPED | {"head_dim": 12, "attention_bias": True}),
     "smollm3": (
         SmolLM3Config,
-        _GQA | {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6, "attention_bias": True},
+        _GROUPED
+        | {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6, "attention_bias": True},
     ),
-    "cohere2": (Cohere2Config, _GQA | _MIXED_WINDOW | {"logit_scale": 0.25}),
+    "cohere2": (Cohere2Config, _GROUPED | _WINDOW_FIRST | {"logit_scale": 0.25}),
     "cohere2-biases": (
         Cohere2Config,
-        _GQA | _MIXED_WINDOW | {"logit_scale": 0.5, "attention_bias": True, "tie_word_embeddings": False},
+        _GROUPED | _WINDOW_FIRST | {"logit_scale": 0.5, "attention_bias": True, "tie_word_embeddings": False},
     ),
-    "glm": (GlmConfig, _GQA | {"head_dim": 8, "rope_parameters": _HALF_ROTARY}),
-    "seed_oss": (SeedOssConfig, _GQA | {"head_dim": 12, "mlp_bias": True, "attention_out_bias": True}),
-    "ernie4_5": (Ernie4_5Config, _GQA | {"head_dim": 8, "use_bias": True}),
-    "starcoder2": (Starcoder2Config, _GQA | {"sliding_window": 6}),
-    "nemotron": (NemotronConfig, _GQA | {"attention_bias": True, "mlp_bias": True, "rope_parameters": _HALF_ROTARY}),
-    "phi": (PhiConfig, _GQA | {"rope_parameters": _HALF_ROTARY}),
-    "phi-norms": (PhiConfig, _GQA | {"rope_parameters": _HALF_ROTARY, "qk_layernorm": True}),
-    "hunyuan_v1_dense": (HunYuanDenseV1Config, _GQA | {"head_dim": 8, "tie_word_embeddings": True}),
+    "glm": (GlmConfig, _GROUPED | {"head_dim": 8, "rope_parameters": _HALF_ROTARY}),
+    "seed_oss": (SeedOssConfig, _GROUPED | {"head_dim": 12, "mlp_bias": True, "attention_out_bias": True}),
+    "ernie4_5": (Ernie4_5Config, _GROUPED | {"head_dim": 8, "use_bias": True}),
+    "starcoder2": (Starcoder2Config, _GROUPED | {"sliding_window": 6}),
+    "nemotron": (
+        NemotronConfig,
+        _GROUPED | {"attention_bias": True, "mlp_bias": True, "rope_parameters": _HALF_ROTARY},
+    ),
+    "phi": (PhiConfig, _GROUPED | {"rope_parameters": _HALF_ROTARY}),
+    "phi-norms": (PhiConfig, _GROUPED | {"rope_parameters": _HALF_ROTARY, "qk_layernorm": True}),
+    "hunyuan_v1_dense": (HunYuanDenseV1Config, _GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
     "hunyuan_v1_dense-alpha-biases": (
         HunYuanDenseV1Config,
-        _GQA
+        _GROUPED
         | {
             "head_dim": 8,
             "attention_bias": True,
             "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 100.0, "factor": 1.0},
         },
     ),
-    "ministral3": (Ministral3Config, _GQA | {"head_dim": 8, "sliding_window": 6, "rope_parameters": _YARN}),
-    "ministral": (MinistralConfig, _GQA | _MIXED_WINDOW | {"head_dim": 8}),
-    "apertus": (ApertusConfig, _GQA | {"attention_bias": True}),
-    "cohere": (CohereConfig, _GQA | {"logit_scale": 0.25, "attention_bias": True}),
-    "cohere-norms": (CohereConfig, _GQA | {"logit_scale": 0.25, "use_qk_norm": True}),
-    "arcee": (ArceeConfig, _GQA | {"attention_bias": True, "mlp_bias": True}),
-    "helium": (HeliumConfig, _GQA | {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
-    "olmo": (OlmoConfig, _GQA | {"attention_bias": True}),
-    "olmo-clip": (OlmoConfig, _GQA | {"clip_qkv": 0.7}),
-    "stablelm": (StableLmConfig, _GQA | {"use_qkv_bias": True, "rope_parameters": _HALF_ROTARY}),
+    "ministral3": (Ministral3Config, _GROUPED | {"head_dim": 8, "sliding_window": 6, "rope_parameters": _YARN}),
+    "ministral": (MinistralConfig, _GROUPED | _WINDOW_FIRST | {"head_dim": 8}),
+    "apertus": (ApertusConfig, _GROUPED | {"attention_bias": True}),
+    "cohere": (CohereConfig, _GROUPED | {"logit_scale": 0.25, "attention_bias": True}),
+    "cohere-norms": (CohereConfig, _GROUPED | {"logit_scale": 0.25, "use_qk_norm": True}),
+    "arcee": (ArceeConfig, _GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    "helium": (HeliumConfig, _GROUPED | {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "olmo": (OlmoConfig, _GROUPED | {"attention_bias": True}),
+    "olmo-clip": (OlmoConfig, _GROUPED | {"clip_qkv": 0.7}),
+    "stablelm": (StableLmConfig, _GROUPED | {"use_qkv_bias": True, "rope_parameters": _HALF_ROTARY}),
     "stablelm-parallel-norms": (
         StableLmConfig,
-        _GQA | {"use_parallel_residual": True, "qk_layernorm": True, "rope_parameters": _HALF_ROTARY},
+        _GROUPED | {"use_parallel_residual": True, "qk_layernorm": True, "rope_parameters": _HALF_ROTARY},
+    ),
+    "gemma2": (
+        Gemma2Config,
+        _GROUPED
+        | _MIXED_WINDOW
+        | {"head_dim": 12, "query_pre_attn_scalar": 100, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0},
+    ),
+    "gemma2-mqa-biases-uncapped": (
+        Gemma2Config,
+        _GATED
+        | {
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        _GROUPED | _MIXED_WINDOW | {"head_dim": 12, "query_pre_attn_scalar": 100, "rope_parameters": _SCALED_TABLES},
+    ),
+    "gemma3_text-mqa-capped": (
+        Gemma3TextConfig,
+        _GATED | {"num_key_value_heads": 1, "head_dim": 8, "attention_bias": True, "final_logit_softcapping": 5.0},
+    ),
+    "glm4": (Glm4Config, _GROUPED | {"head_dim": 8, "attention_bias": True}),
+    "glm4-mha-tied": (
+        Glm4Config,
+        _GATED
+        | {
+            "num_key_value_heads": 4,
+            "head_dim": 12,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "olmo2": (Olmo2Config, _GROUPED),
+    "olmo2-mha-biases-tied": (
+        Olmo2Config,
+        _GATED | {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "olmo3": (Olmo3Config, _GROUPED | _MIXED_WINDOW | {"rope_parameters": _SCALED_TABLES}),
+    "exaone4": (Exaone4Config, _GROUPED | _MIXED_WINDOW),
+    "exaone4-without-window": (
+        Exaone4Config,
+        _GATED
+        | {
+            "num_key_value_heads": 4,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 3,
+            "tie_word_embeddings": True,
+        },
     ),
 }
 if hasattr(transformers, "ExaoneConfig"):  # from transformers 5.24
-    EVERY_VARIANT["exaone"] = (transformers.ExaoneConfig, _GQA | {"attention_bias": True, "mlp_bias": True})
+    EVERY_VARIANT["exaone"] = (transformers.ExaoneConfig, _GROUPED | {"attention_bias": True, "mlp_bias": True})
 
 REPRESENTATIVES: dict[str, str] = {}
 for _name, (_config, _) in EVERY_VARIANT.items():

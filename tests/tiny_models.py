@@ -7,6 +7,7 @@ those of `tiny_configs.EVERY_VARIANT`. Biases and norm weights are random too, s
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ def fill(model: PreTrainedModel, seed: int = 0, gain: float = 1.0) -> PreTrained
 
 def _gain(name: str) -> float:
     """Return the weight at which a norm of the variant's family changes nothing."""
-    return 1.0 - classes(name)["AutoModel"].attention_class.family.norm.offset
+    return 1.0 - classes(name)["AutoModel"].config_class.family.norm.offset
 
 
 def classes(name: str) -> dict[str, type[PreTrainedModel]]:
@@ -76,13 +77,16 @@ def compressed(
     model_class = classes(name)[auto]
     config_class, values = EVERY_VARIANT[name]
     dense_config = config_class(**(values | changes))
-    family = model_class.attention_class.family
+    family = model_class.config_class.family
     head, mlp = head_dim(dense_config), mlp_width(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
     uncut = family.uncut(dense_config)
     qk = [head] * 3 if "qk" in uncut else [4 + odd, 6 + odd, head]
     vo = [head] * 3 if "vo" in uncut else [7, 3, head]
-    widths = widths or list(map(Widths, qk, vo, (31, 40, mlp)))
+    if widths is None:
+        widths = list(map(Widths, qk, vo, (31, 40, mlp)))
+        for index, each in enumerate(widths):
+            widths[index] = replace(each, **dict.fromkeys(family.absent(dense_config, index), 0))
     record = {"format_version": 1, "base_model": name}
     model = model_class(model_class.config_class.from_dense(dense_config, widths, record))
     fill(model, seed, gain=_gain(name))

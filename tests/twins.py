@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
+from optimum_modegpt.modeling.modegpt_family import Family
 
 CPU = torch.device("cpu")
 
@@ -43,34 +44,39 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
     state |= {key: value for key, value in twin.state_dict().items() if key.endswith("rope_index")}
     prefix = f"{model.base_model_prefix}.{family.blocks}"
     for index, block in enumerate(blocks_of(model, name)):
-        attention = block.get_submodule(family.attention.module)
-        reference = blocks_of(twin, name)[index]
-        head_dim, qk, vo = attention.dense_head_dim, attention.qk_head_dim, attention.v_head_dim
-        heads, kv_heads = attention.q_proj.out_features // qk, attention.k_proj.out_features // qk
-        if attention.rotates:
-            pairs = attention.rope_index.long()
-            kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)  # (kv_heads, qk)
-        else:
-            kept = torch.arange(qk).expand(kv_heads, -1)
-        rows = {
-            family.attention.query: _rows(kept.repeat_interleave(heads // kv_heads, 0), head_dim),
-            family.attention.key: _rows(kept, head_dim),
-            family.attention.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
-        } | {path: torch.arange(block.get_submodule(path).out_features) for path in family.mlp.inputs}
+        reference, parts = blocks_of(twin, name)[index], family.parts(model.config, index)
+        rows = {path: torch.arange(block.get_submodule(path).out_features) for path in family.mlp.inputs}
+        columns = {family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features)}
+        if "qk" in parts:
+            own_rows, own_columns = _of_attention(block.get_submodule(family.attention.module), family)
+            rows, columns = rows | own_rows, columns | own_columns
         for path, places in rows.items():
             for leaf, full in reference.get_submodule(path).named_parameters():
                 key = f"{prefix}.{index}.{path}.{leaf}"
                 state[key] = torch.zeros_like(full).index_copy(0, places, state[key])
-        columns = {
-            family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim),
-            family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features),
-        }
         for path, places in columns.items():
             key = f"{prefix}.{index}.{path}.weight"
             full = reference.get_submodule(path).weight
             state[key] = torch.zeros_like(full).index_copy(1, places, state[key])
     twin.load_state_dict(state, strict=True)
     return twin
+
+
+def _of_attention(attention: Any, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the places of the rows, and of the columns, of a compressed attention's projections in the dense ones."""
+    head_dim, qk, vo = attention.dense_head_dim, attention.qk_head_dim, attention.v_head_dim
+    heads, kv_heads = attention.q_proj.out_features // qk, attention.k_proj.out_features // qk
+    if attention.rotates:
+        pairs = attention.rope_index.long()
+        kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)  # (kv_heads, qk)
+    else:
+        kept = torch.arange(qk).expand(kv_heads, -1)
+    rows = {
+        family.attention.query: _rows(kept.repeat_interleave(heads // kv_heads, 0), head_dim),
+        family.attention.key: _rows(kept, head_dim),
+        family.attention.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
+    }
+    return rows, {family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim)}
 
 
 def _rows(kept: Tensor, head_dim: int) -> Tensor:

@@ -40,8 +40,9 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
     carried = 0.0
     for target, block in zip(targets, sizes, strict=True):
         widths, removed = {}, 0
-        for part in ("qk", "vo"):
-            size = block[part]
+        for part, size in block.items():
+            if part == "mlp":
+                continue
             widths[part] = size.nearest(size.dense * (1 - target))
             removed += (size.dense - widths[part]) * size.weights_per_unit
         wanted = target * sum(size.weights for size in block.values()) + carried

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -42,6 +43,8 @@ class Block:
     multiplier: float
     rotary: bool
     """Whether query and key are rotated by position."""
+    parts: tuple[Part, ...]
+    """The parts of the block: only "mlp" if its attention, or the module in its place, stays dense."""
     uncut: Mapping[Part, str]
     """The parts that compression leaves at their dense width, with the reason."""
 
@@ -54,6 +57,24 @@ class Block:
     def attention(self) -> Any:
         """The attention module."""
         return self.module.get_submodule(self.family.attention.module)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the block has an attention whose projections are parts of it."""
+        return "qk" in self.parts
+
+    @property
+    def mixer(self) -> nn.Module:
+        """The module that mixes tokens: the attention, or the one in its place."""
+        if self.attends:
+            return self.attention
+        paths = dict(self.module.named_modules())
+        return next(paths[path] for path in self.family.attention.mixers if path in paths)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the block's weights."""
+        return self.down.weight.device
 
     @property
     def query(self) -> nn.Linear:
@@ -95,11 +116,11 @@ class Block:
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
         names = self.family.residual
-        attention_norm = attrgetter(names.attention_norm)(self.module)
-        mlp_norm = attrgetter(names.mlp_norm)(self.module)
-        if mlp_norm is None:
-            mlp_norm = attention_norm
-        return ResidualProgram(self.topology, self.multiplier, attention_norm, mlp_norm)
+        paths = (names.attention_norm, names.mlp_norm, names.attention_output_norm, names.mlp_output_norm)
+        norms = [None if path is None else attrgetter(path)(self.module) for path in paths]
+        if self.topology == "parallel" and norms[1] is None:
+            norms[1] = norms[0]
+        return ResidualProgram(self.topology, self.multiplier, *norms)
 
     @property
     def norm(self) -> Norm:
@@ -113,16 +134,16 @@ class Block:
 
     @property
     def weights(self) -> int:
-        """The number of weights of all projections of the dense block, without biases."""
-        attention = 2 * (self.heads + self.kv_heads) * self.head_dim
-        return (attention + (len(self.family.mlp.inputs) + 1) * self.mlp_width) * self.d_model
+        """The number of weights of all matrices of the block."""
+        return sum(parameter.numel() for parameter in self.module.parameters() if parameter.ndim > 1)
 
     @property
     def is_separate(self) -> bool:
         """Whether the block has the compressed classes, or a dense one stores its projections as they do."""
-        if isinstance(self.attention, ModeGPTAttentionMixin):
+        compressed = (ModeGPTAttentionMixin, modegpt_blocks.ModeGPTMLPMixin)
+        if any(isinstance(module, compressed) for module in self.module.modules()):
             return True
-        return is_separate(self.module, self.family)
+        return is_separate(self.module, self.family, self.parts)
 
     @property
     def dense_widths(self) -> Widths:
@@ -149,8 +170,14 @@ class Block:
     # ------------------------------------------------------------------------------------------------------- forward
 
     def attend(self, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
-        """Return the attention's output. Both are (batch, length, d_model)."""
-        return self.attention(hidden_states=inputs, **arguments)[0]
+        """Return the output of the attention, or of the module in its place. Both are (batch, length, d_model)."""
+        if self.attends:
+            return self.attention(hidden_states=inputs, **arguments)[0]
+        mixer = self.mixer
+        # A block may keep arguments from it.
+        read = {name: arguments[name] for name in inspect.signature(mixer.forward).parameters if name in arguments}
+        output = mixer(hidden_states=inputs, **read)
+        return output if isinstance(output, Tensor) else output[0]
 
     def mlp_hidden(self, inputs: Tensor) -> Tensor:
         """Return the input of the down projection. The block must be separate."""
@@ -173,18 +200,18 @@ class Block:
         """Return the block's output, composed from its halves. If it differs from `forward`, we misread the block."""
         residual = self.residual
         output = self.attend(residual.attention_input(stream), arguments)
-        middle = residual.after_attention(residual.add(stream, output))
+        middle = residual.after_attention(residual.add_attention(stream, output))
         hidden = self.mlp_hidden(residual.mlp_input(residual.mlp_stream(stream, middle)))
-        return residual.after_mlp(residual.add(middle, self.down(hidden)))
+        return residual.after_mlp(residual.add_mlp(middle, self.down(hidden)))
 
     # ------------------------------------------------------------------------------------------------------- install
 
     def compressible_copy(self, device: torch.device) -> Block:
         """Return a copy on `device` of the compressed classes at full width, ready for `install_*`."""
         copied = self._copied(device)
-        weights = dense_weights(copied.module, self.family)
-        reorder_head_norms(copied.module, self.family)
-        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm)
+        weights = dense_weights(copied.module, self.family, self.parts)
+        reorder_head_norms(copied.module, self.family, self.parts)
+        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm, self.parts)
         for path, (weight, bias) in weights.items():
             modegpt_blocks.install_linear(copied.module, path, weight, bias)
         return copied
@@ -197,7 +224,7 @@ class Block:
 
     def on(self, device: torch.device) -> Block:
         """Return this block if it is on `device`, else a copy there."""
-        if self.output.weight.device == device:
+        if self.device == device:
             return self
         return self._copied(device)
 
@@ -215,7 +242,7 @@ class Block:
         self._install_rows(self.family.attention.key, key.flatten(0, 1))
         self.attention.set_widths(query.shape[1], self.attention.v_head_dim)
         if pairs is not None:
-            modegpt_blocks.install_rope_index(self.attention, pairs.to(self.output.weight.device))
+            modegpt_blocks.install_rope_index(self.attention, pairs.to(self.device))
 
     def install_value_output(self, value: Tensor, output: Tensor) -> None:
         """Replace value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model)."""

@@ -33,6 +33,6 @@ class FamilyClasses:
         return self.causal_lm.config_class
 
     @property
-    def attention_class(self) -> type[ModeGPTAttentionMixin]:
-        """The compressed attention class."""
+    def attention_class(self) -> type[ModeGPTAttentionMixin] | None:
+        """The compressed attention class, or None if the attention of all blocks stays dense."""
         return self.causal_lm.attention_class

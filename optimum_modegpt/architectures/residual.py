@@ -12,12 +12,14 @@ from optimum_modegpt.modeling.modegpt_family import Residual, Topology
 
 @dataclass(frozen=True)
 class ResidualProgram:
-    """The residual program of one block, with its norms. See `Residual` for the equations."""
+    """The residual program of one block, with its norms or None. See `Residual` for the equations."""
 
     topology: Topology
     multiplier: float
     attention_norm: Any
     mlp_norm: Any
+    attention_output_norm: Any
+    mlp_output_norm: Any
 
     @property
     def parallel(self) -> bool:
@@ -35,17 +37,15 @@ class ResidualProgram:
         if self.post_norm:
             return []
         if self.parallel and self.mlp_norm is not self.attention_norm:
-            return [self.attention_norm, self.mlp_norm]
-        return [self.attention_norm]
+            return _present(self.attention_norm, self.mlp_norm)
+        return _present(self.attention_norm)
 
     @property
     def norms_of_middle(self) -> list[Any]:
         """The norms that read the sum of stream and attention output."""
         if self.parallel:
             return []
-        if self.post_norm:
-            return [self.attention_norm]
-        return [self.mlp_norm]
+        return _present(self.attention_norm if self.post_norm else self.mlp_norm)
 
     @property
     def norms_of_output(self) -> list[Any]:
@@ -54,14 +54,21 @@ class ResidualProgram:
 
     def attention_input(self, entering: Tensor) -> Tensor:
         """Return the attention's input from the block's input."""
-        return entering if self.post_norm else self.attention_norm(entering)
+        return entering if self.post_norm else _normalised(entering, self.attention_norm)
 
-    def add(self, stream: Tensor, output: Tensor) -> Tensor:
-        """Add the output of a half to the stream."""
+    def add_attention(self, stream: Tensor, output: Tensor) -> Tensor:
+        """Add the attention's output to the stream, after its norm if there is one."""
+        return self._add(stream, _normalised(output, self.attention_output_norm))
+
+    def add_mlp(self, stream: Tensor, output: Tensor) -> Tensor:
+        """Add the MLP's output to the stream, after its norm if there is one."""
+        return self._add(stream, _normalised(output, self.mlp_output_norm))
+
+    def _add(self, stream: Tensor, output: Tensor) -> Tensor:
         return stream + output if self.multiplier == 1 else stream + output * self.multiplier
 
     def missing(self, total: Tensor, stream: Tensor) -> Tensor:
-        """Return the output of a half that would make the stream equal to `total`: the inverse of `add`."""
+        """Return the output of a half, after its norm, that would make the stream equal to `total`."""
         return total - stream if self.multiplier == 1 else (total - stream) / self.multiplier
 
     def after_attention(self, total: Tensor) -> Tensor:
@@ -74,11 +81,19 @@ class ResidualProgram:
 
     def mlp_input(self, stream: Tensor) -> Tensor:
         """Return the MLP's input from the stream that it reads."""
-        return stream if self.post_norm else self.mlp_norm(stream)
+        return stream if self.post_norm else _normalised(stream, self.mlp_norm)
 
     def after_mlp(self, total: Tensor) -> Tensor:
         """Return the block's output from the sum of stream and MLP output."""
         return self.mlp_norm(total) if self.post_norm else total
+
+
+def _present(*norms: Any) -> list[Any]:
+    return [norm for norm in norms if norm is not None]
+
+
+def _normalised(values: Tensor, norm: Any) -> Tensor:
+    return values if norm is None else norm(values)
 
 
 def topology_of(residual: Residual, config: Any) -> Topology:

@@ -21,9 +21,10 @@ from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
 from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_attention import rotates
-from optimum_modegpt.modeling.modegpt_config import count_heads, mlp_width
+from optimum_modegpt.modeling.modegpt_blocks import mlp_shape
+from optimum_modegpt.modeling.modegpt_config import count_heads
 from optimum_modegpt.modeling.modegpt_contract import check_attention
-from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
+from optimum_modegpt.modeling.modegpt_family import Family, Part, is_compressed
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Architecture:
     def family(self) -> Family:
         """The description of the model's family."""
         return self.classes.family
+
+    @property
+    def dense_parts(self) -> list[dict[Part, str]]:
+        """The parts of every block that stay dense, each with the reason."""
+        return [self.family.dense_parts(self.model.config, block.index) for block in self.blocks]
 
     @property
     def block_list(self) -> nn.ModuleList:
@@ -126,7 +132,8 @@ def check_model_type(model_type: str) -> FamilyClasses:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(DENSE_TYPES)}.")
     if (feature := classes.family.unsupported) is not None:
         raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
-    check_attention(classes.attention_class.dense_class(), classes.family.attention.passed_on)
+    if classes.attention_class is not None:
+        check_attention(classes.attention_class.dense_class(), classes.family.attention.passed_on)
     return classes
 
 
@@ -171,26 +178,27 @@ def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
 
 def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) -> Block:
     family = classes.family
-    attention = module.get_submodule(family.attention.module)
-    counts = count_heads(config)
+    parts, counts = family.parts(config, index), count_heads(config)
+    attention = module.get_submodule(family.attention.module) if "qk" in parts else None
     return Block(
         module,
         classes,
         index,
         heads=counts["heads"],
         kv_heads=counts["kv_heads"],
-        head_dim=getattr(attention, family.attention.head_dim),
+        head_dim=0 if attention is None else getattr(attention, family.attention.head_dim),
         d_model=config.hidden_size,
-        mlp_width=mlp_width(config, family),
+        mlp_width=mlp_shape(module, family)[1],
         topology=topology_of(family.residual, config),
         multiplier=multiplier_of(family.residual, config),
-        rotary=rotates(attention, family),
-        uncut=family.uncut(config),
+        rotary=attention is not None and rotates(attention, family),
+        parts=parts,
+        uncut={part: reason for part, reason in family.uncut(config).items() if part in parts},
     )
 
 
 def _check_projections(block: Block) -> None:
-    for projection in block.family.projections:
+    for projection in block.family.projections_of(block.parts):
         module: Any = block.module.get_submodule(projection.dense_path)
         expected = Conv1D if projection.storage.transposed else nn.Linear
         if type(module) is not expected or module.weight.is_meta:

@@ -13,11 +13,11 @@ class Shapes:
     """Sizes of a dense model and of its largest block."""
 
     d_model: int  # width of the residual stream
-    heads: int  # joint width of the attention heads
+    heads: int  # joint width of the attention heads; 0 if the attention of all blocks stays dense
     head_count: int
     mlp: int  # width of the MLP
     mlp_inputs: int  # number of input projections of the MLP
-    weights: int  # number of weights of the block's projections
+    weights: int  # number of weights of the block's matrices
     vocabulary: int
     blocks: int
     eager: bool = False  # whether the attention is "eager", which holds the scores of a batch
@@ -26,16 +26,17 @@ class Shapes:
 def shapes_of(architecture: Architecture) -> Shapes:
     """Return the sizes of a dense model, which may be on the meta device."""
     model = architecture.model
-    largest = max(architecture.blocks, key=lambda block: block.weights)
+    blocks = architecture.blocks
+    largest = max(blocks, key=lambda block: block.weights)
     head: Any = model.get_output_embeddings()
     return Shapes(
         d_model=largest.d_model,
-        heads=largest.heads * largest.head_dim,
+        heads=max(block.heads * block.head_dim for block in blocks),
         head_count=largest.heads,
-        mlp=largest.mlp_width,
+        mlp=max(block.mlp_width for block in blocks),
         mlp_inputs=len(largest.family.mlp.inputs),
         weights=largest.weights,
         vocabulary=head.out_features,
-        blocks=len(architecture.blocks),
+        blocks=len(blocks),
         eager=model.config._attn_implementation == "eager",
     )

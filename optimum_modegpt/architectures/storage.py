@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optimum_modegpt.architectures.positions import canonical_order
 from optimum_modegpt.modeling.modegpt_config import count_heads
-from optimum_modegpt.modeling.modegpt_family import Family, Projection
+from optimum_modegpt.modeling.modegpt_family import PARTS, Family, Part, Projection
 
 
 class Weights(NamedTuple):
@@ -25,20 +25,19 @@ class Weights(NamedTuple):
         return Weights(function(self.weight), None if self.bias is None else function(self.bias))
 
 
-def dense_weights(block: nn.Module, family: Family) -> dict[str, Weights]:
-    """Return the weights of a dense block's projections, by their path in the compressed block.
+def dense_weights(block: nn.Module, family: Family, parts: Collection[Part] = PARTS) -> dict[str, Weights]:
+    """Return the weights of the projections of a dense block with these parts, by their path in the compressed block.
 
     The coordinates of query and key heads are in the order of compressed models: i and i + d / 2 are a pair.
     Projections that both models store in the same way are left out.
     """
-    attention: Any = block.get_submodule(family.attention.module)
-    order = canonical_order(attention, family)
+    order = _order(block, family, parts)
     found: dict[str, Weights] = {}
-    for projection in family.projections:
+    for projection in family.projections_of(parts):
         reordered = order is not None and projection.part == "qk"
         if projection.storage.plain and not reordered:
             continue
-        weights = _stored(block, family, projection, attention.config)
+        weights = _stored(block, family, projection)
         if reordered:
             assert order is not None
             weights = weights.mapped(partial(_in_order, order=order))
@@ -46,17 +45,20 @@ def dense_weights(block: nn.Module, family: Family) -> dict[str, Weights]:
     return found
 
 
-def is_separate(block: nn.Module, family: Family) -> bool:
-    """Return whether a dense block stores its projections as a compressed one does."""
-    plain = all(projection.storage.plain for projection in family.projections)
-    return plain and canonical_order(block.get_submodule(family.attention.module), family) is None
+def is_separate(block: nn.Module, family: Family, parts: Collection[Part]) -> bool:
+    """Return whether a dense block with these parts stores its projections as a compressed one does."""
+    plain = all(projection.storage.plain for projection in family.projections_of(parts))
+    return plain and _order(block, family, parts) is None
 
 
-def reorder_head_norms(block: nn.Module, family: Family) -> None:
+def reorder_head_norms(block: nn.Module, family: Family, parts: Collection[Part]) -> None:
     """Bring the parameters of a dense block's query and key norms, if any, in the order of compressed models."""
+    order = _order(block, family, parts)
+    if order is None:
+        return
     attention: Any = block.get_submodule(family.attention.module)
-    order, norms = canonical_order(attention, family), family.attention.norms_of(attention.config)
-    if norms is None or order is None:
+    norms = family.attention.norms_of(attention.config)
+    if norms is None:
         return
     for path in (norms.query, norms.key):
         for parameter in block.get_submodule(path).parameters():
@@ -65,7 +67,12 @@ def reorder_head_norms(block: nn.Module, family: Family) -> None:
                 parameter.copy_(reordered.flatten(-2))
 
 
-def _stored(block: nn.Module, family: Family, projection: Projection, config: Any) -> Weights:
+def _order(block: nn.Module, family: Family, parts: Collection[Part]) -> Tensor | None:
+    """Return `canonical_order` of the block's attention, or None if that is not one of its parts."""
+    return canonical_order(block.get_submodule(family.attention.module), family) if "qk" in parts else None
+
+
+def _stored(block: nn.Module, family: Family, projection: Projection) -> Weights:
     """Return the weights of one projection, with the coordinates of heads in their own order."""
     storage, module = projection.storage, block.get_submodule(projection.dense_path)
     weight: Tensor = module.weight.detach()  # pyright: ignore[reportAssignmentType, reportCallIssue]
@@ -77,7 +84,8 @@ def _stored(block: nn.Module, family: Family, projection: Projection, config: An
     index = together.index(projection.path)
     if projection.part == "mlp":
         return stored.mapped(lambda rows: rows.chunk(len(together))[index])
-    counts = count_heads(config)
+    attention: Any = block.get_submodule(family.attention.module)
+    counts = count_heads(attention.config)
     heads, kv_heads = counts["heads"], counts["kv_heads"]
     if storage.layout == "stacked":
         shares, groups = (heads, kv_heads, kv_heads), 1

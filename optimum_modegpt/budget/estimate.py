@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from optimum_modegpt.allocation.plan import total_weights
 from optimum_modegpt.architectures import check_model_type, read_blocks
 from optimum_modegpt.architectures.shapes import shapes_of
 from optimum_modegpt.budget.placement import Free, Needs, Placement, choose_placement, finished_size
@@ -16,6 +17,7 @@ from optimum_modegpt.budget.sizes import check_reachable, part_sizes
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.cost import ByteCounts, Extent, block_forward
 from optimum_modegpt.methods.registry import method_of, work_of
+from optimum_modegpt.report import uncut_sentences
 from optimum_modegpt.stages import compute_device
 
 LIBRARIES = 12 * 2**20
@@ -36,6 +38,7 @@ class Estimate:
     disk: ByteCounts  # the checkpoint, which is kept until the result is written, and the result
     forward_multiply_adds: int  # of one forward pass
     forward_passes: dict[str, float]  # multiply-adds by step, in units of forward passes
+    uncut: tuple[str, ...]  # sentences that name the parts that cannot be cut
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and their sums, safe for JSON."""
@@ -67,9 +70,10 @@ def estimate(
         AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.
     """
     architecture = read_blocks(model, check_model_type(model.config.model_type))
-    check_reachable(config, part_sizes(architecture, config))
+    sizes = part_sizes(architecture, config)
+    check_reachable(config, sizes)
     shapes, element = shapes_of(architecture), model.dtype.itemsize
-    weights, parameters = shapes.blocks * shapes.weights, sum(each.numel() for each in model.parameters())
+    weights, parameters = total_weights(sizes), sum(each.numel() for each in model.parameters())
     host, mapped_weights = {"libraries": LIBRARIES}, parameters * element
     if not weights_mapped:
         host["weights"], mapped_weights = mapped_weights, 0
@@ -96,6 +100,7 @@ def estimate(
         disk=disk,
         forward_multiply_adds=int(forward),
         forward_passes=passes,
+        uncut=uncut_sentences(architecture.dense_parts),
     )
 
 

@@ -9,12 +9,13 @@ assumes that the errors of different tokens are uncorrelated.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from optimum_modegpt import distributed
@@ -49,14 +50,15 @@ class OutputGradients:
     """The gradients g at one block, one tensor in bfloat16 for each batch.
 
     Attributes:
-        query: at the output of the query projection, (batch, length, heads · head_dim).
-        attention: at the output of the attention's output projection, (batch, length, d_model).
         mlp: at the output of the down projection, (batch, length, d_model).
+        query: at the output of the query projection, (batch, length, heads · head_dim).
+        attention: at the output of the attention's output projection, (batch, length, d_model). This and `query` are
+            empty for a block whose attention stays dense.
     """
 
-    query: Stream
-    attention: Stream
     mlp: Stream
+    query: Stream = field(default_factory=list)
+    attention: Stream = field(default_factory=list)
 
 
 def output_gradients(
@@ -84,11 +86,13 @@ def output_gradients(
         found: list[OutputGradients] = []
         for block in reversed(blocks):
             separate, arguments = block.compressible_copy(device), inputs.on(block.index, device)
-            four = list(store_like(_differentiated(separate, streams.pop(), after, arguments), inputs.stream))
-            entering, query, attention, mlp = (four[place::4] for place in range(4))
+            modules = [separate.down, *([separate.query, separate.output] if separate.attends else [])]
+            places = 1 + len(modules)
+            mixed = list(store_like(_differentiated(separate, modules, streams.pop(), after, arguments), inputs.stream))
+            entering, *outputs = (mixed[place::places] for place in range(places))
             with naming(f"block {block.index}"):
                 _require_finite("the gradients of the dense model's predictions", entering, inputs.windows)
-            found.append(OutputGradients(query, attention, mlp))
+            found.append(OutputGradients(*outputs))
             after = entering
             shown.update()
     return found[::-1]
@@ -151,16 +155,19 @@ def _through_head(tail: LogitHead, hidden: Tensor, generator: torch.Generator) -
     return torch.autograd.grad(logits, hidden, direction)[0]
 
 
-def _differentiated(block: Block, stream: Stream, after: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
-    """Yield the gradients at the block's input, and at the outputs of query, output and down, batch by batch."""
-    device = block.output.weight.device
-    with calls_of(block.query) as query, calls_of(block.output) as attention, calls_of(block.down) as mlp:
+def _differentiated(
+    block: Block, modules: list[nn.Linear], stream: Stream, after: Stream, arguments: dict[str, Any]
+) -> Iterator[Tensor]:
+    """Yield the gradients at the block's input, and at the outputs of its `modules`, batch by batch."""
+    device = block.device
+    with ExitStack() as stack:
+        calls = [stack.enter_context(calls_of(module)) for module in modules]
         for entering, gradient in zip(prefetch(stream, device), prefetch(after, device), strict=True):
             entering = entering.detach().requires_grad_()
             # The gradient of the other kernels differs from run to run.
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 output = block.forward(entering, arguments)
-                outputs = (entering, query.pop()[1], attention.pop()[1], mlp.pop()[1])
+                outputs = (entering, *(seen.pop()[1] for seen in calls))
                 gradients = torch.autograd.grad(output, outputs, gradient.to(output))
             for each in gradients:  # some blocks flatten the tokens of their MLP
                 yield each.to(torch.bfloat16).view(*entering.shape[:2], -1)

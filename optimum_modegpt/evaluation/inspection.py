@@ -10,7 +10,7 @@ from typing import Any
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.modeling.modegpt_family import is_compressed
-from optimum_modegpt.report import PARTS
+from optimum_modegpt.report import uncut_sentences
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class BlockRanks:
-    """Kept and dense width of each part of a block."""
+    """Kept and dense width of each part that a block has."""
 
     index: int
     ranks: dict[str, int]
@@ -50,6 +50,8 @@ class Inspection:
     """Fraction of the weights of the blocks' projections that was removed."""
     record: dict[str, Any] | None = None
     """Record of the compression in the configuration. None for a dense model."""
+    uncut: tuple[str, ...] = ()
+    """Sentences that name the parts that cannot be cut in this model, with the reason."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, safe for JSON."""
@@ -74,7 +76,9 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
     weights = _weights_of_blocks(config, tensors)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
         _check_shapes(config, blocks, weights)
-    return replace(found, blocks=blocks, sparsity=_sparsity(config, blocks, weights), record=config.modegpt)
+    uncut = uncut_sentences([config.family.dense_parts(config, block.index) for block in blocks])
+    sparsity = _sparsity(config, blocks, weights)
+    return replace(found, blocks=blocks, sparsity=sparsity, record=config.modegpt, uncut=uncut)
 
 
 def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
@@ -89,7 +93,9 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
     dense = {"mlp": config.dense_mlp_width, "qk": config.dense_head_dim, "vo": config.dense_head_dim}
     blocks = []
     for index, widths in enumerate(widths_of_blocks):
-        blocks.append(BlockRanks(index, {part: getattr(widths, part) for part in PARTS}, dense))
+        parts = config.family.parts(config, index)
+        ranks = {part: getattr(widths, part) for part in parts}
+        blocks.append(BlockRanks(index, ranks, {part: dense[part] for part in parts}))
     return tuple(blocks)
 
 
@@ -108,7 +114,7 @@ def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[st
     units = {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
     for block in blocks:
-        for projection in config.family.projections:
+        for projection in config.family.projections_of(block.ranks.keys()):
             axis, size = projection.axis, units[projection.unit] * block.ranks[projection.part]
             name = f"{block.index}.{projection.path}.weight"
             if name not in weights:
@@ -128,7 +134,7 @@ def _sparsity(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, T
     """Compute 1 − Σ now / Σ dense over the blocks' projections, whose width is that of their part."""
     now = before = 0.0
     for block in blocks:
-        for projection in config.family.projections:
+        for projection in config.family.projections_of(block.ranks.keys()):
             weight = weights.get(f"{block.index}.{projection.path}.weight")
             if weight is not None:
                 now += weight.size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def _card(folder: Path, found: Result, repo_id: str | None) -> str:
     if importlib.util.find_spec("matplotlib") is not None and not picture.is_dir():
         kept = {}
         for part in PARTS:
-            kept[part] = [block.ranks[part] / block.dense_ranks[part] for block in blocks]
+            kept[part] = [block.ranks.get(part, math.nan) / block.dense_ranks.get(part, 1) for block in blocks]
         plot_kept(kept, found.name, picture)
     template = Environment(undefined=ChainableUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
     return template.render(

@@ -70,7 +70,16 @@ def load_config(source: Source) -> Any:
             f"{source.name!r}: config.json was edited. It has the record of a compressed model, but model_type "
             f"{config.model_type!r} instead of one that starts with modegpt_. Save or download it again."
         )
-    return config
+    return _of_language_model(config)
+
+
+def _of_language_model(config: Any) -> Any:
+    """Return the configuration of the model that `AutoModelForCausalLM` loads: of some composite ones, a part."""
+    text = config.get_text_config()
+    if text is config or type(config) not in AutoModelForCausalLM._model_mapping:
+        return config
+    model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    return text if getattr(model_class, "config_class", None) is type(text) else config
 
 
 def load_model(source: Source, dtype: str) -> Any:

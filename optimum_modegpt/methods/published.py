@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,51 +24,76 @@ from optimum_modegpt.modeling.modegpt_family import Widths
 
 @dataclass(frozen=True)
 class PublishedMoments:
-    """Moments of one dense block: query and key, values (kv_heads, d, d), and the input of the down projection."""
+    """Moments of one dense block: the input of the down projection, and the heads unless the attention stays dense."""
+
+    mlp: LinearMoments
+    heads: HeadMoments | None
+
+
+@dataclass(frozen=True)
+class HeadMoments:
+    """Moments of query and key, and of values (kv_heads, d, d)."""
 
     query_key: QueryKeyMoments
     values: Tensor
-    mlp: LinearMoments
+
+
+class HeadMomentsSum:
+    """Accumulates the moments of the heads of a dense block from the inputs of its attention."""
+
+    def __init__(self, block: Block) -> None:
+        self.block = block if block.is_separate else block.compressible_copy(block.device)
+        self.query, self.key, self.value = (HeadMomentSum(block.kv_heads) for _ in range(3))
+
+    def add(self, inputs: Tensor) -> None:
+        """Add tokens, (batch, length, d_model)."""
+        query, key = query_key_vectors(self.block, inputs)
+        self.query.add(query)
+        self.key.add(key)
+        self.value.add(_value_vectors(self.block, inputs))
+
+    def moments(self) -> HeadMoments:
+        """Return the moments so far, over the tokens of all ranks."""
+        return HeadMoments(QueryKeyMoments(self.query.value(), self.key.value()), self.value.value())
 
 
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
     """Run the dense block over `stream`. Return its moments and the stream after it."""
-    query_sum, key_sum = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
-    value_sum, mlp_sum = HeadMomentSum(block.kv_heads), LinearMomentSum(ones=False)
-    separate = block if block.is_separate else block.compressible_copy(block.output.weight.device)
-    with inputs_of(block.stored_value) as reads, calls_of(block.down) as downs:
+    mlp = LinearMomentSum(ones=False)
+    heads = HeadMomentsSum(block) if block.attends else None
+    with calls_of(block.down) as downs, ExitStack() as stack:
+        reads = [] if heads is None else stack.enter_context(inputs_of(block.stored_value))
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
-            inputs, (hidden, mlp_output) = reads.pop(), downs.pop()
-            query, key = query_key_vectors(separate, inputs)
-            query_sum.add(query)
-            key_sum.add(key)
-            value_sum.add(_value_vectors(separate, inputs))
-            mlp_sum.add(hidden, mlp_output if block.down.bias is None else mlp_output - block.down.bias)
+            hidden, mlp_output = downs.pop()
+            mlp.add(hidden, mlp_output if block.down.bias is None else mlp_output - block.down.bias)
+            if heads is not None:
+                heads.add(reads.pop())
             return output
 
-        after = list(map_stream(observed, block.output.weight.device, stream))
-    return PublishedMoments(
-        QueryKeyMoments(query_sum.value(), key_sum.value()), value_sum.value(), mlp_sum.value()
-    ), after
+        after = list(map_stream(observed, block.device, stream))
+    return PublishedMoments(mlp.value(), None if heads is None else heads.moments()), after
 
 
 def compress_block(
     student: Block, moments: PublishedMoments, widths: Widths, config: ModeGPTConfig
 ) -> dict[str, float]:
-    """Cut the three parts of `student`, a copy of the dense block. Return the relative error by part."""
-    with naming("qk"):
-        query_key = cut_query_key(student, moments.query_key, widths.qk)
-    with naming("vo"):
-        value_output = cut_value_output(student, moments.values, widths.vo)
+    """Cut the parts of `student`, a copy of the dense block. Return the relative error by part."""
+    errors = {}
+    if moments.heads is not None:
+        with naming("qk"):
+            query_key = cut_query_key(student, moments.heads.query_key, widths.qk)
+        student.install_query_key(query_key.query, query_key.key, query_key.pairs)
+        with naming("vo"):
+            value_output = cut_value_output(student, moments.heads.values, widths.vo)
+        if "vo" not in student.uncut:
+            student.install_value_output(value_output.value, value_output.output)
+        errors |= {"qk": query_key.relative_error, "vo": value_output.relative_error}
     with naming("mlp"):
         mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
-    student.install_query_key(query_key.query, query_key.key, query_key.pairs)
-    if "vo" not in student.uncut:
-        student.install_value_output(value_output.value, value_output.output)
     student.install_mlp(mlp.rows, mlp.down)
-    return {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}
+    return errors | {"mlp": mlp.relative_error}
 
 
 def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:

@@ -19,7 +19,6 @@ from optimum_modegpt.methods import published, residual_matched, residual_matche
 from optimum_modegpt.methods.cost import Extent, Peak, Work, block_forward, block_memory
 from optimum_modegpt.methods.method import CalibrationInputs, CutBlock, Method, StreamPair
 from optimum_modegpt.modeling.modegpt_family import Widths
-from optimum_modegpt.report import PARTS
 
 
 @dataclass(frozen=True)
@@ -32,19 +31,19 @@ class ResidualMatched:
 
     def cut_block(self, block: Block, widths: Widths, inputs: CalibrationInputs, keep_derivatives: bool) -> CutBlock:
         """Cut and refit a copy of the block. At its dense widths it stays as it is until an earlier one was cut."""
-        copied = block.compressible_copy(block.output.weight.device)
+        copied = block.compressible_copy(block.device)
         streams = inputs.streams
         targets = residual_matched.run_dense(block, streams.dense, inputs.arguments)
         check_dense(targets.after, inputs.windows)
         if widths == block.dense_widths and streams.equal:
-            return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(targets.after, targets.after))
+            return CutBlock(copied, dict.fromkeys(block.parts, 0.0), StreamPair(targets.after, targets.after))
         assert inputs.gradients is not None
         errors, after = residual_matched.compress_block(
             copied,
             streams,
             targets,
             widths,
-            metrics=residual_matched.OutputMetrics.of(inputs.gradients, block, block.output.weight.device),
+            metrics=residual_matched.OutputMetrics.of(inputs.gradients, block, block.device),
             arguments=inputs.arguments,
             config=self.config,
             keep_derivatives=keep_derivatives,
@@ -66,7 +65,7 @@ class ResidualMatched:
             kind=architecture.family.norm,
             capped=architecture.own_tail.cap is not None,
         )
-        return norm.to(architecture.blocks[-1].output.weight.device)
+        return norm.to(architecture.blocks[-1].device)
 
     def work(self, shapes: Shapes, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
         """Return the multiply-adds of all blocks together, by step."""
@@ -89,9 +88,9 @@ class Published:
         """Cut a copy of the block by the moments of the dense stream. A block at its dense widths stays as it is."""
         moments, after = published.observe(block, inputs.streams.dense, inputs.arguments)
         check_dense(after, inputs.windows)
-        copied = block.compressible_copy(block.output.weight.device)
+        copied = block.compressible_copy(block.device)
         if widths == block.dense_widths:
-            return CutBlock(copied, dict.fromkeys(PARTS, 0.0), StreamPair(after, after))
+            return CutBlock(copied, dict.fromkeys(block.parts, 0.0), StreamPair(after, after))
         errors = published.compress_block(copied, moments, widths, self.config)
         return CutBlock(copied, errors, StreamPair(after, after))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_err
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.method import StreamPair
+from optimum_modegpt.methods.output_norm import before_norm
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
 REFIT_TOKENS = 65_536
@@ -82,22 +84,21 @@ class OutputMetrics:
     """The metrics in which errors inside one block are measured.
 
     Attributes:
-        query: of the queries, from `query_metric`.
         attention, mlp: of the outputs of attention and MLP, from `metric_factor`.
+        query: of the queries, from `query_metric`. This and `attention` are None if the block's attention stays dense.
     """
 
-    query: Tensor
-    attention: Tensor
     mlp: Tensor
+    attention: Tensor | None = None
+    query: Tensor | None = None
 
     @classmethod
     def of(cls, gradients: OutputGradients, block: Block, device: torch.device) -> OutputMetrics:
         """Return the metrics of the gradients at `block`."""
-        return cls(
-            query_metric(gradients.query, block, device),
-            metric_factor(gradients.attention, device),
-            metric_factor(gradients.mlp, device),
-        )
+        mlp = metric_factor(gradients.mlp, device)
+        if not block.attends:
+            return cls(mlp)
+        return cls(mlp, metric_factor(gradients.attention, device), query_metric(gradients.query, block, device))
 
 
 @dataclass(frozen=True)
@@ -124,16 +125,16 @@ class MLPStreams:
 
 def run_dense(block: Block, stream: Stream, arguments: dict[str, Any]) -> DenseTargets:
     """Run the dense block over the dense stream, and keep the targets of the refits."""
-    device = block.output.weight.device
+    device = block.device
     residual = block.residual
     attention_weights: list[Tensor] = []
     mlp_weights: list[Tensor] = []
 
     def sums() -> Iterator[Tensor]:
         for hidden in prefetch(stream, device):
-            total = residual.add(hidden, block.attend(residual.attention_input(hidden), arguments))
+            total = _mixed(block, arguments, hidden)
             middle = residual.after_attention(total)
-            end = residual.add(middle, block.mlp(residual.mlp_input(residual.mlp_stream(hidden, middle))))
+            end = residual.add_mlp(middle, block.mlp(residual.mlp_input(residual.mlp_stream(hidden, middle))))
             # In a parallel block, the norm that divides the attention's output is the next block's.
             attention_weights.append(token_weights(residual.mlp_stream(end, total), block.norm))
             mlp_weights.append(token_weights(end, block.norm))
@@ -156,7 +157,7 @@ def compress_block(
     config: ModeGPTConfig,
     keep_derivatives: bool,
 ) -> tuple[dict[str, float], Stream]:
-    """Cut and refit the three parts of `student`, a copy of the dense block at full width.
+    """Cut and refit the parts of `student`, a copy of the dense block at full width.
 
     `streams` are those at the block's input. The target of each part is the output that makes
     the compressed stream equal to the dense one. The MLP therefore also compensates the error of the attention, even
@@ -168,18 +169,10 @@ def compress_block(
     residual, dense, compressed = student.residual, streams.dense, streams.compressed
     for norm in residual.norms_of_input:
         match_norm(norm, student.norm, dense, compressed)
-    with naming("qk"):
-        moments = observe_query_key(student, compressed, metrics.query)
-        elimination = eliminate_query_key(student, moments, widths.qk)
-        query_key = cut_query_key(student, moments, elimination, widths.qk, config)
-    student.install_query_key(query_key.query, query_key.key, query_key.pairs)
-
-    with naming("vo"):
-        heads = list(store_like(head_outputs(student, compressed, arguments), compressed))
-        moments = observe_output(student, compressed, heads, targets.attention, targets.attention_weights)
-        value_output = cut_value_output(student, moments, metrics.attention, widths.vo, config)
-    student.install_value_output(value_output.value, value_output.output)
-    sums = _attended(student, compressed, heads, value_output.bases)
+    if student.attends:
+        errors, sums = _compress_attention(student, compressed, targets, widths, metrics, arguments, config)
+    else:
+        errors, sums = {}, list(map_stream(partial(_mixed, student, arguments), student.device, compressed))
 
     for norm in residual.norms_of_middle:
         match_norm(norm, student.norm, targets.attention, sums)
@@ -192,8 +185,41 @@ def compress_block(
 
     for norm in residual.norms_of_output:
         match_norm(norm, student.norm, targets.mlp, sums)
-    errors = {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}
+    errors["mlp"] = mlp.relative_error
     return errors, stream_after(student, sums, residual.after_mlp)
+
+
+def _compress_attention(
+    student: Block,
+    stream: Stream,
+    targets: DenseTargets,
+    widths: Widths,
+    metrics: OutputMetrics,
+    arguments: dict[str, Any],
+    config: ModeGPTConfig,
+) -> tuple[dict[str, float], Stream]:
+    """Cut and refit the attention of `student`. Return the relative errors, and the sums of stream and its output."""
+    assert metrics.query is not None
+    assert metrics.attention is not None
+    with naming("qk"):
+        moments = observe_query_key(student, stream, metrics.query)
+        elimination = eliminate_query_key(student, moments, widths.qk)
+        query_key = cut_query_key(student, moments, elimination, widths.qk, config)
+    student.install_query_key(query_key.query, query_key.key, query_key.pairs)
+
+    with naming("vo"):
+        heads = list(store_like(head_outputs(student, stream, arguments), stream))
+        moments = observe_output(student, stream, heads, targets.attention, targets.attention_weights)
+        value_output = cut_value_output(student, moments, metrics.attention, widths.vo, config)
+    student.install_value_output(value_output.value, value_output.output)
+    errors = {"qk": query_key.relative_error, "vo": value_output.relative_error}
+    return errors, _attended(student, stream, heads, value_output.bases)
+
+
+def _mixed(block: Block, arguments: dict[str, Any], hidden: Tensor) -> Tensor:
+    """Return the sum of stream and the output of the module that mixes tokens."""
+    residual = block.residual
+    return residual.add_attention(hidden, block.attend(residual.attention_input(hidden), arguments))
 
 
 def match_norm(norm: Any, kind: Norm, dense: Stream, compressed: Stream) -> None:
@@ -254,7 +280,7 @@ def observe_query_key(block: Block, stream: Stream, metric: Tensor) -> QueryKeyM
     if "qk" in block.uncut:
         return None
     total = HeadMomentSum(block.kv_heads)
-    for batch in prefetch(stream, block.output.weight.device):
+    for batch in prefetch(stream, block.device):
         query = block.query(block.residual.attention_input(batch))
         total.add(query.unflatten(-1, (-1, block.head_dim)))
     return QueryKeyMoments(total.value(), metric)
@@ -305,7 +331,7 @@ def cut_query_key(
 def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
     """Yield the inputs of the output projection, (batch, length, heads · head_dim), on the block's device."""
     with inputs_of(block.output) as seen:
-        for hidden in prefetch(stream, block.output.weight.device):
+        for hidden in prefetch(stream, block.device):
             block.attend(block.residual.attention_input(hidden), arguments)
             yield seen.pop()
 
@@ -314,11 +340,16 @@ def observe_output(
     block: Block, stream: Stream, heads: Iterable[Tensor], targets: Stream, weights: list[Tensor] | None
 ) -> LinearMoments:
     """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
-    device = block.output.weight.device
+    device = block.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
+    residual = block.residual
     arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets, device)
     for batch, head, target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        moments.add(head, block.residual.missing(at_least_float32(target), at_least_float32(batch)), weight)
+        wanted = residual.missing(at_least_float32(target), at_least_float32(batch))
+        if residual.attention_output_norm is not None:
+            norm = residual.attention_output_norm
+            wanted, weight = before_norm(block.output(head), wanted, weight, norm, block.norm)
+        moments.add(head, wanted, weight)
     return moments.value()
 
 
@@ -367,9 +398,9 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
         if bases is not None:
             grouped = head.unflatten(-1, (len(bases), -1, bases.shape[1]))  # (batch, length, kv_heads, per group, d)
             head = torch.einsum("...gpd,gdr->...gpr", grouped, bases.to(head)).flatten(-3)  # @ would copy the bases
-        return block.residual.add(hidden, block.output(head))
+        return block.residual.add_attention(hidden, block.output(head))
 
-    return list(map_stream(total, block.output.weight.device, stream, heads))
+    return list(map_stream(total, block.device, stream, heads))
 
 
 # mlp
@@ -377,12 +408,15 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
 
 def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: list[Tensor] | None) -> LinearMoments:
     """Measure moments of the down projection's input. The target is the missing difference to the dense sum."""
-    device, residual = block.output.weight.device, block.residual
+    device, residual = block.device, block.residual
     moments = LinearMomentSum(ones=block.down.bias is not None)
     arrived = streams.batches(device), prefetch(targets, device)
     for (read, middle), target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
-        moments.add(block.mlp_hidden(residual.mlp_input(read)), missing, weight)
+        hidden = block.mlp_hidden(residual.mlp_input(read))
+        wanted = residual.missing(at_least_float32(target), at_least_float32(middle))
+        if residual.mlp_output_norm is not None:
+            wanted, weight = before_norm(block.down(hidden), wanted, weight, residual.mlp_output_norm, block.norm)
+        moments.add(hidden, wanted, weight)
     return moments.value()
 
 
@@ -391,9 +425,9 @@ def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
     residual = block.residual
 
     def total(read: Tensor, middle: Tensor) -> Tensor:
-        return residual.add(middle, block.down(block.mlp_hidden(residual.mlp_input(read))))
+        return residual.add_mlp(middle, block.down(block.mlp_hidden(residual.mlp_input(read))))
 
-    device = block.output.weight.device
+    device = block.device
     return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
 
 
@@ -527,12 +561,14 @@ def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[To
 def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> Iterator[TokenSample]:
     """Yield the MLP's inputs after its norm and its targets, window by window, on the block's device."""
     biased = block.mlp_inputs[0].bias is not None
-    device, residual = block.output.weight.device, block.residual
+    device, residual = block.device, block.residual
     arrived = (streams.batches(device), prefetch(targets.mlp, device))
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
-        inputs = at_least_float32(residual.mlp_input(read))
-        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
-        for seen, wanted, own in zip(inputs, missing, weight, strict=True):
+        inputs = residual.mlp_input(read)
+        targets = residual.missing(at_least_float32(target), at_least_float32(middle))
+        if residual.mlp_output_norm is not None:
+            targets, weight = before_norm(block.mlp(inputs), targets, weight, residual.mlp_output_norm, block.norm)
+        for seen, wanted, own in zip(at_least_float32(inputs), targets, weight, strict=True):
             if biased:
                 seen = with_ones(seen)
             yield TokenSample(seen, wanted, own)
@@ -566,7 +602,7 @@ def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tenso
     """Return the stream after a half from the sums of stream and output: the same, or its norm in a post-LN block."""
     if block.topology != "post-LN":
         return sums
-    return list(map_stream(post_norm, block.output.weight.device, sums))
+    return list(map_stream(post_norm, block.device, sums))
 
 
 def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:

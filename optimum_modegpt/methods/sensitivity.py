@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -279,16 +280,18 @@ class Sweeps:
         arguments, residual = self.divergence.on(dense.index, self.device), dense.residual
         gradients = self.gradients[dense.index]
         attention, mlp, after = [], [], []
-        batches = (self.divergence.stream, gradients.attention, gradients.mlp)
-        for hidden, at_attention, at_mlp in zip(*(prefetch(each, self.device) for each in batches), strict=True):
+        at_attention = prefetch(gradients.attention, self.device)
+        batches = (self.divergence.stream, gradients.mlp)
+        for hidden, at_mlp in zip(*(prefetch(each, self.device) for each in batches), strict=True):
             inputs = residual.attention_input(hidden)
             output = dense.attend(inputs, arguments)
-            attention.append(Half(inputs, output, at_attention))
-            middle = residual.after_attention(residual.add(hidden, output))
+            if dense.attends:
+                attention.append(Half(inputs, output, next(at_attention)))
+            middle = residual.after_attention(residual.add_attention(hidden, output))
             inputs = residual.mlp_input(residual.mlp_stream(hidden, middle))
             output = dense.mlp(inputs)
             mlp.append(Half(inputs, output, at_mlp))
-            after.append(residual.after_mlp(residual.add(middle, output)))
+            after.append(residual.after_mlp(residual.add_mlp(middle, output)))
         self.divergence = replace(self.divergence, stream=list(store_like(after, self.divergence.stream)))
         _check(dense, self.divergence.stream, self.divergence)
         return {"qk": attention, "vo": attention, "mlp": mlp}
@@ -325,26 +328,27 @@ class Sweeps:
         arguments = self.moments.on(dense.index, self.device)
         student = dense.compressible_copy(self.device)
         metrics = OutputMetrics.of(self.gradients[dense.index], dense, self.device)
-        query_key = residual_matched.observe_query_key(student, self.moments.stream, metrics.query)
-        output = LinearMomentSum(ones=student.output.bias is not None)
-        mlp = LinearMomentSum(ones=student.down.bias is not None)
-        with calls_of(dense.output) as attention_calls, calls_of(dense.down) as mlp_calls:
+        entering = self.moments.stream
+        outputs = [dense.down, *([dense.output] if dense.attends else [])]
+        sums = [LinearMomentSum(ones=linear.bias is not None) for linear in outputs]
+        with ExitStack() as stack:
+            calls = [stack.enter_context(calls_of(linear)) for linear in outputs]
 
-            def observed(entering: Tensor) -> Tensor:
-                after = dense.forward(entering, arguments)
-                output.add(*attention_calls.pop())
-                mlp.add(*mlp_calls.pop())
+            def observed(hidden: Tensor) -> Tensor:
+                after = dense.forward(hidden, arguments)
+                for total, seen in zip(sums, calls, strict=True):
+                    total.add(*seen.pop())
                 return after
 
-            after = list(map_stream(observed, self.device, self.moments.stream))
-        self.moments = replace(self.moments, stream=after)
-        _check(dense, after, self.moments)
+            self.moments = replace(self.moments, stream=list(map_stream(observed, self.device, entering)))
+        _check(dense, self.moments.stream, self.moments)
         sizes, config = self.sizes[dense.index], self.config
-        return {
-            "qk": query_key_cut(student, query_key, sizes["qk"], config),
-            "vo": value_output_cut(student, output.value(), metrics.attention, config),
-            "mlp": mlp_cut(student, mlp.value(), metrics.mlp, sizes["mlp"], config),
-        }
+        cuts = {"mlp": mlp_cut(student, sums[0].value(), metrics.mlp, sizes["mlp"], config)}
+        if metrics.query is not None and metrics.attention is not None:
+            query_key = residual_matched.observe_query_key(student, entering, metrics.query)
+            cuts["qk"] = query_key_cut(student, query_key, sizes["qk"], config)
+            cuts["vo"] = value_output_cut(student, sums[1].value(), metrics.attention, config)
+        return cuts
 
     def _passed(self, dense: Block, inputs: BlockInputs) -> BlockInputs:
         """Pass a dense stream through the block."""
@@ -385,7 +389,7 @@ def _check(dense: Block, stream: Stream, inputs: BlockInputs) -> None:
 
 
 def _run(block: Block, stream: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
-    return map_stream(partial(block.forward, arguments=arguments), block.output.weight.device, stream)
+    return map_stream(partial(block.forward, arguments=arguments), block.device, stream)
 
 
 def _advance(stream: Stream, block: Block, arguments: dict[str, Any]) -> None:

@@ -220,8 +220,11 @@ class ModeGPTAttentionMixin(Dense):
 def rotates(attention: nn.Module, family: Family) -> bool:
     """Return whether an attention, dense or compressed, rotates query and key by position."""
     positions = family.attention.positions
-    flag = positions.layer_flag
-    return positions.pairs != "none" and (flag is None or bool(getattr(attention, flag)))
+    if positions.pairs == "none":
+        return False
+    if positions.layer_flag is None or (positions.flag_needs and getattr(attention, positions.flag_needs) is None):
+        return True
+    return bool(getattr(attention, positions.layer_flag))
 
 
 def pair_columns(table: Tensor, family: Family, pairs: int, unrotated: float) -> Tensor:

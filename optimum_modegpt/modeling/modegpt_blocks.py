@@ -5,15 +5,16 @@ This file is also remote code: it is copied next to the weights. It imports only
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .modegpt_attention import ModeGPTAttentionMixin
-from .modegpt_config import Dense, count_heads, head_dim, mlp_width
+from .modegpt_config import Dense, count_heads, head_dim
 from .modegpt_contract import check_attention
-from .modegpt_family import Family, Widths
+from .modegpt_family import PARTS, Family, Part, Widths
 
 
 class ModeGPTMLPMixin(Dense):
@@ -34,18 +35,18 @@ class ModeGPTMLPMixin(Dense):
         return self.get_submodule(path.removeprefix(f"{self.family.mlp.module}."))
 
 
-def adopt_block(block: Any, model_class: type[Any]) -> None:
-    """Turn a dense block into one of the compressed classes at full width.
+def adopt_block(block: Any, model_class: type[Any], parts: Collection[Part] = PARTS) -> None:
+    """Turn a dense block, which has these parts, into one of the compressed classes at full width.
 
     Projections that the dense block stacks or transposes become separate linear layers, which are not initialised.
 
     Raises:
         ImportError: the dense class takes an argument that the compressed one does not handle.
     """
-    family = model_class.attention_class.family
-    attention = block.get_submodule(family.attention.module)
-    _separate(block, family, attention.config)
-    adopt_attention(attention, model_class.attention_class)
+    family = model_class.config_class.family
+    _separate(block, family, parts)
+    if "qk" in parts:
+        adopt_attention(block.get_submodule(family.attention.module), model_class.attention_class)
     if model_class.mlp_class is not None:
         block.get_submodule(family.mlp.module).__class__ = model_class.mlp_class
 
@@ -67,17 +68,27 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
         install_rope_index(attention, pairs.expand(key.out_features // head_dim, -1))
 
 
-def _separate(block: nn.Module, family: Family, config: Any) -> None:
+def mlp_shape(block: nn.Module, family: Family) -> tuple[int, int]:
+    """Return the width of the residual stream and that of the MLP of a dense block."""
+    output: Any = block.get_submodule(family.mlp.output)
+    d_model, width = output.weight.T.shape if family.mlp.storage.transposed else output.weight.shape
+    return d_model, width
+
+
+def _separate(block: nn.Module, family: Family, parts: Collection[Part]) -> None:
     """Replace the projections that the dense block stacks or transposes by uninitialised linear layers."""
-    units = {"block": 1} | count_heads(config)
-    head = head_dim(config)
-    widths = {"qk": head, "vo": head, "mlp": mlp_width(config, family)}
+    d_model, mlp = mlp_shape(block, family)
+    units, widths = {"block": 1}, {"mlp": mlp}
+    if "qk" in parts:
+        config: Any = block.get_submodule(family.attention.module).config
+        units |= count_heads(config)
+        widths |= dict.fromkeys(("qk", "vo"), head_dim(config))
     stacked: set[str] = set()
-    for projection in family.projections:
+    for projection in family.projections_of(parts):
         if projection.storage.plain:
             continue
         dense: Any = block.get_submodule(projection.dense_path)
-        shape = [config.hidden_size, config.hidden_size]
+        shape = [d_model, d_model]
         shape[projection.axis] = units[projection.unit] * widths[projection.part]
         new = empty_linear(dense, shape[0], shape[1])
         block.set_submodule(projection.path, new.requires_grad_(dense.weight.requires_grad))
@@ -123,20 +134,19 @@ def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
 
 
 def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
-    """Give a newly built dense block the widths of a compressed one. The values must be loaded afterwards.
-
-    Raises:
-        ValueError: the query and key width is odd in a block with rotary embeddings.
-    """
-    family = model_class.attention_class.family
-    attention = block.get_submodule(family.attention.module)
-    units = {"block": 1} | count_heads(attention.config)
-    adopt_block(block, model_class)
-    attention.set_widths(widths.qk, widths.vo)
-    for projection in family.projections:
+    """Give a newly built dense block the widths of a compressed one. The values must be loaded afterwards."""
+    family = model_class.config_class.family
+    parts: tuple[Part, ...] = PARTS if widths.qk else ("mlp",)
+    adopt_block(block, model_class, parts)
+    units = {"block": 1}
+    if "qk" in parts:
+        attention = block.get_submodule(family.attention.module)
+        units |= count_heads(attention.config)
+        attention.set_widths(widths.qk, widths.vo)
+        if attention.rotates:
+            install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
+    for projection in family.projections_of(parts):
         old = block.get_submodule(projection.path)
         shape = list(old.weight.shape)
         shape[projection.axis] = units[projection.unit] * getattr(widths, projection.part)
         block.set_submodule(projection.path, empty_linear(old, *shape))
-    if attention.rotates:
-        install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])

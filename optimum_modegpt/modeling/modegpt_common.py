@@ -23,7 +23,7 @@ from .modegpt_files import one_set_of_weights, readable_weights, refuse
 class ModeGPTModelMixin(Dense):
     """Extends a dense model class with blocks of the configuration's widths and with strict loading."""
 
-    attention_class: ClassVar[type[ModeGPTAttentionMixin]]
+    attention_class: ClassVar[type[ModeGPTAttentionMixin] | None] = None
     mlp_class: ClassVar[type[ModeGPTMLPMixin] | None] = None
     companion: ClassVar[Any] = None
     """Set when the package is imported: its additions to `save_pretrained` and `push_to_hub`."""
@@ -41,10 +41,10 @@ class ModeGPTModelMixin(Dense):
 
     def post_init(self) -> None:
         """Narrow the blocks that the dense constructor has just built, then initialise as every model does."""
-        family = self.attention_class.family
-        blocks: Any = self.base_model.get_submodule(family.blocks)
-        for block, widths in zip(blocks, self.config.widths(), strict=True):
-            if not isinstance(block.get_submodule(family.attention.module), ModeGPTAttentionMixin):
+        base: Any = self.base_model
+        if base is self or not isinstance(base, ModeGPTModelMixin):  # else it has narrowed them itself
+            blocks = base.get_submodule(self.config_class.family.blocks)
+            for block, widths in zip(blocks, self.config.widths(), strict=True):
                 shrink_block(block, type(self), widths)
         super().post_init()
 
@@ -129,7 +129,7 @@ def _loading_problems(model: ModeGPTModelMixin, info: dict[str, Any], new_head: 
     """Yield a line for each problem of a load."""
     body = {name for name, _ in model.base_model.named_children()} | {model.base_model_prefix}
     # A task head may be new. A language model's head may not, because it would generate noise.
-    kept = body | {model.attention_class.family.head.output}
+    kept = body | {model.config_class.family.head.output}
     for key in sorted(info["missing_keys"]):
         if key.partition(".")[0] in kept:
             yield f"missing: {key}"
@@ -151,7 +151,7 @@ def _rotary_problems(model: ModeGPTModelMixin) -> Iterator[str]:
 def register(
     family: Family,
     config_class: Any,
-    attention_class: type[ModeGPTAttentionMixin],
+    attention_class: type[ModeGPTAttentionMixin] | None = None,
     mlp_class: type[ModeGPTMLPMixin] | None = None,
     **models: Any,
 ) -> Mapping[str, type[ModeGPTModelMixin]]:
@@ -165,9 +165,9 @@ def register(
     config_class.family, config_class.model_type = family, family.compressed_type
     config_class.auto_classes = {auto: f"{module}.{cls.__name__}" for auto, cls in names.items()}
     config_class._auto_class = "AutoConfig"
-    attention_class.family = family
-    if mlp_class is not None:
-        mlp_class.family = family
+    for each in (attention_class, mlp_class):
+        if each is not None:
+            each.family = family
     PER_LAYER.add(family.mlp.width)
     if not config_class.__module__.startswith("transformers_modules."):
         # Not for remote code, because AutoConfig would use the code of one repository for all others of the family.

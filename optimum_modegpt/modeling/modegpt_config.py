@@ -6,7 +6,7 @@ This file is also remote code: it is copied next to the weights. It imports only
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .modegpt_family import Family, Widths
@@ -44,7 +44,7 @@ class ModeGPTConfigMixin(Dense):
         if "modegpt" in kwargs:
             _check_record(kwargs["modegpt"])
         ours = {"_auto_class", "transformers_weights", *vars(ModeGPTConfigMixin), *ModeGPTConfigMixin.__annotations__}
-        if foreign := sorted(kwargs.keys() & ours):
+        if foreign := sorted(kwargs.keys() & ours - {"per_layer_config"}):
             raise ValueError(f"config.json has {foreign}, which no compressed model has. Save or download it again.")
         check_sizes(vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes), self.attribute_map)
         if kwargs.get("per_layer_config") is not None:
@@ -69,22 +69,27 @@ class ModeGPTConfigMixin(Dense):
         if foreign := {name for entry in entries.values() for name in entry} - known:
             raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
 
+    @property
+    def per_layer_config(self) -> Any:
+        """The configurations of the blocks, by index. That of a layer type is the whole configuration."""
+        return _BlockConfigs(self, super().per_layer_config)
+
+    @per_layer_config.setter
+    def per_layer_config(self, entries: Any) -> None:
+        super(ModeGPTConfigMixin, type(self)).per_layer_config.fset(self, entries)
+
     @classmethod
     def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
         """Create the configuration of a compressed model from the dense one, the widths of every block and a record."""
         values = dense.to_dict()
         for key in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
             values.pop(key, None)
-        per_layer = {
-            index: {
-                "qk_head_dim": width.qk,
-                "v_head_dim": width.vo,
+        per_layer: dict[int, dict[str, int]] = {}
+        for index, width in enumerate(widths):
+            per_layer[index] = {"qk_head_dim": width.qk, "v_head_dim": width.vo, cls.family.mlp.width: width.mlp}
+            if "qk" not in cls.family.absent(dense, index):
                 # The width of a row of the key-value cache, under the name that caches and serving engines read.
-                "head_dim": max(width.qk, width.vo),
-                cls.family.mlp.width: width.mlp,
-            }
-            for index, width in enumerate(widths)
-        }
+                per_layer[index]["head_dim"] = max(width.qk, width.vo)
         return cls(**values, per_layer_config=per_layer, modegpt=record)
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,7 +116,8 @@ class ModeGPTConfigMixin(Dense):
 
         Raises:
             ValueError: the record is missing or newer; or a width is missing, no integer, below 1, above the dense one,
-                or different from it in a part that is not compressed. Nothing has been built then.
+                different from it in a part that is not compressed, or not 0 in a part that the block does not have.
+                Nothing has been built then.
         """
         _check_record(getattr(self, "modegpt", None))
         limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
@@ -120,22 +126,40 @@ class ModeGPTConfigMixin(Dense):
         return [self._widths_of(index, limits, uncut) for index in range(self.num_hidden_layers)]
 
     def _widths_of(self, index: int, limits: dict[str, int], uncut: Collection[str]) -> Widths:
-        layer = self.per_layer_config[index]
+        layer, absent = self.per_layer_config[index], self.family.absent(self, index)
         sizes: list[Any] = [getattr(layer, name, None) for name in limits]
         for (name, limit), size, part in zip(limits.items(), sizes, ("qk", "vo", "mlp"), strict=True):
-            least = limit if part in uncut else 1
+            limit = 0 if part in absent else limit
+            least = limit if part in (*absent, *uncut) else 1
             if type(size) is not int or not least <= size <= limit:
                 raise ValueError(
                     f"config.json: per_layer_config[{index}].{name} is {size!r}; "
                     f"expected an integer in [{least}, {limit}]."
                 )
         qk, vo, mlp = sizes
-        if layer.head_dim != max(qk, vo):
+        cached = max(qk, vo) or self.dense_head_dim  # of a block without these parts, it is the dense one
+        if getattr(layer, "head_dim", cached) != cached:
             raise ValueError(
                 f"config.json: per_layer_config[{index}].head_dim is {layer.head_dim!r}; "
-                f"expected {max(qk, vo)}, the larger of qk_head_dim and v_head_dim."
+                f"expected {cached}, the larger of qk_head_dim and v_head_dim, or the dense one if both are 0."
             )
         return Widths(qk, vo, mlp)
+
+
+class _BlockConfigs(Sequence[Any]):
+    """The configurations of the blocks. A layer type has the dense widths, from which its rotary table is computed.
+
+    transformers would return those of its blocks if they are equal, and compute a table of the compressed width.
+    """
+
+    def __init__(self, whole: Any, blocks: Sequence[Any]) -> None:
+        self.whole, self.blocks = whole, blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.whole if isinstance(index, str) else self.blocks[index]
 
 
 def _check_record(record: Any) -> None:

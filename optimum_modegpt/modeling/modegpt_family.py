@@ -6,11 +6,15 @@ This file is also remote code: it is copied next to the weights. It imports neit
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 Part = Literal["mlp", "qk", "vo"]
 Topology = Literal["sequential", "parallel", "post-LN"]
+
+PARTS: tuple[Part, ...] = ("mlp", "qk", "vo")
+"""The three pairs of matrices of a decoder block, in the order of the paper (types I, II, III)."""
 
 PREFIX = "modegpt_"
 """A compressed model's `model_type` is this and that of the dense model."""
@@ -54,6 +58,8 @@ class Positions:
         table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
             for each pair, next to each other; "single": one for each pair.
         layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
+        flag_needs: attribute of the attention that is None if all layers rotate whatever their flag is; None if the
+            flag always counts.
         query_factor: whether queries are multiplied by 1 + β log(1 + ⌊position / L⌋) after the rotation. β and L are
             `llama_4_scaling_beta` and `original_max_position_embeddings` in the configuration's `rope_parameters`.
     """
@@ -62,6 +68,7 @@ class Positions:
     partial: bool = False
     table: Literal["concatenated", "repeated", "single"] = "concatenated"
     layer_flag: str | None = None
+    flag_needs: str | None = None
     query_factor: bool = False
 
 
@@ -90,6 +97,9 @@ class Attention:
 
     Attributes:
         module: path of the attention.
+        layers: the types of layers, in the configuration's `layer_types`, that have this attention; None if all have.
+        mixers: paths of the modules that mix tokens in other layers. They stay dense, and such a block has no "qk" and
+            "vo".
         query, key, value, output: paths of the projections, in the compressed model if the dense one stacks them.
         storage: how the dense model stores them.
         positions: how query and key are rotated.
@@ -108,6 +118,8 @@ class Attention:
     """
 
     module: str = "self_attn"
+    layers: tuple[str, ...] | None = None
+    mixers: tuple[str, ...] = ()
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
@@ -177,19 +189,20 @@ class Residual:
     "sequential": y = x + m·attention(norm(x)), z = y + m·mlp(norm(y)).
     "parallel": z = x + m·attention(norm(x)) + m·mlp(norm(x)), with two norms or one for both.
     "post-LN": y = norm(x + m·attention(x)), z = norm(y + m·mlp(y)).
+    With norms of the outputs, m·norm(attention(…)) replaces m·attention(…), and likewise for the MLP.
 
     Attributes:
-        attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block. A parallel block
-            without `mlp_norm` has one for both.
+        attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block; None if there is none.
+            A parallel block without `mlp_norm` has one for both.
         topology: one of the three above.
         flag: name of the configuration's boolean that chooses the topology; None if there is one.
         topology_without_flag: the topology if that boolean is false.
         multiplier: name of m in the configuration; None for 1.
-        attention_output_norm, mlp_output_norm: a norm of a half's output before the sum, which is refused.
+        attention_output_norm, mlp_output_norm: the norm of a half's output before the sum; None if there is none.
     """
 
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
     topology: Topology = "sequential"
     flag: str | None = None
     topology_without_flag: Topology = "sequential"
@@ -281,6 +294,22 @@ class Family:
             Projection(mlp.output, "mlp", 1, "block", mlp.storage),
         )
 
+    def projections_of(self, parts: Collection[Part]) -> tuple[Projection, ...]:
+        """Return the projections of a block that has these parts."""
+        return tuple(projection for projection in self.projections if projection.part in parts)
+
+    def absent(self, config: Any, index: int) -> dict[Part, str]:
+        """Return the parts that block `index` of a model does not have, each with the reason."""
+        layers = self.attention.layers
+        if layers is None or config.layer_types[index] in layers:
+            return {}
+        return dict.fromkeys(("qk", "vo"), f"layers of type {config.layer_types[index]} keep their dense attention")
+
+    def parts(self, config: Any, index: int) -> tuple[Part, ...]:
+        """Return the parts of block `index` of a model."""
+        absent = self.absent(config, index)
+        return tuple(part for part in PARTS if part not in absent)
+
     def uncut(self, config: Any) -> dict[Part, str]:
         """Return the parts that compression leaves at their dense width in a model, each with the reason."""
         parts: dict[Part, str] = {}
@@ -292,15 +321,16 @@ class Family:
             parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
         return parts
 
+    def dense_parts(self, config: Any, index: int) -> dict[Part, str]:
+        """Return the parts of block `index` that stay dense, each with the reason."""
+        return self.uncut(config) | self.absent(config, index)
+
     @property
     def unsupported(self) -> str | None:
         """The first feature of this description that no method can compress yet."""
         features = {
             "experts": "experts" in (self.mlp.storage.layout, self.attention.storage.layout),
             "a shared MLP in addition to experts": self.mlp.shared is not None,
-            "norms on the output of attention or MLP": (
-                self.residual.attention_output_norm is not None or self.residual.mlp_output_norm is not None
-            ),
         }
         for feature, present in features.items():
             if present:
@@ -310,8 +340,8 @@ class Family:
 
 @dataclass(frozen=True)
 class Widths:
-    """Inner widths of one block: query/key and value head dims, MLP width."""
+    """Inner widths of one block: query/key and value head dims, MLP width. A part that a block lacks has width 0."""
 
-    qk: int
-    vo: int
-    mlp: int
+    qk: int = 0
+    vo: int = 0
+    mlp: int = 0

@@ -71,6 +71,9 @@ def check_plan(plan: Plan, sizes: Sizes) -> None:
     if len(plan.widths) != len(sizes):
         raise InvalidConfig(f"the plan has {len(plan.widths)} blocks, the model {len(sizes)}.")
     for index, (widths, block) in enumerate(zip(plan.widths, sizes, strict=True)):
+        for part, width in vars(widths).items():
+            if part not in block and width:
+                raise InvalidConfig(f"plan, block {index}: {part} width {width}; the block has no {part}, expected 0.")
         for part, size in block.items():
             width = getattr(widths, part)
             if width not in size.widths():
@@ -136,7 +139,8 @@ def _check_norms(architecture: Architecture, stream: Tensor) -> None:
     The compression changes gains, and an error shows only at a gain that is not that of the model.
     """
     kind, residual = architecture.family.norm, architecture.blocks[0].residual
-    for norm in (residual.attention_norm, residual.mlp_norm, architecture.final_norm):
+    of_outputs = residual.attention_output_norm, residual.mlp_output_norm
+    for norm in (residual.attention_norm, residual.mlp_norm, *of_outputs, architecture.final_norm):
         if not has_gain(norm):
             continue
         copied = copy.deepcopy(norm).to(stream.device)

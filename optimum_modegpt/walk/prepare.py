@@ -42,7 +42,7 @@ def prepare(
         calibration=calibration,
         sizes=sizes,
         shapes=shapes_of(architecture),
-        device=compute_device(device, architecture.blocks[0].output.weight.device),
+        device=compute_device(device, architecture.blocks[0].device),
         base=(base or Base()).completed(model),
         plan=plan,
         checkpoint=checkpoint,

@@ -106,7 +106,7 @@ def finished_blocks(
         return [], [], StreamPair(entering, entering)
     modules = []
     for block, widths in zip(request.architecture.blocks[: checkpoint.finished], plan.widths, strict=False):
-        home = block.output.weight.device
+        home = block.device
         modules.append(checkpoint.restore_block(block.index, block.narrow(widths), home))
     dense, compressed = checkpoint.streams(state.storage.keep)
     dense_batches = in_batches(dense, state.batch_size)
@@ -121,7 +121,7 @@ def keep_block(
 
     If memory is too small for the streams, it is too small for the finished blocks: they are stored in files too.
     """
-    home, module = block.output.weight.device, cut.block.module
+    home, module = block.device, cut.block.module
     if request.checkpoint is not None:
         module = request.checkpoint.keep_block(block.index, module, home)
         request.checkpoint.keep_streams(errors, state.warnings, cut.after.dense, cut.after.compressed)

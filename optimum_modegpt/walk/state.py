@@ -143,7 +143,7 @@ def place(request: Request) -> Placement:
     """
     model, config = request.architecture.model, request.config
     element, length = model.dtype.itemsize, request.calibration.tokens.shape[1]
-    on_host = request.architecture.blocks[0].output.weight.device.type == "cpu"
+    on_host = request.architecture.blocks[0].device.type == "cpu"
     finished = {}
     if not on_host or request.checkpoint is None:
         finished = finished_size(request.shapes, config, element)

@@ -43,6 +43,10 @@ from optimum_modegpt.modeling.modegpt_family import (
 
 WINDOW = ("sliding_window", "sliding_window")
 LITERALS = {
+    "ministral": Family(
+        "ministral",
+        attention=Attention(layers=("full_attention",), mixers=("self_attn",), score_arguments=(WINDOW,)),
+    ),
     "vaultgemma": Family(
         "vaultgemma",
         attention=Attention(score_arguments=(WINDOW, ("softcap", "attn_logit_softcapping"))),
@@ -57,6 +61,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "granite": {"residual_multiplier": 0.4, "logits_scaling": 3.0, "attention_multiplier": 0.3},
     "ministral3": EVERY_VARIANT["ministral3"][1],
     "olmo": {"clip_qkv": 0.7},
+    "ministral": {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 6},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "vaultgemma": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0, "sliding_window": 6},
 }
@@ -193,9 +198,29 @@ def test_values_that_are_coordinates_stay_at_full_width(monkeypatch: pytest.Monk
     family = replace(FAMILY["gemma"], attention=Attention(values="coordinates"))
     before = [block.compressible_copy(torch.device("cpu")) for block in resolve_with(family, monkeypatch).blocks]
     for method in ("default", "paper"):
-        model, _ = compressed_with(family, monkeypatch, sparsity=0.2, method=method)
+        model, report = compressed_with(family, monkeypatch, sparsity=0.2, method=method)
+        (sentence,) = report.uncut
+        assert sentence.startswith("vo stays at full width: single coordinates of the values")
+        assert sentence in report.summary()
         for block, own in zip(model.model.layers, before, strict=True):
             assert torch.equal(block.self_attn.v_proj.weight, own.value.weight)
+
+
+@pytest.mark.parametrize("method", ["default", "paper"])
+def test_the_attention_of_other_layers_stays_dense(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = model_of("ministral").model.layers[1].self_attn
+    model, report = compressed_with(LITERALS["ministral"], monkeypatch, sparsity=0.2, method=method)
+    layer = model.model.layers[1]
+    assert type(layer.self_attn) is type(own)
+    for found, expected in zip(layer.self_attn.parameters(), own.parameters(), strict=True):
+        assert torch.equal(found, expected)
+    assert [set(block.parts) for block in report.blocks] == [{"mlp", "qk", "vo"}, {"mlp"}, {"mlp", "qk", "vo"}]
+    first, dense, _ = model.config.widths()
+    assert (dense.qk, dense.vo) == (0, 0)
+    assert 0 < first.qk < 8 or 0 < first.vo < 8
+    ids = tokens(2, 12)
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 4}
+    assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 
 
 def resolve_with(family: Family, monkeypatch: pytest.MonkeyPatch) -> Any:

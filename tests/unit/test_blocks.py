@@ -134,7 +134,7 @@ def test_value_bias_that_is_folded_into_the_output_steers_no_basis(name):
         with torch.no_grad():
             case.part("value").bias.fill_(bias)
             moments, _ = published.observe(case.block, case.stream, case.arguments)
-            factors = published.cut_value_output(case.block, moments.values, 4)
+            factors = published.cut_value_output(case.block, moments.heads.values, 4)
         errors.append(factors.relative_error)
         cuts.append(factors.value[..., :-1].mT @ factors.value[..., :-1])  # free of signs
         assert factors.value[..., -1].abs().max() == 0
@@ -203,9 +203,9 @@ def test_reported_error_is_that_of_the_block(name):
         lost, total = [0.0, 0.0], [0.0, 0.0]
         for index, batch in enumerate(case.stream):
             residual = student.residual
-            after = residual.add(batch, student.attend(residual.attention_input(batch), case.arguments))
+            after = residual.add_attention(batch, student.attend(residual.attention_input(batch), case.arguments))
             middle = residual.after_attention(after)
-            end = residual.add(middle, student.mlp(residual.mlp_input(residual.mlp_stream(batch, middle))))
+            end = residual.add_mlp(middle, student.mlp(residual.mlp_input(residual.mlp_stream(batch, middle))))
             for part, (wanted, found, start, weight) in enumerate(
                 (
                     (targets.attention[index], after, batch, targets.attention_weights[index]),
@@ -224,10 +224,10 @@ def test_reported_error_of_the_published_output_is_that_of_the_value_vectors(nam
     case = Case(name)
     with torch.no_grad():
         moments, _ = published.observe(case.block, case.stream, case.arguments)
-        factors = published.cut_value_output(case.block, moments.values, 3)
+        factors = published.cut_value_output(case.block, moments.heads.values, 3)
     assert 0.01 < factors.relative_error < 1
     with torch.no_grad():
-        whole = published.cut_value_output(case.block, moments.values, 8)
+        whole = published.cut_value_output(case.block, moments.heads.values, 8)
     assert whole.relative_error < 1e-6
 
 

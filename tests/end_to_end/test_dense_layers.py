@@ -1,0 +1,98 @@
+"""Test blocks whose attention, or the module in its place, stays dense: they have no query, key, value and output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_configs import EVERY_VARIANT
+from tiny_models import compressed, dense, fill, tokenizer, tokens
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+from optimum_modegpt.allocation.plan import Plan
+from optimum_modegpt.architectures import resolve
+from optimum_modegpt.budget.estimate import estimate
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.cli.tables import inspection_table
+from optimum_modegpt.compress import compress
+from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.evaluation.inspection import inspection
+from optimum_modegpt.loading.models import load_config, load_model
+from optimum_modegpt.loading.safetensors_index import read_headers
+from optimum_modegpt.loading.source import Source
+from optimum_modegpt.modeling.modegpt_family import Widths
+from optimum_modegpt.report import Report
+
+NAME = "qwen3_5_text"
+
+
+def run(model: Any, **arguments: Any) -> Report:
+    record = {"name": "random tokens", "windows": 10, "sequence_length": 16}
+    windows = TokenWindows(tokens(10, 16, seed=7), record)
+    config = ModeGPTConfig(sparsity=0.3, allocation="uniform", round_to=1)
+    return compress(model, config, windows, device="cpu", progress=False, **arguments)
+
+
+def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
+    model = dense(NAME)
+    report = run(model)
+    assert [set(block.parts) for block in report.blocks] == [{"mlp"}] * 3
+    assert report.summary().splitlines()[1].split()[-2:] == ["–", "–"]
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| 0 |"))
+    assert row.startswith("| 0 | 34 / 48 | 0.")
+    assert row.endswith("| – | – | – | – |")
+    found = inspection(load_config(Source(str(tmp_path))), read_headers(Source(str(tmp_path))))
+    assert [block.ranks for block in found.blocks] == [{"mlp": widths.mlp} for widths in model.config.widths()]
+    assert found.sparsity == pytest.approx(report.achieved_sparsity)
+    assert inspection_table(found, {}).splitlines()[3].split() == ["0", "34/48", "–", "–"]
+    report.plot(tmp_path / "ranks.svg")
+
+
+def test_a_block_has_a_reason_for_each_absent_part() -> None:
+    config = dense(NAME).config
+    family = resolve(dense(NAME)).family
+    assert set(family.absent(config, 0)) == {"qk", "vo"}
+    assert "linear_attention" in family.absent(config, 0)["qk"]
+    assert "full_attention" in family.absent(config, 1)["vo"]
+
+
+@pytest.mark.parametrize("field", ["qk_head_dim", "v_head_dim", "head_dim"])
+def test_a_configuration_with_a_width_of_an_absent_part_is_refused(field: str) -> None:
+    config = compressed(NAME).config
+    values = config.to_dict()
+    values["per_layer_config"]["1"][field] = 6
+    with pytest.raises(ValueError, match=field):
+        type(config)(**values).widths()
+
+
+def test_a_plan_for_an_absent_part_is_refused() -> None:
+    with pytest.raises(InvalidConfig, match="the block has no qk, expected 0"):
+        run(dense(NAME), plan=Plan((Widths(0, 0, 40), Widths(8, 0, 40), Widths(0, 0, 40))))
+
+
+def test_an_estimate_counts_only_the_projections_of_parts() -> None:
+    found = estimate(dense(NAME), ModeGPTConfig(sparsity=0.3), 16)
+    assert found.block_parameters == 3 * 3 * 32 * 48
+    assert found.parameters > found.block_parameters
+
+
+def test_the_language_model_of_a_composite_checkpoint_is_compressed(tmp_path: Path) -> None:
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(text_config=EVERY_VARIANT[NAME][1], vision_config=vision, tie_word_embeddings=True)
+    whole = fill(Qwen3_5ForConditionalGeneration(config)).eval()
+    whole.save_pretrained(tmp_path / "dense")
+    source = Source(str(tmp_path / "dense"))
+    assert load_config(source).model_type == NAME
+    model, ids = load_model(source, "float32").eval(), tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits)
+        run(model)
+        expected = model(ids).logits
+        model.save_pretrained(tmp_path / "compressed")
+        found = load_model(Source(str(tmp_path / "compressed")), "float32").eval()(ids).logits
+    assert torch.equal(found, expected)
