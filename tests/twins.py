@@ -57,7 +57,7 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
             for leaf, full in reference.get_submodule(path).named_parameters():
                 key = f"{prefix}.{index}.{path}.{leaf}"
                 state[key] = torch.zeros_like(full).index_copy(0, places, state[key])
-        if "qk" in parts and family.attention.head_norms is not None:
+        if "qk" in parts and family.attention.norms_of(model.config) is not None:
             _widen_norms(block, reference, family, state, f"{prefix}.{index}")
         for path, places in columns.items():
             key = f"{prefix}.{index}.{path}.weight"

@@ -20,7 +20,7 @@ from optimum_modegpt.architectures.storage import dense_weights, is_separate, re
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.modeling import modegpt_blocks
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
-from optimum_modegpt.modeling.modegpt_family import Family, Norm, Part, Topology, Widths
+from optimum_modegpt.modeling.modegpt_family import Family, HeadNorms, Norm, Part, Topology, Widths
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,19 @@ class Block:
         return self._linear(self.family.attention.value)
 
     @property
+    def head_norms(self) -> HeadNorms | None:
+        """The description of the norms of queries and keys, or None if the block has none."""
+        return self.family.attention.norms_of(self.attention.config) if self.attends else None
+
+    @property
     def normalised(self) -> bool:
         """Whether query and key heads are normalised, and may be narrow all the same."""
-        return self.family.attention.head_norms is not None and "qk" not in self.uncut
+        return self.head_norms is not None and "qk" not in self.uncut
 
     @property
     def norms_rotated(self) -> bool:
         """Whether query and key heads are normalised after their rotation."""
-        norms = self.family.attention.head_norms
+        norms = self.head_norms
         return self.rotary and norms is not None and norms.rotated
 
     @property
@@ -111,7 +116,7 @@ class Block:
     @property
     def dense_head_norms(self) -> list[nn.Module]:
         """The norms of queries and keys, if any, of a dense block."""
-        norms = self.family.attention.head_norms
+        norms = self.head_norms
         return [] if norms is None else [self.module.get_submodule(path) for path in (norms.query, norms.key)]
 
     def head_norm(self, role: str) -> Any:
@@ -149,7 +154,9 @@ class Block:
         """The order of norms, halves and sums."""
         names = self.family.residual
         paths = (names.attention_norm, names.mlp_norm, names.attention_output_norm, names.mlp_output_norm)
-        norms = (None if path is None else self.module.get_submodule(path) for path in paths)
+        norms = [None if path is None else attrgetter(path)(self.module) for path in paths]
+        if self.topology == "parallel" and norms[1] is None:
+            norms[1] = norms[0]
         scale: Any = None if names.scale is None else attrgetter(names.scale)(self.module)
         return ResidualProgram(self.topology, self.multiplier, *norms, scale)
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_modegpt.architectures.block import Block
 from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.families import family_of
-from optimum_modegpt.architectures.head import LogitHead, cap_of, scale_of
+from optimum_modegpt.architectures.head import LinearHead, LogitHead, cap_of, scale_of
 from optimum_modegpt.architectures.refused import REFUSED
 from optimum_modegpt.architectures.residual import multiplier_of, topology_of
 from optimum_modegpt.decompositions.psd import at_least_float32
@@ -92,17 +92,15 @@ class Architecture:
             cap=cap_of(head, config),
         )
 
-    def head(self, device: torch.device) -> torch.Tensor:
-        """Return the map (vocabulary, d_model) from the final norm's output to the logits before a soft cap.
-
-        It is in at least float32 and on `device`.
-        """
-        matrix = cast(nn.Linear, self.model.get_output_embeddings()).weight
-        matrix = at_least_float32(matrix.detach().to(device))
+    def head(self, device: torch.device) -> LinearHead:
+        """Return the map from the final norm to the logits before a soft cap, in at least float32 on `device`."""
+        output = cast(nn.Linear, self.model.get_output_embeddings())
+        matrix = at_least_float32(output.weight.detach().to(device))
+        offset = matrix.new_zeros(len(matrix)) if output.bias is None else output.bias.detach().to(matrix)
         if self._projection is not None:
             matrix = matrix @ self._projection.weight.detach().to(matrix)
         scale = scale_of(self.family.head, self.model.config.get_text_config())
-        return matrix if scale == 1 else matrix * scale
+        return LinearHead(matrix, offset) if scale == 1 else LinearHead(matrix * scale, offset * scale)
 
     @property
     def _projection(self) -> Any:
@@ -135,7 +133,7 @@ def check_model_type(model_type: str) -> FamilyClasses:
     if (feature := classes.family.unsupported) is not None:
         raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
     if classes.attention_class is not None:
-        check_attention(classes.attention_class.dense_class())
+        check_attention(classes.attention_class.dense_class(), classes.family.attention.passed_on)
     return classes
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
+from optimum_modegpt.architectures.head import LinearHead
 from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
 from optimum_modegpt.calibration.gradients import OutputGradients, metric_factor, query_metric
 from optimum_modegpt.calibration.moments import (
@@ -249,34 +250,34 @@ def gain_tokens(windows: int, length: int, vocabulary: int) -> int:
 
 
 def match_output(
-    norm: Any, head: Tensor, dense: Stream, compressed: Stream, dense_norm: Any, *, kind: Norm, capped: bool
+    norm: Any, head: LinearHead, dense: Stream, compressed: Stream, dense_norm: Any, *, kind: Norm, capped: bool
 ) -> None:
     """Fit the final norm by `match_norm`, then fit its gain to the dense model's next-token distributions.
 
-    `head` (vocabulary, d_model) maps the norm's output to logits. If they are `capped`, the second fit is skipped,
-    because it is for linear logits.
+    `head` maps the norm's output to logits. If they are `capped`, the second fit is skipped, because it is for linear
+    logits.
     """
     match_norm(norm, kind, dense, compressed)
     if capped or not has_gain(norm):
         return
-    bare, device = without_gain(norm, kind), head.device
+    matrix, offset = head
+    bare, device = without_gain(norm, kind), matrix.device
     length = dense[0].shape[1]
     own = sum(map(len, dense))
     windows = int(distributed.all_reduce(own))
-    stride = -(-windows * length // gain_tokens(windows, length, len(head)))
+    stride = -(-windows * length // gain_tokens(windows, length, len(matrix)))
     samples = []
     for target, source in zip(dense, compressed, strict=True):
         for wanted, seen in zip(
             target[:, stride - 1 :: stride].to(device), source[:, stride - 1 :: stride].to(device), strict=True
         ):
-            distribution = (at_least_float32(dense_norm(wanted)) @ head.T).softmax(-1)
+            distribution = (at_least_float32(dense_norm(wanted)) @ matrix.T + offset).softmax(-1)
             samples.append(SoftmaxSample(bare(at_least_float32(seen)), distribution))
     present = at_least_float32(gain(norm, kind))
-    bias = torch.zeros_like(present)
     if getattr(norm, "bias", None) is not None:
-        bias = at_least_float32(norm.bias.detach())
+        offset = offset + matrix @ at_least_float32(norm.bias.detach())
     fitted, held_back = split_sample(samples, before=distributed.exclusive_sum(own), total=distributed.all_reduce)
-    set_gain(norm, kind, match_softmax(present, bias, head, fitted, held_back, total=distributed.all_reduce))
+    set_gain(norm, kind, match_softmax(present, offset, matrix, fitted, held_back, total=distributed.all_reduce))
 
 
 # query and key

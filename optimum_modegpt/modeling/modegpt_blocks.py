@@ -60,7 +60,9 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
     Raises:
         ImportError: the dense class takes an argument that the compressed one does not handle.
     """
-    attention.cache_argument = check_attention(attention_class.dense_class())
+    attention.cache_argument = check_attention(
+        attention_class.dense_class(), attention_class.family.attention.passed_on
+    )
     attention.__class__ = attention_class
     head_dim, key = attention.dense_head_dim, attention.projection("key")
     attention.set_widths(head_dim, head_dim)
@@ -153,7 +155,7 @@ def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
         attention.set_widths(widths.qk, widths.vo)
         if attention.rotates:
             install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
-        if family.attention.head_norms is not None and widths.qk < attention.dense_head_dim:
+        if family.attention.norms_of(attention.config) is not None and widths.qk < attention.dense_head_dim:
             empty = {role: attention.head_norm(role).weight.new_empty(units[unit], widths.qk) for role, unit in HEADS}
             install_head_gains(attention, empty)
     for projection in family.projections_of(parts):
