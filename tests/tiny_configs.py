@@ -10,11 +10,19 @@ import os
 from typing import Any
 
 from transformers import (
+    BioGptConfig,
+    BloomConfig,
+    CodeGenConfig,
+    FalconConfig,
     GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     OPTConfig,
     Phi3Config,
     Qwen2Config,
@@ -49,6 +57,7 @@ _GRANITE = _GATED | {
 }
 _OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
 _GPT2 = _COMMON | {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_BIOGPT = _GATED | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
     "llama-gqa-tied": (LlamaConfig, _GATED | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
@@ -116,6 +125,34 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
         GPT2Config,
         _GPT2 | {"n_inner": None, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
     ),
+    "biogpt": (BioGptConfig, _BIOGPT),
+    "bloom": (BloomConfig, _COMMON),
+    "bloom-odd-heads-untied": (
+        BloomConfig,
+        _COMMON | {"hidden_size": 48, "num_attention_heads": 6, "tie_word_embeddings": False},
+    ),
+    "codegen": (CodeGenConfig, _COMMON | {"n_inner": 48, "rotary_dim": 4}),
+    "falcon": (FalconConfig, _COMMON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-one-norm-biases": (
+        FalconConfig,
+        _COMMON
+        | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "bias": True},
+    ),
+    "falcon-multi-query": (FalconConfig, _COMMON | {"ffn_hidden_size": 48, "tie_word_embeddings": False}),
+    "falcon-alibi-sequential": (
+        FalconConfig,
+        _COMMON | {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+    ),
+    "gpt_bigcode": (GPTBigCodeConfig, _GPT2),
+    "gpt_bigcode-mha": (GPTBigCodeConfig, _GPT2 | {"multi_query": False, "scale_attn_weights": False}),
+    "gpt_neo": (
+        GPTNeoConfig,
+        _GATED | {"attention_types": [[["global", "local"], 1], [["local"], 1]], "window_size": 6},
+    ),
+    "gptj": (GPTJConfig, _COMMON | {"n_inner": 48, "rotary_dim": 4}),
+    "gptj-full-rotary-tied": (GPTJConfig, _COMMON | {"rotary_dim": 8, "tie_word_embeddings": True}),
+    "mpt": (MptConfig, _COMMON | {"max_seq_len": 64}),
+    "mpt-clipped": (MptConfig, _COMMON | {"max_seq_len": 64, "attn_config": {"clip_qkv": 0.5, "softmax_scale": 0.3}}),
 }
 
 REPRESENTATIVES: dict[str, str] = {}

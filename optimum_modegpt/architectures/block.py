@@ -32,6 +32,8 @@ class Block:
     module: nn.Module
     classes: FamilyClasses
     index: int
+    config: Any
+    """The configuration of the model."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -93,8 +95,9 @@ class Block:
     @property
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
-        names, find = self.family.residual, self.module.get_submodule
-        return ResidualProgram(self.topology, self.multiplier, find(names.attention_norm), find(names.mlp_norm))
+        names = self.family.residual
+        norms = map(self._first_norm, (names.attention_norm, names.mlp_norm))
+        return ResidualProgram(self.topology, self.multiplier, *norms)
 
     @property
     def norm(self) -> Norm:
@@ -124,6 +127,11 @@ class Block:
         """The widths of the uncompressed block."""
         return Widths(self.head_dim, self.head_dim, self.mlp_width)
 
+    def _first_norm(self, paths: str | tuple[str, ...]) -> nn.Module:
+        """Return the norm at the first of these paths that the block has."""
+        paths = (paths,) if isinstance(paths, str) else paths
+        return self.module.get_submodule(next(path for path in paths if hasattr(self.module, path)))
+
     def _linear(self, path: str) -> nn.Linear:
         return self.module.get_submodule(path)  # pyright: ignore[reportReturnType]
 
@@ -145,6 +153,9 @@ class Block:
 
     def attend(self, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the attention's output. Both are (batch, length, d_model)."""
+        arguments = self._arguments(inputs, arguments)
+        if "attention" in self.family.residual.added_inside:
+            arguments["residual"] = torch.zeros_like(inputs)
         return self.attention(hidden_states=inputs, **arguments)[0]
 
     def mlp_hidden(self, inputs: Tensor) -> Tensor:
@@ -158,11 +169,22 @@ class Block:
         """Return the MLP's output. Both are (batch, length, d_model)."""
         if self.family.mlp.module is None:
             return self.down(self.mlp_hidden(inputs))
-        return self.module.get_submodule(self.family.mlp.module)(inputs)
+        residual = (torch.zeros_like(inputs),) if "mlp" in self.family.residual.added_inside else ()
+        return self.module.get_submodule(self.family.mlp.module)(inputs, *residual)
 
     def forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the block's output, as transformers computes it."""
-        return self.module(stream, **arguments)
+        output = self.module(stream, **self._arguments(stream, arguments))
+        return output[0] if self.family.returns_tuple else output
+
+    def _arguments(self, inputs: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of the arguments of one window, with those that do not broadcast repeated for every window."""
+        repeated = dict(arguments)
+        name = self.family.attention.per_sequence
+        if name is not None and arguments[name] is not None:
+            one = arguments[name]
+            repeated[name] = one.repeat(len(inputs), *[1] * (one.ndim - 1))
+        return repeated
 
     def composed_forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the block's output, composed from its halves. If it differs from `forward`, we misread the block."""
@@ -177,9 +199,9 @@ class Block:
     def compressible_copy(self, device: torch.device) -> Block:
         """Return a copy on `device` of the compressed classes at full width, ready for `install_*`."""
         copied = self._copied(device)
-        weights = dense_weights(copied.module, self.family)
+        weights = dense_weights(copied.module, self.family, self.config)
         reorder_head_norms(copied.module, self.family)
-        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm)
+        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm, self.config)
         for path, (weight, bias) in weights.items():
             modegpt_blocks.install_linear(copied.module, path, weight, bias)
         return copied
@@ -187,7 +209,7 @@ class Block:
     def narrow(self, widths: Widths) -> nn.Module:
         """Return an empty module of these widths with the compressed classes on the meta device, to be filled."""
         module = self._copied(torch.device("meta")).module
-        modegpt_blocks.shrink_block(module, self.classes.causal_lm, widths)
+        modegpt_blocks.shrink_block(module, self.classes.causal_lm, self.config, widths)
         return module
 
     def on(self, device: torch.device) -> Block:

@@ -98,6 +98,13 @@ class Architecture:
         scale = scale_of(self.family.head, self.model.config)
         return matrix if scale == 1 else matrix * scale
 
+    def head_bias(self, device: torch.device) -> torch.Tensor:
+        """Return what the head adds to the logits before a soft cap, (vocabulary,), in at least float32 on `device`."""
+        output = cast(nn.Linear, self.model.get_output_embeddings())
+        if output.bias is None:
+            return at_least_float32(output.weight.new_zeros(output.out_features, device=device))
+        return at_least_float32(output.bias.detach().to(device)) * scale_of(self.family.head, self.model.config)
+
     @property
     def _projection(self) -> Any:
         path = self.family.head.projection
@@ -128,7 +135,7 @@ def check_model_type(model_type: str) -> FamilyClasses:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(DENSE_TYPES)}.")
     if (feature := classes.family.unsupported) is not None:
         raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
-    check_attention(classes.attention_class.dense_class())
+    check_attention(classes.attention_class.dense_class(), classes.family.attention.passed_on)
     return classes
 
 
@@ -174,11 +181,12 @@ def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
 def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) -> Block:
     family = classes.family
     attention = module.get_submodule(family.attention.module)
-    counts = count_heads(config)
+    counts = count_heads(attention, family, config)
     return Block(
         module,
         classes,
         index,
+        config,
         heads=counts["heads"],
         kv_heads=counts["kv_heads"],
         head_dim=getattr(attention, family.attention.head_dim),
@@ -194,11 +202,11 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
 def _check_projections(block: Block) -> None:
     for projection in block.family.projections:
         module: Any = block.module.get_submodule(projection.dense_path)
-        expected = Conv1D if projection.storage.transposed else nn.Linear
+        expected = Conv1D if projection.storage.transposed else block.classes.linear_class
         if type(module) is not expected or module.weight.is_meta:
             state = ", without its weights in memory" if type(module) is expected else ""
             raise UnsupportedModel(
                 f"block {block.index}: {projection.dense_path} is {type(module).__name__}{state}; expected a plain "
-                f"{'nn.Linear' if expected is nn.Linear else 'Conv1D'}, loaded. Compress before adapters, quantisation "
-                "and offloading."
+                f"{'nn.Linear' if expected is nn.Linear else expected.__name__}, loaded. Compress before adapters, "
+                "quantisation and offloading."
             )

@@ -60,6 +60,7 @@ class ResidualMatched:
         residual_matched.match_output(
             norm,
             architecture.head(device),
+            architecture.head_bias(device),
             streams.dense,
             streams.compressed,
             dense_norm,

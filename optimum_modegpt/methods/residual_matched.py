@@ -215,12 +215,20 @@ def gain_tokens(windows: int, length: int, vocabulary: int) -> int:
 
 
 def match_output(
-    norm: Any, head: Tensor, dense: Stream, compressed: Stream, dense_norm: Any, *, kind: Norm, capped: bool
+    norm: Any,
+    head: Tensor,
+    head_bias: Tensor,
+    dense: Stream,
+    compressed: Stream,
+    dense_norm: Any,
+    *,
+    kind: Norm,
+    capped: bool,
 ) -> None:
     """Fit the final norm by `match_norm`, then fit its gain to the dense model's next-token distributions.
 
-    `head` (vocabulary, d_model) maps the norm's output to logits. If they are `capped`, the second fit is skipped,
-    because it is for linear logits.
+    `head` (vocabulary, d_model) and `head_bias` (vocabulary,) map the norm's output to logits. If they are `capped`,
+    the second fit is skipped, because it is for linear logits.
     """
     match_norm(norm, kind, dense, compressed)
     if capped or not has_gain(norm):
@@ -235,14 +243,15 @@ def match_output(
         for wanted, seen in zip(
             target[:, stride - 1 :: stride].to(device), source[:, stride - 1 :: stride].to(device), strict=True
         ):
-            distribution = (at_least_float32(dense_norm(wanted)) @ head.T).softmax(-1)
+            distribution = (at_least_float32(dense_norm(wanted)) @ head.T + head_bias).softmax(-1)
             samples.append(SoftmaxSample(bare(at_least_float32(seen)), distribution))
     present = at_least_float32(gain(norm, kind))
     bias = torch.zeros_like(present)
     if getattr(norm, "bias", None) is not None:
         bias = at_least_float32(norm.bias.detach())
     fitted, held_back = split_sample(samples, before=distributed.exclusive_sum(own), total=distributed.all_reduce)
-    set_gain(norm, kind, match_softmax(present, bias, head, fitted, held_back, total=distributed.all_reduce))
+    offset = head @ bias + head_bias
+    set_gain(norm, kind, match_softmax(present, offset, head, fitted, held_back, total=distributed.all_reduce))
 
 
 # query and key

@@ -114,7 +114,9 @@ class ModeGPTAttentionMixin(Dense):
         if norms is not None and not norms.rotated:
             query, key = self.normalise(query, key)
         if self.rotates:
-            query, key = self.rotate(query, key, *position_embeddings)
+            first, second = position_embeddings
+            cos, sin = (second, first) if self.family.attention.positions.sine_first else (first, second)
+            query, key = self.rotate(query, key, cos, sin)
         if norms is not None and norms.rotated:
             query, key = self.normalise(query, key)
         value = self.projection("value")(hidden_states).view(*shape, -1, self.v_head_dim)
@@ -192,7 +194,7 @@ def rotates(attention: nn.Module, family: Family) -> bool:
     """Return whether an attention, dense or compressed, rotates query and key by position."""
     positions = family.attention.positions
     flag = positions.layer_flag
-    return positions.pairs != "none" and (flag is None or bool(getattr(attention, flag)))
+    return positions.pairs != "none" and (flag is None or bool(attrgetter(flag)(attention)))
 
 
 def pair_columns(table: Tensor, family: Family, pairs: int, unrotated: float) -> Tensor:

@@ -34,8 +34,8 @@ class ModeGPTMLPMixin(Dense):
         return self.get_submodule(path.removeprefix(f"{self.family.mlp.module}."))
 
 
-def adopt_block(block: Any, model_class: type[Any]) -> None:
-    """Turn a dense block into one of the compressed classes at full width.
+def adopt_block(block: Any, model_class: type[Any], config: Any) -> None:
+    """Turn a dense block of a model with this configuration into one of the compressed classes at full width.
 
     Projections that the dense block stacks or transposes become separate linear layers, which are not initialised.
 
@@ -44,7 +44,9 @@ def adopt_block(block: Any, model_class: type[Any]) -> None:
     """
     family = model_class.attention_class.family
     attention = block.get_submodule(family.attention.module)
-    _separate(block, family, attention.config)
+    _separate(block, family, config)
+    if not hasattr(attention, "config"):
+        attention.config = config
     adopt_attention(attention, model_class.attention_class)
     if model_class.mlp_class is not None:
         block.get_submodule(family.mlp.module).__class__ = model_class.mlp_class
@@ -56,7 +58,9 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
     Raises:
         ImportError: the dense class takes an argument that the compressed one does not handle.
     """
-    attention.cache_argument = check_attention(attention_class.dense_class())
+    attention.cache_argument = check_attention(
+        attention_class.dense_class(), attention_class.family.attention.passed_on
+    )
     attention.__class__ = attention_class
     head_dim, key = attention.dense_head_dim, attention.projection("key")
     attention.set_widths(head_dim, head_dim)
@@ -67,7 +71,7 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
 
 def _separate(block: nn.Module, family: Family, config: Any) -> None:
     """Replace the projections that the dense block stacks or transposes by uninitialised linear layers."""
-    units = {"block": 1} | count_heads(config)
+    units = {"block": 1} | count_heads(block.get_submodule(family.attention.module), family, config)
     head = head_dim(config)
     widths = {"qk": head, "vo": head, "mlp": mlp_width(config, family)}
     stacked: set[str] = set()
@@ -120,7 +124,7 @@ def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
     return new.train(like.training)
 
 
-def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
+def shrink_block(block: Any, model_class: type[Any], config: Any, widths: Widths) -> None:
     """Give a newly built dense block the widths of a compressed one. The values must be loaded afterwards.
 
     Raises:
@@ -128,8 +132,8 @@ def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
     """
     family = model_class.attention_class.family
     attention = block.get_submodule(family.attention.module)
-    units = {"block": 1} | count_heads(attention.config)
-    adopt_block(block, model_class)
+    units = {"block": 1} | count_heads(attention, family, config)
+    adopt_block(block, model_class, config)
     attention.set_widths(widths.qk, widths.vo)
     for projection in family.projections:
         old = block.get_submodule(projection.path)

@@ -45,7 +45,7 @@ class ModeGPTModelMixin(Dense):
         blocks: Any = self.base_model.get_submodule(family.blocks)
         for block, widths in zip(blocks, self.config.widths(), strict=True):
             if not isinstance(block.get_submodule(family.attention.module), ModeGPTAttentionMixin):
-                shrink_block(block, type(self), widths)
+                shrink_block(block, type(self), self.config, widths)
         super().post_init()
 
     @classmethod

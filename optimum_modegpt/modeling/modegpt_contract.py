@@ -24,11 +24,19 @@ KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 """Names of the argument that holds the key-value cache. transformers 5.24 renamed the second to the first."""
 
-CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
+CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "key_value_states")
 """Arguments of cross-attention, which a decoder passes as None."""
 
 ATTENTION_PARAMETERS = frozenset(
-    {"hidden_states", "position_embeddings", "attention_mask", "output_attentions", *CACHE_NAMES, *CROSS_ATTENTION}
+    {
+        "hidden_states",
+        "position_embeddings",
+        "attention_mask",
+        "output_attentions",
+        "use_cache",
+        *CACHE_NAMES,
+        *CROSS_ATTENTION,
+    }
 )
 """Parameters of a dense attention's `forward` that the compressed attention handles."""
 
@@ -39,15 +47,17 @@ LOADING_PARAMETERS = {
 """Methods of `PreTrainedModel` that a strict load replaces or calls, with the parameters that it handles."""
 
 
-def check_attention(dense_class: type) -> str:
+def check_attention(dense_class: type, passed_on: Collection[str] = ()) -> str:
     """Return the name of the cache argument of a dense attention class, after checking that we handle its `forward`.
+
+    `passed_on` are parameters that the class passes to the attention function, as every other keyword.
 
     Raises:
         ImportError: the class declares a parameter that the compressed attention does not handle, or no cache argument.
     """
     declared = _declared(dense_class.forward)  # pyright: ignore[reportAttributeAccessIssue]
     method = f"{dense_class.__name__}.forward"
-    _refuse_unknown(method, declared, ATTENTION_PARAMETERS)
+    _refuse_unknown(method, declared, ATTENTION_PARAMETERS.union(passed_on))
     return _cache_name(f"{method} has the arguments", declared)
 
 

@@ -7,6 +7,7 @@ This file is also remote code: it is copied next to the weights. It imports neit
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 Part = Literal["mlp", "qk", "vo"]
@@ -31,11 +32,15 @@ class Storage:
             query rows of all heads of a key-value head, its key rows and its value rows; "experts", which is refused.
         path: the module that holds all of them, from the block; None if they are separate.
         transposed: whether weights are (in, out), as in `Conv1D`; those of the output projection are too.
+        slices: number of equal slices of a "stacked" module, each of which holds a share of every projection.
+        order: the order of query, key and value in a stacked module.
     """
 
     layout: Literal["separate", "stacked", "per head", "per group", "experts"] = "separate"
     path: str | None = None
     transposed: bool = False
+    slices: int = 1
+    order: tuple[Literal["query", "key", "value"], ...] = ("query", "key", "value")
 
     @property
     def plain(self) -> bool:
@@ -51,14 +56,20 @@ class Positions:
         pairs: the coordinates that rotate together. "half": (i, i + n / 2); "interleaved": (2i, 2i + 1), where n is the
             number of coordinates that rotate; "none": no coordinate rotates.
         partial: whether only the share `partial_rotary_factor` of a head rotates, its first coordinates.
+        width: attribute of the attention with the number of coordinates that rotate, the first ones of a head; None if
+            the configuration's rotary parameters say it.
         table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
             for each pair, next to each other; "single": one for each pair.
-        layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
+        sine_first: whether the model passes (sin, cos) instead of (cos, sin).
+        layer_flag: attribute of the attention that is false in layers without rotation, dotted or not; None if all
+            layers rotate.
     """
 
     pairs: Literal["half", "interleaved", "none"] = "half"
     partial: bool = False
+    width: str | None = None
     table: Literal["concatenated", "repeated", "single"] = "concatenated"
+    sine_first: bool = False
     layer_flag: str | None = None
 
 
@@ -91,12 +102,17 @@ class Attention:
         values: "free" if a basis of the values may change; "coordinates" if something acts on single coordinates
             between value and output projection. Then both stay at full width.
         head_dim: attribute of the attention that holds the width of a head.
+        kv_heads: attribute of the attention that holds the number of key-value heads; None if it is
+            `num_key_value_heads` of the configuration, or that of the heads.
         score_arguments: (argument of the attention function, attribute of the attention) of all that determines the
             scores in addition to `scaling`: a window, a soft cap, sinks. The attribute may be dotted.
         dropout: attribute of the attention with the dropout of the probabilities, dotted or not.
         output_dropout: path of the dropout module after the output projection, if it is part of the attention.
-        clip: name of the configuration's limit that queries, keys and values are clamped to; None if there is none. A
-            model that sets it keeps its attention at full width.
+        clip: name of the configuration's limit that queries, keys and values are clamped to, dotted or not; None if
+            there is none. A model that sets it keeps its attention at full width.
+        passed_on: parameters of the dense attention's `forward` that it passes to the attention function.
+        per_sequence: name of an argument of the block whose first axis counts sequences, and which does not broadcast
+            over them; None if there is none.
     """
 
     module: str = "self_attn"
@@ -109,10 +125,13 @@ class Attention:
     head_norms: HeadNorms | None = None
     values: Literal["free", "coordinates"] = "free"
     head_dim: str = "head_dim"
+    kv_heads: str | None = None
     score_arguments: tuple[tuple[str, str], ...] = ()
     dropout: str = "attention_dropout"
     output_dropout: str | None = None
     clip: str | None = None
+    passed_on: tuple[str, ...] = ()
+    per_sequence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ class MLP:
         storage: how the dense model stores the inputs.
         activation: path of the activation module.
         width: name of the number of hidden channels in the configuration.
-        width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has None.
+        width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has none.
         shared: path of an MLP in addition to experts, which is refused.
     """
 
@@ -163,22 +182,25 @@ class Residual:
     "post-LN": y = norm(x + m·attention(x)), z = norm(y + m·mlp(y)).
 
     Attributes:
-        attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block.
+        attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block. Of several paths, the
+            first that a block has.
         topology: one of the three above.
         flag: name of the configuration's boolean that chooses the topology; None if there is one.
         topology_without_flag: the topology if that boolean is false.
         multiplier: name of m in the configuration; None for 1.
         attention_output_norm, mlp_output_norm: a norm of a half's output before the sum, which is refused.
+        added_inside: the halves whose modules take the stream as their argument `residual`, and return the sum.
     """
 
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    attention_norm: str | tuple[str, ...] = "input_layernorm"
+    mlp_norm: str | tuple[str, ...] = "post_attention_layernorm"
     topology: Topology = "sequential"
     flag: str | None = None
     topology_without_flag: Topology = "sequential"
     multiplier: str | None = None
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
+    added_inside: tuple[Literal["attention", "mlp"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -234,6 +256,8 @@ class Family:
         attention, mlp, norm, residual, head: the parts of a model.
         sizes: names of sizes in the configuration that only this family has.
         refused: names of booleans in the configuration that change the computation of a block, and must be false.
+        returns_tuple: whether a block returns a tuple, whose first element is the stream.
+        linear_class: name of the dense model's own subclass of `nn.Linear`, which computes the same.
     """
 
     model_type: str
@@ -245,6 +269,8 @@ class Family:
     head: Head = Head()
     sizes: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    returns_tuple: bool = False
+    linear_class: str | None = None
 
     @property
     def compressed_type(self) -> str:
@@ -271,7 +297,7 @@ class Family:
             parts["qk"] = "queries and keys are normalised"
         if self.attention.values == "coordinates":
             parts["vo"] = "single coordinates of the values are changed before the output projection"
-        if self.attention.clip is not None and getattr(config, self.attention.clip) is not None:
+        if self.attention.clip is not None and attrgetter(self.attention.clip)(config) is not None:
             parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
         return parts
 
