@@ -74,8 +74,10 @@ def compressed(
     family = model_class.attention_class.family
     head, mlp = head_dim(dense_config), mlp_width(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
-    qk = [head] * 3 if "qk" in family.uncut(dense_config) else [4 + odd, 6 + odd, head]
-    widths = widths or [Widths(qk[0], 7, 31), Widths(qk[1], 3, 40), Widths(qk[2], head, mlp)]
+    uncut = family.uncut(dense_config)
+    qk = [head] * 3 if "qk" in uncut else [4 + odd, 6 + odd, head]
+    vo = [head] * 3 if "vo" in uncut else [7, 3, head]
+    widths = widths or [Widths(*each) for each in zip(qk, vo, (31, 40, mlp), strict=True)]
     record = {"format_version": 1, "base_model": name}
     model = fill(model_class(model_class.config_class.from_dense(dense_config, widths, record)), seed)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -22,7 +22,7 @@ from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
 from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_config import count_heads, mlp_width
-from optimum_modegpt.modeling.modegpt_contract import check_attention
+from optimum_modegpt.modeling.modegpt_contract import check_attention, check_release
 from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
 
 
@@ -99,7 +99,7 @@ class Architecture:
         return matrix if scale == 1 else matrix * scale
 
     def head_bias(self, device: torch.device) -> torch.Tensor:
-        """Return what the head adds to the logits before a soft cap, (vocabulary,), in at least float32 on `device`."""
+        """Return the bias of the logits before a soft cap, (vocabulary,), in at least float32 and on `device`."""
         output = cast(nn.Linear, self.model.get_output_embeddings())
         if output.bias is None:
             return at_least_float32(output.weight.new_zeros(output.out_features, device=device))
@@ -122,7 +122,8 @@ def check_model_type(model_type: str) -> FamilyClasses:
         AlreadyCompressed: for a result of this package.
         UnsupportedModel: for a type that cannot be compressed, with the reason; for one that we do not know, with the
             list of those that we know.
-        ImportError: if the installed transformers changed the family's attention; before any weights are loaded.
+        ImportError: if the installed transformers is too old for the family, or changed its attention; before any
+            weights are loaded.
     """
     if is_compressed(model_type):
         raise AlreadyCompressed(
@@ -135,6 +136,7 @@ def check_model_type(model_type: str) -> FamilyClasses:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(DENSE_TYPES)}.")
     if (feature := classes.family.unsupported) is not None:
         raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
+    check_release(model_type, classes.family.since)
     check_attention(classes.attention_class.dense_class(), classes.family.attention.passed_on)
     return classes
 

@@ -54,14 +54,16 @@ class ModeGPTBloomAttention(ModeGPTScoresMixin, BloomAttention):  # pyright: ign
         """The factor of the scores."""
         return self.inv_norm_factor
 
-    def forward(self, hidden_states: Tensor, residual: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, hidden_states: Tensor, residual: Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Any]:
         """Map (batch, length, d_model) to the same shape, and add the stream as the dense class does."""
         output, weights = super().forward(hidden_states, **kwargs)
         return residual + nn.functional.dropout(output, self.hidden_dropout, self.training), weights
 
-    def score_bias(self, query: Tensor, key: Tensor, alibi: Tensor, **kwargs: Any) -> Tensor:
+    def score_bias(self, query: Tensor, key: Tensor, **kwargs: Any) -> Tensor:
         """Return alibi (batch · heads, 1, keys) as (batch, heads, 1, keys)."""
-        return alibi.view(-1, self.num_heads, 1, key.shape[2])
+        return kwargs["alibi"].view(-1, self.num_heads, 1, key.shape[2])
 
 
 class ModeGPTBloomModel(ModeGPTModelMixin, BloomModel):

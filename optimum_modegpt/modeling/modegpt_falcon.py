@@ -52,7 +52,13 @@ FAMILY = Family(
 class ModeGPTFalconConfig(ModeGPTConfigMixin, FalconConfig):
     """Falcon with the widths of each block in `per_layer_config`."""
 
-    head_dim = None  # a property of the dense class, which cannot be set for a block
+    # In the dense class a property, which cannot be set for a block.
+    head_dim = None  # pyright: ignore[reportIncompatibleMethodOverride]
+
+    @property
+    def num_key_value_heads(self) -> int | None:
+        """The number of key-value heads."""
+        return 1 if self.multi_query and not self.new_decoder_architecture else self.num_kv_heads
 
 
 class ModeGPTFalconAttention(ModeGPTScoresMixin, FalconAttention):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -73,8 +79,9 @@ class ModeGPTFalconAttention(ModeGPTScoresMixin, FalconAttention):  # pyright: i
         """The dropout of the attention weights, which the dense class has only with alibi."""
         return 0.0 if self.rotates else self.attention_dropout.p
 
-    def score_bias(self, query: Tensor, key: Tensor, alibi: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    def score_bias(self, query: Tensor, key: Tensor, **kwargs: Any) -> Tensor | None:
         """Return the bias of eager attention. The mask contains alibi too, as in the dense class."""
+        alibi = kwargs["alibi"]
         return None if alibi is None else alibi.view(-1, self.num_heads, 1, key.shape[2]) * self.scaling
 
 

@@ -256,6 +256,8 @@ class Family:
         attention, mlp, norm, residual, head: the parts of a model.
         sizes: names of sizes in the configuration that only this family has.
         refused: names of booleans in the configuration that change the computation of a block, and must be false.
+        since: the oldest release of transformers whose classes of the family the compressed ones can extend; None if
+            every supported release will do.
         returns_tuple: whether a block returns a tuple, whose first element is the stream.
         linear_class: name of the dense model's own subclass of `nn.Linear`, which computes the same.
     """
@@ -269,6 +271,7 @@ class Family:
     head: Head = Head()
     sizes: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    since: str | None = None
     returns_tuple: bool = False
     linear_class: str | None = None
 

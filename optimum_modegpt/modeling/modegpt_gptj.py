@@ -31,6 +31,7 @@ FAMILY = Family(
     norm=Norm(centred=True),
     residual=Residual("ln_1", "ln_1", topology="parallel"),
     head=Head("ln_f"),
+    since="5.24.0",
 )
 
 

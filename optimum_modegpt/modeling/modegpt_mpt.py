@@ -55,7 +55,7 @@ class ModeGPTMptAttention(ModeGPTScoresMixin, MptAttention):  # pyright: ignore[
         """The factor of the scores."""
         return self.softmax_scale
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         hidden_states: Tensor,
         position_embeddings: Any = None,
@@ -75,9 +75,9 @@ class ModeGPTMptAttention(ModeGPTScoresMixin, MptAttention):  # pyright: ignore[
             query, key, value = (each.clamp(-limit, limit) for each in (query, key, value))
         return query, key, value
 
-    def score_bias(self, query: Tensor, key: Tensor, position_bias: Tensor | None = None, **kwargs: Any) -> Any:
+    def score_bias(self, query: Tensor, key: Tensor, **kwargs: Any) -> Tensor:
         """Return the last columns of alibi, (heads, 1, keys)."""
-        return None if position_bias is None else position_bias[..., -key.shape[2] :]
+        return kwargs["position_bias"][..., -key.shape[2] :]
 
 
 class ModeGPTMptModel(ModeGPTModelMixin, MptModel):
