@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.residual import ResidualProgram
@@ -106,8 +107,9 @@ class Block:
 
     @property
     def activation(self) -> Any:
-        """The MLP's activation φ."""
-        return self.module.get_submodule(self.family.mlp.activation)
+        """The MLP's activation φ, which can be differentiated in forward mode."""
+        name = self.family.mlp.activation_name
+        return self.module.get_submodule(self.family.mlp.activation) if name is None else ACT2FN[name]
 
     @property
     def weights(self) -> int:

@@ -145,6 +145,8 @@ class MLP:
         output: path of the projection whose columns are hidden channels.
         storage: how the dense model stores the inputs.
         activation: path of the activation module.
+        activation_name: name of the same activation in transformers' `ACT2FN` if the module has no forward-mode
+            derivative, as a custom `autograd.Function`; None if it has one.
         width: name of the number of hidden channels in the configuration.
         width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has none.
         shared: path of an MLP in addition to experts, which is refused.
@@ -155,6 +157,7 @@ class MLP:
     output: str = "mlp.down_proj"
     storage: Storage = Storage()
     activation: str = "mlp.act_fn"
+    activation_name: str | None = None
     width: str = "intermediate_size"
     width_factor: int | None = None
     shared: str | None = None
