@@ -10,6 +10,7 @@ SHARED_FILES = (
     "modegpt_contract",
     "modegpt_family",
     "modegpt_files",
+    "modegpt_scores",
 )
 """The modules that all families use."""
 

@@ -30,7 +30,7 @@ def built(
     tensors = dict(_tensors(model, replacements))
     new.load_state_dict(tensors, strict=True, assign=True)
     new.tie_weights()
-    if lost := [name for name, each in new.state_dict().items() if each.data_ptr() != tensors[name].data_ptr()]:
+    if lost := [name for name, each in new.state_dict().items() if not _is_kept(each, tensors[name])]:
         raise RuntimeError(f"{model_class.__name__} replaced {', '.join(lost)} when it tied its weights.")
     dense = dict(model.named_modules())
     for path, target in new.named_modules():
@@ -56,6 +56,11 @@ def _tensors(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
     for path, replacement in replacements.items():
         for name, tensor in replacement.state_dict().items():
             yield f"{path}.{name}", tensor
+
+
+def _is_kept(tensor: Tensor, own: Tensor) -> bool:
+    """Return whether a tensor is the model's own. transformers copies the bias of a head that it ties."""
+    return tensor.data_ptr() == own.data_ptr() or (tensor.ndim == 1 and torch.equal(tensor, own))
 
 
 def _carry_over(source: nn.Module, target: nn.Module) -> None:

@@ -290,7 +290,7 @@ def test_query_and_key_have_similar_weights_in_any_unit_of_the_metric(name, scal
     case = Case(name)
     student, metric = case.block.compressible_copy(CPU), scale * moment(8).expand(4, -1, -1)
     with torch.no_grad():
-        moments = residual_matched.observe_query_key(student, case.stream, metric)
+        moments = residual_matched.observe_query_key(student, case.stream, metric, {})
         factors = residual_matched.cut_query_key(student, moments, None, 4, CONFIG)
     ratio = factors.query.norm() / factors.key.norm()
     limit = 1e2 if scale else 1e5  # the metric of a silent head is its damping
