@@ -30,7 +30,8 @@ def built(
     tensors = dict(_tensors(model, replacements))
     new.load_state_dict(tensors, strict=True, assign=True)
     new.tie_weights()
-    if lost := [name for name, each in new.state_dict().items() if not _is_kept(each, tensors[name])]:
+    _share_bias(new, tensors)
+    if lost := [name for name, each in new.state_dict().items() if each.data_ptr() != tensors[name].data_ptr()]:
         raise RuntimeError(f"{model_class.__name__} replaced {', '.join(lost)} when it tied its weights.")
     dense = dict(model.named_modules())
     for path, target in new.named_modules():
@@ -58,9 +59,12 @@ def _tensors(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
             yield f"{path}.{name}", tensor
 
 
-def _is_kept(tensor: Tensor, own: Tensor) -> bool:
-    """Return whether a tensor is the model's own. transformers copies the bias of a head that it ties."""
-    return tensor.data_ptr() == own.data_ptr() or (tensor.ndim == 1 and torch.equal(tensor, own))
+def _share_bias(new: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Share the bias of the head again. transformers copies it when it ties the head's weight."""
+    head = new.get_output_embeddings()
+    for name, parameter in new.named_parameters():
+        if parameter is getattr(head, "bias", None):
+            parameter.data = tensors[name]
 
 
 def _carry_over(source: nn.Module, target: nn.Module) -> None:
