@@ -76,11 +76,12 @@ def compressed(
     config_class, values = EVERY_VARIANT[name]
     dense_config = config_class(**(values | changes))
     family = model_class.config_class.family
-    head, mlp = (1 if family.absent(dense_config, 0) else head_dim(dense_config)), mlp_width(dense_config, family)
+    head, mlp = head_dim(dense_config.per_layer_config[0]), mlp_width(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
     qk = [head] * 3 if "qk" in family.uncut(dense_config) else [4 + odd, 6 + odd, head]
+    vo = [head] * 3 if "vo" in family.uncut(dense_config) else [7, 3, head]
     if widths is None:
-        widths = [Widths(qk[0], 7, 31), Widths(qk[1], 3, 40), Widths(qk[2], head, mlp)]
+        widths = [Widths(*each) for each in zip(qk, vo, (31, 40, mlp), strict=True)]
         for index, each in enumerate(widths):
             widths[index] = replace(each, **dict.fromkeys(family.absent(dense_config, index), 0))
     record = {"format_version": 1, "base_model": name}

@@ -38,7 +38,7 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """
     family = model.config.family
     twin = dense(name)
-    if not resolve(twin).blocks[0].is_separate:
+    if not all(block.is_separate for block in resolve(twin).blocks):
         adopt(twin, name)
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("rope_index")}
     state |= {key: value for key, value in twin.state_dict().items() if key.endswith("rope_index")}
@@ -65,7 +65,7 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
 def _of_attention(attention: Any, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the places of the rows, and of the columns, of a compressed attention's projections in the dense ones."""
     head_dim, qk, vo = attention.dense_head_dim, attention.qk_head_dim, attention.v_head_dim
-    heads, kv_heads = attention.q_proj.out_features // qk, attention.k_proj.out_features // qk
+    heads, kv_heads = (attention.projection(role).out_features // qk for role in ("query", "key"))
     if attention.rotates:
         pairs = attention.rope_index.long()
         kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)  # (kv_heads, qk)
@@ -76,7 +76,10 @@ def _of_attention(attention: Any, family: Family) -> tuple[dict[str, Tensor], di
         family.attention.key: _rows(kept, head_dim),
         family.attention.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
     }
-    return rows, {family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim)}
+    values = _rows(torch.arange(vo).expand(heads, -1), head_dim)
+    if family.attention.gate is not None:
+        rows[family.attention.gate] = values
+    return rows, {family.attention.output: values}
 
 
 def _rows(kept: Tensor, head_dim: int) -> Tensor:

@@ -86,6 +86,8 @@ def _stored(block: nn.Module, family: Family, projection: Projection) -> Weights
     heads, kv_heads = counts["heads"], counts["kv_heads"]
     if storage.layout == "stacked":
         shares, groups = (heads, kv_heads, kv_heads), 1
+    elif storage.layout == "gated":
+        shares, groups = (1, 1), heads
     else:  # per head, which is one group for each head, or per group
         shares, groups = (heads // kv_heads, 1, 1), kv_heads
 
