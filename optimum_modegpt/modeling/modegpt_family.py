@@ -102,7 +102,7 @@ class Attention:
         gate: path of the projection whose sigmoid multiplies the outputs of the heads, in the compressed model; None
             if there is none.
         values: "free" if a basis of the values may change; "coordinates" if something acts on single coordinates
-            between value and output projection. Then both stay at full width.
+            between value and output projection. Then a narrow head keeps some of them.
         head_dim: attribute of the attention that holds the width of a head.
         score_arguments: (argument of the attention function, attribute of the attention) of all that determines the
             scores in addition to `scaling`: a window, a soft cap, sinks. The attribute may be dotted.
@@ -310,8 +310,6 @@ class Family:
         parts: dict[Part, str] = {}
         if self.attention.head_norms is not None:
             parts["qk"] = "queries and keys are normalised"
-        if self.attention.values == "coordinates":
-            parts["vo"] = "single coordinates of the values are changed before the output projection"
         if self.attention.clip is not None and getattr(config, self.attention.clip) is not None:
             parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
         return parts
