@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,19 @@ class Parameters:
     total_after: int
 
 
+def uncut_sentences(reasons: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """Return a sentence for each part that stays at full width. `reasons` has one mapping part -> reason per block."""
+    found: dict[tuple[str, str], int] = {}
+    for block in reasons:
+        for item in block.items():
+            found[item] = found.get(item, 0) + 1
+    sentences = []
+    for (part, reason), count in found.items():
+        where = "" if count == len(reasons) else f" in {count} of {len(reasons)} blocks"
+        sentences.append(f"{part} stays at full width{where}: {reason}")
+    return tuple(sentences)
+
+
 def count_parameters(model: Any) -> int:
     """Return the number of parameters of a torch module. Tied parameters count once, and buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -100,6 +113,8 @@ class Report:
     """Windows for moments, gradients and divergences, tokens of the last two, and blocks with measured divergences."""
     influences: list[float] = field(default_factory=list)
     """Block influence 1 − E cos(input, output) of every block. Empty unless the allocation used it."""
+    uncut: tuple[str, ...] = ()
+    """Sentences that name the parts that cannot be cut in this model, with the reason."""
     self_check: dict[str, Any] = field(default_factory=dict)
     """Tokens, difference, tolerance and seconds of the check of the finished model. See `walk.self_check.SelfCheck`."""
     warnings: tuple[str, ...] = ()
@@ -130,6 +145,7 @@ class Report:
             blocks=tuple(blocks),
             stages=tuple(Stage(**stage) for stage in fields.pop("stages")),
             warnings=tuple(fields.pop("warnings")),
+            uncut=tuple(fields.pop("uncut", ())),
             **fields,
         )
 
@@ -179,6 +195,7 @@ class Report:
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
             f"{seconds:.1f} s{paced}, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
         ]
+        rows += self.uncut
         for warning in self.warnings:
             rows.append(f"warning: {warning}")
         return "\n".join(rows)

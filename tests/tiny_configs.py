@@ -9,24 +9,43 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import transformers
 from transformers import (
+    ApertusConfig,
+    ArceeConfig,
+    Cohere2Config,
+    CohereConfig,
+    Ernie4_5Config,
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    GemmaConfig,
     Glm4Config,
+    GlmConfig,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    HeliumConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
+    NemotronConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoConfig,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     Qwen2Config,
     Qwen3_5TextConfig,
     Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from optimum_modegpt.modeling import DENSE_TYPES
@@ -62,6 +81,17 @@ _GRANITE = _GATED | {
     "logits_scaling": 2.0,
 }
 _OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+_HALF_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_WINDOW_FIRST = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 4,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
 _GPT2 = _COMMON | {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
@@ -160,6 +190,51 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
         GPT2Config,
         _GPT2 | {"n_inner": None, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
     ),
+    "gemma": (GemmaConfig, _GROUPED | {"head_dim": 12, "attention_bias": True}),
+    "smollm3": (
+        SmolLM3Config,
+        _GROUPED
+        | {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6, "attention_bias": True},
+    ),
+    "cohere2": (Cohere2Config, _GROUPED | _WINDOW_FIRST | {"logit_scale": 0.25}),
+    "cohere2-biases": (
+        Cohere2Config,
+        _GROUPED | _WINDOW_FIRST | {"logit_scale": 0.5, "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    "glm": (GlmConfig, _GROUPED | {"head_dim": 8, "rope_parameters": _HALF_ROTARY}),
+    "seed_oss": (SeedOssConfig, _GROUPED | {"head_dim": 12, "mlp_bias": True, "attention_out_bias": True}),
+    "ernie4_5": (Ernie4_5Config, _GROUPED | {"head_dim": 8, "use_bias": True}),
+    "starcoder2": (Starcoder2Config, _GROUPED | {"sliding_window": 6}),
+    "nemotron": (
+        NemotronConfig,
+        _GROUPED | {"attention_bias": True, "mlp_bias": True, "rope_parameters": _HALF_ROTARY},
+    ),
+    "phi": (PhiConfig, _GROUPED | {"rope_parameters": _HALF_ROTARY}),
+    "phi-norms": (PhiConfig, _GROUPED | {"rope_parameters": _HALF_ROTARY, "qk_layernorm": True}),
+    "hunyuan_v1_dense": (HunYuanDenseV1Config, _GROUPED | {"head_dim": 8, "tie_word_embeddings": True}),
+    "hunyuan_v1_dense-alpha-biases": (
+        HunYuanDenseV1Config,
+        _GROUPED
+        | {
+            "head_dim": 8,
+            "attention_bias": True,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 100.0, "factor": 1.0},
+        },
+    ),
+    "ministral3": (Ministral3Config, _GROUPED | {"head_dim": 8, "sliding_window": 6, "rope_parameters": _YARN}),
+    "ministral": (MinistralConfig, _GROUPED | _WINDOW_FIRST | {"head_dim": 8}),
+    "apertus": (ApertusConfig, _GROUPED | {"attention_bias": True}),
+    "cohere": (CohereConfig, _GROUPED | {"logit_scale": 0.25, "attention_bias": True}),
+    "cohere-norms": (CohereConfig, _GROUPED | {"logit_scale": 0.25, "use_qk_norm": True}),
+    "arcee": (ArceeConfig, _GROUPED | {"attention_bias": True, "mlp_bias": True}),
+    "helium": (HeliumConfig, _GROUPED | {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "olmo": (OlmoConfig, _GROUPED | {"attention_bias": True}),
+    "olmo-clip": (OlmoConfig, _GROUPED | {"clip_qkv": 0.7}),
+    "stablelm": (StableLmConfig, _GROUPED | {"use_qkv_bias": True, "rope_parameters": _HALF_ROTARY}),
+    "stablelm-parallel-norms": (
+        StableLmConfig,
+        _GROUPED | {"use_parallel_residual": True, "qk_layernorm": True, "rope_parameters": _HALF_ROTARY},
+    ),
     "gemma2": (
         Gemma2Config,
         _GROUPED
@@ -216,13 +291,19 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
         },
     ),
 }
+if hasattr(transformers, "ExaoneConfig"):  # from transformers 5.24
+    EVERY_VARIANT["exaone"] = (transformers.ExaoneConfig, _GROUPED | {"attention_bias": True, "mlp_bias": True})
 
 REPRESENTATIVES: dict[str, str] = {}
 for _name, (_config, _) in EVERY_VARIANT.items():
     REPRESENTATIVES.setdefault(_config.model_type, _name)
+INSTALLED = tuple(model_type for model_type in DENSE_TYPES if model_type in REPRESENTATIVES)
+"""The supported families that the installed transformers has."""
+TOWERS = ("gemma3",)
+"""The families whose language model is a part of another model. `test_text_towers.py` tests them."""
 VARIANTS = {name: variant for name, variant in EVERY_VARIANT.items() if variant[0].model_type in TESTED}
 """The variants of the families that take part in every test."""
 OTHERS = tuple(name for name in EVERY_VARIANT if name not in VARIANTS)
 """The other variants, which only `test_every_family.py` tests."""
-FAMILIES = tuple(REPRESENTATIVES[model_type] for model_type in TESTED)
+FAMILIES = tuple(REPRESENTATIVES[model_type] for model_type in TESTED if model_type in INSTALLED)
 """One variant of each of these families, for tests that cost more than a forward pass."""

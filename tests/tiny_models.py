@@ -35,18 +35,18 @@ def dense(name: str, *, task: str = "causal", seed: int = 0, **changes: Any) -> 
     """Create a dense random model in evaluation mode, float32. `changes` override values of its configuration."""
     config_class, values = EVERY_VARIANT[name]
     model = _AUTO[task].from_config(config_class(**(values | changes)))
-    return fill(model, seed).eval()
+    return fill(model, seed, gain=_gain(name)).eval()
 
 
-def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """Set random weights in place, at a scale that keeps activations near one."""
+def fill(model: PreTrainedModel, seed: int = 0, gain: float = 1.0) -> PreTrainedModel:
+    """Set random weights in place, at a scale that keeps activations near one. Weights of norms are near `gain`."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            if parameter.ndim == 1:
-                is_gain = name.endswith("weight") and ("norm" in name or "ln_" in name)
-                parameter.copy_(0.3 * noise + (1.0 if is_gain else 0.0))
+            is_gain = name.endswith("weight") and ("norm" in name or "ln_" in name)
+            if parameter.ndim == 1 or is_gain:
+                parameter.copy_(0.3 * noise + (gain if is_gain else 0.0))
             elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(0.5 * noise)
             else:
@@ -55,6 +55,11 @@ def fill(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
             if name.endswith("scalar"):
                 buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
     return model
+
+
+def _gain(name: str) -> float:
+    """Return the weight at which a norm of the variant's family changes nothing."""
+    return 1.0 - classes(name)["AutoModel"].config_class.family.norm.offset
 
 
 def classes(name: str) -> dict[str, type[PreTrainedModel]]:
@@ -78,14 +83,16 @@ def compressed(
     family = model_class.config_class.family
     head, mlp = head_dim(dense_config.per_layer_config[0]), mlp_width(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
-    qk = [head] * 3 if "qk" in family.uncut(dense_config) else [4 + odd, 6 + odd, head]
-    vo = [head] * 3 if "vo" in family.uncut(dense_config) else [7, 3, head]
+    uncut = family.uncut(dense_config)
+    qk = [head] * 3 if "qk" in uncut else [4 + odd, 6 + odd, head]
+    vo = [head] * 3 if "vo" in uncut else [7, 3, head]
     if widths is None:
-        widths = [Widths(*each) for each in zip(qk, vo, (31, 40, mlp), strict=True)]
+        widths = list(map(Widths, qk, vo, (31, 40, mlp)))
         for index, each in enumerate(widths):
             widths[index] = replace(each, **dict.fromkeys(family.absent(dense_config, index), 0))
     record = {"format_version": 1, "base_model": name}
-    model = fill(model_class(model_class.config_class.from_dense(dense_config, widths, record)), seed)
+    model = model_class(model_class.config_class.from_dense(dense_config, widths, record))
+    fill(model, seed, gain=_gain(name))
     generator = torch.Generator().manual_seed(seed + 1)
     for key, buffer in model.named_buffers():
         if key.endswith("rope_index"):

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from optimum_modegpt.modeling.modegpt_family import Head
+
+
+class LinearHead(NamedTuple):
+    """The linear map from the final norm's output to the logits before a soft cap.
+
+    Attributes:
+        matrix: (vocabulary, d_model).
+        offset: (vocabulary,), which is added.
+    """
+
+    matrix: Tensor
+    offset: Tensor
 
 
 class LogitHead(nn.Module):

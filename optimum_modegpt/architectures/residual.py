@@ -12,7 +12,7 @@ from optimum_modegpt.modeling.modegpt_family import Residual, Topology
 
 @dataclass(frozen=True)
 class ResidualProgram:
-    """The residual program of one block, with its norms, or None where it has none. `Residual` has the equations."""
+    """The residual program of one block, with its norms or None. See `Residual` for the equations."""
 
     topology: Topology
     multiplier: float

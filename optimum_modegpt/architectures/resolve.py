@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from optimum_modegpt.architectures.block import Block
 from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.families import family_of
-from optimum_modegpt.architectures.head import LogitHead, cap_of, scale_of
+from optimum_modegpt.architectures.head import LinearHead, LogitHead, cap_of, scale_of
 from optimum_modegpt.architectures.refused import REFUSED
 from optimum_modegpt.architectures.residual import multiplier_of, topology_of
 from optimum_modegpt.decompositions.psd import at_least_float32
@@ -24,7 +24,7 @@ from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_blocks import mlp_shape
 from optimum_modegpt.modeling.modegpt_config import count_heads
 from optimum_modegpt.modeling.modegpt_contract import check_attention
-from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
+from optimum_modegpt.modeling.modegpt_family import Family, Part, is_compressed
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Architecture:
     def family(self) -> Family:
         """The description of the model's family."""
         return self.classes.family
+
+    @property
+    def dense_parts(self) -> list[dict[Part, str]]:
+        """The parts of every block that stay dense, each with the reason."""
+        return [self.family.dense_parts(self.model.config.get_text_config(), block.index) for block in self.blocks]
 
     @property
     def block_list(self) -> nn.ModuleList:
@@ -78,7 +83,7 @@ class Architecture:
     @property
     def own_tail(self) -> LogitHead:
         """The model's own modules after the last block, from the final norm to the logits."""
-        head, config = self.family.head, self.model.config
+        head, config = self.family.head, self.model.config.get_text_config()
         return LogitHead(
             self.final_norm,
             self._projection,
@@ -87,17 +92,15 @@ class Architecture:
             cap=cap_of(head, config),
         )
 
-    def head(self, device: torch.device) -> torch.Tensor:
-        """Return the map (vocabulary, d_model) from the final norm's output to the logits before a soft cap.
-
-        It is in at least float32 and on `device`.
-        """
-        matrix = cast(nn.Linear, self.model.get_output_embeddings()).weight
-        matrix = at_least_float32(matrix.detach().to(device))
+    def head(self, device: torch.device) -> LinearHead:
+        """Return the map from the final norm to the logits before a soft cap, in at least float32 on `device`."""
+        output = cast(nn.Linear, self.model.get_output_embeddings())
+        matrix = at_least_float32(output.weight.detach().to(device))
+        offset = matrix.new_zeros(len(matrix)) if output.bias is None else output.bias.detach().to(matrix)
         if self._projection is not None:
             matrix = matrix @ self._projection.weight.detach().to(matrix)
-        scale = scale_of(self.family.head, self.model.config)
-        return matrix if scale == 1 else matrix * scale
+        scale = scale_of(self.family.head, self.model.config.get_text_config())
+        return LinearHead(matrix, offset) if scale == 1 else LinearHead(matrix * scale, offset * scale)
 
     @property
     def _projection(self) -> Any:
@@ -130,7 +133,7 @@ def check_model_type(model_type: str) -> FamilyClasses:
     if (feature := classes.family.unsupported) is not None:
         raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
     if classes.attention_class is not None:
-        check_attention(classes.attention_class.dense_class())
+        check_attention(classes.attention_class.dense_class(), classes.family.attention.passed_on)
     return classes
 
 
@@ -156,7 +159,7 @@ def resolve(model: PreTrainedModel) -> Architecture:
             "the compute device by itself."
         )
     for name in classes.family.refused:
-        if value := getattr(model.config, name):
+        if value := getattr(model.config.get_text_config(), name):
             raise UnsupportedModel(
                 f"{type(model).__name__} has {name}={value!r}, which changes its blocks; expected {type(value)()!r}."
             )
@@ -171,7 +174,9 @@ def resolve(model: PreTrainedModel) -> Architecture:
 def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
     """Read the blocks of a dense model, which may be on the meta device, without any check."""
     modules: Any = model.base_model.get_submodule(classes.family.blocks)
-    blocks = tuple(_read_block(module, classes, index, model.config) for index, module in enumerate(modules))
+    blocks = tuple(
+        _read_block(module, classes, index, model.config.get_text_config()) for index, module in enumerate(modules)
+    )
     return Architecture(model, classes, blocks)
 
 

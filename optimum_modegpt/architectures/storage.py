@@ -54,8 +54,11 @@ def is_separate(block: nn.Module, family: Family, parts: Collection[Part]) -> bo
 def reorder_head_norms(block: nn.Module, family: Family, parts: Collection[Part]) -> None:
     """Bring the parameters of a dense block's query and key norms, if any, in the order of compressed models."""
     order = _order(block, family, parts)
-    norms = family.attention.head_norms
-    if norms is None or order is None:
+    if order is None:
+        return
+    attention: Any = block.get_submodule(family.attention.module)
+    norms = family.attention.norms_of(attention.config)
+    if norms is None:
         return
     for path in (norms.query, norms.key):
         for parameter in block.get_submodule(path).parameters():

@@ -17,6 +17,7 @@ from optimum_modegpt.budget.sizes import check_reachable, part_sizes
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.cost import ByteCounts, Extent, block_forward
 from optimum_modegpt.methods.registry import method_of, work_of
+from optimum_modegpt.report import uncut_sentences
 from optimum_modegpt.stages import compute_device
 
 LIBRARIES = 12 * 2**20
@@ -37,6 +38,7 @@ class Estimate:
     disk: ByteCounts  # the checkpoint, which is kept until the result is written, and the result
     forward_multiply_adds: int  # of one forward pass
     forward_passes: dict[str, float]  # multiply-adds by step, in units of forward passes
+    uncut: tuple[str, ...]  # sentences that name the parts that cannot be cut
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and their sums, safe for JSON."""
@@ -98,6 +100,7 @@ def estimate(
         disk=disk,
         forward_multiply_adds=int(forward),
         forward_passes=passes,
+        uncut=uncut_sentences(architecture.dense_parts),
     )
 
 

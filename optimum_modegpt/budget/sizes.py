@@ -21,7 +21,7 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
             units[projection.part] += block.count(projection.unit) * block.d_model
         parts = {"mlp": part_size(dense.mlp, units["mlp"], mlp_step(dense.mlp, config.round_to), cap)}
         if block.attends:
-            qk_step = head_step(dense.qk, config.round_to, pairs=block.rotary)
+            qk_step = head_step(dense.qk, config.round_to, pairs=block.paired)
             vo_step = head_step(dense.vo, config.round_to, pairs=False)
             parts["qk"] = part_size(dense.qk, units["qk"], qk_step, cap)
             parts["vo"] = part_size(dense.vo, units["vo"], vo_step, cap)

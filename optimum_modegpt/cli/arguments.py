@@ -75,7 +75,7 @@ def evaluate(commands: Any) -> None:
     _add_device(parser)
     text = "Measured if --tasks is omitted, and in addition to tasks if --dataset is given."
     group = parser.add_argument_group("perplexity", text)
-    text = "texts, measured one by one; by default wikitext2, or the demo's own; MODEL must not follow them"
+    text = "texts, measured one by one; by default c4 and wikitext2, or the demo's own; MODEL must not follow them"
     group.add_argument("--dataset", nargs="+", metavar="NAME_OR_FILE", help=text)
     _add_reading(group, "test, validation or train")
     group.add_argument("--max-windows", type=count, metavar="N", help="score only the first N windows")
@@ -139,9 +139,11 @@ def recover(commands: Any) -> None:
     text = "distill this model's predictions instead of training on the text's tokens"
     add("--teacher", dest="reference", metavar="DENSE", help=text)
     _add_reference_revision(parser, "--teacher-revision")
-    text = "text, or a mixture as for compress; by default wikitext2, or the demo's own; MODEL must not follow it"
+    text = "text or mixture as for compress; by default c4 and wikitext2, or the demo's own; MODEL must not follow it"
     add("--dataset", nargs="+", action=Mixture, metavar="NAME_OR_FILE[=WEIGHT]", help=text)
     _add_reading(parser, "train")
+    text = "text of another kind, whose perplexity selects the best step; by default the last 5 %% of the windows"
+    add("--held-out", metavar="NAME_OR_FILE", help=text)
     add("--num-samples", type=count, default=4096, metavar="N", help="maximum number of windows; default %(default)s")
     add("--learning-rate", type=float, metavar="X", help="peak learning rate; default 0.03 / sqrt(d_model)")
     texts = {

@@ -118,6 +118,7 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
         cells = {part: f"{rank}/{block.dense_ranks[part]}" for part, rank in block.ranks.items()}
         rows.append([str(block.index), *(cells.get(part, "–") for part in PARTS)])
     lines.append(aligned(rows, left=0))
+    lines += found.uncut
     record = found.record or {}
     known = {key: value for key, value in sanitized(record).items() if isinstance(value, dict)}
     lines += _recipe_lines(record, found.sparsity)
@@ -196,6 +197,7 @@ def estimate_table(found: Estimate) -> str:
         "ESTIMATE from shapes alone; the report of a compression has the measured values.",
         f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
         f"{found.calibration_tokens:,} calibration tokens",
+        *found.uncut,
     ]
     if found.processes > 1:
         lines.append(f"{found.processes} processes: host memory and files are totals, device memory is per process")

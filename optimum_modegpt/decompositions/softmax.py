@@ -27,20 +27,20 @@ class SoftmaxSample:
 
 def match_softmax(
     gain: Tensor,
-    bias: Tensor,
+    offset: Tensor,
     head: Tensor,
     fitted: SoftmaxSample,
     held_back: SoftmaxSample,
     *,
     total: Total = complete,
 ) -> Tensor:
-    """Compute the gain g (d,) after a damped Newton step on mean KL(P ‖ softmax(W (g∘x + b))), which is convex in g.
+    """Compute the gain g (d,) after a damped Newton step on mean KL(P ‖ softmax(W (g∘x) + b)), which is convex in g.
 
     Conjugate gradients give the step. It is halved until the divergence falls on the fitted tokens. If the divergence
-    does not also fall on the held-out tokens, `gain` is returned unchanged. `bias` is b (d,), `head` is W (V, d), and
-    `total` completes a sum over tokens with the sums of other ranks.
+    does not also fall on the held-out tokens, `gain` is returned unchanged. `offset` is b (V,), `head` is W (V, d),
+    and `total` completes a sum over tokens with the sums of other ranks.
     """
-    problem = _Softmax(fitted, bias, head, total)
+    problem = _Softmax(fitted, offset, head, total)
     probabilities = problem.log_probabilities(gain).exp()
     residual = probabilities - fitted.target
     gradient = problem.mean(fitted.features * (residual @ head))
@@ -57,7 +57,7 @@ def match_softmax(
     for halving in range(HALVINGS):
         moved = gain + step / 2**halving
         if problem.cross_entropy(moved) < unmoved:
-            outside = _Softmax(held_back, bias, head, total)
+            outside = _Softmax(held_back, offset, head, total)
             return moved if outside.cross_entropy(moved) < outside.cross_entropy(gain) else gain
     return gain
 
@@ -65,7 +65,7 @@ def match_softmax(
 @dataclass(frozen=True)
 class _Softmax:
     sample: SoftmaxSample
-    bias: Tensor
+    offset: Tensor
     head: Tensor
     total: Total
 
@@ -74,7 +74,7 @@ class _Softmax:
         return self.total(values.sum(0)) / self.total(len(values))
 
     def log_probabilities(self, gain: Tensor) -> Tensor:
-        return ((gain * self.sample.features + self.bias) @ self.head.T).log_softmax(-1)
+        return ((gain * self.sample.features) @ self.head.T + self.offset).log_softmax(-1)
 
     def cross_entropy(self, gain: Tensor) -> float:
         """Compute the cross entropy, which is the divergence plus the entropy of the target, a constant."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.modeling.modegpt_family import is_compressed
+from optimum_modegpt.report import uncut_sentences
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Inspection:
     """Fraction of the weights of the blocks' projections that was removed."""
     record: dict[str, Any] | None = None
     """Record of the compression in the configuration. None for a dense model."""
+    uncut: tuple[str, ...] = ()
+    """Sentences that name the parts that cannot be cut in this model, with the reason."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, safe for JSON."""
@@ -73,7 +76,9 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
     weights = _weights_of_blocks(config, tensors)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
         _check_shapes(config, blocks, weights)
-    return replace(found, blocks=blocks, sparsity=_sparsity(config, blocks, weights), record=config.modegpt)
+    uncut = uncut_sentences([config.family.dense_parts(config.get_text_config(), block.index) for block in blocks])
+    sparsity = _sparsity(config, blocks, weights)
+    return replace(found, blocks=blocks, sparsity=sparsity, record=config.modegpt, uncut=uncut)
 
 
 def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
@@ -105,8 +110,9 @@ def _weights_of_blocks(config: Any, tensors: Mapping[str, TensorHeader]) -> dict
 
 
 def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, TensorHeader]) -> None:
-    heads = config.num_attention_heads
-    units = {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads, "block": 1}
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    units = {"heads": heads, "kv_heads": getattr(text, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
     for block in blocks:
         for projection in config.family.projections_of(block.ranks.keys()):

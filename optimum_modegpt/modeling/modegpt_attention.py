@@ -17,7 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .modegpt_config import Dense
 from .modegpt_contract import refuse_unread_arguments
-from .modegpt_family import Family
+from .modegpt_family import Family, HeadNorms
+
+IN_MASK = {"sliding_window"}
+"""Arguments of the attention function that the mask contains already."""
 
 
 class ModeGPTAttentionMixin(Dense):
@@ -55,6 +58,11 @@ class ModeGPTAttentionMixin(Dense):
         """Return the arguments of the attention function that determine the scores, in addition to `scaling`."""
         return {name: attrgetter(path)(self) for name, path in self.family.attention.score_arguments}
 
+    @property
+    def has_plain_scores(self) -> bool:
+        """Whether the scores follow from query, key and mask, without a soft cap or sinks."""
+        return all(value is None or name in IN_MASK for name, value in self.score_arguments().items())
+
     def set_widths(self, qk: int, vo: int) -> None:
         """Set the head dims. The caller replaces the projections."""
         self.qk_head_dim, self.v_head_dim = qk, vo
@@ -77,13 +85,14 @@ class ModeGPTAttentionMixin(Dense):
         # Up to transformers 5.23 a paged cache is an argument of the attention function.
         paged = "cache" in kwargs or (cache is not None and not isinstance(cache, Cache))
         query, key, value = self.project(hidden_states, position_embeddings)
+        query = self.scaled_query(query, kwargs.get("position_ids"))
         width = self.kernel_width(implementation, paged)
         dropout = attrgetter(self.family.attention.dropout)(self) if self.training else 0.0
         if paged:  # the cache itself has this width
             query, key, value = _pad(query, width), _pad(key, width), _pad(value, width)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
-        if implementation == "sdpa" and query.shape[2] == 1 and not paged:
+        if implementation == "sdpa" and query.shape[2] == 1 and not paged and self.has_plain_scores:
             return self.output(self.attend_once(query, key, value, attention_mask, dropout), hidden_states), None
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_function())
         attn_output, attn_weights = attention_interface(
@@ -107,31 +116,52 @@ class ModeGPTAttentionMixin(Dense):
 
     def project(self, hidden_states: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Return query, key and value, (batch, heads, length, width) each; query and key after norms and rotation."""
-        shape = hidden_states.shape[:-1]
-        query = self.projection("query")(hidden_states).view(*shape, -1, self.qk_head_dim)
-        key = self.projection("key")(hidden_states).view(*shape, -1, self.qk_head_dim)
-        norms = self.family.attention.head_norms
+        query = self.projected("query", hidden_states, self.qk_head_dim)
+        key = self.projected("key", hidden_states, self.qk_head_dim)
+        norms = self.family.attention.norms_of(self.config)
         if norms is not None and not norms.rotated:
-            query, key = self.normalise(query, key)
+            query, key = self.normalise(norms, query, key)
         if self.rotates:
             query, key = self.rotate(query, key, *position_embeddings)
         if norms is not None and norms.rotated:
-            query, key = self.normalise(query, key)
-        value = self.projection("value")(hidden_states).view(*shape, -1, self.v_head_dim)
+            query, key = self.normalise(norms, query, key)
+        value = self.projected("value", hidden_states, self.v_head_dim)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
-    def normalise(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    def projected(self, role: str, hidden_states: Tensor, width: int) -> Tensor:
+        """Return the output of the "query", "key" or "value" projection, (batch, length, heads, width)."""
+        output, clip = self.projection(role)(hidden_states), self.family.attention.clip
+        limit = None if clip is None else getattr(self.config, clip)
+        if limit is not None:
+            output = output.clamp(-limit, limit)
+        return output.view(*hidden_states.shape[:-1], -1, width)
+
+    def normalise(self, norms: HeadNorms, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the family's norms to query and key, (batch, length, heads, qk) each."""
-        norms = self.family.attention.head_norms
-        assert norms is not None
-        query_norm, key_norm = self.submodule(norms.query), self.submodule(norms.key)
+        query_norm, key_norm = self.head_norm("query"), self.head_norm("key")
         if norms.over == "head":
             return query_norm(query), key_norm(key)
+        if norms.over == "each head":
+            return query_norm(query.transpose(1, 2)).transpose(1, 2), key_norm(key.transpose(1, 2)).transpose(1, 2)
         return query_norm(query.flatten(2)).view_as(query), key_norm(key.flatten(2)).view_as(key)
+
+    def scaled_query(self, query: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Multiply the query (batch, heads, length, qk) by the factor of its position, if the family has one."""
+        if not self.family.attention.positions.query_factor:
+            return query
+        assert position_ids is not None, "the factor of a query depends on its position"
+        rope = self.config.rope_parameters
+        turns = (position_ids / rope["original_max_position_embeddings"]).floor()
+        factor = 1 + rope["llama_4_scaling_beta"] * (1 + turns).log()
+        return query * factor[:, None, :, None].to(query.dtype)
 
     def projection(self, role: str) -> nn.Module:
         """Return the "query", "key", "value", "output" or "gate" projection."""
         return self.submodule(getattr(self.family.attention, role))
+
+    def head_norm(self, role: str) -> nn.Module:
+        """Return the norm of "query" or "key". The family must have them."""
+        return self.submodule(getattr(self.family.attention.head_norms, role))
 
     def submodule(self, path: str) -> nn.Module:
         """Return a module of the attention by its path from the block."""
@@ -143,8 +173,11 @@ class ModeGPTAttentionMixin(Dense):
         if self.family.attention.gate is not None:
             heads = heads * self.projection("gate")(hidden_states).sigmoid()
         output = self.projection("output")(heads)
-        dropout = self.family.attention.output_dropout
-        return output if dropout is None else self.submodule(dropout)(output)
+        path = self.family.attention.output_dropout
+        if path is None:
+            return output
+        dropout = attrgetter(path.removeprefix(f"{self.family.attention.module}."))(self)
+        return nn.functional.dropout(output, getattr(dropout, "p", dropout), self.training)
 
     def attend_once(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         """Return the attention output of one query per head, (batch, 1, heads, v).
@@ -218,10 +251,11 @@ def pair_columns(table: Tensor, family: Family, pairs: int, unrotated: float) ->
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate coordinate pairs (i, i + d/2) of the last axis. The first half of `sin` is negated.
 
-    This computes with whole rows, because CPU kernels process rows shorter than a vector register as scalars.
+    This computes with whole rows, because CPU kernels process rows shorter than a vector register as scalars. Some
+    models have a table in float32; the result has the dtype of `x`.
     """
     first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
 
 
 def _pad(x: Tensor, width: int | None) -> Tensor:

@@ -39,15 +39,17 @@ LOADING_PARAMETERS = {
 """Methods of `PreTrainedModel` that a strict load replaces or calls, with the parameters that it handles."""
 
 
-def check_attention(dense_class: type) -> str:
+def check_attention(dense_class: type, passed_on: Collection[str] = ()) -> str:
     """Return the name of the cache argument of a dense attention class, after checking that we handle its `forward`.
+
+    `passed_on` are parameters that the class passes to the attention function, as every other keyword.
 
     Raises:
         ImportError: the class declares a parameter that the compressed attention does not handle, or no cache argument.
     """
     declared = _declared(dense_class.forward)  # pyright: ignore[reportAttributeAccessIssue]
     method = f"{dense_class.__name__}.forward"
-    _refuse_unknown(method, declared, ATTENTION_PARAMETERS)
+    _refuse_unknown(method, declared, ATTENTION_PARAMETERS.union(passed_on))
     return _cache_name(f"{method} has the arguments", declared)
 
 

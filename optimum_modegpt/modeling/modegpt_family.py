@@ -59,8 +59,10 @@ class Positions:
         table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
             for each pair, next to each other; "single": one for each pair.
         layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
-        flag_needs: attribute of the attention that is None if all layers rotate whatever their flag is; None if the
-            flag always counts.
+        flag_needs: attribute of the attention that is None in models whose layers all rotate, also if `layer_flag` is
+            false; None if `layer_flag` always counts.
+        query_factor: whether queries are multiplied by 1 + β log(1 + ⌊position / L⌋) after the rotation. β and L are
+            `llama_4_scaling_beta` and `original_max_position_embeddings` in the configuration's `rope_parameters`.
     """
 
     pairs: Literal["half", "interleaved", "none"] = "half"
@@ -68,22 +70,28 @@ class Positions:
     table: Literal["concatenated", "repeated", "single"] = "concatenated"
     layer_flag: str | None = None
     flag_needs: str | None = None
+    query_factor: bool = False
 
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Norms of queries and keys. They keep query and key at full width.
+    """Norms of queries and keys. They compute as the norms of the residual stream do.
+
+    A block with narrow heads has a gain for each of them, (heads, qk_head_dim), because each keeps other coordinates.
 
     Attributes:
         query, key: paths of the norms, from the block.
-        over: the coordinates that a norm averages over, those of a head or of the whole projection.
+        over: the coordinates that a norm averages over: those of a "head", by one module for all heads; those of "each
+            head", by a module that splits (batch, heads, length, head_dim); those of the whole "projection".
         rotated: whether the norms come after the rotation.
+        flag: name of the configuration's boolean that adds the norms; None if every model has them.
     """
 
     query: str = "self_attn.q_norm"
     key: str = "self_attn.k_norm"
-    over: Literal["head", "projection"] = "head"
+    over: Literal["head", "each head", "projection"] = "head"
     rotated: bool = False
+    flag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +115,11 @@ class Attention:
         score_arguments: (argument of the attention function, attribute of the attention) of all that determines the
             scores in addition to `scaling`: a window, a soft cap, sinks. The attribute may be dotted.
         dropout: attribute of the attention with the dropout of the probabilities, dotted or not.
-        output_dropout: path of the dropout module after the output projection, if it is part of the attention.
-        clip: name of the configuration's limit that queries, keys and values are clamped to; None if there is none. A
-            model that sets it keeps its attention at full width.
+        output_dropout: path of the dropout after the output projection, a module or its rate, if it is part of the
+            attention.
+        clip: name of the configuration's limit that the outputs of the query, key and value projections are clamped
+            to; None if there is none. A model that sets it keeps its attention at full width.
+        passed_on: parameters of the dense attention's `forward` that it passes to the attention function.
     """
 
     module: str = "self_attn"
@@ -129,6 +139,14 @@ class Attention:
     dropout: str = "attention_dropout"
     output_dropout: str | None = None
     clip: str | None = None
+    passed_on: tuple[str, ...] = ()
+
+    def norms_of(self, config: Any) -> HeadNorms | None:
+        """Return the norms of queries and keys in a model, or None if it has none."""
+        norms = self.head_norms
+        if norms is None or norms.flag is None or getattr(config, norms.flag):
+            return norms
+        return None
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,7 @@ class Residual:
 
     Attributes:
         attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block; None if there is none.
+            A parallel block without `mlp_norm` has one for both.
         topology: one of the three above.
         flag: name of the configuration's boolean that chooses the topology; None if there is one.
         topology_without_flag: the topology if that boolean is false.
@@ -308,11 +327,17 @@ class Family:
     def uncut(self, config: Any) -> dict[Part, str]:
         """Return the parts that compression leaves at their dense width in a model, each with the reason."""
         parts: dict[Part, str] = {}
-        if self.attention.head_norms is not None:
-            parts["qk"] = "queries and keys are normalised"
+        if (norms := self.attention.norms_of(config)) is not None and norms.over == "projection":
+            parts["qk"] = "queries and keys are normalised over all heads"
+        elif norms is not None and self.norm.centred:
+            parts["qk"] = "queries and keys are centred and normalised"
         if self.attention.clip is not None and getattr(config, self.attention.clip) is not None:
             parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
         return parts
+
+    def dense_parts(self, config: Any, index: int) -> dict[Part, str]:
+        """Return the parts of block `index` that stay dense, each with the reason."""
+        return self.uncut(config) | self.absent(config, index)
 
     @property
     def unsupported(self) -> str | None:

@@ -58,20 +58,23 @@ def recover(
     windows: TokenWindows,
     *,
     teacher: PreTrainedModel | None = None,
+    held_out: TokenWindows | None = None,
     config: RecoveryConfig | None = None,
     teacher_name: str | None = None,
     progress: bool = False,
 ) -> Recovery:
     """Fine-tune a compressed model in place on its device, and write a record `recovered` into its configuration.
 
-    The last 5 % of the windows, at least two, are held out. The model ends with the weights of the step with the lowest
-    perplexity on them. If no step improves the model, or on an error, the model is unchanged.
+    The model ends with the weights of the step with the lowest perplexity on held-out windows. If no step improves the
+    model, or on an error, the model is unchanged.
 
     Args:
         model: a compressed causal language model, entirely on one device: the first one if there are several.
         windows: token ids (windows, length) with their record. Evaluate the model on other text.
         teacher: the dense model, on any device. With a teacher, the loss is KL(teacher ‖ model) of the next-token
             distributions instead of the cross-entropy with the text.
+        held_out: the held-out windows. Another kind of text than `windows` shows when the model learns that text at
+            the expense of others. None holds out the last 5 % of `windows`, at least two.
         config: settings of the training. None means the defaults.
         teacher_name: name of the teacher for the record. None means the name in the teacher's configuration.
         progress: whether to show a progress bar.
@@ -85,30 +88,32 @@ def recover(
     """
     config = config or RecoveryConfig()
     _check_model(model)
-    training, held_out = _split(windows)
+    training, selecting = _split(windows) if held_out is None else (windows.tokens, held_out.tokens)
     if degenerate := describe_degenerate(windows):
         logger.warning(degenerate)
     check_windows(model, windows.tokens)
+    check_windows(model, selecting)
     if teacher is not None:
         _check_teacher(model, teacher, windows)
         teacher_name = teacher_name or Base().completed(teacher).model
     train = _import_training()
     start = time.perf_counter()
-    before = perplexity(model, held_out).perplexity
-    best = train(model, teacher, training, held_out, before, config, progress)
+    before = perplexity(model, selecting).perplexity
+    best = train(model, teacher, training, selecting, before, config, progress)
     recovery = Recovery(
         perplexity_before=before,
-        perplexity_after=perplexity(model, held_out).perplexity,
+        perplexity_after=perplexity(model, selecting).perplexity,
         best_step=best.step,
         steps=config.steps,
         tokens=best.tokens,
         trained_parameters=sum(map(Tensor.numel, best.adapter)),
-        held_out_windows=len(held_out),
+        held_out_windows=len(selecting),
         seconds=time.perf_counter() - start,
     )
     if recovery.best_step:
         recovered = _record(model, windows, config, recovery)
         recovered |= {"distilled": teacher is not None, "teacher": teacher_name}
+        recovered["held_out"] = (windows if held_out is None else held_out).record["name"]
         model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
     return recovery
 

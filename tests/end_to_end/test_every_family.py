@@ -47,15 +47,17 @@ def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
-    """Compress a model of every family by both methods, save it and run it in fresh processes.
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """Compress the models of all selected tests by both methods, save them and run them in fresh processes.
 
     Return the logits by variant and process: this one, one with the package, one with the code in the folder.
     """
     root = tmp_path_factory.mktemp("families")
+    users: list[Any] = [item for item in request.session.items if "saved" in getattr(item, "fixturenames", ())]
+    names = [user.callspec.params["name"] for user in users]
     found: dict[str, dict[str, Tensor]] = {}
     jobs: dict[str, list[dict[str, Any]]] = {"local": [], "remote": []}
-    for name in OTHERS:
+    for name in names:
         assert run(dense(name), sparsity=0.3, method="paper").achieved_sparsity == pytest.approx(0.3, abs=0.01), name
         model, folder = dense(name), root / name
         assert run(model, sparsity=0.3).achieved_sparsity == pytest.approx(0.3, abs=0.01), name
@@ -68,7 +70,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
     for kind, listed in jobs.items():
         if listed:
             run_worker(listed, kind, root)
-        for name in OTHERS:
+        for name in names:
             found[name][kind] = load_file(Path(root, name, f"{kind}.out"))["out"]
     return found
 
@@ -113,6 +115,16 @@ def test_left_padded_batch_matches_single_sequences(name: str) -> None:
     found = model.generate(padded, attention_mask=mask, **options)
     for row, single in ((found[0, 4:], short), (found[1], ids[1:])):
         assert torch.equal(row, model.generate(single, attention_mask=torch.ones_like(single), **options)[0])
+
+
+@EVERY
+def test_bfloat16_is_close_to_float32(name: str) -> None:
+    """Some models have a rotary table in float32, with queries and keys in bfloat16."""
+    model, ids = compressed(name), tokens()
+    expected = logits(model, ids)
+    found = logits(model.to(torch.bfloat16), ids)
+    assert found.dtype is torch.bfloat16
+    assert (found.float() - expected).norm() < 0.1 * expected.norm()
 
 
 @EVERY

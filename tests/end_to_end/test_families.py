@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_configs import FAMILIES
-from tiny_models import dense
+from tiny_configs import FAMILIES, INSTALLED, TOWERS
+from tiny_models import dense, tokens
 
 from optimum_modegpt.architectures import family_of, resolve
+from optimum_modegpt.calibration.streams import skipping_blocks
 from optimum_modegpt.modeling import DENSE_TYPES, modegpt_family
 
 ROOT = Path(modegpt_family.__file__).parents[1]
@@ -53,7 +55,7 @@ def test_a_family_is_named_in_its_own_file_only() -> None:
 
 
 def test_every_file_of_a_family_describes_it() -> None:
-    for model_type in DENSE_TYPES:
+    for model_type in INSTALLED:
         classes = family_of(model_type)
         assert classes is not None
         assert classes.family.model_type == model_type
@@ -64,3 +66,21 @@ def test_the_projections_are_all_matrices_of_a_block(name: str) -> None:
     block = resolve(dense(name)).blocks[0].compressible_copy(torch.device("cpu"))
     matrices = {path for path, tensor in block.module.named_parameters() if tensor.ndim == 2}
     assert matrices == {f"{projection.path}.weight" for projection in block.family.projections}
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    missing = set(DENSE_TYPES) - {*INSTALLED, *TOWERS}
+    assert not any(importlib.util.find_spec(f"transformers.models.{model_type}") for model_type in missing)
+
+
+@pytest.mark.parametrize("name", ["phi", "cohere", "granite", "opt-post-ln"])
+def test_the_linear_head_gives_the_logits_of_the_modules(name: str) -> None:
+    """The head may have a bias, a scale, a divisor, or a projection before it."""
+    model = dense(name)
+    architecture = resolve(model)
+    with torch.no_grad():
+        stream, logits = skipping_blocks(architecture, tokens())
+        if architecture.final_norm is not None:
+            stream = architecture.final_norm(stream)
+        matrix, offset = architecture.head(torch.device("cpu"))
+        torch.testing.assert_close(stream @ matrix.T + offset, logits, atol=1e-5, rtol=1e-5)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_configs import EVERY_VARIANT, INSTALLED
 from tiny_models import fill, tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -25,7 +26,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import UnsupportedModel
-from optimum_modegpt.modeling import DENSE_TYPES, modegpt_granite
+from optimum_modegpt.modeling import modegpt_gemma2
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
 from optimum_modegpt.modeling.modegpt_blocks import ModeGPTMLPMixin
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin, register
@@ -35,7 +36,6 @@ from optimum_modegpt.modeling.modegpt_family import (
     Attention,
     Family,
     Head,
-    HeadNorms,
     Norm,
     Positions,
     Residual,
@@ -44,26 +44,6 @@ from optimum_modegpt.modeling.modegpt_family import (
 
 WINDOW = ("sliding_window", "sliding_window")
 LITERALS = {
-    "cohere": Family(
-        "cohere",
-        attention=Attention(positions=Positions("interleaved", table="repeated")),
-        norm=Norm(centred=True),
-        residual=Residual("input_layernorm", "input_layernorm", topology="parallel"),
-        head=Head(scale="logit_scale"),
-    ),
-    "glm": Family(
-        "glm",
-        attention=Attention(positions=Positions("interleaved", partial=True)),
-        mlp=MLP(storage=Storage("stacked", "mlp.gate_up_proj"), activation="mlp.activation_fn"),
-    ),
-    "gemma": Family("gemma", norm=Norm(offset=1.0)),
-    "smollm3": Family(
-        "smollm3", attention=Attention(positions=Positions(layer_flag="use_rope"), score_arguments=(WINDOW,))
-    ),
-    "hunyuan_v1_dense": Family(
-        "hunyuan_v1_dense",
-        attention=Attention(head_norms=HeadNorms("self_attn.query_layernorm", "self_attn.key_layernorm", rotated=True)),
-    ),
     "ministral": Family(
         "ministral",
         attention=Attention(layers=("full_attention",), mixers=("self_attn",), score_arguments=(WINDOW,)),
@@ -78,18 +58,17 @@ LITERALS = {
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "cohere": {"logit_scale": 0.25},
-    "glm": {
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        "attention_bias": True,
-    },
+    "glm": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     "granite": {"residual_multiplier": 0.4, "logits_scaling": 3.0, "attention_multiplier": 0.3},
+    "ministral3": EVERY_VARIANT["ministral3"][1],
+    "olmo": {"clip_qkv": 0.7},
     "ministral": {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 6},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "vaultgemma": {"final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0, "sliding_window": 6},
 }
 NAMES = pytest.mark.parametrize("name", LITERALS)
-SUPPORTED = [classes for classes in map(family_of, DENSE_TYPES) if classes is not None]
-GRANITE = modegpt_granite.FAMILY
+SUPPORTED = [classes for classes in map(family_of, INSTALLED) if classes is not None]
+FAMILY = {classes.family.model_type: classes.family for classes in SUPPORTED}
 
 
 @pytest.fixture(autouse=True)
@@ -172,34 +151,39 @@ def test_both_methods_reach_the_sparsity(name: str, monkeypatch: pytest.MonkeyPa
 
 
 WRONG: dict[str, tuple[Family, str]] = {
-    "norm offset": (replace(LITERALS["gemma"], norm=Norm()), "computes its gain or its mean"),
-    "norm centred": (replace(LITERALS["cohere"], norm=Norm()), "computes its gain or its mean"),
-    "head scale": (replace(LITERALS["cohere"], head=Head()), "computes its logits in another way"),
-    "head divisor": (replace(GRANITE, head=Head()), "computes its logits in another way"),
+    "norm offset": (replace(FAMILY["gemma"], norm=Norm()), "computes its gain or its mean"),
+    "norm centred": (replace(FAMILY["cohere"], norm=Norm()), "computes its gain or its mean"),
+    "head scale": (replace(FAMILY["cohere"], head=Head()), "computes its logits in another way"),
+    "head divisor": (replace(FAMILY["granite"], head=Head()), "computes its logits in another way"),
     "head cap": (replace(LITERALS["vaultgemma"], head=Head()), "computes its logits in another way"),
-    "multiplier": (replace(GRANITE, residual=Residual()), "block 0 computes something else"),
+    "multiplier": (replace(FAMILY["granite"], residual=Residual()), "block 0 computes something else"),
     "topology": (
-        replace(LITERALS["cohere"], residual=Residual("input_layernorm", "input_layernorm")),
+        replace(FAMILY["cohere"], residual=Residual("input_layernorm", "input_layernorm")),
         "block 0 computes something else",
     ),
     "pairs": (
-        replace(LITERALS["cohere"], attention=Attention(positions=Positions(table="repeated"))),
+        replace(FAMILY["cohere"], attention=Attention(positions=Positions(table="repeated"))),
         "block 0 computes something else",
     ),
     "partial pairs": (
-        replace(LITERALS["glm"], attention=Attention(positions=Positions(partial=True))),
+        replace(FAMILY["glm"], attention=Attention(positions=Positions(partial=True))),
         "block 0 computes something else",
     ),
-    "layer flag": (replace(LITERALS["smollm3"], attention=Attention()), "block 1 computes something else"),
+    "layer flag": (replace(FAMILY["smollm3"], attention=Attention()), "block 1 computes something else"),
+    "query factor": (
+        replace(FAMILY["ministral3"], attention=replace(FAMILY["ministral3"].attention, positions=Positions())),
+        "block 0 computes something else",
+    ),
+    "clip": (replace(FAMILY["olmo"], attention=Attention()), "block 0 computes something else"),
     "soft cap": (
         replace(LITERALS["vaultgemma"], attention=Attention(score_arguments=(WINDOW,))),
         "block 0 computes something else",
     ),
-    "experts": (replace(LITERALS["gemma"], mlp=MLP(storage=Storage("experts", "mlp.experts"))), "has experts"),
-    "shared experts": (replace(LITERALS["gemma"], mlp=MLP(shared="mlp.shared")), "has a shared MLP"),
+    "experts": (replace(FAMILY["gemma"], mlp=MLP(storage=Storage("experts", "mlp.experts"))), "has experts"),
+    "shared experts": (replace(FAMILY["gemma"], mlp=MLP(shared="mlp.shared")), "has a shared MLP"),
     "output norms": (
-        replace(LITERALS["gemma"], residual=Residual(mlp_output_norm="post_feedforward_layernorm")),
-        "has norms on the output",
+        replace(modegpt_gemma2.FAMILY, residual=Residual(mlp_norm="pre_feedforward_layernorm")),
+        "block 0 computes something else",
     ),
 }
 
@@ -213,7 +197,7 @@ def test_a_wrong_description_is_refused(case: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("method", ["default", "paper"])
 def test_values_that_are_coordinates_are_selected(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    family = replace(LITERALS["gemma"], attention=Attention(values="coordinates"))
+    family = replace(FAMILY["gemma"], attention=Attention(values="coordinates"))
     before = model_of("gemma").model.layers
     model, _ = compressed_with(family, monkeypatch, sparsity=0.5, method=method, allocation="uniform")
     for block, own in zip(model.model.layers, before, strict=True):

@@ -14,14 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_configs import FAMILIES
+from tiny_configs import FAMILIES, INSTALLED
 from tiny_models import compressed, dense, tokens
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from optimum_modegpt.architectures import family_of
-from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_contract import (
     CACHE_NAMES,
     KNOWN_VERSIONS,
@@ -131,13 +130,19 @@ def test_a_cache_under_another_name_is_refused(name: str) -> None:
             attention(hidden, position_embeddings=embeddings, **{foreign: DynamicCache()})
 
 
-@pytest.mark.parametrize("family", DENSE_TYPES)
+@pytest.mark.parametrize("family", INSTALLED)
 def test_the_installed_transformers_fits_the_contract(family: str) -> None:
     classes = family_of(family)
     assert classes is not None
+    if classes.attention_class is None:
+        pytest.skip("the attention of this family stays dense")
     dense_class = classes.attention_class.dense_class()
     [expected] = set(CACHE_NAMES) & set(inspect.signature(dense_class.forward).parameters)
-    assert check_attention(dense_class) == expected
+    passed_on = classes.family.attention.passed_on
+    assert check_attention(dense_class, passed_on) == expected
+    for name in passed_on:
+        with pytest.raises(ImportError, match=f"declares '{name}'"):
+            check_attention(dense_class, [other for other in passed_on if other != name])
 
 
 def test_an_output_with_an_unknown_cache_field_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +220,6 @@ def test_engines_get_the_widths_that_they_allocate(name: str, engine: str, monke
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)
     layers = [model.config.per_layer_config[index] for index in range(model.config.num_hidden_layers)]
     allocated = [layer.head_dim if engine == "vllm" else model.config.dense_head_dim for layer in layers]
-    if "qk" not in model.config.family.uncut(model.config):
-        padded = any(width.vo > width.qk for width in model.config.widths())
-        assert padded, "the case in which query and key are padded"
+    padded = any(width.vo > width.qk for width in model.config.widths())
+    assert padded, "the case in which query and key are padded"
     assert seen == [(width, width, width) for width in allocated]

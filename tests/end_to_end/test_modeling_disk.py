@@ -170,7 +170,7 @@ def test_saved_files_have_the_compressed_shapes_and_metadata(name: str, saved: d
             }
             for path, shape in expected.items():
                 assert file.get_slice(f"{prefix}.{path}.weight").get_shape() == list(shape)
-    assert (widths[0].qk < head_dim) != ("qk" in family.uncut(model.config))
+    assert widths[0].qk < head_dim
     assert widths[0].mlp < mlp_width
 
 

@@ -12,11 +12,13 @@ from tiny_configs import FAMILIES, VARIANTS
 from tiny_models import classes, compressed, dense, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from twins import CPU, adopt, blocks_of, dense_twin
 
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
-from optimum_modegpt.modeling.modegpt_blocks import install_linear, install_rope_index
+from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
+from optimum_modegpt.modeling.modegpt_blocks import install_head_gains, install_linear, install_rope_index
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -116,6 +118,9 @@ def test_adoption_takes_narrowed_blocks(name: str) -> None:
             install_linear(student.module, projection.path, linear.weight.detach(), bias)
         if student.rotary:
             install_rope_index(student.attention, wanted.rope_index.clone())
+        if student.normalised:
+            gains = {role: wanted.head_norm(role).weight.detach().clone() for role in ("query", "key")}
+            install_head_gains(student.attention, gains)
         copies[architecture.block_paths[block.index]] = student.module
         architecture.block_list[block.index] = student.module
     ids = tokens()
@@ -241,3 +246,43 @@ def test_a_new_model_is_initialised_like_a_dense_one(name: str) -> None:
             spread = module.weight.std().item()
             assert spread == pytest.approx(0.02, rel=0.3), path
             assert module.bias is None or not module.bias.any(), path
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("seed_oss", {"residual_dropout": 0.3}),
+        ("starcoder2", {"residual_dropout": 0.3}),
+        ("gpt2", {"resid_pdrop": 0.3}),
+    ],
+)
+def test_dropout_after_the_output_projection_is_that_of_the_dense_model(name: str, rates: dict[str, float]) -> None:
+    ids = tokens()
+    reference, model = adopted(name, attention_dropout=0.0, **rates)
+    found = []
+    for each in (reference.train(), model.train()):
+        torch.manual_seed(0)
+        found.append(each(ids).logits)
+    torch.testing.assert_close(found[1], found[0], atol=5e-5, rtol=1e-5)
+    assert not torch.allclose(found[0], reference.eval()(ids).logits, atol=0.1)
+
+
+@pytest.mark.parametrize("arguments", [{"softcap": 3.0}, {"s_aux": torch.zeros(4)}])
+def test_a_single_token_is_not_attended_without_its_soft_cap_or_sinks(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The short way for one token knows only the mask, so other arguments go to the attention function."""
+    model, seen = compressed("llama-mha"), []
+
+    def function(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **given: Any) -> Any:
+        seen.append(given)
+        return value.transpose(1, 2), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", function)
+    model.set_attn_implementation("sdpa")
+    model(tokens(1, 1))
+    assert seen == []
+    monkeypatch.setattr(ModeGPTAttentionMixin, "score_arguments", lambda self: {"sliding_window": 6, **arguments})
+    model(tokens(1, 1))
+    assert len(seen) == model.config.num_hidden_layers
+    assert all(given[name] is value for given in seen for name, value in arguments.items())

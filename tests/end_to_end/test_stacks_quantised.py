@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -44,13 +43,10 @@ def model_for(method: str, name: str) -> Any:
     if method != "nf4":
         return compressed(name)
     family: Any = classes(name)["AutoModelForCausalLM"].config_class.family
-    widths = FITTING
-    if "qk" in compressed(name).config.family.uncut(compressed(name).config):
-        widths = [dataclasses.replace(each, qk=32) for each in FITTING]
     sizes = {"hidden_size": 128, family.mlp.width: 192, **dict.fromkeys(family.sizes, 128)}
     if "head_dim" in vars(VARIANTS[name][0](**VARIANTS[name][1])):
         sizes["head_dim"] = 32
-    return compressed(name, widths=widths, **sizes)
+    return compressed(name, widths=FITTING, **sizes)
 
 
 def projections(model: Any) -> list[nn.Module]:

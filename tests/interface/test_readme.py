@@ -175,7 +175,8 @@ def test_every_python_block_is_run() -> None:
 
 def test_every_shell_block_is_checked() -> None:
     commands = shell_commands()
-    checked = ("optimum-cli modegpt ", "pip install ", "python tests/benchmarks/", "torchrun ")
+    families = "python .github/families_table.py"
+    checked = ("optimum-cli modegpt ", "pip install ", "python tests/benchmarks/", "torchrun ", families)
     assert [one for one in commands if not one.startswith(checked)] == []
     assert {one.language for one in BLOCKS} == {"python", "bash"}
 

@@ -124,6 +124,22 @@ def test_the_record_of_the_configuration(distilled: bool) -> None:
     assert model.config.modegpt["base_model"] == "opt"
 
 
+def test_held_out_text_of_another_kind_selects_the_step() -> None:
+    windows, noise = windows_of(), tokens(4, 16, seed=5)
+    other = TokenWindows(noise, windows.record | {"name": "noise"})
+    model = compressed("llama-gqa-tied")
+    before = perplexity(model, noise).perplexity
+    recovery = recover(model, windows, held_out=other, config=SHORT)
+    assert recovery.held_out_windows == 4
+    assert recovery.perplexity_before == before
+    assert recovery.perplexity_after == perplexity(model, noise).perplexity <= before
+    if recovery.best_step:
+        assert model.config.modegpt["recovered"]["held_out"] == "noise"
+    model = compressed("llama-gqa-tied")
+    recover(model, windows, config=SHORT)
+    assert model.config.modegpt["recovered"]["held_out"] == "counting"
+
+
 def test_distillation_brings_the_model_nearer_to_its_teacher() -> None:
     model, teacher = compressed("llama-gqa-tied"), dense("llama-gqa-tied").train()
     windows = TokenWindows(tokens(batch=26, length=16), windows_of().record)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_modegpt.report import BlockReport, Parameters, PartReport, Report, Stage
+from optimum_modegpt.report import BlockReport, Parameters, PartReport, Report, Stage, uncut_sentences
 
 
 @pytest.fixture
@@ -56,3 +56,12 @@ def test_the_table(report: Report) -> None:
     assert "warning: too few tokens" in lines
     paced = dataclasses.replace(report, stages=(Stage("decompose", 3.0, 2**20, {"moments": 0.5, "streams": 1.0}),))
     assert "3.0 s (2.0 times its matrix products at this device's rate), peak " in paced.summary()
+
+
+def test_sentences_on_parts_at_full_width_count_the_blocks() -> None:
+    blocks = [{"qk": "queries are normalised"}, {"qk": "queries are normalised", "vo": "values are gated"}]
+    assert uncut_sentences(blocks) == (
+        "qk stays at full width: queries are normalised",
+        "vo stays at full width in 1 of 2 blocks: values are gated",
+    )
+    assert uncut_sentences([{}, {}]) == ()

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import transformers
 from checkpoints import RECIPE, save_dense, save_text
+from tiny_configs import INSTALLED
 
 import optimum_modegpt
 from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer
 from optimum_modegpt.architectures import family_of
 from optimum_modegpt.cli import arguments
 from optimum_modegpt.integration.registration import when_imported
-from optimum_modegpt.modeling import DENSE_TYPES
 
 QUANTISATION = "torchao bitsandbytes gptqmodel compressed_tensors hqq auto_round"
 UNUSED = f"{QUANTISATION} peft lm_eval matplotlib onnx onnxruntime onnxscript datasets"
@@ -139,7 +139,7 @@ def test_the_package_lists_its_public_names_and_has_no_others() -> None:
 
 
 def test_the_light_list_of_families_is_that_of_the_families() -> None:
-    for dense in DENSE_TYPES:
+    for dense in INSTALLED:
         classes = family_of(dense)
         assert classes is not None
         assert classes.config.model_type == classes.family.compressed_type

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optimum_modegpt.architectures import Block, resolve
 from optimum_modegpt.calibration.gradients import output_gradients
-from optimum_modegpt.calibration.streams import StreamStorage, enter
+from optimum_modegpt.calibration.streams import StreamStorage, calls_of, enter
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods import published, residual_matched
 from optimum_modegpt.methods.method import StreamPair
@@ -159,6 +159,34 @@ def test_pairs_that_no_query_reads_go_without_loss(name, method):
         assert student.attention.rope_index.tolist() == [[0, 2]] * case.block.kv_heads
 
 
+@METHODS
+def test_normalised_pairs_that_nothing_reads_go_without_loss(method):
+    case = Case("qwen3")
+    with torch.no_grad():
+        for role in ("query", "key"):
+            case.part(role).weight.view(-1, 8, 32)[:, [1, 3, 5, 7]] = 0
+    student, errors = case.cut(method, qk=4)
+    assert errors["qk"] < 1e-3
+    assert case.error(student, case.other) < 1e-3
+    assert student.attention.rope_index.tolist() == [[0, 2]] * case.block.kv_heads
+    assert student.head_norm("query").weight.shape == (4, 4)
+
+
+def test_narrow_norms_have_the_divisors_of_the_dense_ones():
+    case, norm = Case("qwen3"), "self_attn.q_norm"
+    with torch.no_grad():
+        student, _ = case.cut("residual matched", qk=6)
+        factors = student.module.get_submodule(norm).weight, case.block.module.get_submodule(norm).weight
+        divisors = []
+        for block, gains in zip((student, case.block), factors, strict=True):
+            with calls_of(block.module.get_submodule(norm)) as calls:
+                block.forward(case.stream[0], case.arguments)
+            before, after = calls.pop()
+            divisors.append((gains * before / after).mean(-1))
+    assert difference(*divisors) < 0.3
+    assert difference(divisors[0], divisors[1].mean().expand_as(divisors[1])) > 0.1
+
+
 @VARIANTS
 def test_twin_channels_go_without_loss(name):
     case = Case(name)
@@ -286,8 +314,7 @@ def test_dense_targets_are_those_of_the_blocks_own_forward_pass(name):
 def test_dense_block_is_left_as_it_was(name, method):
     case = Case(name)
     before = {key: value.clone() for key, value in case.block.module.state_dict().items()}
-    qk = case.block.head_dim if "qk" in case.block.uncut else 4
-    case.cut(method, qk=qk, vo=3, mlp=20)
+    case.cut(method, qk=4, vo=3, mlp=20)
     after = case.block.module.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -53,7 +53,8 @@ def joined(found: OutputGradients) -> dict[str, Tensor]:
 
 def modules_of(block: Block) -> dict[str, nn.Module]:
     """Return the modules of a dense block whose outputs the gradients are for, by place."""
-    path, _ = FUSED.get(block.family.model_type, (block.family.attention.query, None))
+    norms, query = block.family.attention.head_norms, block.family.attention.query
+    path, _ = FUSED.get(block.family.model_type, (query if norms is None else norms.query, None))
     return {"query": block.module.get_submodule(path), "attention": block.output, "mlp": block.down}
 
 
@@ -74,7 +75,7 @@ def differentiated(architecture: Architecture, ids: Tensor) -> list[dict[str, Te
         logits = architecture.model(ids, use_cache=False).logits
         outputs = [call[0][1] for call in calls]
         found = torch.autograd.grad(logits, outputs, directions(logits.detach(), range(len(ids))))
-    shaped = [each.view(*ids.shape, -1).double() for each in found]
+    shaped = [each.reshape(*ids.shape, -1).double() for each in found]
     return [dict(zip(PLACES, shaped[start : start + 3], strict=True)) for start in range(0, len(shaped), 3)]
 
 

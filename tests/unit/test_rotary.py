@@ -10,6 +10,7 @@ from torch import Tensor
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, damp
 from optimum_modegpt.decompositions.rotary import (
     eliminate_pairs,
+    eliminate_pairs_alone,
     pair_indices,
     query_refit,
     select_coordinates,
@@ -127,6 +128,20 @@ def test_error_is_the_loss_of_the_refitted_query():
     for group, mapping in enumerate(query_refit(damped, kept, ridge=1e-14)):
         index = pair_indices(kept[group], HEAD_DIM)
         assert refit_error(damped[group], query[group], mapping, index) == pytest.approx(float(errors[group]))
+
+
+def test_pairs_without_a_refit_cost_their_own_part_of_the_query():
+    metric, query = head_moments(0), head_moments(50)
+    kept, errors = eliminate_pairs_alone(metric, query, 3).after(3)
+    assert (kept.diff(dim=1) > 0).all()
+    for group in range(GROUPS):
+        index = pair_indices(kept[group], HEAD_DIM)
+        expected = refit_error(metric[group], query[group], eye(HEAD_DIM)[index], index)
+        assert float(errors[group]) == pytest.approx(expected)
+        for pair in range(PAIRS):  # the first one is the cheapest
+            other = pair_indices(torch.tensor([p for p in range(PAIRS) if p != pair]), HEAD_DIM)
+            single = refit_error(metric[group], query[group], eye(HEAD_DIM)[other], other)
+            assert single >= float(eliminate_pairs_alone(metric, query, PAIRS - 1).costs[group, 0])
 
 
 def test_keeping_every_pair_costs_nothing_and_changes_nothing():

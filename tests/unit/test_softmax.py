@@ -11,17 +11,17 @@ from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax,
 
 TOKENS, D_MODEL, VOCABULARY = 40, 6, 15
 WANTED = 1 + 0.3 * normal(D_MODEL, seed=9)
-BIAS, HEAD = 0.2 * normal(D_MODEL, seed=8), normal(VOCABULARY, D_MODEL, seed=7)
+OFFSET, HEAD = 0.5 * normal(VOCABULARY, seed=8), normal(VOCABULARY, D_MODEL, seed=7)
 
 
 def sample(gain: Tensor, seed: int, loudness: Tensor | float = 1.0) -> SoftmaxSample:
     """Return tokens whose target distribution is that of `gain`."""
     features = loudness * normal(TOKENS, D_MODEL, seed=seed)
-    return SoftmaxSample(features, ((gain * features + BIAS) @ HEAD.T).softmax(-1))
+    return SoftmaxSample(features, ((gain * features) @ HEAD.T + OFFSET).softmax(-1))
 
 
 def divergence(gain: Tensor, tokens: SoftmaxSample) -> float:
-    log_q = ((gain * tokens.features + BIAS) @ HEAD.T).log_softmax(-1)
+    log_q = ((gain * tokens.features) @ HEAD.T + OFFSET).log_softmax(-1)
     return float((tokens.target * (tokens.target.log() - log_q)).sum(-1).mean())
 
 
@@ -29,25 +29,25 @@ def test_steps_converge_to_the_gain_of_the_target_distribution():
     gain, divergences = torch.ones(D_MODEL).double(), []
     for _ in range(6):
         divergences.append(divergence(gain, sample(WANTED, 0)))
-        gain = match_softmax(gain, BIAS, HEAD, sample(WANTED, 0), sample(WANTED, 1))
+        gain = match_softmax(gain, OFFSET, HEAD, sample(WANTED, 0), sample(WANTED, 1))
     assert divergences[1] < 0.2 * divergences[0]
     assert difference(gain, WANTED) < 1e-5
 
 
 def test_gain_that_meets_the_target_is_not_changed():
-    assert torch.equal(match_softmax(WANTED, BIAS, HEAD, sample(WANTED, 0), sample(WANTED, 1)), WANTED)
+    assert torch.equal(match_softmax(WANTED, OFFSET, HEAD, sample(WANTED, 0), sample(WANTED, 1)), WANTED)
 
 
 def test_step_that_does_not_help_on_held_back_tokens_is_rejected():
     start = torch.ones(D_MODEL).double()
     against = sample(2 * start - WANTED, 1)
-    assert torch.equal(match_softmax(start, BIAS, HEAD, sample(WANTED, 0), against), start)
+    assert torch.equal(match_softmax(start, OFFSET, HEAD, sample(WANTED, 0), against), start)
 
 
 @pytest.mark.parametrize("start", [0.01, 10.0])
 def test_step_far_from_the_solution_reduces_the_divergence(start):
     gain = torch.full((D_MODEL,), start, dtype=torch.float64)
-    moved = match_softmax(gain, BIAS, HEAD, sample(WANTED, 0), sample(WANTED, 1))
+    moved = match_softmax(gain, OFFSET, HEAD, sample(WANTED, 0), sample(WANTED, 1))
     for seed in (0, 1):
         assert divergence(moved, sample(WANTED, seed)) < divergence(gain, sample(WANTED, seed))
 
@@ -55,7 +55,7 @@ def test_step_far_from_the_solution_reduces_the_divergence(start):
 def test_zero_channels_keep_their_gain():
     loud = torch.tensor([1.0, 0, 1, 1, 1, 1])
     fitted, held_back = (sample(WANTED, seed, loud) for seed in (0, 1))
-    moved = match_softmax(torch.ones(D_MODEL).double(), BIAS, HEAD, fitted, held_back)
+    moved = match_softmax(torch.ones(D_MODEL).double(), OFFSET, HEAD, fitted, held_back)
     assert moved[1] == 1
     assert (moved != 1).sum() == D_MODEL - 1
 

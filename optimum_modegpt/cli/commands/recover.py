@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils.hub import cached_file
 
+from optimum_modegpt.calibration.data import TokenWindows, evaluation_windows
 from optimum_modegpt.cli.commands import common
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError, InvalidConfig
@@ -25,10 +26,12 @@ from optimum_modegpt.recovery.recover import Recovery, check_compressed, recover
 from optimum_modegpt.report import Report
 
 ON_CARD = (
-    *("dataset", "dataset_split", "text_column", "sequence_length", "num_samples"),
+    *("dataset", "dataset_split", "text_column", "held_out", "sequence_length", "num_samples"),
     *RecoveryConfig.__dataclass_fields__,
 )
 """The flags that a card shows, except the name of the teacher."""
+HELD_OUT_WINDOWS = 32
+"""Maximum number of windows of the held-out text."""
 
 
 def run(options: Namespace) -> None:
@@ -38,7 +41,7 @@ def run(options: Namespace) -> None:
     checkpoint = checkpoint_of(output)
     with checkpoint.alone():
         restore_output(checkpoint.folder, output)
-        used = common.existing_paths(source.path, *names_of(options.dataset))
+        used = common.existing_paths(source.path, *names_of(options.dataset), *names_of(options.held_out))
         if teacher is not None:
             used += common.existing_paths(teacher.path)
         check_output(output, overwrite=options.overwrite, used=used)
@@ -72,6 +75,7 @@ def recover_to(output: Path, work_folder: Path, source: Source, teacher: Source 
             model,
             windows,
             teacher=dense,
+            held_out=held_out(options, tokenizer, windows, model_config, source),
             config=config,
             teacher_name=teacher.base_model if teacher else None,
             progress=common.shows_progress(),
@@ -95,8 +99,9 @@ def recover_to(output: Path, work_folder: Path, source: Source, teacher: Source 
 def arguments(options: Namespace, teacher: Source | None) -> list[str]:
     """Return the arguments of this command for the report; of local paths only the last part."""
     values = {name: getattr(options, name) for name in ON_CARD}
-    if options.dataset is not None:
-        values["dataset"] = without_folders(options.dataset)
+    for name in ("dataset", "held_out"):
+        if values[name] is not None:
+            values[name] = without_folders(values[name])
     name = teacher.base_model if teacher else None
     return flags({"teacher": name, "teacher_revision": options.reference_revision, **values})
 
@@ -111,6 +116,22 @@ def text(options: Namespace, model_config: Any) -> ModeGPTConfig:
         num_samples=options.num_samples,
         sequence_length=options.sequence_length,
         seed=options.seed,
+    )
+
+
+def held_out(
+    options: Namespace, tokenizer: Any, windows: TokenWindows, model_config: Any, source: Source
+) -> TokenWindows | None:
+    """Return the windows that select the best step, of the length of those to train on, or None if not requested."""
+    if options.held_out is None:
+        return None
+    return evaluation_windows(
+        options.held_out,
+        tokenizer,
+        sequence_length=windows.tokens.shape[1],
+        max_windows=HELD_OUT_WINDOWS,
+        vocab_size=model_config.get_text_config().vocab_size,
+        hub=source.dataset_arguments(),
     )
 
 
