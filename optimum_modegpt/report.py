@@ -66,15 +66,20 @@ class Parameters:
 
 
 def uncut_sentences(reasons: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
-    """Return a sentence for each part that stays at full width. `reasons` has one mapping part -> reason per block."""
+    """Return a sentence for each reason that leaves parts at full width.
+
+    `reasons` has one mapping part -> reason for each block.
+    """
     found: dict[tuple[str, str], int] = {}
     for block in reasons:
-        for item in block.items():
-            found[item] = found.get(item, 0) + 1
+        for reason in dict.fromkeys(block.values()):
+            parts = " and ".join(part for part, own in block.items() if own == reason)
+            found[parts, reason] = found.get((parts, reason), 0) + 1
     sentences = []
-    for (part, reason), count in found.items():
+    for (parts, reason), count in found.items():
+        verb = "stay" if " and " in parts else "stays"
         where = "" if count == len(reasons) else f" in {count} of {len(reasons)} blocks"
-        sentences.append(f"{part} stays at full width{where}: {reason}")
+        sentences.append(f"{parts} {verb} at full width{where}: {reason}")
     return tuple(sentences)
 
 

@@ -81,7 +81,7 @@ def compressed(
     config_class, values = EVERY_VARIANT[name]
     dense_config = config_class(**(values | changes))
     family = model_class.config_class.family
-    head, mlp = (1 if family.absent(dense_config, 0) else head_dim(dense_config)), mlp_width(dense_config, family)
+    head, mlp = head_dim(dense_config.per_layer_config[0]), mlp_width(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
     uncut = family.uncut(dense_config)
     qk = [head] * 3 if "qk" in uncut else [4 + odd, 6 + odd, head]

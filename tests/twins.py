@@ -40,8 +40,7 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """
     family = model.config.family
     twin = dense(name)
-    first = resolve(twin).blocks[0]
-    if not first.is_separate or first.normalised:
+    if not all(block.is_separate and not block.normalised for block in resolve(twin).blocks):
         adopt(twin, name)
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("rope_index")}
     state |= {key: value for key, value in twin.state_dict().items() if key.endswith("rope_index")}
@@ -77,11 +76,14 @@ def _of_attention(attention: Any, family: Family) -> tuple[dict[str, Tensor], di
         family.attention.key: _rows(kept, head_dim),
         family.attention.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
     }
-    return rows, {family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim)}
+    values = _rows(torch.arange(vo).expand(heads, -1), head_dim)
+    if family.attention.gate is not None:
+        rows[family.attention.gate] = values
+    return rows, {family.attention.output: values}
 
 
 def _head_counts(attention: Any) -> tuple[int, int]:
-    return tuple(linear.out_features // attention.qk_head_dim for linear in (attention.q_proj, attention.k_proj))
+    return tuple(attention.projection(role).out_features // attention.qk_head_dim for role in ("query", "key"))
 
 
 def _kept(attention: Any) -> Tensor:

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,15 @@ class Block:
     def attention(self) -> Any:
         """The attention module."""
         return self.module.get_submodule(self.family.attention.module)
+
+    def count(self, unit: Literal["heads", "kv_heads", "block"]) -> int:
+        """Return the number of these units in the block."""
+        return {"heads": self.heads, "kv_heads": self.kv_heads, "block": 1}[unit]
+
+    @property
+    def keeps_coordinates(self) -> bool:
+        """Whether narrow values are some coordinates of the dense ones, instead of a basis."""
+        return self.family.attention.values == "coordinates"
 
     @property
     def attends(self) -> bool:
@@ -205,7 +214,7 @@ class Block:
     # ------------------------------------------------------------------------------------------------------- weights
 
     def head_rows(self, role: str) -> Tensor:
-        """Return the rows of the projection "query", "key" or "value", (heads, head_dim, in [+ 1]), in float64."""
+        """Return the rows of "query", "key", "value" or "gate", (heads, head_dim, in [+ 1]), in float64."""
         return _rows(self._linear(getattr(self.family.attention, role))).unflatten(0, (-1, self.head_dim))
 
     def head_gains(self, role: str) -> Tensor:
@@ -320,10 +329,16 @@ class Block:
             weights = {role: weight_of(each, self.norm) for role, each in gains.items()}
             modegpt_blocks.install_head_gains(self.attention, weights)
 
-    def install_value_output(self, value: Tensor, output: Tensor) -> None:
-        """Replace value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model)."""
+    def install_value_output(self, value: Tensor, output: Tensor, gate: Tensor | None) -> None:
+        """Replace value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model).
+
+        Also replace the gate by rows (heads, rank, in [+ 1]), unless they are None.
+        """
         self._install_rows(self.family.attention.value, value.flatten(0, 1))
         self._install_rows(self.family.attention.output, output.T)
+        if gate is not None:
+            assert self.family.attention.gate is not None
+            self._install_rows(self.family.attention.gate, gate.flatten(0, 1))
         self.attention.set_widths(self.attention.qk_head_dim, value.shape[1])
 
     def install_mlp(self, rows: tuple[Tensor, ...], down: Tensor) -> None:

@@ -86,12 +86,14 @@ def _stored(block: nn.Module, family: Family, projection: Projection, config: An
         return stored.mapped(lambda rows: rows.chunk(len(together))[index])
     counts = count_heads(block.get_submodule(family.attention.module), family, config)
     heads, kv_heads = counts["heads"], counts["kv_heads"]
-    if storage.layout == "stacked":
+    sizes, groups = [1] * len(together), heads  # gated: the query rows of a head, then its gate rows
+    place = index
+    if storage.layout != "gated":
         shares, groups = {"query": heads, "key": kv_heads, "value": kv_heads}, storage.slices
-    else:  # per head, which is one group for each head, or per group
-        shares, groups = {"query": heads // kv_heads, "key": 1, "value": 1}, kv_heads
-    sizes = [shares[role] for role in storage.order]
-    place = storage.order.index(("query", "key", "value")[index])
+        if storage.layout != "stacked":  # per head, which is one group for each head, or per group
+            shares, groups = {"query": heads // kv_heads, "key": 1, "value": 1}, kv_heads
+        sizes = [shares[role] for role in storage.order]
+        place = storage.order.index(("query", "key", "value")[index])
 
     def share(rows: Tensor) -> Tensor:
         parts = rows.unflatten(0, (groups, sum(sizes), -1))  # (groups, Σ shares, rows of a share, …)

@@ -16,14 +16,15 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
 
     def sizes(block: Block) -> dict[str, PartSize]:
         dense, cap = block.dense_widths, config.max_sparsity
-        mlp_unit = (len(block.family.mlp.inputs) + 1) * block.d_model
-        parts = {"mlp": part_size(dense.mlp, mlp_unit, mlp_step(dense.mlp, config.round_to), cap)}
+        units = dict.fromkeys(block.parts, 0)
+        for projection in block.family.projections_of(block.parts):
+            units[projection.part] += block.count(projection.unit) * block.d_model
+        parts = {"mlp": part_size(dense.mlp, units["mlp"], mlp_step(dense.mlp, config.round_to), cap)}
         if block.attends:
-            head_unit = (block.heads + block.kv_heads) * block.d_model
             qk_step = head_step(dense.qk, config.round_to, pairs=block.paired)
             vo_step = head_step(dense.vo, config.round_to, pairs=False)
-            parts["qk"] = part_size(dense.qk, head_unit, qk_step, cap)
-            parts["vo"] = part_size(dense.vo, head_unit, vo_step, cap)
+            parts["qk"] = part_size(dense.qk, units["qk"], qk_step, cap)
+            parts["vo"] = part_size(dense.vo, units["vo"], vo_step, cap)
         for part in block.uncut:
             size = parts[part]
             parts[part] = PartSize(size.dense, size.weights_per_unit, step=size.dense, floor=size.dense)

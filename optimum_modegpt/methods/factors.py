@@ -27,13 +27,15 @@ class ValueOutputFactors:
     """Rows (kv_heads, rank, in [+ 1]) of value, and output (heads · rank [+ 1], d_model).
 
     `bases` (kv_heads, head_dim, rank) map a head's dense output to its narrow one. They are None if they are not known
-    or nothing was cut.
+    or nothing was cut. `gate` are the rows (heads, rank, in [+ 1]) of the gate; None if there is none, or nothing was
+    cut.
     """
 
     value: Tensor
     output: Tensor
     relative_error: float
     bases: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclass(frozen=True)

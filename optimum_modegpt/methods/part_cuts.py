@@ -52,13 +52,18 @@ def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSiz
     return PartCut(install, _cumulated(two_sided_energies(moments.query, moments.key).sum(0).flip(0)))
 
 
-def value_output_cut(student: Block, moments: LinearMoments, metric: Tensor, config: ModeGPTConfig) -> PartCut:
-    """Return a cut that removes directions of the value space of every key-value group."""
+def value_output_cut(
+    student: Block, moments: LinearMoments, metric: Tensor, size: PartSize, config: ModeGPTConfig
+) -> PartCut:
+    """Return a cut that removes directions of the value space of every key-value group, or single coordinates."""
 
     def install(block: Block, rank: int) -> None:
         factors = residual_matched.cut_value_output(block, moments, metric, rank, config)
-        block.install_value_output(factors.value, factors.output)
+        block.install_value_output(factors.value, factors.output, factors.gate)
 
+    if student.keeps_coordinates:
+        elimination = residual_matched.eliminate_values(student, moments, metric, size.floor, config)
+        return PartCut(install, _cumulated(elimination.costs.sum(0)))
     groups = residual_matched.value_groups(student, moments, metric, config)
     energies = torch.stack([value_energies(gram, rows) for gram, rows in groups])
     return PartCut(install, _cumulated(energies.sum(0).flip(0)))

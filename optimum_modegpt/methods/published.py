@@ -20,7 +20,7 @@ from optimum_modegpt.calibration.moments import (
 from optimum_modegpt.calibration.streams import Stream, calls_of, inputs_of, map_stream, token_count
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
-from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
+from optimum_modegpt.decompositions.nystrom import nystrom_refit, ridge_leverage, select_by_leverage
 from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinates, select_pairs
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
 from optimum_modegpt.errors import naming
@@ -39,7 +39,10 @@ class PublishedMoments:
 
 @dataclass(frozen=True)
 class HeadMoments:
-    """Moments of query and key, and of values (kv_heads, d, d)."""
+    """Moments of query and key, and of values (kv_heads, d, d).
+
+    If single coordinates of the values are kept, `values` are the moments of the heads' outputs instead, (heads, d, d).
+    """
 
     query_key: QueryKeyMoments
     values: Tensor
@@ -51,18 +54,25 @@ class HeadMomentsSum:
     def __init__(self, block: Block, tokens: int) -> None:
         separate = block.is_separate and not block.normalised
         self.block = block if separate else block.compressible_copy(block.device)
-        self.query, self.key, self.value = (HeadMomentSum(block.kv_heads) for _ in range(3))
+        self.query, self.key = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
+        self.value = HeadMomentSum(block.heads if block.keeps_coordinates else block.kv_heads)
         self.samples = HeadSamples(self.block, tokens) if block.normalised else None
 
-    def add(self, inputs: Tensor, arguments: dict[str, Any]) -> None:
-        """Add tokens, (batch, length, d_model), with the other arguments of the block."""
+    def add(self, inputs: Tensor, outputs: Tensor, arguments: dict[str, Any]) -> None:
+        """Add tokens, with the other arguments of the block.
+
+        `inputs` are (batch, length, d_model), and the `outputs` of the heads (batch, length, heads · head_dim).
+        """
         if self.samples is None:
             query, key = query_key_vectors(self.block, inputs)
         else:
             query, key = self.samples.vectors(inputs, arguments)
         self.query.add(query)
         self.key.add(key)
-        self.value.add(_value_vectors(self.block, inputs))
+        if self.block.keeps_coordinates:
+            self.value.add(outputs.unflatten(-1, (-1, self.block.head_dim)))
+        else:
+            self.value.add(_value_vectors(self.block, inputs))
 
     def moments(self) -> HeadMoments:
         """Return the moments so far, over the tokens of all ranks."""
@@ -75,14 +85,15 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
     mlp = LinearMomentSum(ones=False)
     heads = HeadMomentsSum(block, token_count(stream)) if block.attends else None
     with calls_of(block.down) as downs, ExitStack() as stack:
-        reads = [] if heads is None else stack.enter_context(inputs_of(block.stored_value))
+        modules = [] if heads is None else [block.stored_value, block.output]
+        reads = [stack.enter_context(inputs_of(module)) for module in modules]
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
             hidden, mlp_output = downs.pop()
             mlp.add(hidden, mlp_output if block.down.bias is None else mlp_output - block.down.bias)
             if heads is not None:
-                heads.add(reads.pop(), arguments)
+                heads.add(*(seen.pop() for seen in reads), arguments)
             return output
 
         after = list(map_stream(observed, block.device, stream))
@@ -99,9 +110,12 @@ def compress_block(
             query_key = cut_query_key(student, moments.heads.query_key, widths.qk)
         student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
         with naming("vo"):
-            value_output = cut_value_output(student, moments.heads.values, widths.vo)
+            if student.keeps_coordinates:
+                value_output = cut_value_coordinates(student, moments.heads.values, widths.vo, config)
+            else:
+                value_output = cut_value_output(student, moments.heads.values, widths.vo)
         if "vo" not in student.uncut:
-            student.install_value_output(value_output.value, value_output.output)
+            student.install_value_output(value_output.value, value_output.output, value_output.gate)
         errors |= {"qk": query_key.relative_error, "vo": value_output.relative_error}
     with naming("mlp"):
         mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
@@ -150,6 +164,29 @@ def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFact
         bias = bias + value_bias.flatten() @ output[:-1]
         cut = torch.cat((cut[..., :-1], torch.zeros_like(cut[..., -1:])), dim=-1)
     return ValueOutputFactors(cut, torch.cat((*outputs, bias)), relative(lost, total))
+
+
+def cut_value_coordinates(block: Block, moments: Tensor, rank: int, config: ModeGPTConfig) -> ValueOutputFactors:
+    """Select value coordinates of each group, and refit the output of each head (ours; as Algorithm 1 does for MLPs).
+
+    The coordinates have the largest ridge leverages in `moments` (heads, d, d), summed over the group's heads.
+    """
+    per_group = block.heads // block.kv_heads
+    leverage = torch.stack([ridge_leverage(moment, config.leverage_ridge) for moment in moments])
+    kept = leverage.unflatten(0, (-1, per_group)).sum(1).topk(rank).indices.sort().values
+    kept_by_head = kept.repeat_interleave(per_group, dim=0)
+    output = block.input_outputs(block.output)
+    heads, bias = output.tensor_split((block.heads * block.head_dim,))
+    outputs, lost, total = [], moments.new_zeros(()), moments.new_zeros(())
+    for moment, index, own in zip(moments, kept_by_head, heads.unflatten(0, (block.heads, -1)), strict=True):
+        refitted = nystrom_refit(moment, index, own)
+        difference = own.index_add(0, index, refitted, alpha=-1)
+        lost += (difference * (moment @ difference)).sum()
+        total += (own * (moment @ own)).sum()
+        outputs.append(refitted)
+    gate = None if block.family.attention.gate is None else _take(block.head_rows("gate"), kept_by_head)
+    cut = _take(block.head_rows("value"), kept)
+    return ValueOutputFactors(cut, torch.cat((*outputs, bias)), relative(lost, total), gate=gate)
 
 
 def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:

@@ -34,6 +34,7 @@ from optimum_modegpt.calibration.moments import (
 from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, store_like, token_count
 from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.coordinates import CoordinateElimination, eliminate_coordinates, selection
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import Elimination, eliminate_rows, remaining
@@ -219,7 +220,7 @@ def _compress_attention(
         heads = list(store_like(head_outputs(student, stream, arguments), stream))
         moments = observe_output(student, stream, heads, targets.attention, targets.attention_weights)
         value_output = cut_value_output(student, moments, metrics.attention, widths.vo, config)
-    student.install_value_output(value_output.value, value_output.output)
+    student.install_value_output(value_output.value, value_output.output, value_output.gate)
     errors = {"qk": query_key.relative_error, "vo": value_output.relative_error}
     return errors, _attended(student, stream, heads, value_output.bases)
 
@@ -384,8 +385,7 @@ def cut_value_output(
     """
     value, dense, bases = block.head_rows("value"), block.input_outputs(block.output), None
     if rank < block.head_dim:
-        groups = value_groups(block, moments, metric, config)
-        bases = torch.stack([value_basis(gram, rows, rank) for gram, rows in groups])
+        bases = _value_bases(block, moments, metric, rank, config)
         value = bases.mT @ value
         # The basis is orthonormal: its transpose inverts it.
         basis = block_diagonal(bases, block.heads // block.kv_heads, ones=moments.ones)
@@ -393,7 +393,25 @@ def cut_value_output(
         moments = moments.mapped(basis)
         dense = _refit_to_dense(moments, own, basis.T @ dense, config)
     output = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-    return ValueOutputFactors(value, output, moments.relative_error(output), bases)
+    gate = None
+    if bases is not None and block.family.attention.gate is not None:
+        gate = bases.mT.repeat_interleave(block.heads // block.kv_heads, dim=0) @ block.head_rows("gate")
+    return ValueOutputFactors(value, output, moments.relative_error(output), bases, gate)
+
+
+def _value_bases(block: Block, moments: LinearMoments, metric: Tensor, rank: int, config: ModeGPTConfig) -> Tensor:
+    """Choose the value basis (kv_heads, head_dim, rank) of each group: free, or some of its coordinates."""
+    if block.keeps_coordinates:
+        kept = eliminate_values(block, moments, metric, rank, config).kept(rank)
+        return selection(distributed.broadcast(kept), block.head_dim)
+    return torch.stack([value_basis(*group, rank) for group in value_groups(block, moments, metric, config)])
+
+
+def eliminate_values(
+    block: Block, moments: LinearMoments, metric: Tensor, rank: int, config: ModeGPTConfig
+) -> CoordinateElimination:
+    """Remove value coordinates by backward elimination, down to `rank`. The costs are measured in `metric`."""
+    return eliminate_coordinates(*_grouped_heads(block, moments, metric, config), rank)
 
 
 def value_groups(
@@ -403,14 +421,23 @@ def value_groups(
 
     The rows are multiplied by `metric`, from `metric_factor`.
     """
+    for own, rows in zip(*_grouped_heads(block, moments, metric, config), strict=True):
+        yield own.sum(0), rows.transpose(0, 1).flatten(1)
+
+
+def _grouped_heads(
+    block: Block, moments: LinearMoments, metric: Tensor, config: ModeGPTConfig
+) -> tuple[Tensor, Tensor]:
+    """Return moments (kv_heads, heads / kv_heads, d, d) and refitted output rows (…, d, d_model) of the heads.
+
+    The rows are multiplied by `metric`.
+    """
     per_group, size = block.heads // block.kv_heads, block.head_dim
     best = centred_refit(moments, block.input_outputs(block.output), moments.refit_ridge(config.output_ridge))
     grams = moments.gram[: moments.width, : moments.width].unflatten(0, (block.heads, size)).unflatten(2, (-1, size))
     own = grams.diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()  # (heads, head_dim, head_dim)
-    groups = own.unflatten(0, (-1, per_group)).sum(1)
     rows = (best @ metric)[: moments.width].unflatten(0, (block.kv_heads, per_group, size))
-    for gram, group in zip(groups, rows, strict=True):
-        yield gram, group.transpose(0, 1).flatten(1)
+    return own.unflatten(0, (-1, per_group)), rows
 
 
 def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None) -> Stream:

@@ -347,7 +347,7 @@ class Sweeps:
         if metrics.query is not None and metrics.attention is not None:
             query_key = residual_matched.observe_query_key(student, entering, metrics.query, arguments)
             cuts["qk"] = query_key_cut(student, query_key, sizes["qk"], config)
-            cuts["vo"] = value_output_cut(student, sums[1].value(), metrics.attention, config)
+            cuts["vo"] = value_output_cut(student, sums[1].value(), metrics.attention, sizes["vo"], config)
         return cuts
 
     def _passed(self, dense: Block, inputs: BlockInputs) -> BlockInputs:

@@ -93,7 +93,7 @@ class ModeGPTAttentionMixin(Dense):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
         if implementation == "sdpa" and query.shape[2] == 1 and not paged and self.has_plain_scores:
-            return self.output(self.attend_once(query, key, value, attention_mask, dropout)), None
+            return self.output(self.attend_once(query, key, value, attention_mask, dropout), hidden_states), None
         attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, self.eager_function())
         attn_output, attn_weights = attention_interface(
             self,
@@ -107,7 +107,7 @@ class ModeGPTAttentionMixin(Dense):
             **kwargs,
         )
         shape = (*hidden_states.shape[:-1], query.shape[1], width or self.v_head_dim)
-        return self.output(attn_output.reshape(shape)[..., : self.v_head_dim]), attn_weights
+        return self.output(attn_output.reshape(shape)[..., : self.v_head_dim], hidden_states), attn_weights
 
     @classmethod
     def eager_function(cls) -> Callable[..., Any]:
@@ -158,7 +158,7 @@ class ModeGPTAttentionMixin(Dense):
         return query * factor[:, None, :, None].to(query.dtype)
 
     def projection(self, role: str) -> nn.Module:
-        """Return the "query", "key", "value" or "output" projection."""
+        """Return the "query", "key", "value", "output" or "gate" projection."""
         return self.submodule(getattr(self.family.attention, role))
 
     def head_norm(self, role: str) -> nn.Module:
@@ -169,9 +169,12 @@ class ModeGPTAttentionMixin(Dense):
         """Return a module of the attention by its path from the block."""
         return self.get_submodule(path.removeprefix(f"{self.family.attention.module}."))
 
-    def output(self, heads: Tensor) -> Tensor:
-        """Apply the output projection to (batch, length, heads, v)."""
-        output = self.projection("output")(heads.flatten(-2).contiguous())
+    def output(self, heads: Tensor, hidden_states: Tensor) -> Tensor:
+        """Apply the gate, if any, and the output projection to (batch, length, heads, v)."""
+        heads = heads.flatten(-2).contiguous()
+        if self.family.attention.gate is not None:
+            heads = heads * self.projection("gate")(hidden_states).sigmoid()
+        output = self.projection("output")(heads)
         path = self.family.attention.output_dropout
         if path is None:
             return output

@@ -31,7 +31,8 @@ class Storage:
     """How a dense model stores the projections that read a half's input. A compressed model stores each separately.
 
     Attributes:
-        layout: "separate", one module each; "stacked", one module with the rows of one projection after those of the
+        layout: "separate", one module each; "gated", the query rows of one head and then the rows of its gate, with
+            the others separate; "stacked", one module with the rows of one projection after those of the
             other; "per head", the query, key and value rows of one head after those of the other; "per group", the
             query rows of all heads of a key-value head, its key rows and its value rows; "experts", which is refused.
         path: the module that holds all of them, from the block; None if they are separate.
@@ -40,7 +41,7 @@ class Storage:
         order: the order of query, key and value in a stacked module.
     """
 
-    layout: Literal["separate", "stacked", "per head", "per group", "experts"] = "separate"
+    layout: Literal["separate", "gated", "stacked", "per head", "per group", "experts"] = "separate"
     path: str | None = None
     transposed: bool = False
     slices: int = 1
@@ -117,8 +118,10 @@ class Attention:
         storage: how the dense model stores them.
         positions: how query and key are rotated.
         head_norms: norms of queries and keys, if any.
+        gate: path of the projection whose sigmoid multiplies the outputs of the heads, in the compressed model; None
+            if there is none.
         values: "free" if a basis of the values may change; "coordinates" if something acts on single coordinates
-            between value and output projection. Then both stay at full width.
+            between value and output projection. Then a narrow head keeps some of them.
         head_dim: attribute of the attention that holds the width of a head.
         kv_heads: attribute of the attention that holds the number of key-value heads; None if it is
             `num_key_value_heads` of the configuration, or that of the heads.
@@ -144,6 +147,7 @@ class Attention:
     storage: Storage = Storage()
     positions: Positions = Positions()
     head_norms: HeadNorms | None = None
+    gate: str | None = None
     values: Literal["free", "coordinates"] = "free"
     head_dim: str = "head_dim"
     kv_heads: str | None = None
@@ -320,12 +324,15 @@ class Family:
     @property
     def projections(self) -> tuple[Projection, ...]:
         """All projections of a block that compression narrows."""
-        attention, mlp = self.attention, self.mlp
+        attention, mlp, own = self.attention, self.mlp, self.attention.storage
+        others = Storage() if own.layout == "gated" else own
+        gates = () if attention.gate is None else (Projection(attention.gate, "vo", 0, "heads", own),)
         return (
-            Projection(attention.query, "qk", 0, "heads", attention.storage),
-            Projection(attention.key, "qk", 0, "kv_heads", attention.storage),
-            Projection(attention.value, "vo", 0, "kv_heads", attention.storage),
-            Projection(attention.output, "vo", 1, "heads", attention.storage),
+            Projection(attention.query, "qk", 0, "heads", own),
+            Projection(attention.key, "qk", 0, "kv_heads", others),
+            Projection(attention.value, "vo", 0, "kv_heads", others),
+            Projection(attention.output, "vo", 1, "heads", others),
+            *gates,
             *(Projection(path, "mlp", 0, "block", mlp.storage) for path in mlp.inputs),
             Projection(mlp.output, "mlp", 1, "block", mlp.storage),
         )
@@ -353,8 +360,6 @@ class Family:
             parts["qk"] = "queries and keys are normalised over all heads"
         elif norms is not None and self.norm.centred:
             parts["qk"] = "queries and keys are centred and normalised"
-        if self.attention.values == "coordinates":
-            parts["vo"] = "single coordinates of the values are changed before the output projection"
         if self.attention.clip is not None and attrgetter(self.attention.clip)(config) is not None:
             parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
         return parts

@@ -40,8 +40,11 @@ def run(model: Any, **arguments: Any) -> Report:
 def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     model = dense(NAME)
     report = run(model)
-    assert [set(block.parts) for block in report.blocks] == [{"mlp"}] * 3
+    assert [set(block.parts) for block in report.blocks] == [{"mlp"}, {"mlp", "qk", "vo"}, {"mlp"}]
     assert report.summary().splitlines()[1].split()[-2:] == ["–", "–"]
+    (sentence,) = report.uncut
+    assert "layers of type linear_attention keep their dense attention" in sentence
+    assert sentence in report.summary()
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     save_report(tmp_path, report)
@@ -50,7 +53,8 @@ def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     assert row.startswith("| 0 | 34 / 48 | 0.")
     assert row.endswith("| – | – | – | – |")
     found = inspection(load_config(Source(str(tmp_path))), read_headers(Source(str(tmp_path))))
-    assert [block.ranks for block in found.blocks] == [{"mlp": widths.mlp} for widths in model.config.widths()]
+    assert [set(block.ranks) for block in found.blocks] == [{"mlp"}, {"mlp", "qk", "vo"}, {"mlp"}]
+    assert [block.ranks["mlp"] for block in found.blocks] == [widths.mlp for widths in model.config.widths()]
     assert found.sparsity == pytest.approx(report.achieved_sparsity)
     assert inspection_table(found, {}).splitlines()[2].split() == ["0", "34/48", "–", "–"]
     report.plot(tmp_path / "ranks.svg")
@@ -61,14 +65,14 @@ def test_a_block_has_a_reason_for_each_absent_part() -> None:
     family = resolve(dense(NAME)).family
     assert set(family.absent(config, 0)) == {"qk", "vo"}
     assert "linear_attention" in family.absent(config, 0)["qk"]
-    assert "full_attention" in family.absent(config, 1)["vo"]
+    assert family.absent(config, 1) == {}
 
 
 @pytest.mark.parametrize("field", ["qk_head_dim", "v_head_dim", "head_dim"])
 def test_a_configuration_with_a_width_of_an_absent_part_is_refused(field: str) -> None:
     config = compressed(NAME).config
     values = config.to_dict()
-    values["per_layer_config"]["1"][field] = 6
+    values["per_layer_config"]["2"][field] = 6
     with pytest.raises(ValueError, match=field):
         type(config)(**values).widths()
 
@@ -89,12 +93,12 @@ def test_blocks_that_read_more_than_the_stream_are_refused(name: str) -> None:
 
 def test_a_plan_for_an_absent_part_is_refused() -> None:
     with pytest.raises(InvalidConfig, match="the block has no qk, expected 0"):
-        run(dense(NAME), plan=Plan((Widths(0, 0, 40), Widths(8, 0, 40), Widths(0, 0, 40))))
+        run(dense(NAME), plan=Plan((Widths(0, 0, 40), Widths(8, 8, 40), Widths(8, 0, 40))))
 
 
 def test_an_estimate_counts_only_the_projections_of_parts() -> None:
     found = estimate(dense(NAME), ModeGPTConfig(sparsity=0.3), 16)
-    assert found.block_parameters == 3 * 3 * 32 * 48
+    assert found.block_parameters == 3 * 3 * 32 * 48 + 2 * 32 * 8 * (4 + 2) + 32 * 8 * 4
     assert found.parameters > found.block_parameters
 
 

@@ -49,7 +49,7 @@ def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
     ids = tokens(3, 16, seed=3)
     expected = logits(model, ids)
     assert run(model, sparsity=0.0, method=method).achieved_sparsity == 0
-    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,8 @@ def test_narrow_model_equals_its_zero_padded_dense_twin(name: str) -> None:
         model.set_attn_implementation(attention)
         expected = logits(twin, ids)
         assert expected.std() > 0.5
-        torch.testing.assert_close(logits(model, ids), expected, atol=2e-5, rtol=1e-5)
+        rounding = 2e-5 * max(1.0, float(expected.std()))
+        torch.testing.assert_close(logits(model, ids), expected, atol=rounding, rtol=1e-5)
 
 
 @EVERY
