@@ -19,6 +19,7 @@ from transformers import (
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
     GlmConfig,
@@ -153,6 +154,21 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
     "granite-mha-biases": (
         GraniteConfig,
         _GRANITE | {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+    ),
+    "gemma4_text": (
+        Gemma4TextConfig,
+        _GATED
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "global_head_dim": 12,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "hidden_size_per_layer_input": 0,
+            "final_logit_softcapping": 5.0,
+        },
     ),
     "qwen3_5_text": (
         Qwen3_5TextConfig,

@@ -44,13 +44,16 @@ def fill(model: PreTrainedModel, seed: int = 0, gain: float = 1.0) -> PreTrained
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
-            if parameter.ndim == 1:
-                is_gain = name.endswith("weight") and ("norm" in name or "ln_" in name)
+            is_gain = name.endswith("weight") and ("norm" in name or "ln_" in name)
+            if parameter.ndim == 1 or is_gain:
                 parameter.copy_(0.3 * noise + (gain if is_gain else 0.0))
             elif "embed" in name or "wte" in name or "wpe" in name:
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("scalar"):
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
     return model
 
 
@@ -78,7 +81,7 @@ def compressed(
     config_class, values = EVERY_VARIANT[name]
     dense_config = config_class(**(values | changes))
     family = model_class.config_class.family
-    head, mlp = head_dim(dense_config), mlp_width(dense_config, family)
+    head, mlp = (1 if family.absent(dense_config, 0) else head_dim(dense_config)), mlp_width(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
     uncut = family.uncut(dense_config)
     qk = [head] * 3 if "qk" in uncut else [4 + odd, 6 + odd, head]

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
+from optimum_modegpt.modeling.modegpt_blocks import install_head_gains
 from optimum_modegpt.modeling.modegpt_family import Family
 
 CPU = torch.device("cpu")
@@ -34,11 +35,13 @@ def blocks_of(model: PreTrainedModel, name: str) -> Any:
 def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
     """Return a model that computes the same, with zeros for everything that was cut.
 
-    It is the stock model, or the compressed class at full width if the stock model stores the projections otherwise.
+    It is the stock model, or the compressed class at full width if the stock model stores the projections otherwise, or
+    has norms of heads, which have a gain for each head in narrow blocks.
     """
     family = model.config.family
     twin = dense(name)
-    if not resolve(twin).blocks[0].is_separate:
+    first = resolve(twin).blocks[0]
+    if not first.is_separate or first.normalised:
         adopt(twin, name)
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("rope_index")}
     state |= {key: value for key, value in twin.state_dict().items() if key.endswith("rope_index")}
@@ -54,6 +57,8 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
             for leaf, full in reference.get_submodule(path).named_parameters():
                 key = f"{prefix}.{index}.{path}.{leaf}"
                 state[key] = torch.zeros_like(full).index_copy(0, places, state[key])
+        if "qk" in parts and family.attention.norms_of(model.config) is not None:
+            _widen_norms(block, reference, family, state, f"{prefix}.{index}")
         for path, places in columns.items():
             key = f"{prefix}.{index}.{path}.weight"
             full = reference.get_submodule(path).weight
@@ -64,19 +69,49 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
 
 def _of_attention(attention: Any, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the places of the rows, and of the columns, of a compressed attention's projections in the dense ones."""
-    head_dim, qk, vo = attention.dense_head_dim, attention.qk_head_dim, attention.v_head_dim
-    heads, kv_heads = attention.q_proj.out_features // qk, attention.k_proj.out_features // qk
-    if attention.rotates:
-        pairs = attention.rope_index.long()
-        kept = torch.cat((pairs, pairs + head_dim // 2), dim=1)  # (kv_heads, qk)
-    else:
-        kept = torch.arange(qk).expand(kv_heads, -1)
+    head_dim, vo = attention.dense_head_dim, attention.v_head_dim
+    heads, kv_heads = _head_counts(attention)
+    kept = _kept(attention)
     rows = {
         family.attention.query: _rows(kept.repeat_interleave(heads // kv_heads, 0), head_dim),
         family.attention.key: _rows(kept, head_dim),
         family.attention.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
     }
     return rows, {family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim)}
+
+
+def _head_counts(attention: Any) -> tuple[int, int]:
+    return tuple(linear.out_features // attention.qk_head_dim for linear in (attention.q_proj, attention.k_proj))
+
+
+def _kept(attention: Any) -> Tensor:
+    """Return the dense coordinates (kv_heads, qk_head_dim) of the key heads."""
+    if not attention.rotates:
+        return torch.arange(attention.qk_head_dim).expand(_head_counts(attention)[1], -1)
+    pairs = attention.rope_index.long()
+    return torch.cat((pairs, pairs + attention.dense_head_dim // 2), dim=1)
+
+
+def _widen_norms(block: Any, reference: Any, family: Family, state: dict[str, Tensor], prefix: str) -> None:
+    """Widen the norms of narrow heads in `state`, in which their rows are at their dense places already.
+
+    Larger rows have the same mean square over more coordinates. A gain of 0 silences those that are not kept.
+    """
+    attention = block.get_submodule(family.attention.module)
+    head_dim, qk = attention.dense_head_dim, attention.qk_head_dim
+    if qk == head_dim:
+        return
+    gains, offset, ratio = {}, family.norm.offset, (head_dim / qk) ** 0.5
+    heads, kv_heads = _head_counts(attention)
+    kept = _kept(attention)
+    for role, places in (("query", kept.repeat_interleave(heads // kv_heads, 0)), ("key", kept)):
+        path = getattr(family.attention, role)
+        for leaf, _ in reference.get_submodule(path).named_parameters():
+            state[f"{prefix}.{path}.{leaf}"] *= ratio
+        key = f"{prefix}.{getattr(family.attention.head_norms, role)}.weight"
+        full = torch.zeros(len(places), head_dim).scatter(1, places, (state[key] + offset) / ratio)
+        gains[role] = state[key] = full - offset
+    install_head_gains(reference.get_submodule(family.attention.module), gains)
 
 
 def _rows(kept: Tensor, head_dim: int) -> Tensor:

@@ -8,17 +8,27 @@ from collections.abc import Sequence
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes
 
 
-def influence_targets(influences: Sequence[float], sparsity: float, *, temperature: float, cap: float) -> list[float]:
+def influence_targets(
+    influences: Sequence[float],
+    sparsity: float,
+    *,
+    temperature: float,
+    cap: float,
+    sizes: Sequence[float] | None = None,
+) -> list[float]:
     """Compute φ_i = min(cap, c·exp(−s_i / ε)) with mean φ = `sparsity`, the exact optimum of Eq. 10 under the cap.
 
     Without an active cap, this is the paper's L·φ_avg·softmax(−s/ε). Blocks are capped in order of increasing
-    influence, and c follows from the sparsity that remains for the others. Requires `sparsity` ≤ `cap`.
+    influence, and c follows from the sparsity that remains for the others. Requires `sparsity` ≤ `cap`. The mean is
+    weighted by the `sizes` of the blocks; None if they are equal.
     """
+    shares = [1.0] * len(influences) if sizes is None else [size / max(sizes) for size in sizes]
     order = sorted(range(len(influences)), key=lambda i: influences[i])
     for capped in range(len(order)):
         # Relative to the largest of the remaining weights: relative to a capped block, all others may underflow.
         weights = [math.exp((influences[order[capped]] - influences[i]) / temperature) for i in order[capped:]]
-        scale = (sparsity * len(order) - cap * capped) / sum(weights)
+        removed = sparsity * sum(shares) - cap * sum(shares[i] for i in order[:capped])
+        scale = removed / sum(shares[i] * weight for i, weight in zip(order[capped:], weights, strict=True))
         if scale <= cap:
             break
     else:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from optimum_modegpt.architectures.classes import FamilyClasses
+from optimum_modegpt.architectures.norms import gain, weight_of
 from optimum_modegpt.architectures.residual import ResidualProgram
 from optimum_modegpt.architectures.storage import dense_weights, is_separate, reorder_head_norms
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.modeling import modegpt_blocks
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
-from optimum_modegpt.modeling.modegpt_family import Family, Norm, Part, Topology, Widths
+from optimum_modegpt.modeling.modegpt_family import Family, HeadNorms, Norm, Part, Topology, Widths
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,35 @@ class Block:
         return self._linear(self.family.attention.value)
 
     @property
+    def normalised(self) -> bool:
+        """Whether query and key heads are normalised, and can be narrow."""
+        return self.attends and "qk" not in self.uncut and self._head_norms is not None
+
+    @property
+    def norms_rotated(self) -> bool:
+        """Whether query and key heads are normalised after their rotation."""
+        norms = self._head_norms
+        return self.rotary and norms is not None and norms.rotated
+
+    @property
+    def paired(self) -> bool:
+        """Whether narrow heads keep pairs of coordinates. Otherwise, they have a basis of their own."""
+        return self.rotary or self.normalised
+
+    @property
+    def _head_norms(self) -> HeadNorms | None:
+        return self.family.attention.norms_of(self.attention.config)
+
+    def head_norm(self, role: str) -> Any:
+        """Return the norm of "query" or "key". The block must be normalised, and of the compressed classes."""
+        return self.attention.head_norm(role)
+
+    @property
+    def query_vectors(self) -> nn.Module:
+        """The module whose outputs are the queries: their norm, or the projection. The block must be separate."""
+        return self.head_norm("query") if self.normalised else self.query
+
+    @property
     def stored_value(self) -> nn.Module:
         """The module that holds the value projection, alone or with others."""
         storage = self.family.attention.storage
@@ -116,11 +146,22 @@ class Block:
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
         names = self.family.residual
-        paths = (names.attention_norm, names.mlp_norm, names.attention_output_norm, names.mlp_output_norm)
-        norms = [None if path is None else attrgetter(path)(self.module) for path in paths]
-        if self.topology == "parallel" and norms[1] is None:
-            norms[1] = norms[0]
-        return ResidualProgram(self.topology, self.multiplier, *norms)
+        attention_norm, mlp_norm = self._optional(names.attention_norm), self._optional(names.mlp_norm)
+        if self.topology == "parallel" and mlp_norm is None:
+            mlp_norm = attention_norm
+        return ResidualProgram(
+            self.topology,
+            self.multiplier,
+            attention_norm,
+            mlp_norm,
+            self._optional(names.attention_output_norm),
+            self._optional(names.mlp_output_norm),
+            self._optional(names.scale),
+        )
+
+    def _optional(self, path: str | None) -> Any:
+        """Return the module or tensor at a path, which may be None, from the block."""
+        return None if path is None else attrgetter(path)(self.module)
 
     @property
     def norm(self) -> Norm:
@@ -158,6 +199,11 @@ class Block:
     def head_rows(self, role: str) -> Tensor:
         """Return the rows of the projection "query", "key" or "value", (heads, head_dim, in [+ 1]), in float64."""
         return _rows(self._linear(getattr(self.family.attention, role))).unflatten(0, (-1, self.head_dim))
+
+    def head_gains(self, role: str) -> Tensor:
+        """Return the gains (heads, head_dim) of the norm of "query" or "key", in float64."""
+        gains = to_float64(gain(self.head_norm(role), self.norm))
+        return gains.expand(self.heads if role == "query" else self.kv_heads, self.head_dim)
 
     def mlp_rows(self) -> tuple[Tensor, ...]:
         """Return the rows of the MLP's input projections, (width, d_model [+ 1]) each, in at least float32."""
@@ -236,13 +282,21 @@ class Block:
             tensors[id(parameter)] = nn.Parameter(copied, requires_grad=parameter.requires_grad)
         return dataclasses.replace(self, module=copy.deepcopy(self.module, tensors))
 
-    def install_query_key(self, query: Tensor, key: Tensor, pairs: Tensor | None) -> None:
-        """Replace query and key by rows (heads, rank, in [+ 1]). `pairs` (kv_heads, rank / 2) are the rotary ones."""
+    def install_query_key(
+        self, query: Tensor, key: Tensor, pairs: Tensor | None, gains: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Replace query and key by rows (heads, rank, in [+ 1]). `pairs` (kv_heads, rank / 2) are the rotary ones.
+
+        `gains` (heads, rank) of "query" and "key" replace those of their norms.
+        """
         self._install_rows(self.family.attention.query, query.flatten(0, 1))
         self._install_rows(self.family.attention.key, key.flatten(0, 1))
         self.attention.set_widths(query.shape[1], self.attention.v_head_dim)
         if pairs is not None:
             modegpt_blocks.install_rope_index(self.attention, pairs.to(self.device))
+        if gains is not None:
+            weights = {role: weight_of(each, self.norm) for role, each in gains.items()}
+            modegpt_blocks.install_head_gains(self.attention, weights)
 
     def install_value_output(self, value: Tensor, output: Tensor) -> None:
         """Replace value by rows (kv_heads, rank, in [+ 1]) and output by (heads · rank [+ 1], d_model)."""

@@ -21,7 +21,12 @@ def gain(norm: Any, kind: Norm) -> Tensor:
     return weight + kind.offset if kind.offset else weight
 
 
+def weight_of(factors: Tensor, kind: Norm) -> Tensor:
+    """Return the weight of a norm with these factors of the normalised channels."""
+    return factors - kind.offset if kind.offset else factors
+
+
 def set_gain(norm: Any, kind: Norm, value: Tensor) -> None:
     """Set the factors of the normalised channels."""
     with torch.no_grad():
-        norm.weight.copy_(value - kind.offset if kind.offset else value)
+        norm.weight.copy_(weight_of(value, kind))

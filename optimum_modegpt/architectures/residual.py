@@ -20,6 +20,7 @@ class ResidualProgram:
     mlp_norm: Any
     attention_output_norm: Any
     mlp_output_norm: Any
+    scale: Tensor | None
 
     @property
     def parallel(self) -> bool:
@@ -83,9 +84,15 @@ class ResidualProgram:
         """Return the MLP's input from the stream that it reads."""
         return stream if self.post_norm else _normalised(stream, self.mlp_norm)
 
+    @property
+    def ends_with_sum(self) -> bool:
+        """Whether the block's output is the sum of stream and MLP output."""
+        return not self.post_norm and self.scale is None
+
     def after_mlp(self, total: Tensor) -> Tensor:
         """Return the block's output from the sum of stream and MLP output."""
-        return self.mlp_norm(total) if self.post_norm else total
+        output = self.mlp_norm(total) if self.post_norm else total
+        return output if self.scale is None else output * self.scale
 
 
 def _present(*norms: Any) -> list[Any]:

@@ -43,7 +43,7 @@ class Architecture:
     @property
     def dense_parts(self) -> list[dict[Part, str]]:
         """The parts of every block that stay dense, each with the reason."""
-        return [self.family.dense_parts(self.model.config, block.index) for block in self.blocks]
+        return [self.family.dense_parts(self.model.config.get_text_config(), block.index) for block in self.blocks]
 
     @property
     def block_list(self) -> nn.ModuleList:
@@ -83,7 +83,7 @@ class Architecture:
     @property
     def own_tail(self) -> LogitHead:
         """The model's own modules after the last block, from the final norm to the logits."""
-        head, config = self.family.head, self.model.config
+        head, config = self.family.head, self.model.config.get_text_config()
         return LogitHead(
             self.final_norm,
             self._projection,
@@ -99,7 +99,7 @@ class Architecture:
         offset = matrix.new_zeros(len(matrix)) if output.bias is None else output.bias.detach().to(matrix)
         if self._projection is not None:
             matrix = matrix @ self._projection.weight.detach().to(matrix)
-        scale = scale_of(self.family.head, self.model.config)
+        scale = scale_of(self.family.head, self.model.config.get_text_config())
         return LinearHead(matrix, offset) if scale == 1 else LinearHead(matrix * scale, offset * scale)
 
     @property
@@ -159,8 +159,10 @@ def resolve(model: PreTrainedModel) -> Architecture:
             "the compute device by itself."
         )
     for name in classes.family.refused:
-        if getattr(model.config, name):
-            raise UnsupportedModel(f"{type(model).__name__} has {name}=True, which changes its blocks; expected False.")
+        if value := getattr(model.config.get_text_config(), name):
+            raise UnsupportedModel(
+                f"{type(model).__name__} has {name}={value!r}, which changes its blocks; expected {type(value)()!r}."
+            )
     architecture = read_blocks(model, classes)
     if not architecture.blocks:
         raise UnsupportedModel(f"{type(model).__name__} has no decoder blocks.")
@@ -172,20 +174,22 @@ def resolve(model: PreTrainedModel) -> Architecture:
 def read_blocks(model: PreTrainedModel, classes: FamilyClasses) -> Architecture:
     """Read the blocks of a dense model, which may be on the meta device, without any check."""
     modules: Any = model.base_model.get_submodule(classes.family.blocks)
-    blocks = tuple(_read_block(module, classes, index, model.config) for index, module in enumerate(modules))
+    blocks = tuple(
+        _read_block(module, classes, index, model.config.get_text_config()) for index, module in enumerate(modules)
+    )
     return Architecture(model, classes, blocks)
 
 
 def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) -> Block:
     family = classes.family
-    parts, counts = family.parts(config, index), count_heads(config)
+    parts = family.parts(config, index)
     attention = module.get_submodule(family.attention.module) if "qk" in parts else None
     return Block(
         module,
         classes,
         index,
-        heads=counts["heads"],
-        kv_heads=counts["kv_heads"],
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads if attention is None else count_heads(config)["kv_heads"],
         head_dim=0 if attention is None else getattr(attention, family.attention.head_dim),
         d_model=config.hidden_size,
         mlp_width=mlp_shape(module, family)[1],

@@ -20,7 +20,7 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
         parts = {"mlp": part_size(dense.mlp, mlp_unit, mlp_step(dense.mlp, config.round_to), cap)}
         if block.attends:
             head_unit = (block.heads + block.kv_heads) * block.d_model
-            qk_step = head_step(dense.qk, config.round_to, pairs=block.rotary)
+            qk_step = head_step(dense.qk, config.round_to, pairs=block.paired)
             vo_step = head_step(dense.vo, config.round_to, pairs=False)
             parts["qk"] = part_size(dense.qk, head_unit, qk_step, cap)
             parts["vo"] = part_size(dense.vo, head_unit, vo_step, cap)

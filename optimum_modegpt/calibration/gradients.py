@@ -31,6 +31,7 @@ from optimum_modegpt.calibration.streams import (
     map_stream,
     not_finite,
     store_like,
+    token_count,
 )
 from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.decompositions.psd import at_least_float32, damp, gram_matrix, to_float64
@@ -51,7 +52,7 @@ class OutputGradients:
 
     Attributes:
         mlp: at the output of the down projection, (batch, length, d_model).
-        query: at the output of the query projection, (batch, length, heads · head_dim).
+        query: at the output of the query projection or its norm, (batch, length, heads · head_dim).
         attention: at the output of the attention's output projection, (batch, length, d_model). This and `query` are
             empty for a block whose attention stays dense.
     """
@@ -86,7 +87,7 @@ def output_gradients(
         found: list[OutputGradients] = []
         for block in reversed(blocks):
             separate, arguments = block.compressible_copy(device), inputs.on(block.index, device)
-            modules = [separate.down, *([separate.query, separate.output] if separate.attends else [])]
+            modules = [separate.down, *([separate.query_vectors, separate.output] if separate.attends else [])]
             places = 1 + len(modules)
             mixed = list(store_like(_differentiated(separate, modules, streams.pop(), after, arguments), inputs.stream))
             entering, *outputs = (mixed[place::places] for place in range(places))
@@ -124,7 +125,7 @@ def metric_factor(gradients: Stream, device: torch.device) -> Tensor:
 
 def _tokens(stream: Stream) -> int:
     """Return the number of tokens of all ranks."""
-    return distributed.all_reduce(sum(batch.shape[:2].numel() for batch in stream))
+    return distributed.all_reduce(token_count(stream))
 
 
 def _logit_gradients(tail: LogitHead, stream: Stream, inputs: BlockInputs, seed: int) -> Iterator[Tensor]:
@@ -156,7 +157,7 @@ def _through_head(tail: LogitHead, hidden: Tensor, generator: torch.Generator) -
 
 
 def _differentiated(
-    block: Block, modules: list[nn.Linear], stream: Stream, after: Stream, arguments: dict[str, Any]
+    block: Block, modules: list[nn.Module], stream: Stream, after: Stream, arguments: dict[str, Any]
 ) -> Iterator[Tensor]:
     """Yield the gradients at the block's input, and at the outputs of its `modules`, batch by batch."""
     device = block.device
@@ -170,7 +171,7 @@ def _differentiated(
                 outputs = (entering, *(seen.pop()[1] for seen in calls))
                 gradients = torch.autograd.grad(output, outputs, gradient.to(output))
             for each in gradients:  # some blocks flatten the tokens of their MLP
-                yield each.to(torch.bfloat16).view(*entering.shape[:2], -1)
+                yield each.to(torch.bfloat16).reshape(*entering.shape[:2], -1)
 
 
 def _require_finite(name: str, stream: Stream, windows: Tensor) -> None:

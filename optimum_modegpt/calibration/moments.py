@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.architectures.norms import set_gain
+from optimum_modegpt.calibration.streams import calls_of
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.psd import (
     accumulation_dtype,
@@ -25,6 +26,9 @@ from optimum_modegpt.modeling.modegpt_family import Norm
 
 WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
+
+SAMPLE = 2**23
+"""Maximum number of entries of the sample of queries."""
 
 SLOPE_RIDGE = 1e-4
 """Ridge of the norm gains, as a fraction of the mean energy of a channel."""
@@ -160,11 +164,13 @@ class QueryKeyMoments:
     """Moments of queries and keys per key-value group: (groups, d, d), float64, before rotation.
 
     `query` is the second moment of the queries, summed over the group's heads. `key` is the second moment of the keys
-    or, in the residual-matched method, of the gradients at the queries.
+    or, in the residual-matched method, of the gradients at the queries. If there are norms, all are those after them,
+    and `samples` are vectors before them, as `HeadSamples.value` returns.
     """
 
     query: Tensor
     key: Tensor
+    samples: dict[str, Tensor] | None = None
 
 
 def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,3 +180,31 @@ def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """
     shape = (-1, block.head_dim)
     return block.query(inputs).unflatten(-1, shape), block.key(inputs).unflatten(-1, shape)
+
+
+@dataclass
+class HeadSamples:
+    """Runs the norms of queries and keys, and keeps the vectors of some tokens before them.
+
+    Attributes:
+        block: a block with norms of queries and keys, of the compressed classes.
+        tokens: the number of tokens of this rank.
+    """
+
+    block: Block
+    tokens: int
+    kept: dict[str, list[Tensor]] = field(default_factory=lambda: {"query": [], "key": []})
+
+    def vectors(self, inputs: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return query (batch, length, heads, d) and key (batch, length, kv_heads, d) after their norms."""
+        stride = max(1, self.tokens * self.block.heads * self.block.head_dim // SAMPLE)
+        with calls_of(self.block.head_norm("query")) as queries, calls_of(self.block.head_norm("key")) as keys:
+            self.block.attention.project(inputs, arguments.get("position_embeddings"))
+        found = {"query": queries.pop(), "key": keys.pop()}
+        for role, (before, _) in found.items():
+            self.kept[role].append(before[:, ::stride].flatten(0, 1).transpose(0, 1))
+        return found["query"][1], found["key"][1]
+
+    def value(self) -> dict[str, Tensor]:
+        """Return the vectors of this rank's tokens before the norms of "query" and "key", (heads, tokens, d)."""
+        return {role: to_float64(torch.cat(parts, dim=1)) for role, parts in self.kept.items()}

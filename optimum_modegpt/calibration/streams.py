@@ -110,6 +110,11 @@ def first_windows(stream: Stream, windows: int) -> Iterator[Tensor]:
         windows -= len(batch)
 
 
+def token_count(stream: Stream) -> int:
+    """Return the number of tokens of this rank's stream."""
+    return sum(batch.shape[:2].numel() for batch in stream)
+
+
 def in_batches(stream: Stream, size: int) -> Stream:
     """Split the stream into batches of at most `size` windows. Parts of larger batches are views."""
     return [part for batch in stream for part in batch.split(size)]

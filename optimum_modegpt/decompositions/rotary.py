@@ -79,6 +79,25 @@ def eliminate_pairs(metric: Tensor, query: Tensor, count: int) -> PairEliminatio
     return PairElimination(torch.cat(order, dim=1), torch.cat(costs, dim=1), pairs)
 
 
+def eliminate_pairs_alone(metric: Tensor, query: Tensor, count: int) -> PairElimination:
+    """Remove the cheapest pair, one at a time, without a refit of the query; see `eliminate_pairs`.
+
+    Pruning p costs tr(C_Q,pp F_pp), which depends on all removed pairs together.
+    """
+    groups, head_dim, _ = metric.shape
+    products = (metric * query).view(groups, 2, head_dim // 2, 2, head_dim // 2).sum((1, 3))
+    cost = products.diagonal(dim1=1, dim2=2)
+    every, gone = torch.arange(groups, device=metric.device), torch.zeros_like(cost, dtype=torch.bool)
+    order, costs = [every.new_zeros(groups, 0)], [metric.new_zeros(groups, 0)]
+    for _ in range(head_dim // 2 - count):
+        worst = cost.masked_fill(gone, torch.inf).argmin(1)
+        order.append(worst[:, None])
+        costs.append(cost[every, worst][:, None])
+        cost = cost + 2 * products[every, worst]
+        gone[every, worst] = True
+    return PairElimination(torch.cat(order, dim=1), torch.cat(costs, dim=1), head_dim // 2)
+
+
 def query_refit(metric: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
     """Compute the map (groups, 2·count, d) from dense to kept query coordinates (ours).
 

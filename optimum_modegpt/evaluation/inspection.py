@@ -76,7 +76,7 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
     weights = _weights_of_blocks(config, tensors)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
         _check_shapes(config, blocks, weights)
-    uncut = uncut_sentences([config.family.dense_parts(config, block.index) for block in blocks])
+    uncut = uncut_sentences([config.family.dense_parts(config.get_text_config(), block.index) for block in blocks])
     sparsity = _sparsity(config, blocks, weights)
     return replace(found, blocks=blocks, sparsity=sparsity, record=config.modegpt, uncut=uncut)
 
@@ -110,8 +110,9 @@ def _weights_of_blocks(config: Any, tensors: Mapping[str, TensorHeader]) -> dict
 
 
 def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, TensorHeader]) -> None:
-    heads = config.num_attention_heads
-    units = {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads, "block": 1}
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    units = {"heads": heads, "kv_heads": getattr(text, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
     for block in blocks:
         for projection in config.family.projections_of(block.ranks.keys()):

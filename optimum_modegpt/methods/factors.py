@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,12 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QueryKeyFactors:
-    """Rows (heads, rank, in [+ 1]) of query and key, and the pairs (kv_heads, rank / 2); None without rotation."""
+    """Rows (heads, rank, in [+ 1]) of query and key, and the pairs (kv_heads, rank / 2); None without rotation.
+
+    `gains` (heads, rank) are those of the norms of "query" and "key"; None if there are none, or they do not change.
+    """
 
     query: Tensor
     key: Tensor
     pairs: Tensor | None
     relative_error: float
+    gains: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -28,16 +28,13 @@ GAIN_RIDGE = 0.01
 """λ as a fraction of the mean of g²."""
 
 
-def before_norm(output: Tensor, wanted: Tensor, weight: Tensor | None, norm: Any, kind: Norm) -> tuple[Tensor, Any]:
+def before_norm(output: Tensor, wanted: Tensor, weight: Tensor | None, norm: Any, kind: Norm) -> tuple[Tensor, Tensor]:
     """Return the target of `output` whose norm is `wanted`, and the weights of its tokens.
 
-    `output` and `wanted` are (…, d_model); `weight` (…) are the weights of errors after the norm. Without a norm, both
-    are returned as they are.
+    `output` and `wanted` are (…, d_model); `weight` (…) are the weights of errors after the norm, 1 if it is None.
     """
-    if norm is None:
-        return wanted, weight
+    missing = wanted - at_least_float32(norm(output))
     output = at_least_float32(output)
-    missing = wanted - at_least_float32(norm(output.to(norm.weight) if has_gain(norm) else output))
     if has_gain(norm):
         factors = at_least_float32(gain(norm, kind))
         missing = missing * factors / (factors.square() + GAIN_RIDGE * factors.square().mean())

@@ -43,7 +43,7 @@ def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSiz
 
     def install(block: Block, rank: int) -> None:
         factors = residual_matched.cut_query_key(block, moments, pairs, rank, config)
-        block.install_query_key(factors.query, factors.key, factors.pairs)
+        block.install_query_key(factors.query, factors.key, factors.pairs, factors.gains)
 
     if moments is None:
         return PartCut(install, [])

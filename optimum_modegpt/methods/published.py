@@ -10,8 +10,14 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block
-from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
-from optimum_modegpt.calibration.streams import Stream, calls_of, inputs_of, map_stream
+from optimum_modegpt.calibration.moments import (
+    HeadMomentSum,
+    HeadSamples,
+    LinearMomentSum,
+    QueryKeyMoments,
+    query_key_vectors,
+)
+from optimum_modegpt.calibration.streams import Stream, calls_of, inputs_of, map_stream, token_count
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
@@ -19,6 +25,7 @@ from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinat
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.modeling.modegpt_family import Widths
 
 
@@ -41,26 +48,32 @@ class HeadMoments:
 class HeadMomentsSum:
     """Accumulates the moments of the heads of a dense block from the inputs of its attention."""
 
-    def __init__(self, block: Block) -> None:
-        self.block = block if block.is_separate else block.compressible_copy(block.device)
+    def __init__(self, block: Block, tokens: int) -> None:
+        separate = block.is_separate and not block.normalised
+        self.block = block if separate else block.compressible_copy(block.device)
         self.query, self.key, self.value = (HeadMomentSum(block.kv_heads) for _ in range(3))
+        self.samples = HeadSamples(self.block, tokens) if block.normalised else None
 
-    def add(self, inputs: Tensor) -> None:
-        """Add tokens, (batch, length, d_model)."""
-        query, key = query_key_vectors(self.block, inputs)
+    def add(self, inputs: Tensor, arguments: dict[str, Any]) -> None:
+        """Add tokens, (batch, length, d_model), with the other arguments of the block."""
+        if self.samples is None:
+            query, key = query_key_vectors(self.block, inputs)
+        else:
+            query, key = self.samples.vectors(inputs, arguments)
         self.query.add(query)
         self.key.add(key)
         self.value.add(_value_vectors(self.block, inputs))
 
     def moments(self) -> HeadMoments:
         """Return the moments so far, over the tokens of all ranks."""
-        return HeadMoments(QueryKeyMoments(self.query.value(), self.key.value()), self.value.value())
+        before = None if self.samples is None else self.samples.value()
+        return HeadMoments(QueryKeyMoments(self.query.value(), self.key.value(), before), self.value.value())
 
 
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
     """Run the dense block over `stream`. Return its moments and the stream after it."""
     mlp = LinearMomentSum(ones=False)
-    heads = HeadMomentsSum(block) if block.attends else None
+    heads = HeadMomentsSum(block, token_count(stream)) if block.attends else None
     with calls_of(block.down) as downs, ExitStack() as stack:
         reads = [] if heads is None else stack.enter_context(inputs_of(block.stored_value))
 
@@ -69,7 +82,7 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
             hidden, mlp_output = downs.pop()
             mlp.add(hidden, mlp_output if block.down.bias is None else mlp_output - block.down.bias)
             if heads is not None:
-                heads.add(reads.pop())
+                heads.add(reads.pop(), arguments)
             return output
 
         after = list(map_stream(observed, block.device, stream))
@@ -84,7 +97,7 @@ def compress_block(
     if moments.heads is not None:
         with naming("qk"):
             query_key = cut_query_key(student, moments.heads.query_key, widths.qk)
-        student.install_query_key(query_key.query, query_key.key, query_key.pairs)
+        student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
         with naming("vo"):
             value_output = cut_value_output(student, moments.heads.values, widths.vo)
         if "vo" not in student.uncut:
@@ -99,15 +112,18 @@ def compress_block(
 def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:
     """Select the same coordinates of query and key in each group (CR, Algorithm 2). Rotary pairs stay together."""
     query, key = block.head_rows("query"), block.head_rows("key")
-    if block.rotary:
+    if block.paired:
         pairs = select_pairs(moments.query, moments.key, rank // 2)
         kept = pair_indices(pairs, block.head_dim)
     else:
         pairs, kept = None, select_coordinates(moments.query, moments.key, rank)
     products = moments.query.diagonal(dim1=-2, dim2=-1) * moments.key.diagonal(dim1=-2, dim2=-1)
     lost = products.sum() - products.gather(1, kept).sum()
+    error = relative(lost, products.sum())
+    if moments.samples is not None and pairs is not None and rank < block.head_dim:
+        return narrow_query_key(block, moments.samples, pairs, error)
     kept_queries = kept.repeat_interleave(block.heads // block.kv_heads, dim=0)
-    return QueryKeyFactors(_take(query, kept_queries), _take(key, kept), pairs, relative(lost, products.sum()))
+    return QueryKeyFactors(_take(query, kept_queries), _take(key, kept), pairs if block.rotary else None, error)
 
 
 def cut_value_output(block: Block, values: Tensor, rank: int) -> ValueOutputFactors:

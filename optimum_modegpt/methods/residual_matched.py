@@ -23,6 +23,7 @@ from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
 from optimum_modegpt.calibration.gradients import OutputGradients, metric_factor, query_metric
 from optimum_modegpt.calibration.moments import (
     HeadMomentSum,
+    HeadSamples,
     LinearMomentSum,
     QueryKeyMoments,
     SlopeSum,
@@ -30,18 +31,25 @@ from optimum_modegpt.calibration.moments import (
     with_ones,
     without_gain,
 )
-from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, store_like
+from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, store_like, token_count
 from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import Elimination, eliminate_rows, remaining
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, inverse, mean_diagonal
-from optimum_modegpt.decompositions.rotary import PairElimination, eliminate_pairs, pair_indices, query_refit
+from optimum_modegpt.decompositions.rotary import (
+    PairElimination,
+    eliminate_pairs,
+    eliminate_pairs_alone,
+    pair_indices,
+    query_refit,
+)
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.methods.method import StreamPair
 from optimum_modegpt.methods.output_norm import before_norm
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
@@ -142,7 +150,7 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any]) -> DenseT
 
     both = list(store_like(sums(), stream))
     attention, mlp = both[::2], both[1::2]
-    after = stream_after(block, mlp, residual.after_mlp)
+    after = stream_after(block, mlp, residual.after_mlp, changed=not residual.ends_with_sum)
     return DenseTargets(attention, mlp, _with_mean_one(attention_weights), _with_mean_one(mlp_weights), after)
 
 
@@ -176,7 +184,7 @@ def compress_block(
 
     for norm in residual.norms_of_middle:
         match_norm(norm, student.norm, targets.attention, sums)
-    middle = stream_after(student, sums, residual.after_attention)
+    middle = stream_after(student, sums, residual.after_attention, changed=residual.post_norm)
     own = MLPStreams(residual.mlp_stream(compressed, middle), middle)
     with naming("mlp"):
         mlp = refit_mlp(student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives)
@@ -186,7 +194,7 @@ def compress_block(
     for norm in residual.norms_of_output:
         match_norm(norm, student.norm, targets.mlp, sums)
     errors["mlp"] = mlp.relative_error
-    return errors, stream_after(student, sums, residual.after_mlp)
+    return errors, stream_after(student, sums, residual.after_mlp, changed=not residual.ends_with_sum)
 
 
 def _compress_attention(
@@ -202,10 +210,10 @@ def _compress_attention(
     assert metrics.query is not None
     assert metrics.attention is not None
     with naming("qk"):
-        moments = observe_query_key(student, stream, metrics.query)
+        moments = observe_query_key(student, stream, metrics.query, arguments)
         elimination = eliminate_query_key(student, moments, widths.qk)
         query_key = cut_query_key(student, moments, elimination, widths.qk, config)
-    student.install_query_key(query_key.query, query_key.key, query_key.pairs)
+    student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
 
     with naming("vo"):
         heads = list(store_like(head_outputs(student, stream, arguments), stream))
@@ -275,22 +283,32 @@ def match_output(
 # query and key
 
 
-def observe_query_key(block: Block, stream: Stream, metric: Tensor) -> QueryKeyMoments | None:
+def observe_query_key(
+    block: Block, stream: Stream, metric: Tensor, arguments: dict[str, Any]
+) -> QueryKeyMoments | None:
     """Measure query moments, for the given metric of the queries. If query and key stay at full width, return None."""
     if "qk" in block.uncut:
         return None
     total = HeadMomentSum(block.kv_heads)
+    samples = HeadSamples(block, token_count(stream)) if block.normalised else None
     for batch in prefetch(stream, block.device):
-        query = block.query(block.residual.attention_input(batch))
-        total.add(query.unflatten(-1, (-1, block.head_dim)))
-    return QueryKeyMoments(total.value(), metric)
+        inputs = block.residual.attention_input(batch)
+        if samples is None:
+            total.add(block.query(inputs).unflatten(-1, (-1, block.head_dim)))
+        else:
+            total.add(samples.vectors(inputs, arguments)[0])
+    return QueryKeyMoments(total.value(), metric, None if samples is None else samples.value())
 
 
 def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
-    """Return the order in which the pairs of a head are removed, down to `rank`. None without rotation or moments."""
-    if moments is None or not block.rotary:
+    """Return the order in which the pairs of a head are removed, down to `rank`. None without pairs or moments.
+
+    No refit can act through a rotation, after which some families have their norms.
+    """
+    if moments is None or not block.paired:
         return None
-    return eliminate_pairs(moments.key, moments.query, rank // 2)
+    eliminate = eliminate_pairs_alone if block.norms_rotated else eliminate_pairs
+    return eliminate(moments.key, moments.query, rank // 2)
 
 
 def cut_query_key(
@@ -319,10 +337,15 @@ def cut_query_key(
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
     pairs, errors = elimination.after(rank // 2)
     pairs = distributed.broadcast(pairs)
-    query_map = query_refit(moments.key, pairs, ridge=config.query_ridge).repeat_interleave(per_group, dim=0)
-    kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
-    return QueryKeyFactors(query_map @ query, key.gather(1, kept), pairs, relative(errors.sum(), total.sum()))
+    error = relative(errors.sum(), total.sum())
+    query_map = None if block.norms_rotated else query_refit(moments.key, pairs, ridge=config.query_ridge)
+    if moments.samples is not None:
+        return narrow_query_key(block, moments.samples, pairs, error, query_map)
+    assert query_map is not None
+    kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
+    query = query_map.repeat_interleave(per_group, dim=0) @ query
+    return QueryKeyFactors(query, key.gather(1, kept), pairs, error)
 
 
 # value and output
@@ -342,12 +365,11 @@ def observe_output(
     """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
     device = block.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
-    residual = block.residual
+    norm = block.residual.attention_output_norm
     arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets, device)
     for batch, head, target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        wanted = residual.missing(at_least_float32(target), at_least_float32(batch))
-        if residual.attention_output_norm is not None:
-            norm = residual.attention_output_norm
+        wanted = block.residual.missing(at_least_float32(target), at_least_float32(batch))
+        if norm is not None:
             wanted, weight = before_norm(block.output(head), wanted, weight, norm, block.norm)
         moments.add(head, wanted, weight)
     return moments.value()
@@ -565,10 +587,10 @@ def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> 
     arrived = (streams.batches(device), prefetch(targets.mlp, device))
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         inputs = residual.mlp_input(read)
-        targets = residual.missing(at_least_float32(target), at_least_float32(middle))
+        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
         if residual.mlp_output_norm is not None:
-            targets, weight = before_norm(block.mlp(inputs), targets, weight, residual.mlp_output_norm, block.norm)
-        for seen, wanted, own in zip(at_least_float32(inputs), targets, weight, strict=True):
+            missing, weight = before_norm(block.mlp(inputs), missing, weight, residual.mlp_output_norm, block.norm)
+        for seen, wanted, own in zip(at_least_float32(inputs), missing, weight, strict=True):
             if biased:
                 seen = with_ones(seen)
             yield TokenSample(seen, wanted, own)
@@ -598,11 +620,9 @@ def _refit_to_dense(moments: LinearMoments, own: Tensor, present: Tensor, config
     return centred_refit(replace(moments, cross=own), present, moments.ridge(config.output_ridge))
 
 
-def stream_after(block: Block, sums: Stream, post_norm: Callable[[Tensor], Tensor]) -> Stream:
-    """Return the stream after a half from the sums of stream and output: the same, or its norm in a post-LN block."""
-    if block.topology != "post-LN":
-        return sums
-    return list(map_stream(post_norm, block.device, sums))
+def stream_after(block: Block, sums: Stream, function: Callable[[Tensor], Tensor], *, changed: bool) -> Stream:
+    """Return the stream after a half from the sums of stream and output: the same, or `function` of it if `changed`."""
+    return list(map_stream(function, block.device, sums)) if changed else sums
 
 
 def _with_mean_one(weights: list[Tensor]) -> list[Tensor]:

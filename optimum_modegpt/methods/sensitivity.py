@@ -345,7 +345,7 @@ class Sweeps:
         sizes, config = self.sizes[dense.index], self.config
         cuts = {"mlp": mlp_cut(student, sums[0].value(), metrics.mlp, sizes["mlp"], config)}
         if metrics.query is not None and metrics.attention is not None:
-            query_key = residual_matched.observe_query_key(student, entering, metrics.query)
+            query_key = residual_matched.observe_query_key(student, entering, metrics.query, arguments)
             cuts["qk"] = query_key_cut(student, query_key, sizes["qk"], config)
             cuts["vo"] = value_output_cut(student, sums[1].value(), metrics.attention, config)
         return cuts

@@ -138,7 +138,7 @@ class ModeGPTAttentionMixin(Dense):
 
     def normalise(self, norms: HeadNorms, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the family's norms to query and key, (batch, length, heads, qk) each."""
-        query_norm, key_norm = self.submodule(norms.query), self.submodule(norms.key)
+        query_norm, key_norm = self.head_norm("query"), self.head_norm("key")
         if norms.over == "head":
             return query_norm(query), key_norm(key)
         if norms.over == "each head":
@@ -158,6 +158,10 @@ class ModeGPTAttentionMixin(Dense):
     def projection(self, role: str) -> nn.Module:
         """Return the "query", "key", "value" or "output" projection."""
         return self.submodule(getattr(self.family.attention, role))
+
+    def head_norm(self, role: str) -> nn.Module:
+        """Return the norm of "query" or "key". The family must have them."""
+        return self.submodule(getattr(self.family.attention.head_norms, role))
 
     def submodule(self, path: str) -> nn.Module:
         """Return a module of the attention by its path from the block."""

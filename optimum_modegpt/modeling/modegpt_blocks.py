@@ -5,7 +5,7 @@ This file is also remote code: it is copied next to the weights. It imports only
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,9 @@ from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_config import Dense, count_heads, head_dim
 from .modegpt_contract import check_attention
 from .modegpt_family import PARTS, Family, Part, Widths
+
+HEADS = (("query", "heads"), ("key", "kv_heads"))
+"""The projections of query and key, and the name of the number of their heads."""
 
 
 class ModeGPTMLPMixin(Dense):
@@ -120,6 +123,13 @@ def install_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | N
     block.set_submodule(path, new)
 
 
+def install_head_gains(attention: Any, gains: Mapping[str, Tensor]) -> None:
+    """Give the norms of "query" and "key" the weights (heads, qk_head_dim) that are given for them."""
+    for role, weight in gains.items():
+        norm = attention.head_norm(role)
+        norm.weight = nn.Parameter(weight.to(norm.weight), requires_grad=norm.weight.requires_grad)
+
+
 def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
     """Return an uninitialised projection of another shape, with the bias, dtype, device and mode of `like`."""
     new: Any = nn.utils.skip_init(
@@ -145,6 +155,9 @@ def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
         attention.set_widths(widths.qk, widths.vo)
         if attention.rotates:
             install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
+        if family.attention.norms_of(attention.config) is not None and widths.qk < attention.dense_head_dim:
+            empty = {role: attention.head_norm(role).weight.new_empty(units[unit], widths.qk) for role, unit in HEADS}
+            install_head_gains(attention, empty)
     for projection in family.projections_of(parts):
         old = block.get_submodule(projection.path)
         shape = list(old.weight.shape)

@@ -165,9 +165,10 @@ def register(
     config_class.family, config_class.model_type = family, family.compressed_type
     config_class.auto_classes = {auto: f"{module}.{cls.__name__}" for auto, cls in names.items()}
     config_class._auto_class = "AutoConfig"
-    for each in (attention_class, mlp_class):
-        if each is not None:
-            each.family = family
+    for part in (attention_class, mlp_class):
+        # A model with a text tower has the attention of the tower's family, which has been registered before.
+        if part is not None and "family" not in vars(part):
+            part.family = family
     PER_LAYER.add(family.mlp.width)
     if not config_class.__module__.startswith("transformers_modules."):
         # Not for remote code, because AutoConfig would use the code of one repository for all others of the family.

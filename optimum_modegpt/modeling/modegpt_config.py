@@ -44,11 +44,13 @@ class ModeGPTConfigMixin(Dense):
         if "modegpt" in kwargs:
             _check_record(kwargs["modegpt"])
         ours = {"_auto_class", "transformers_weights", *vars(ModeGPTConfigMixin), *ModeGPTConfigMixin.__annotations__}
-        if foreign := sorted(kwargs.keys() & ours - {"per_layer_config"}):
-            raise ValueError(f"config.json has {foreign}, which no compressed model has. Save or download it again.")
-        check_sizes(vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes), self.attribute_map)
+        _refuse_foreign(kwargs.keys() & ours - {"per_layer_config"})
+        values, sizes = vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes)
+        check_sizes(values, sizes, self.attribute_map)
         if kwargs.get("per_layer_config") is not None:
             self._check_blocks(kwargs["per_layer_config"])
+            for entry in kwargs["per_layer_config"].values():
+                check_sizes(values | entry, sizes, self.attribute_map)
         super().__post_init__(**kwargs)
 
     def _check_blocks(self, entries: Any) -> None:
@@ -65,7 +67,7 @@ class ModeGPTConfigMixin(Dense):
                 f"config.json: per_layer_config has {len(found)} entries; expected one for each of "
                 f"{self.num_hidden_layers} blocks, so look at {sorted(strange)[:5]}."
             )
-        known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width}
+        known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width, *self.family.layer_sizes}
         if foreign := {name for entry in entries.values() for name in entry} - known:
             raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
 
@@ -75,18 +77,19 @@ class ModeGPTConfigMixin(Dense):
         return _BlockConfigs(self, super().per_layer_config)
 
     @per_layer_config.setter
-    def per_layer_config(self, entries: Any) -> None:
-        super(ModeGPTConfigMixin, type(self)).per_layer_config.fset(self, entries)
+    def per_layer_config(self, per_layer_config: Any) -> None:
+        super(ModeGPTConfigMixin, type(self)).per_layer_config.fset(self, per_layer_config)
 
     @classmethod
     def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
         """Create the configuration of a compressed model from the dense one, the widths of every block and a record."""
-        values = dense.to_dict()
-        for key in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
-            values.pop(key, None)
+        values = _dense_values(dense)
+        own = {int(index): entry for index, entry in values.pop("per_layer_config", {}).items()}
         per_layer: dict[int, dict[str, int]] = {}
         for index, width in enumerate(widths):
-            per_layer[index] = {"qk_head_dim": width.qk, "v_head_dim": width.vo, cls.family.mlp.width: width.mlp}
+            kept = {name: size for name, size in own.get(index, {}).items() if name in cls.family.layer_sizes}
+            sizes = {"qk_head_dim": width.qk, "v_head_dim": width.vo, cls.family.mlp.width: width.mlp}
+            per_layer[index] = kept | sizes
             if "qk" not in cls.family.absent(dense, index):
                 # The width of a row of the key-value cache, under the name that caches and serving engines read.
                 per_layer[index]["head_dim"] = max(width.qk, width.vo)
@@ -138,12 +141,70 @@ class ModeGPTConfigMixin(Dense):
                 )
         qk, vo, mlp = sizes
         cached = max(qk, vo) or self.dense_head_dim  # of a block without these parts, it is the dense one
-        if getattr(layer, "head_dim", cached) != cached:
+        if "head_dim" not in self.family.layer_sizes and getattr(layer, "head_dim", cached) != cached:
             raise ValueError(
                 f"config.json: per_layer_config[{index}].head_dim is {layer.head_dim!r}; "
                 f"expected {cached}, the larger of qk_head_dim and v_head_dim, or the dense one if both are 0."
             )
         return Widths(qk, vo, mlp)
+
+
+class ModeGPTCompositeConfigMixin(Dense):
+    """Extends the configuration of a model with a text tower. The tower's own configuration has the widths."""
+
+    family: ClassVar[Family]
+    auto_classes: ClassVar[dict[str, str]]
+    text_class: ClassVar[Any]
+    """The compressed configuration class of the text tower."""
+    base_model_tp_plan = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Create the text tower's configuration by its class, then initialise as usual.
+
+        Raises:
+            ValueError: a value is not possible. The message names it.
+        """
+        if "modegpt" in kwargs:
+            _check_record(kwargs["modegpt"])
+        own = vars(ModeGPTCompositeConfigMixin).keys() | ModeGPTCompositeConfigMixin.__annotations__.keys()
+        _refuse_foreign(kwargs.keys() & own)
+        if isinstance(self.text_config, Mapping):
+            self.text_config = self.text_class(**self.text_config)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
+        """Create the configuration of a compressed model from the dense one, the widths of every block and a record."""
+        text = cls.text_class.from_dense(dense.text_config, widths, {"format_version": record["format_version"]})
+        return cls(**_dense_values(dense) | {"text_config": text}, modegpt=record)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Save as every configuration, and always name the code files, which `_auto_class` saves too."""
+        self.auto_map = dict(self.auto_classes)
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @property
+    def dense_head_dim(self) -> int:
+        """The head dim of the dense text tower."""
+        return self.text_config.dense_head_dim
+
+    @property
+    def dense_mlp_width(self) -> int:
+        """The MLP width of the dense text tower."""
+        return self.text_config.dense_mlp_width
+
+    def widths(self) -> list[Widths]:
+        """Return the widths of every block of the text tower.
+
+        Raises:
+            ValueError: the record is missing or newer, or the text tower is not compressed, or its widths are wrong.
+        """
+        _check_record(getattr(self, "modegpt", None))
+        if not isinstance(self.text_config, self.text_class):
+            raise ValueError(
+                f"config.json: text_config is a {type(self.text_config).__name__}; expected {self.text_class.__name__}."
+            )
+        return self.text_config.widths()
 
 
 class _BlockConfigs(Sequence[Any]):
@@ -159,7 +220,23 @@ class _BlockConfigs(Sequence[Any]):
         return len(self.blocks)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.whole if isinstance(index, str) else self.blocks[index]
+        if not isinstance(index, str):
+            return self.blocks[index]
+        # Widths of heads that differ between layer types are dense.
+        return self.blocks[self.whole.layer_types.index(index)] if self.whole.family.layer_sizes else self.whole
+
+
+def _dense_values(dense: Any) -> dict[str, Any]:
+    """Return the values of a dense configuration that a compressed one keeps."""
+    values = dense.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
+        values.pop(key, None)
+    return values
+
+
+def _refuse_foreign(names: Collection[str]) -> None:
+    if names:
+        raise ValueError(f"config.json has {sorted(names)}, which no compressed model has. Save or download it again.")
 
 
 def _check_record(record: Any) -> None:

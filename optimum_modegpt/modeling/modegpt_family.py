@@ -58,8 +58,8 @@ class Positions:
         table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
             for each pair, next to each other; "single": one for each pair.
         layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
-        flag_needs: attribute of the attention that is None if all layers rotate whatever their flag is; None if the
-            flag always counts.
+        flag_needs: attribute of the attention that is None in models whose layers all rotate, also if `layer_flag` is
+            false; None if `layer_flag` always counts.
         query_factor: whether queries are multiplied by 1 + β log(1 + ⌊position / L⌋) after the rotation. β and L are
             `llama_4_scaling_beta` and `original_max_position_embeddings` in the configuration's `rope_parameters`.
     """
@@ -74,7 +74,9 @@ class Positions:
 
 @dataclass(frozen=True)
 class HeadNorms:
-    """Norms of queries and keys. They keep query and key at full width.
+    """Norms of queries and keys. They compute as the norms of the residual stream do.
+
+    A block with narrow heads has a gain for each of them, (heads, qk_head_dim), because each keeps other coordinates.
 
     Attributes:
         query, key: paths of the norms, from the block.
@@ -198,6 +200,7 @@ class Residual:
         flag: name of the configuration's boolean that chooses the topology; None if there is one.
         topology_without_flag: the topology if that boolean is false.
         multiplier: name of m in the configuration; None for 1.
+        scale: path of a tensor that multiplies the block's output; None for 1.
         attention_output_norm, mlp_output_norm: the norm of a half's output before the sum; None if there is none.
     """
 
@@ -207,6 +210,7 @@ class Residual:
     flag: str | None = None
     topology_without_flag: Topology = "sequential"
     multiplier: str | None = None
+    scale: str | None = None
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
 
@@ -263,7 +267,9 @@ class Family:
         blocks: path of the list of blocks, from the base model.
         attention, mlp, norm, residual, head: the parts of a model.
         sizes: names of sizes in the configuration that only this family has.
-        refused: names of booleans in the configuration that change the computation of a block, and must be false.
+        layer_sizes: names of sizes that the dense configuration has for each layer, equal in the layers of one type.
+        refused: names of values in the configuration that change the computation of a block, and must be false, zero or
+            None.
     """
 
     model_type: str
@@ -274,6 +280,7 @@ class Family:
     residual: Residual = Residual()
     head: Head = Head()
     sizes: tuple[str, ...] = ()
+    layer_sizes: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
     @property
@@ -313,8 +320,10 @@ class Family:
     def uncut(self, config: Any) -> dict[Part, str]:
         """Return the parts that compression leaves at their dense width in a model, each with the reason."""
         parts: dict[Part, str] = {}
-        if self.attention.norms_of(config) is not None:
-            parts["qk"] = "queries and keys are normalised"
+        if (norms := self.attention.norms_of(config)) is not None and norms.over == "projection":
+            parts["qk"] = "queries and keys are normalised over all heads"
+        elif norms is not None and self.norm.centred:
+            parts["qk"] = "queries and keys are centred and normalised"
         if self.attention.values == "coordinates":
             parts["vo"] = "single coordinates of the values are changed before the output projection"
         if self.attention.clip is not None and getattr(config, self.attention.clip) is not None:

@@ -39,7 +39,7 @@ HEAD_TOKENS = 16
 def check_request(request: Request, state: State) -> None:
     """Raise or warn of everything that can be checked before anything is computed."""
     tokens, model = request.calibration.tokens, request.architecture.model
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and tokens.shape[1] > context:
         raise CalibrationDataError(
             f"calibration windows have {tokens.shape[1]} tokens, the model's context is {context}; "
@@ -189,11 +189,15 @@ def _check_derived_buffers(model: Any, stock_class: Any, config: Any) -> None:
     """Compare buffers that no file contains, such as rotary frequencies, with those that a reload would compute."""
     with torch.device("meta"):
         fresh = stock_class(config)
+    models = {
+        f"{path}." if path else "": each for path, each in fresh.named_modules() if hasattr(each, "_init_weights")
+    }
     for path, module in fresh.named_modules():
         if not module._non_persistent_buffers_set:
             continue
         module.to_empty(device="cpu", recurse=False)
-        fresh._init_weights(module)
+        # A tower inside the model initialises its own modules.
+        models[max((start for start in models if f"{path}.".startswith(start)), key=len)]._init_weights(module)
         for name in sorted(module._non_persistent_buffers_set):
             own, expected = getattr(model.get_submodule(path), name).cpu(), getattr(module, name)
             rounding = torch.finfo(own.dtype).eps if own.is_floating_point() else 0.0

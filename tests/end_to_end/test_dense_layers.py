@@ -18,8 +18,9 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli.tables import inspection_table
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.errors import InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.inspection import inspection
+from optimum_modegpt.hub.card import save_report, write_card
 from optimum_modegpt.loading.models import load_config, load_model
 from optimum_modegpt.loading.safetensors_index import read_headers
 from optimum_modegpt.loading.source import Source
@@ -30,7 +31,7 @@ NAME = "qwen3_5_text"
 
 
 def run(model: Any, **arguments: Any) -> Report:
-    record = {"name": "random tokens", "windows": 10, "sequence_length": 16}
+    record = {"name": "random tokens", "windows": 10, "sequence_length": 16, "tokens": 160, "sha256": "digest"}
     windows = TokenWindows(tokens(10, 16, seed=7), record)
     config = ModeGPTConfig(sparsity=0.3, allocation="uniform", round_to=1)
     return compress(model, config, windows, device="cpu", progress=False, **arguments)
@@ -43,13 +44,15 @@ def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     assert report.summary().splitlines()[1].split()[-2:] == ["–", "–"]
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
+    save_report(tmp_path, report)
+    write_card(tmp_path)
     row = next(line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| 0 |"))
     assert row.startswith("| 0 | 34 / 48 | 0.")
     assert row.endswith("| – | – | – | – |")
     found = inspection(load_config(Source(str(tmp_path))), read_headers(Source(str(tmp_path))))
     assert [block.ranks for block in found.blocks] == [{"mlp": widths.mlp} for widths in model.config.widths()]
     assert found.sparsity == pytest.approx(report.achieved_sparsity)
-    assert inspection_table(found, {}).splitlines()[3].split() == ["0", "34/48", "–", "–"]
+    assert inspection_table(found, {}).splitlines()[2].split() == ["0", "34/48", "–", "–"]
     report.plot(tmp_path / "ranks.svg")
 
 
@@ -68,6 +71,20 @@ def test_a_configuration_with_a_width_of_an_absent_part_is_refused(field: str) -
     values["per_layer_config"]["1"][field] = 6
     with pytest.raises(ValueError, match=field):
         type(config)(**values).widths()
+
+
+def test_a_configuration_with_an_impossible_size_of_a_layer_is_refused() -> None:
+    config = compressed("gemma4_text").config
+    values = config.to_dict()
+    values["per_layer_config"]["1"]["head_dim"] = 2**40
+    with pytest.raises(ValueError, match="head_dim is 1099511627776"):
+        type(config)(**values)
+
+
+@pytest.mark.parametrize("name", ["hidden_size_per_layer_input", "num_kv_shared_layers"])
+def test_blocks_that_read_more_than_the_stream_are_refused(name: str) -> None:
+    with pytest.raises(UnsupportedModel, match=f"{name}=1, which changes its blocks; expected 0"):
+        resolve(dense("gemma4_text", **{name: 1}))
 
 
 def test_a_plan_for_an_absent_part_is_refused() -> None:

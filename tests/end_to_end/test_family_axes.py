@@ -181,8 +181,8 @@ WRONG: dict[str, tuple[Family, str]] = {
     "experts": (replace(FAMILY["gemma"], mlp=MLP(storage=Storage("experts", "mlp.experts"))), "has experts"),
     "shared experts": (replace(FAMILY["gemma"], mlp=MLP(shared="mlp.shared")), "has a shared MLP"),
     "output norms": (
-        replace(FAMILY["gemma"], residual=Residual(mlp_output_norm="post_feedforward_layernorm")),
-        "has norms on the output",
+        replace(FAMILY["gemma2"], residual=Residual(mlp_norm="pre_feedforward_layernorm")),
+        "block 0 computes something else",
     ),
 }
 
@@ -209,15 +209,15 @@ def test_values_that_are_coordinates_stay_at_full_width(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("method", ["default", "paper"])
 def test_the_attention_of_other_layers_stays_dense(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = model_of("ministral").model.layers[1].self_attn
-    model, report = compressed_with(LITERALS["ministral"], monkeypatch, sparsity=0.2, method=method)
+    model, report = compressed_with(LITERALS["ministral"], monkeypatch, sparsity=0.4, method=method)
     layer = model.model.layers[1]
     assert type(layer.self_attn) is type(own)
     for found, expected in zip(layer.self_attn.parameters(), own.parameters(), strict=True):
         assert torch.equal(found, expected)
     assert [set(block.parts) for block in report.blocks] == [{"mlp", "qk", "vo"}, {"mlp"}, {"mlp", "qk", "vo"}]
-    first, dense, _ = model.config.widths()
-    assert (dense.qk, dense.vo) == (0, 0)
-    assert 0 < first.qk < 8 or 0 < first.vo < 8
+    widths = model.config.widths()
+    assert (widths[1].qk, widths[1].vo) == (0, 0)
+    assert min(widths[0].qk, widths[0].vo, widths[2].qk, widths[2].vo) in (2, 4, 6)
     ids = tokens(2, 12)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 4}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))

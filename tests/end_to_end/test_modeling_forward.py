@@ -18,7 +18,7 @@ from twins import CPU, adopt, blocks_of, dense_twin
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
-from optimum_modegpt.modeling.modegpt_blocks import install_linear, install_rope_index
+from optimum_modegpt.modeling.modegpt_blocks import install_head_gains, install_linear, install_rope_index
 
 EVERY = pytest.mark.parametrize("name", VARIANTS)
 FAMILY = pytest.mark.parametrize("name", FAMILIES)
@@ -118,6 +118,9 @@ def test_adoption_takes_narrowed_blocks(name: str) -> None:
             install_linear(student.module, projection.path, linear.weight.detach(), bias)
         if student.rotary:
             install_rope_index(student.attention, wanted.rope_index.clone())
+        if student.normalised:
+            gains = {role: wanted.head_norm(role).weight.detach().clone() for role in ("query", "key")}
+            install_head_gains(student.attention, gains)
         copies[architecture.block_paths[block.index]] = student.module
         architecture.block_list[block.index] = student.module
     ids = tokens()

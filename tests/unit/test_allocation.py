@@ -92,6 +92,14 @@ def test_targets_are_the_optimum_under_the_cap(influences, temperature, sparsity
         assert max(capped, default=free[0]) <= free[0] + 1e-9
 
 
+def test_the_mean_is_weighted_by_the_sizes_of_blocks():
+    for sizes in ([1.0, 3.0, 2.0], [5.0, 1.0, 1.0]):
+        targets = influence_targets([0.1, 0.3, 0.2], 0.4, temperature=0.1, cap=0.6, sizes=sizes)
+        assert max(targets) <= 0.6
+        mean = sum(size * target for size, target in zip(sizes, targets, strict=True)) / sum(sizes)
+        assert mean == pytest.approx(0.4)
+
+
 def test_equal_influences_give_equal_targets():
     assert influence_targets([0.3] * 4, 0.25, temperature=0.01, cap=0.9) == pytest.approx([0.25] * 4)
 
