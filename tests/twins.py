@@ -86,10 +86,10 @@ def _pad_head_norms(state: dict[str, Tensor], prefix: str, reference: Any, atten
         for leaf, _ in reference.get_submodule(path).named_parameters():
             state[f"{prefix}.{path}.{leaf}"] *= ratio
         key = f"{prefix}.{getattr(family.attention.head_norms, role)}.weight"
-        rows = kept.repeat_interleave(len(state[key]) // len(kept), 0)
-        full = torch.zeros(len(rows), attention.dense_head_dim)
-        full = full.scatter(1, rows, (state[key] + family.norm.offset) / ratio)
-        gains[role] = state[key] = full - family.norm.offset
+        own = (state[key].view(-1, attention.qk_head_dim) + family.norm.offset) / ratio
+        rows = kept.repeat_interleave(len(own) // len(kept), 0)
+        gains[role] = torch.zeros(len(own), attention.dense_head_dim).scatter(1, rows, own) - family.norm.offset
+        state[key] = gains[role].flatten() if family.attention.head_norms.over == "projection" else gains[role]
     install_head_gains(reference.get_submodule(family.attention.module), gains)
 
 
