@@ -111,8 +111,9 @@ def _widen_norms(block: Any, reference: Any, family: Family, state: dict[str, Te
         for leaf, _ in reference.get_submodule(path).named_parameters():
             state[f"{prefix}.{path}.{leaf}"] *= ratio
         key = f"{prefix}.{getattr(family.attention.head_norms, role)}.weight"
-        full = torch.zeros(len(places), head_dim).scatter(1, places, (state[key] + offset) / ratio)
-        gains[role] = state[key] = full - offset
+        own = (state[key].view(-1, qk) + offset) / ratio
+        gains[role] = torch.zeros(len(own), head_dim).scatter(1, places, own) - offset
+        state[key] = gains[role].flatten() if family.attention.head_norms.over == "projection" else gains[role]
     install_head_gains(reference.get_submodule(family.attention.module), gains)
 
 

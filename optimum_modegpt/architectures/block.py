@@ -115,6 +115,12 @@ class Block:
         return self.head_norms is not None and "qk" not in self.uncut
 
     @property
+    def norms_joint(self) -> bool:
+        """Whether the heads of queries, and those of keys, are normalised together."""
+        norms = self.family.attention.head_norms
+        return norms is not None and norms.over == "projection"
+
+    @property
     def norms_rotated(self) -> bool:
         """Whether query and key heads are normalised after their rotation."""
         norms = self.head_norms
@@ -219,7 +225,7 @@ class Block:
 
     def head_gains(self, role: str) -> Tensor:
         """Return the gains (heads, head_dim) of the norm of "query" or "key", in float64."""
-        gains = to_float64(gain(self.head_norm(role), self.norm))
+        gains = to_float64(gain(self.head_norm(role), self.norm)).view(-1, self.head_dim)
         return gains.expand(self.heads if role == "query" else self.kv_heads, self.head_dim)
 
     def mlp_rows(self) -> tuple[Tensor, ...]:

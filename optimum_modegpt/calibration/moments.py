@@ -202,8 +202,12 @@ class HeadSamples:
             self.block.attention.project(inputs, arguments.get("position_embeddings"))
         found = {"query": queries.pop(), "key": keys.pop()}
         for role, (before, _) in found.items():
-            self.kept[role].append(before[:, ::stride].flatten(0, 1).transpose(0, 1))
-        return found["query"][1], found["key"][1]
+            self.kept[role].append(self._heads(before)[:, ::stride].flatten(0, 1).transpose(0, 1))
+        return self._heads(found["query"][1]), self._heads(found["key"][1])
+
+    def _heads(self, vectors: Tensor) -> Tensor:
+        """Return vectors (batch, length, heads, d), of which a norm of all heads takes the last two axes as one."""
+        return vectors.reshape(*vectors.shape[:2], -1, self.block.head_dim)
 
     def value(self) -> dict[str, Tensor]:
         """Return the vectors of this rank's tokens before the norms of "query" and "key", (heads, tokens, d)."""

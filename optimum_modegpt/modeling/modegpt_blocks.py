@@ -128,8 +128,10 @@ def install_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | N
 
 
 def install_head_gains(attention: Any, gains: Mapping[str, Tensor]) -> None:
-    """Give the norms of "query" and "key" the weights (heads, qk_head_dim) that are given for them."""
+    """Replace the weights of the norms of "query" and "key" by `gains`, (heads, qk_head_dim) each."""
+    over_heads = attention.family.attention.head_norms.over == "head"
     for role, weight in gains.items():
+        weight = weight if over_heads else weight.flatten()
         norm = attention.head_norm(role)
         norm.weight = nn.Parameter(weight.to(norm.weight).contiguous(), requires_grad=norm.weight.requires_grad)
 

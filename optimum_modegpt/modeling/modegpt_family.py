@@ -88,7 +88,7 @@ class Positions:
 class HeadNorms:
     """Norms of queries and keys. They compute as the norms of the residual stream do.
 
-    A block with narrow heads has a gain for each of them, (heads, qk_head_dim), because each keeps other coordinates.
+    In a narrow block, the weight of a norm over a head is (heads, qk_head_dim), because each keeps other coordinates.
 
     Attributes:
         query, key: paths of the norms, from the block.
@@ -356,9 +356,7 @@ class Family:
     def uncut(self, config: Any) -> dict[Part, str]:
         """Return the parts that compression leaves at their dense width in a model, each with the reason."""
         parts: dict[Part, str] = {}
-        if (norms := self.attention.norms_of(config)) is not None and norms.over == "projection":
-            parts["qk"] = "queries and keys are normalised over all heads"
-        elif norms is not None and self.norm.centred:
+        if self.attention.norms_of(config) is not None and self.norm.centred:
             parts["qk"] = "queries and keys are centred and normalised"
         if self.attention.clip is not None and attrgetter(self.attention.clip)(config) is not None:
             parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
