@@ -10,15 +10,24 @@ import os
 from typing import Any
 
 from transformers import (
+    Ernie4_5_MoeConfig,
+    Glm4MoeConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     OPTConfig,
+    PhimoeConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from optimum_modegpt.modeling import DENSE_TYPES
@@ -41,12 +50,25 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
 }
 _GATED = _COMMON | {"intermediate_size": 48}
+_EXPERTS = _GATED | {
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+}
+_ONLY_EXPERTS = _GATED | {
+    "intermediate_size": 128,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 _GRANITE = _GATED | {
     "embedding_multiplier": 1.5,
     "attention_multiplier": 0.3,
     "residual_multiplier": 0.4,
     "logits_scaling": 2.0,
 }
+_MULTIPLIERS = {key: value for key, value in _GRANITE.items() if key not in _GATED}
 _OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
 _GPT2 = _COMMON | {"n_inner": 48, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
@@ -115,6 +137,38 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt2-scaled-untied": (
         GPT2Config,
         _GPT2 | {"n_inner": None, "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False},
+    ),
+    "mixtral": (MixtralConfig, _ONLY_EXPERTS | {"sliding_window": 6}),
+    "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"head_dim": 12, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3_moe-dense-layers-biases": (
+        Qwen3MoeConfig,
+        _EXPERTS | {"head_dim": 8, "mlp_only_layers": [0], "decoder_sparse_step": 1, "attention_bias": True},
+    ),
+    "olmoe": (OlmoeConfig, _ONLY_EXPERTS | {"num_experts": 4, "norm_topk_prob": True}),
+    "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "gpt_oss": (GptOssConfig, _ONLY_EXPERTS | {"head_dim": 8, "sliding_window": 6}),
+    "granitemoe": (GraniteMoeConfig, _ONLY_EXPERTS | _MULTIPLIERS | {"tie_word_embeddings": True}),
+    "phimoe": (PhimoeConfig, _ONLY_EXPERTS | {"attention_bias": True, "lm_head_bias": True}),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        _EXPERTS
+        | {
+            "n_routed_experts": 4,
+            "n_shared_experts": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "num_mtp_layers": 0,
+        },
+    ),
+    "ernie4_5_moe": (
+        Ernie4_5_MoeConfig,
+        _EXPERTS | {"moe_num_experts": 4, "moe_num_shared_experts": 1, "use_bias": True},
+    ),
+    "ernie4_5_moe-without-shared": (
+        Ernie4_5_MoeConfig,
+        _EXPERTS | {"moe_num_experts": 4, "moe_num_shared_experts": 0, "moe_layer_interval": 2},
     ),
 }
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from optimum_modegpt.allocation.plan import EXPERT_STEP
 from optimum_modegpt.modeling import SHARED_FILES
 from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
 from optimum_modegpt.modeling.modegpt_family import Widths
@@ -72,10 +73,14 @@ def compressed(
     config_class, values = EVERY_VARIANT[name]
     dense_config = config_class(**(values | changes))
     family = model_class.attention_class.family
-    head, mlp = head_dim(dense_config), mlp_width(dense_config, family)
+    head, mlp = head_dim(dense_config), [mlp_width(dense_config, family, index) for index in range(3)]
     odd = 0 if family.attention.positions.pairs != "none" else 1
     qk = [head] * 3 if "qk" in family.uncut(dense_config) else [4 + odd, 6 + odd, head]
-    widths = widths or [Widths(qk[0], 7, 31), Widths(qk[1], 3, 40), Widths(qk[2], head, mlp)]
+    narrow = [mlp[0] * 31 // 48, mlp[1] * 40 // 48]
+    for index, width in enumerate(narrow):
+        if family.has_experts(dense_config, index):
+            narrow[index] = width // EXPERT_STEP * EXPERT_STEP
+    widths = widths or [Widths(qk[0], 7, narrow[0]), Widths(qk[1], 3, narrow[1]), Widths(qk[2], head, mlp[2])]
     record = {"format_version": 1, "base_model": name}
     model = fill(model_class(model_class.config_class.from_dense(dense_config, widths, record)), seed)
     generator = torch.Generator().manual_seed(seed + 1)

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
+from optimum_modegpt.modeling.modegpt_experts import channel_axis, experts_of, packed_names
+from optimum_modegpt.modeling.modegpt_family import Family
 
 CPU = torch.device("cpu")
 
@@ -56,21 +58,36 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
             family.attention.query: _rows(kept.repeat_interleave(heads // kv_heads, 0), head_dim),
             family.attention.key: _rows(kept, head_dim),
             family.attention.value: _rows(torch.arange(vo).expand(kv_heads, -1), head_dim),
-        } | {path: torch.arange(block.get_submodule(path).out_features) for path in family.mlp.inputs}
+        }
+        columns = {family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim)}
+        if experts_of(block, family) is None:
+            rows |= {path: torch.arange(block.get_submodule(path).out_features) for path in family.mlp.inputs}
+            columns[family.mlp.output] = torch.arange(block.get_submodule(family.mlp.output).in_features)
+        padded = _padded_experts(block, reference, family)
         for path, places in rows.items():
             for leaf, full in reference.get_submodule(path).named_parameters():
-                key = f"{prefix}.{index}.{path}.{leaf}"
-                state[key] = torch.zeros_like(full).index_copy(0, places, state[key])
-        columns = {
-            family.attention.output: _rows(torch.arange(vo).expand(heads, -1), head_dim),
-            family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features),
-        }
+                own = block.get_parameter(f"{path}.{leaf}")
+                padded[f"{path}.{leaf}"] = torch.zeros_like(full).index_copy(0, places, own)
         for path, places in columns.items():
-            key = f"{prefix}.{index}.{path}.weight"
             full = reference.get_submodule(path).weight
-            state[key] = torch.zeros_like(full).index_copy(1, places, state[key])
+            padded[f"{path}.weight"] = torch.zeros_like(full).index_copy(1, places, block.get_submodule(path).weight)
+        state |= {f"{prefix}.{index}.{path}": tensor for path, tensor in padded.items()}
     twin.load_state_dict(state, strict=True)
     return twin
+
+
+def _padded_experts(block: Any, reference: Any, family: Family) -> dict[str, Tensor]:
+    """Return the packed parameters of a block's experts, if any, with zeros up to the width of the reference."""
+    experts, padded = experts_of(block, family), {}
+    for name in () if experts is None else packed_names(experts):
+        full, axis = getattr(experts_of(reference, family), name), channel_axis(experts, name)
+        places = torch.arange(getattr(experts, name).shape[axis])
+        if name.startswith("gate_up") and experts.is_concatenated:
+            gate, up = places.chunk(2)
+            places = torch.cat((gate, up - len(gate) + full.shape[axis] // 2))
+        values = torch.zeros_like(full).index_copy(axis, places, getattr(experts, name))
+        padded[f"{family.mlp.experts.packed}.{name}"] = values
+    return padded
 
 
 def _rows(kept: Tensor, head_dim: int) -> Tensor:

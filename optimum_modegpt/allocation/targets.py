@@ -8,24 +8,36 @@ from collections.abc import Sequence
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes
 
 
-def influence_targets(influences: Sequence[float], sparsity: float, *, temperature: float, cap: float) -> list[float]:
+def influence_targets(
+    influences: Sequence[float],
+    sparsity: float,
+    *,
+    temperature: float,
+    cap: float,
+    weights: Sequence[int] | None = None,
+) -> list[float]:
     """Compute φ_i = min(cap, c·exp(−s_i / ε)) with mean φ = `sparsity`, the exact optimum of Eq. 10 under the cap.
 
+    The mean is weighted with the number of `weights` of each block. None is for equal blocks, as in the paper.
     Without an active cap, this is the paper's L·φ_avg·softmax(−s/ε). Blocks are capped in order of increasing
     influence, and c follows from the sparsity that remains for the others. Requires `sparsity` ≤ `cap`.
     """
+    weights = weights or [1] * len(influences)
+    shares = [own * len(weights) / sum(weights) for own in weights]
     order = sorted(range(len(influences)), key=lambda i: influences[i])
     for capped in range(len(order)):
         # Relative to the largest of the remaining weights: relative to a capped block, all others may underflow.
-        weights = [math.exp((influences[order[capped]] - influences[i]) / temperature) for i in order[capped:]]
-        scale = (sparsity * len(order) - cap * capped) / sum(weights)
+        factors = [math.exp((influences[order[capped]] - influences[i]) / temperature) for i in order[capped:]]
+        removed = cap * sum(shares[i] for i in order[:capped])
+        total = sum(shares[i] * factor for i, factor in zip(order[capped:], factors, strict=True))
+        scale = (sparsity * len(order) - removed) / total
         if scale <= cap:
             break
     else:
-        capped, scale, weights = len(order), cap, []
+        capped, scale, factors = len(order), cap, []
     targets = [cap] * len(order)
-    for index, weight in zip(order[capped:], weights, strict=True):
-        targets[index] = scale * weight
+    for index, factor in zip(order[capped:], factors, strict=True):
+        targets[index] = scale * factor
     return targets
 
 

@@ -24,6 +24,11 @@ class LogitHead(nn.Module):
         self.norm, self.projection, self.output = norm, projection, output
         self.scale, self.cap = scale, cap
 
+    @property
+    def linear(self) -> bool:
+        """Whether the logits are a linear map of the norm's output."""
+        return self.cap is None and self.output.bias is None
+
     def forward(self, stream: Tensor) -> Tensor:
         """Map the stream (…, d_model) to logits (…, vocabulary)."""
         for module in (self.norm, self.projection):

@@ -23,6 +23,7 @@ from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_config import count_heads, mlp_width
 from optimum_modegpt.modeling.modegpt_contract import check_attention
+from optimum_modegpt.modeling.modegpt_experts import projections_of
 from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
 
 
@@ -183,7 +184,7 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
         kv_heads=counts["kv_heads"],
         head_dim=getattr(attention, family.attention.head_dim),
         d_model=config.hidden_size,
-        mlp_width=mlp_width(config, family),
+        mlp_width=mlp_width(config, family, index),
         topology=topology_of(family.residual, config),
         multiplier=multiplier_of(family.residual, config),
         rotary=rotates(attention, family),
@@ -192,7 +193,10 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
 
 
 def _check_projections(block: Block) -> None:
-    for projection in block.family.projections:
+    experts = block.experts
+    if experts is not None and (reason := experts.refusal) is not None:
+        raise UnsupportedModel(f"block {block.index}: {reason}, so it cannot be compressed.")
+    for projection in projections_of(block.module, block.family):
         module: Any = block.module.get_submodule(projection.dense_path)
         expected = Conv1D if projection.storage.transposed else nn.Linear
         if type(module) is not expected or module.weight.is_meta:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optimum_modegpt.architectures.positions import canonical_order
 from optimum_modegpt.modeling.modegpt_config import count_heads
+from optimum_modegpt.modeling.modegpt_experts import projections_of
 from optimum_modegpt.modeling.modegpt_family import Family, Projection
 
 
@@ -34,7 +35,7 @@ def dense_weights(block: nn.Module, family: Family) -> dict[str, Weights]:
     attention: Any = block.get_submodule(family.attention.module)
     order = canonical_order(attention, family)
     found: dict[str, Weights] = {}
-    for projection in family.projections:
+    for projection in projections_of(block, family):
         reordered = order is not None and projection.part == "qk"
         if projection.storage.plain and not reordered:
             continue
@@ -48,7 +49,7 @@ def dense_weights(block: nn.Module, family: Family) -> dict[str, Weights]:
 
 def is_separate(block: nn.Module, family: Family) -> bool:
     """Return whether a dense block stores its projections as a compressed one does."""
-    plain = all(projection.storage.plain for projection in family.projections)
+    plain = all(projection.storage.plain for projection in projections_of(block, family))
     return plain and canonical_order(block.get_submodule(family.attention.module), family) is None
 
 

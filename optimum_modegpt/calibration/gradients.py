@@ -154,7 +154,7 @@ def _through_head(tail: LogitHead, hidden: Tensor, generator: torch.Generator) -
 def _differentiated(block: Block, stream: Stream, after: Stream, arguments: dict[str, Any]) -> Iterator[Tensor]:
     """Yield the gradients at the block's input, and at the outputs of query, output and down, batch by batch."""
     device = block.output.weight.device
-    with calls_of(block.query) as query, calls_of(block.output) as attention, calls_of(block.down) as mlp:
+    with calls_of(block.query) as query, calls_of(block.output) as attention, calls_of(block.mlp_end) as mlp:
         for entering, gradient in zip(prefetch(stream, device), prefetch(after, device), strict=True):
             entering = entering.detach().requires_grad_()
             # The gradient of the other kernels differs from run to run.

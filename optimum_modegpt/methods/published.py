@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block
-from optimum_modegpt.calibration.moments import HeadMomentSum, LinearMomentSum, QueryKeyMoments, query_key_vectors
-from optimum_modegpt.calibration.streams import Stream, calls_of, inputs_of, map_stream
+from optimum_modegpt.calibration.moments import HeadMomentSum, QueryKeyMoments, query_key_vectors
+from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, select_by_leverage
 from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinates, select_pairs
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
 from optimum_modegpt.errors import naming
+from optimum_modegpt.methods.experts import mlp_moments, select_experts
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.modeling.modegpt_family import Widths
 
@@ -27,24 +28,23 @@ class PublishedMoments:
 
     query_key: QueryKeyMoments
     values: Tensor
-    mlp: LinearMoments
+    mlp: LinearMoments | list[LinearMoments]  # with experts, those of each expert
 
 
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
     """Run the dense block over `stream`. Return its moments and the stream after it."""
     query_sum, key_sum = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
-    value_sum, mlp_sum = HeadMomentSum(block.kv_heads), LinearMomentSum(ones=False)
+    value_sum = HeadMomentSum(block.kv_heads)
     separate = block if block.is_separate else block.compressible_copy(block.output.weight.device)
-    with inputs_of(block.stored_value) as reads, calls_of(block.down) as downs:
+    with inputs_of(block.stored_value) as reads, mlp_moments(block, bias=False) as mlp_sum:
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
-            inputs, (hidden, mlp_output) = reads.pop(), downs.pop()
+            inputs = reads.pop()
             query, key = query_key_vectors(separate, inputs)
             query_sum.add(query)
             key_sum.add(key)
             value_sum.add(_value_vectors(separate, inputs))
-            mlp_sum.add(hidden, mlp_output if block.down.bias is None else mlp_output - block.down.bias)
             return output
 
         after = list(map_stream(observed, block.output.weight.device, stream))
@@ -62,11 +62,14 @@ def compress_block(
     with naming("vo"):
         value_output = cut_value_output(student, moments.values, widths.vo)
     with naming("mlp"):
-        mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
+        if isinstance(moments.mlp, LinearMoments):
+            mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
+        else:
+            mlp = select_experts(student, moments.mlp, widths.mlp, config)
     student.install_query_key(query_key.query, query_key.key, query_key.pairs)
     if "vo" not in student.uncut:
         student.install_value_output(value_output.value, value_output.output)
-    student.install_mlp(mlp.rows, mlp.down)
+    mlp.install(student)
     return {"qk": query_key.relative_error, "vo": value_output.relative_error, "mlp": mlp.relative_error}
 
 

@@ -64,7 +64,7 @@ class ResidualMatched:
             streams.compressed,
             dense_norm,
             kind=architecture.family.norm,
-            capped=architecture.own_tail.cap is not None,
+            linear=architecture.own_tail.linear,
         )
         return norm.to(architecture.blocks[-1].output.weight.device)
 

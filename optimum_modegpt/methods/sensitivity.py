@@ -40,6 +40,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods.experts import mlp_moments
 from optimum_modegpt.methods.part_cuts import PartCut, mlp_cut, query_key_cut, value_output_cut
 from optimum_modegpt.methods.residual_matched import OutputMetrics
 from optimum_modegpt.progress import bar
@@ -327,13 +328,11 @@ class Sweeps:
         metrics = OutputMetrics.of(self.gradients[dense.index], dense, self.device)
         query_key = residual_matched.observe_query_key(student, self.moments.stream, metrics.query)
         output = LinearMomentSum(ones=student.output.bias is not None)
-        mlp = LinearMomentSum(ones=student.down.bias is not None)
-        with calls_of(dense.output) as attention_calls, calls_of(dense.down) as mlp_calls:
+        with calls_of(dense.output) as attention_calls, mlp_moments(dense) as mlp:
 
             def observed(entering: Tensor) -> Tensor:
                 after = dense.forward(entering, arguments)
                 output.add(*attention_calls.pop())
-                mlp.add(*mlp_calls.pop())
                 return after
 
             after = list(map_stream(observed, self.device, self.moments.stream))

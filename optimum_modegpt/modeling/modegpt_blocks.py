@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_config import Dense, count_heads, head_dim, mlp_width
 from .modegpt_contract import check_attention
+from .modegpt_experts import experts_of, narrow_experts, projections_of
 from .modegpt_family import Family, Widths
 
 
@@ -46,7 +47,7 @@ def adopt_block(block: Any, model_class: type[Any]) -> None:
     attention = block.get_submodule(family.attention.module)
     _separate(block, family, attention.config)
     adopt_attention(attention, model_class.attention_class)
-    if model_class.mlp_class is not None:
+    if model_class.mlp_class is not None and experts_of(block, family) is None:
         block.get_submodule(family.mlp.module).__class__ = model_class.mlp_class
 
 
@@ -65,13 +66,14 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
         install_rope_index(attention, pairs.expand(key.out_features // head_dim, -1))
 
 
-def _separate(block: nn.Module, family: Family, config: Any) -> None:
+def _separate(block: Any, family: Family, config: Any) -> None:
     """Replace the projections that the dense block stacks or transposes by uninitialised linear layers."""
     units = {"block": 1} | count_heads(config)
     head = head_dim(config)
-    widths = {"qk": head, "vo": head, "mlp": mlp_width(config, family)}
+    index = block.get_submodule(family.attention.module).layer_idx
+    widths = {"qk": head, "vo": head, "mlp": mlp_width(config, family, index)}
     stacked: set[str] = set()
-    for projection in family.projections:
+    for projection in projections_of(block, family):
         if projection.storage.plain:
             continue
         dense: Any = block.get_submodule(projection.dense_path)
@@ -131,10 +133,12 @@ def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
     units = {"block": 1} | count_heads(attention.config)
     adopt_block(block, model_class)
     attention.set_widths(widths.qk, widths.vo)
-    for projection in family.projections:
+    for projection in projections_of(block, family):
         old = block.get_submodule(projection.path)
         shape = list(old.weight.shape)
         shape[projection.axis] = units[projection.unit] * getattr(widths, projection.part)
         block.set_submodule(projection.path, empty_linear(old, *shape))
+    if (experts := experts_of(block, family)) is not None:
+        narrow_experts(experts, widths.mlp)
     if attention.rotates:
         install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])

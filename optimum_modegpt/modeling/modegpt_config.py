@@ -46,7 +46,7 @@ class ModeGPTConfigMixin(Dense):
         ours = {"_auto_class", "transformers_weights", *vars(ModeGPTConfigMixin), *ModeGPTConfigMixin.__annotations__}
         if foreign := sorted(kwargs.keys() & ours):
             raise ValueError(f"config.json has {foreign}, which no compressed model has. Save or download it again.")
-        check_sizes(vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes), self.attribute_map)
+        check_sizes(vars(self) | kwargs, self.family.size_names, self.attribute_map)
         if kwargs.get("per_layer_config") is not None:
             self._check_blocks(kwargs["per_layer_config"])
         super().__post_init__(**kwargs)
@@ -65,7 +65,7 @@ class ModeGPTConfigMixin(Dense):
                 f"config.json: per_layer_config has {len(found)} entries; expected one for each of "
                 f"{self.num_hidden_layers} blocks, so look at {sorted(strange)[:5]}."
             )
-        known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width}
+        known = {"qk_head_dim", "v_head_dim", "head_dim", *self.family.width_names}
         if foreign := {name for entry in entries.values() for name in entry} - known:
             raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
 
@@ -81,7 +81,7 @@ class ModeGPTConfigMixin(Dense):
                 "v_head_dim": width.vo,
                 # The width of a row of the key-value cache, under the name that caches and serving engines read.
                 "head_dim": max(width.qk, width.vo),
-                cls.family.mlp.width: width.mlp,
+                cls.family.width_name(dense, index): width.mlp,
             }
             for index, width in enumerate(widths)
         }
@@ -101,10 +101,9 @@ class ModeGPTConfigMixin(Dense):
         """The head dim of the dense model."""
         return head_dim(self)
 
-    @property
-    def dense_mlp_width(self) -> int:
-        """The MLP width of the dense model."""
-        return mlp_width(self, self.family)
+    def dense_mlp_width(self, index: int) -> int:
+        """Return the MLP width of a block of the dense model."""
+        return mlp_width(self, self.family, index)
 
     def widths(self) -> list[Widths]:
         """Return the widths of every block.
@@ -114,12 +113,12 @@ class ModeGPTConfigMixin(Dense):
                 or different from it in a part that is not compressed. Nothing has been built then.
         """
         _check_record(getattr(self, "modegpt", None))
-        limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
-        limits[self.family.mlp.width] = self.dense_mlp_width
         uncut = self.family.uncut(self)
-        return [self._widths_of(index, limits, uncut) for index in range(self.num_hidden_layers)]
+        return [self._widths_of(index, uncut) for index in range(self.num_hidden_layers)]
 
-    def _widths_of(self, index: int, limits: dict[str, int], uncut: Collection[str]) -> Widths:
+    def _widths_of(self, index: int, uncut: Collection[str]) -> Widths:
+        limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
+        limits[self.family.width_name(self, index)] = self.dense_mlp_width(index)
         layer = self.per_layer_config[index]
         sizes: list[Any] = [getattr(layer, name, None) for name in limits]
         for (name, limit), size, part in zip(limits.items(), sizes, ("qk", "vo", "mlp"), strict=True):
@@ -169,17 +168,18 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def mlp_width(config: Any, family: Family) -> int:
-    """Return the MLP width of a dense model, or of the model that was compressed.
+def mlp_width(config: Any, family: Family, index: int) -> int:
+    """Return the MLP width of a block of a dense model, or of the model that was compressed.
 
     Raises:
         ValueError: the configuration has none, and the family does not derive it.
     """
-    width: int | None = getattr(config, family.mlp.width)
+    name = family.width_name(config, index)
+    width: int | None = getattr(config, name)
     if width is not None:
         return width
     if family.mlp.width_factor is None:
-        raise ValueError(f"config.json: {family.mlp.width} is None; expected an integer.")
+        raise ValueError(f"config.json: {name} is None; expected an integer.")
     return family.mlp.width_factor * config.hidden_size
 
 

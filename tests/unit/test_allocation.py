@@ -474,3 +474,13 @@ def _check_widths(plan, sizes):
         for part, size in block.items():
             assert ranks[part] in size.widths()
             assert type(ranks[part]) is int
+
+
+def test_targets_of_unequal_blocks_reach_the_sparsity():
+    weights = [1, 3, 6]
+    targets = influence_targets([0.4, 0.1, 0.2], 0.3, temperature=0.2, cap=0.8, weights=weights)
+    assert sum(weight * target for weight, target in zip(weights, targets, strict=True)) == pytest.approx(0.3 * 10)
+    assert targets[1] == pytest.approx(targets[2] * math.exp(0.5))
+    capped = influence_targets([0.4, 0.1, 0.2], 0.7, temperature=0.05, cap=0.8, weights=weights)
+    assert capped == pytest.approx([0.0, 0.8, 0.8], abs=0.2)
+    assert sum(weight * target for weight, target in zip(weights, capped, strict=True)) == pytest.approx(7)
