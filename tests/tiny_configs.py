@@ -22,8 +22,8 @@ from transformers import (
     MixtralConfig,
     OlmoeConfig,
     OPTConfig,
-    PhimoeConfig,
     Phi3Config,
+    PhimoeConfig,
     Qwen2Config,
     Qwen2MoeConfig,
     Qwen3Config,
@@ -148,7 +148,10 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
     "gpt_oss": (GptOssConfig, _ONLY_EXPERTS | {"head_dim": 8, "sliding_window": 6}),
     "granitemoe": (GraniteMoeConfig, _ONLY_EXPERTS | _MULTIPLIERS | {"tie_word_embeddings": True}),
-    "phimoe": (PhimoeConfig, _ONLY_EXPERTS | {"attention_bias": True, "lm_head_bias": True}),
+    "phimoe": (
+        PhimoeConfig,
+        _ONLY_EXPERTS | {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3},
+    ),
     "glm4_moe": (
         Glm4MoeConfig,
         _EXPERTS

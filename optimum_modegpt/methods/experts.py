@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_
 from optimum_modegpt.decompositions.nystrom import Elimination, nystrom_refit, select_by_leverage
 from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import IllConditionedWarning
-from optimum_modegpt.methods.channels import eliminate_channels, refit_to_dense, without_channels
+from optimum_modegpt.methods.channels import eliminate_channels, without_channels
 from optimum_modegpt.methods.factors import ExpertsFactors
 
 
@@ -121,7 +122,7 @@ def cut_experts(
 def select_experts(block: Block, moments: Sequence[LinearMoments], rank: int, config: ModeGPTConfig) -> ExpertsFactors:
     """Select the channels of largest ridge leverage of every expert, and refit its down (Nyström, Algorithm 1).
 
-    The moments of an expert with fewer tokens than channels are singular. Its refit is damped towards the dense weights.
+    The moments of an expert with fewer tokens than channels are singular. Its refit is damped to the dense weights.
     """
     report_rare(moments, rank)
     kept, downs, left = [], [], []
@@ -130,7 +131,8 @@ def select_experts(block: Block, moments: Sequence[LinearMoments], rank: int, co
         channels = select_by_leverage(own.gram, rank, ridge=config.leverage_ridge)
         remaining = own.kept(channels)
         if own.tokens < own.width:
-            refitted = refit_to_dense(remaining, own.gram[channels] @ weight, weight[channels], config)
+            own_output = replace(remaining, cross=own.gram[channels] @ weight)
+            refitted = centred_refit(own_output, weight[channels], own.refit_ridge(config.output_ridge))
         else:
             refitted = nystrom_refit(own.gram, channels, weight)
         kept.append(channels)

@@ -12,7 +12,7 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import Attention, Experts, Family, MLP, Positions
+from .modegpt_family import MLP, Attention, Experts, Family, Positions
 
 FAMILY = Family(
     "glm4_moe",

@@ -13,7 +13,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import Attention, Experts, Family, MLP, Positions
+from .modegpt_family import MLP, Attention, Experts, Family, Positions
 
 FAMILY = Family(
     "gpt_oss",

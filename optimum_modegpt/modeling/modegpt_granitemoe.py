@@ -12,7 +12,7 @@ from transformers.models.granitemoe.modeling_granitemoe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import Experts, Family, Head, MLP, Residual
+from .modegpt_family import MLP, Experts, Family, Head, Residual
 
 FAMILY = Family(
     "granitemoe",

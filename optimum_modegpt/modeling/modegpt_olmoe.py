@@ -12,7 +12,7 @@ from transformers.models.olmoe.modeling_olmoe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import Attention, Experts, Family, HeadNorms, MLP
+from .modegpt_family import MLP, Attention, Experts, Family, HeadNorms
 
 FAMILY = Family(
     "olmoe",

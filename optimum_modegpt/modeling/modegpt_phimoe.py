@@ -13,7 +13,7 @@ from transformers.models.phimoe.modeling_phimoe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import Experts, Family, MLP, Norm
+from .modegpt_family import MLP, Experts, Family, Norm
 
 FAMILY = Family(
     "phimoe",

@@ -13,7 +13,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import Experts, Family, MLP
+from .modegpt_family import MLP, Experts, Family
 
 FAMILY = Family("qwen2_moe", mlp=MLP(experts=Experts(dense_layers="mlp_only_layers", period="decoder_sparse_step")))
 

@@ -79,8 +79,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tenso
 
 @EVERY
 def test_thirty_percent_reloads_in_fresh_processes(name: str, saved: dict[str, dict[str, Tensor]]) -> None:
-    assert torch.equal(saved[name]["local"], saved[name]["own"])
-    assert torch.equal(saved[name]["remote"], saved[name]["own"])
+    # The kernel of experts depends on the alignment of their weights in memory.
+    tolerance = 1e-5 if dense(name).config.to_dict().get("num_experts_per_tok") else 0.0
+    for kind in ("local", "remote"):
+        torch.testing.assert_close(saved[name][kind], saved[name]["own"], rtol=0, atol=tolerance)
 
 
 @EVERY
