@@ -21,6 +21,14 @@ class Shapes:
     vocabulary: int
     blocks: int
     eager: bool = False  # whether the attention is "eager", which holds the scores of a batch
+    experts: int = 1  # number of experts; `mlp` is the width of each
+    chosen: int = 1  # number of experts that a token passes
+
+    @property
+    def passed_weights(self) -> float:
+        """The number of weights of the block's projections that a token passes."""
+        mlp = self.experts * (self.mlp_inputs + 1) * self.mlp * self.d_model
+        return self.weights - mlp * (1 - self.chosen / self.experts)
 
 
 def shapes_of(architecture: Architecture) -> Shapes:
@@ -28,6 +36,8 @@ def shapes_of(architecture: Architecture) -> Shapes:
     model = architecture.model
     largest = max(architecture.blocks, key=lambda block: block.weights)
     head: Any = model.get_output_embeddings()
+    experts, described = largest.experts, architecture.family.mlp.experts
+    chosen = 1 if experts is None or described is None else getattr(model.config, described.chosen)
     return Shapes(
         d_model=largest.d_model,
         heads=largest.heads * largest.head_dim,
@@ -38,4 +48,6 @@ def shapes_of(architecture: Architecture) -> Shapes:
         vocabulary=head.out_features,
         blocks=len(architecture.blocks),
         eager=model.config._attn_implementation == "eager",
+        experts=1 if experts is None else experts.count,
+        chosen=chosen,
     )

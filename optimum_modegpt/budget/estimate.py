@@ -69,7 +69,8 @@ def estimate(
     architecture = read_blocks(model, check_model_type(model.config.model_type))
     check_reachable(config, part_sizes(architecture, config))
     shapes, element = shapes_of(architecture), model.dtype.itemsize
-    weights, parameters = shapes.blocks * shapes.weights, sum(each.numel() for each in model.parameters())
+    weights = sum(block.weights for block in architecture.blocks)
+    parameters = sum(each.numel() for each in model.parameters())
     host, mapped_weights = {"libraries": LIBRARIES}, parameters * element
     if not weights_mapped:
         host["weights"], mapped_weights = mapped_weights, 0

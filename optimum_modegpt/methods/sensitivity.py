@@ -129,7 +129,7 @@ def later_work(shapes: Shapes, length: int) -> float:
 
     The copies pass on one window of `length` tokens.
     """
-    head = shapes.vocabulary * shapes.d_model / (shapes.weights + length * shapes.heads)
+    head = shapes.vocabulary * shapes.d_model / (shapes.passed_weights + length * shapes.heads)
     copies = min(shapes.blocks, MEASURED_BLOCKS) * len(PARTS) * len(RATIOS)
     return copies * ((shapes.blocks + 1) / 2 + head)
 

@@ -127,6 +127,7 @@ class Experts:
         packed: path of the module that holds the weights of all experts.
         width: the number of hidden channels of an expert.
         count: the number of experts.
+        chosen: the number of experts that the router chooses for a token.
         dense_layers: the list of the layers without experts; None if there is none.
         period: only every layer of this period has experts; None for every layer.
         first, last: the range of the layers with experts; None for no limit.
@@ -136,6 +137,7 @@ class Experts:
     packed: str = "mlp.experts"
     width: str = "moe_intermediate_size"
     count: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
     dense_layers: str | None = None
     period: str | None = None
     first: str | None = None
