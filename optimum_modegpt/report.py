@@ -101,6 +101,8 @@ class Report:
     """Windows for moments, gradients and divergences, tokens of the last two, and blocks with measured divergences."""
     influences: list[float] = field(default_factory=list)
     """Block influence 1 − E cos(input, output) of every block. Empty unless the allocation used it."""
+    kept_experts: tuple[tuple[int, ...], ...] = ()
+    """The experts that every block with experts kept. Empty if no whole experts were removed."""
     self_check: dict[str, Any] = field(default_factory=dict)
     """Tokens, difference, tolerance and seconds of the check of the finished model. See `walk.self_check.SelfCheck`."""
     warnings: tuple[str, ...] = ()
@@ -131,6 +133,7 @@ class Report:
             blocks=tuple(blocks),
             stages=tuple(Stage(**stage) for stage in fields.pop("stages")),
             warnings=tuple(fields.pop("warnings")),
+            kept_experts=tuple(map(tuple, fields.pop("kept_experts", ()))),
             **fields,
         )
 

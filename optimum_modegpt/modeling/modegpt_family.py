@@ -125,9 +125,11 @@ class Experts:
     Attributes:
         module: path of the whole MLP: the router, the experts, and a shared expert if there is one.
         packed: path of the module that holds the weights of all experts.
+        router: path of the router, whose parameters and buffers have one row for each expert.
         width: the number of hidden channels of an expert.
         count: the number of experts.
         chosen: the number of experts that the router chooses for a token.
+        groups: the number of groups that the router chooses from first; None if it has no groups.
         dense_layers: the list of the layers without experts; None if there is none.
         period: only every layer of this period has experts; None for every layer.
         first, last: the range of the layers with experts; None for no limit.
@@ -135,9 +137,11 @@ class Experts:
 
     module: str = "mlp"
     packed: str = "mlp.experts"
+    router: str = "mlp.gate"
     width: str = "moe_intermediate_size"
     count: str = "num_experts"
     chosen: str = "num_experts_per_tok"
+    groups: str | None = None
     dense_layers: str | None = None
     period: str | None = None
     first: str | None = None

@@ -17,7 +17,7 @@ from .modegpt_family import MLP, Attention, Experts, Family, Positions
 FAMILY = Family(
     "glm4_moe",
     attention=Attention(positions=Positions(partial=True)),
-    mlp=MLP(experts=Experts(count="n_routed_experts", first="first_k_dense_replace")),
+    mlp=MLP(experts=Experts(count="n_routed_experts", groups="n_group", first="first_k_dense_replace")),
     refused=("use_qk_norm",),
 )
 

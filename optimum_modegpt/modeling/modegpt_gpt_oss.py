@@ -21,7 +21,7 @@ FAMILY = Family(
         positions=Positions(table="single"),
         score_arguments=(("sliding_window", "sliding_window"), ("s_aux", "sinks")),
     ),
-    mlp=MLP(experts=Experts(width="intermediate_size", count="num_local_experts")),
+    mlp=MLP(experts=Experts(router="mlp.router", width="intermediate_size", count="num_local_experts")),
 )
 
 

@@ -18,7 +18,11 @@ FAMILY = Family(
     "granitemoe",
     mlp=MLP(
         experts=Experts(
-            "block_sparse_moe", "block_sparse_moe.experts", width="intermediate_size", count="num_local_experts"
+            "block_sparse_moe",
+            "block_sparse_moe.experts",
+            "block_sparse_moe.router",
+            width="intermediate_size",
+            count="num_local_experts",
         )
     ),
     residual=Residual(multiplier="residual_multiplier"),

@@ -17,7 +17,7 @@ from .modegpt_family import MLP, Experts, Family, Norm
 
 FAMILY = Family(
     "phimoe",
-    mlp=MLP(experts=Experts(width="intermediate_size", count="num_local_experts")),
+    mlp=MLP(experts=Experts(router="mlp.router", width="intermediate_size", count="num_local_experts")),
     norm=Norm(centred=True),
 )
 

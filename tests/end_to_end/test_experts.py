@@ -18,12 +18,15 @@ from optimum_modegpt.calibration.moments import LinearMomentSum
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
+from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.methods.experts import ExpertMoments, cut_experts, select_experts
 from optimum_modegpt.methods.factors import ExpertsFactors
+from optimum_modegpt.methods.whole_experts import ExpertUse, ExpertUseSum, kept_experts
 
 LAYOUTS = pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 """Experts with gate above up, and transposed ones with biases, with gate and up interleaved."""
 CPU = torch.device("cpu")
+WINDOWS = TokenWindows(tokens(10, 16, seed=7), {"name": "random tokens", "windows": 10})
 
 
 def student_of(name: str) -> Block:
@@ -137,8 +140,7 @@ def test_moments_weight_tokens_with_the_square_of_the_router() -> None:
 
 def test_weights_stay_packed_and_kernels_available(tmp_path: Path) -> None:
     model = dense("mixtral")
-    windows = TokenWindows(tokens(10, 16, seed=7), {"name": "random tokens", "windows": 10})
-    compress(model, ModeGPTConfig(sparsity=0.3), windows, device="cpu", progress=False)
+    compress(model, ModeGPTConfig(sparsity=0.3), WINDOWS, device="cpu", progress=False)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.state_dict().keys() == model.state_dict().keys()
@@ -160,6 +162,86 @@ def test_a_block_without_experts_has_a_width_of_its_own() -> None:
     first, second = config.per_layer_config[0], config.per_layer_config[1]
     assert (first.intermediate_size, second.moe_intermediate_size) == (31, 104)
     assert [config.dense_mlp_width(index) for index in range(3)] == [48, 128, 128]
+
+
+WHOLE = pytest.mark.parametrize(
+    "name", ["mixtral", "qwen3_moe-dense-layers-biases", "gpt_oss", "granitemoe", "ernie4_5_moe", "qwen2_moe"]
+)
+
+
+@WHOLE
+def test_without_whole_experts_the_result_is_a_stock_model(name: str, tmp_path: Path) -> None:
+    model, stock = dense(name), type(dense(name))
+    parameters = sum(each.numel() for each in model.parameters())
+    report = compress(model, ModeGPTConfig(sparsity=0.0, expert_sparsity=0.5), WINDOWS, device="cpu", progress=False)
+    assert type(model) is stock
+    assert report.parameters.total_before == parameters
+    assert report.parameters.total_after == sum(each.numel() for each in model.parameters()) < parameters
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is stock
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens()).logits, model(tokens()).logits, atol=1e-5, rtol=1e-5)
+    # The removed experts can no longer be chosen, and the others compute as before.
+    own, experts = resolve(dense(name)), iter(report.kept_experts)
+    for block, left in zip(own.blocks, resolve(model).blocks, strict=True):
+        if block.experts is None or left.experts is None:
+            continue
+        kept = list(next(experts))
+        assert left.experts.count == len(kept) == 2
+        described = block.family.mlp.experts
+        assert described is not None
+        routers = [one.module.get_submodule(described.router) for one in (block, left)]
+        weights = [router.get_parameter("weight") for router in routers]
+        assert torch.equal(weights[0][kept], weights[1])
+        assert torch.equal(block.experts.module.down_proj[kept], left.experts.module.down_proj)
+
+
+def test_channels_and_whole_experts_are_removed_together() -> None:
+    model = dense("mixtral")
+    report = compress(model, ModeGPTConfig(sparsity=0.3, expert_sparsity=0.25), WINDOWS, device="cpu", progress=False)
+    assert model.config.model_type == "modegpt_mixtral"
+    assert model.config.num_local_experts == 3
+    assert all(len(kept) == 3 for kept in report.kept_experts)
+    for block, widths in zip(model.model.layers, model.config.widths(), strict=True):
+        assert block.mlp.experts.down_proj.shape == (3, 32, widths.mlp)
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity", "message"),
+    [
+        ("llama-mha", 0.5, "no experts"),
+        ("mixtral", 0.75, r"leaves 1 of 4 experts, but the router chooses 2 .* at most 0.500"),
+        ("glm4_moe", 0.5, "chooses groups of experts"),
+    ],
+)
+def test_experts_that_cannot_be_removed_are_an_error(name: str, sparsity: float, message: str) -> None:
+    with pytest.raises(InvalidConfig, match=message):
+        compress(dense(name), ModeGPTConfig(expert_sparsity=sparsity), WINDOWS, device="cpu", progress=False)
+
+
+def test_the_saliency_of_an_expert_is_the_mean_of_its_weighted_outputs() -> None:
+    experts = experts_of(resolve(dense("mixtral")).blocks[0])
+    routed, total = routing(30, experts, unused=3), ExpertUseSum(experts)
+    with torch.no_grad():
+        for part in (slice(0, 10), slice(10, 30)):
+            total.add(Routing(routed.inputs[part], routed.chosen[part], routed.weights[part]))
+        chosen, gates = routed.tokens_of(1)
+        outputs = experts.output(1, experts.hidden(1, routed.inputs[chosen]))
+    use = total.value()
+    assert float(use.saliency[1]) == pytest.approx(float((gates * outputs.norm(dim=1)).mean()), rel=1e-5)
+    assert float(use.peak[1]) == pytest.approx(float(outputs.abs().max()))
+    assert float(use.saliency[3]) == float(use.tokens[3]) == 0
+    assert int(use.tokens.sum()) == 60
+
+
+def test_experts_with_massive_activations_are_kept() -> None:
+    ones = torch.ones(8, dtype=torch.float64)
+    quiet = ExpertUse(torch.arange(8.0, dtype=torch.float64), ones, ones)
+    massive = ExpertUse(quiet.saliency, ones, ones.index_fill(0, torch.tensor([1]), 500.0))
+    kept = kept_experts([massive, quiet], 4)
+    assert [one.tolist() for one in kept] == [[1, 5, 6, 7], [4, 5, 6, 7]]
 
 
 def test_experts_without_a_gate_are_refused() -> None:
