@@ -67,7 +67,7 @@ def page() -> str:
 
 
 def _row(classes: FamilyClasses) -> str:
-    family, config = classes.family, classes.config.__bases__[-1]()
+    family, config = classes.family, classes.config.__bases__[-1]().get_text_config()
     uncut = family.uncut(config)
     present = {part for index in range(config.num_hidden_layers) for part in family.parts(config, index)}
     cut = ", ".join(part for part in PARTS if part in present and part not in uncut)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from optimum_modegpt.allocation.plan import PartSize, Sizes, head_step, largest_sparsity, mlp_step, part_size
+from optimum_modegpt.allocation.plan import (
+    PartSize,
+    Sizes,
+    expert_step,
+    head_step,
+    largest_sparsity,
+    mlp_step,
+    part_size,
+)
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
@@ -16,8 +24,8 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
 
     def sizes(block: Block) -> dict[str, PartSize]:
         dense, cap = block.dense_widths, config.max_sparsity
-        mlp_unit = (len(block.family.mlp.inputs) + 1) * block.d_model
-        parts = {"mlp": part_size(dense.mlp, mlp_unit, mlp_step(dense.mlp, config.round_to), cap)}
+        step = (mlp_step if block.experts is None else expert_step)(dense.mlp, config.round_to)
+        parts = {"mlp": part_size(dense.mlp, block.mlp_channel_weights, step, cap)}
         if block.attends:
             head_unit = (block.heads + block.kv_heads) * block.d_model
             qk_step = head_step(dense.qk, config.round_to, pairs=block.paired)

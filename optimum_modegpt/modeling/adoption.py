@@ -25,12 +25,15 @@ def built(
         RuntimeError: the new class ties tensors that are separate in `model`, and would lose one of them.
     """
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     with torch.device("meta"):
         new = model_class(config)
     tensors = dict(_tensors(model, replacements))
     new.load_state_dict(tensors, strict=True, assign=True)
     new.tie_weights()
-    if lost := [name for name, each in new.state_dict().items() if each.data_ptr() != tensors[name].data_ptr()]:
+    replaced = {name: one for name, one in new.state_dict().items() if one.data_ptr() != tensors[name].data_ptr()}
+    # A bias of the head is copied when its weight is tied.
+    if lost := [name for name, one in replaced.items() if not torch.equal(one, tensors[name])]:
         raise RuntimeError(f"{model_class.__name__} replaced {', '.join(lost)} when it tied its weights.")
     dense = dict(model.named_modules())
     for path, target in new.named_modules():
