@@ -190,8 +190,6 @@ WRONG: dict[str, tuple[Family, str]] = {
         replace(LITERALS["vaultgemma"], attention=Attention(score_arguments=(WINDOW,))),
         "block 0 computes something else",
     ),
-    "experts": (replace(LITERALS["gemma"], mlp=MLP(storage=Storage("experts", "mlp.experts"))), "has experts"),
-    "shared experts": (replace(LITERALS["gemma"], mlp=MLP(shared="mlp.shared")), "has a shared MLP"),
     "output norms": (
         replace(LITERALS["gemma"], residual=Residual(mlp_output_norm="post_feedforward_layernorm")),
         "has norms on the output",
