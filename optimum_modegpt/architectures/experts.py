@@ -62,7 +62,16 @@ class PackedExperts:
             return "its experts have no gate"
         if getattr(self.module, "has_post_expert_norm", False):
             return "the output of its experts is normalised"
+        if not self._gates_by_channel():
+            return "the gate of its experts combines other channels than their layout says"
         return None
+
+    def _gates_by_channel(self) -> bool:
+        """Return whether every hidden channel depends on no other rows of gate and up than its own, on random rows."""
+        rows = torch.randn(1, 2 * self.width, generator=torch.Generator().manual_seed(0))
+        kept = torch.arange(0, self.width, 2)
+        found = self.module._apply_gate(rows[:, self._gate_and_up(kept)])
+        return torch.allclose(found, self.module._apply_gate(rows)[:, kept])
 
     def hidden(self, expert: int, inputs: Tensor) -> Tensor:
         """Return the hidden channels of an expert, (tokens, width), for inputs (tokens, d_model)."""

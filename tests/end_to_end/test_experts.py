@@ -18,7 +18,7 @@ from optimum_modegpt.calibration.moments import LinearMomentSum
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
-from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.errors import InvalidConfig, UnsupportedModel
 from optimum_modegpt.methods.experts import ExpertMoments, cut_experts, select_experts
 from optimum_modegpt.methods.factors import ExpertsFactors
 from optimum_modegpt.methods.whole_experts import ExpertUse, ExpertUseSum, kept_experts
@@ -242,6 +242,15 @@ def test_experts_with_massive_activations_are_kept() -> None:
     massive = ExpertUse(quiet.saliency, ones, ones.index_fill(0, torch.tensor([1]), 500.0))
     kept = kept_experts([massive, quiet], 4)
     assert [one.tolist() for one in kept] == [[1, 5, 6, 7], [4, 5, 6, 7]]
+
+
+@LAYOUTS
+def test_a_wrong_layout_is_refused(name: str) -> None:
+    model = dense(name)
+    experts = experts_of(resolve(model).blocks[1]).module
+    experts.is_concatenated = not experts.is_concatenated
+    with pytest.raises(UnsupportedModel, match="block 1: the gate of its experts combines other channels"):
+        resolve(model)
 
 
 def test_experts_without_a_gate_are_refused() -> None:
