@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from optimum_modegpt.architectures.classes import FamilyClasses
 from optimum_modegpt.architectures.experts import PackedExperts, Routing, routed
@@ -37,6 +38,8 @@ class Block:
     module: nn.Module
     classes: FamilyClasses
     index: int
+    config: Any
+    """The configuration of the model."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -97,7 +100,7 @@ class Block:
     @property
     def head_norms(self) -> HeadNorms | None:
         """The description of the norms of queries and keys, or None if the block has none."""
-        return self.family.attention.norms_of(self.attention.config) if self.attends else None
+        return self.family.attention.norms_of(self.config) if self.attends else None
 
     @property
     def normalised(self) -> bool:
@@ -168,7 +171,7 @@ class Block:
         """The order of norms, halves and sums."""
         names = self.family.residual
         paths = (names.attention_norm, names.mlp_norm, names.attention_output_norm, names.mlp_output_norm)
-        norms = [None if path is None else attrgetter(path)(self.module) for path in paths]
+        norms = [self._norm(path) for path in paths]
         if self.topology == "parallel" and norms[1] is None:
             norms[1] = norms[0]
         scale: Any = None if names.scale is None else attrgetter(names.scale)(self.module)
@@ -181,8 +184,9 @@ class Block:
 
     @property
     def activation(self) -> Any:
-        """The MLP's activation φ."""
-        return self.module.get_submodule(self.family.mlp.activation)
+        """The MLP's activation φ, which can be differentiated in forward mode."""
+        name = self.family.mlp.activation_name
+        return self.module.get_submodule(self.family.mlp.activation) if name is None else ACT2FN[name]
 
     @property
     def weights(self) -> int:
@@ -208,6 +212,13 @@ class Block:
     def dense_widths(self) -> Widths:
         """The widths of the uncompressed block."""
         return Widths(self.head_dim, self.head_dim, self.mlp_width)
+
+    def _norm(self, paths: str | tuple[str, ...] | None) -> Any:
+        """Return the norm at the first of these paths that the block has, or None if it has none."""
+        for path in (paths,) if isinstance(paths, str) else paths or ():
+            if hasattr(self.module, path):
+                return getattr(self.module, path)
+        return None
 
     def _linear(self, path: str) -> nn.Linear:
         return self.module.get_submodule(path)  # pyright: ignore[reportReturnType]
@@ -235,6 +246,9 @@ class Block:
 
     def attend(self, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the output of the attention, or of the module in its place. Both are (batch, length, d_model)."""
+        arguments = self._arguments(inputs, arguments)
+        if "attention" in self.family.residual.added_inside:
+            arguments["residual"] = torch.zeros_like(inputs)
         if self.attends:
             return self.attention(hidden_states=inputs, **arguments)[0]
         mixer = self.mixer
@@ -256,7 +270,8 @@ class Block:
             return self.down(self.mlp_hidden(inputs))
         if self.experts is not None:
             return self.route(inputs)[0]
-        return self.module.get_submodule(self.family.mlp.module)(inputs)
+        residual = (torch.zeros_like(inputs),) if "mlp" in self.family.residual.added_inside else ()
+        return self.module.get_submodule(self.family.mlp.module)(inputs, *residual)
 
     def route(self, inputs: Tensor) -> tuple[Tensor, Routing, Tensor]:
         """Run an MLP with experts. Return its output, the routing of its tokens, and the output of the experts."""
@@ -270,7 +285,17 @@ class Block:
 
     def forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the block's output, as transformers computes it."""
-        return self.module(stream, **arguments)
+        output = self.module(stream, **self._arguments(stream, arguments))
+        return output[0] if self.family.returns_tuple else output
+
+    def _arguments(self, inputs: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of the arguments of one window, with those that do not broadcast repeated for every window."""
+        repeated = dict(arguments)
+        name = self.family.attention.per_sequence
+        if name is not None and arguments[name] is not None:
+            one = arguments[name]
+            repeated[name] = one.repeat(len(inputs), *[1] * (one.ndim - 1))
+        return repeated
 
     def composed_forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the block's output, composed from its halves. If it differs from `forward`, we misread the block."""
@@ -292,9 +317,9 @@ class Block:
     def compressible_copy(self, device: torch.device) -> Block:
         """Return a copy on `device` of the compressed classes at full width, ready for `install_*`."""
         copied = self._copied(device)
-        weights = dense_weights(copied.module, self.family, self.parts)
+        weights = dense_weights(copied.module, self.family, self.config, self.parts)
         reorder_head_norms(copied.module, self.family, self.parts)
-        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm, self.parts)
+        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm, self.config, self.parts)
         for path, (weight, bias) in weights.items():
             modegpt_blocks.install_linear(copied.module, path, weight, bias)
         return copied
@@ -302,7 +327,7 @@ class Block:
     def narrow(self, widths: Widths) -> nn.Module:
         """Return an empty module of these widths with the compressed classes on the meta device, to be filled."""
         module = self._copied(torch.device("meta")).module
-        modegpt_blocks.shrink_block(module, self.classes.causal_lm, widths)
+        modegpt_blocks.shrink_block(module, self.classes.causal_lm, self.config, widths)
         return module
 
     def on(self, device: torch.device) -> Block:

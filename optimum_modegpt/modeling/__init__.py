@@ -11,6 +11,7 @@ SHARED_FILES = (
     "modegpt_experts",
     "modegpt_family",
     "modegpt_files",
+    "modegpt_scores",
 )
 """The modules that all families use."""
 

@@ -39,8 +39,10 @@ class ModeGPTMLPMixin(Dense):
         return self.get_submodule(path.removeprefix(f"{self.family.mlp.module}."))
 
 
-def adopt_block(block: Any, model_class: type[Any], parts: Collection[Part] = PARTS) -> None:
-    """Turn a dense block, which has these parts, into one of the compressed classes at full width.
+def adopt_block(block: Any, model_class: type[Any], config: Any, parts: Collection[Part] = PARTS) -> None:
+    """Turn a dense block of a model with this configuration, which has these parts, into one of the compressed classes.
+
+    The result has the full width.
 
     Projections that the dense block stacks or transposes become separate linear layers, which are not initialised.
 
@@ -48,9 +50,12 @@ def adopt_block(block: Any, model_class: type[Any], parts: Collection[Part] = PA
         ImportError: the dense class takes an argument that the compressed one does not handle.
     """
     family = model_class.config_class.family
-    _separate(block, family, parts)
+    _separate(block, family, config, parts)
     if "qk" in parts:
-        adopt_attention(block.get_submodule(family.attention.module), model_class.attention_class)
+        attention = block.get_submodule(family.attention.module)
+        if not hasattr(attention, "config"):
+            attention.config = config
+        adopt_attention(attention, model_class.attention_class)
     if model_class.mlp_class is not None and experts_of(block, family) is None:
         block.get_submodule(family.mlp.module).__class__ = model_class.mlp_class
 
@@ -81,13 +86,12 @@ def mlp_shape(block: nn.Module, family: Family) -> tuple[int, int]:
     return d_model, width
 
 
-def _separate(block: nn.Module, family: Family, parts: Collection[Part]) -> None:
+def _separate(block: nn.Module, family: Family, config: Any, parts: Collection[Part]) -> None:
     """Replace the projections that the dense block stacks or transposes by uninitialised linear layers."""
     d_model, mlp = mlp_shape(block, family)
     units, widths = {"block": 1}, {"mlp": mlp}
     if "qk" in parts:
-        config: Any = block.get_submodule(family.attention.module).config
-        units |= count_heads(config)
+        units |= count_heads(block.get_submodule(family.attention.module), family, config)
         widths |= dict.fromkeys(("qk", "vo"), head_dim(config))
     stacked: set[str] = set()
     for projection in projections_of(block, family, parts):
@@ -146,19 +150,20 @@ def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
     return new.train(like.training)
 
 
-def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
+def shrink_block(block: Any, model_class: type[Any], config: Any, widths: Widths) -> None:
     """Give a newly built dense block the widths of a compressed one. The values must be loaded afterwards."""
     family = model_class.config_class.family
     parts: tuple[Part, ...] = PARTS if widths.qk else ("mlp",)
-    adopt_block(block, model_class, parts)
     units = {"block": 1}
     if "qk" in parts:
+        units |= count_heads(block.get_submodule(family.attention.module), family, config)
+    adopt_block(block, model_class, config, parts)
+    if "qk" in parts:
         attention = block.get_submodule(family.attention.module)
-        units |= count_heads(attention.config)
         attention.set_widths(widths.qk, widths.vo)
         if attention.rotates:
             install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
-        if family.attention.norms_of(attention.config) is not None and widths.qk < attention.dense_head_dim:
+        if family.attention.norms_of(config) is not None and widths.qk < attention.dense_head_dim:
             empty = {role: attention.head_norm(role).weight.new_empty(units[unit], widths.qk) for role, unit in HEADS}
             install_head_gains(attention, empty)
     if (experts := experts_of(block, family)) is not None:

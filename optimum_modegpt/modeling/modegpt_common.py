@@ -15,7 +15,7 @@ import transformers
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_blocks import ModeGPTMLPMixin, shrink_block
 from .modegpt_config import PER_LAYER, Dense
-from .modegpt_contract import check_loading
+from .modegpt_contract import check_loading, check_release
 from .modegpt_family import Family
 from .modegpt_files import one_set_of_weights, readable_weights, refuse
 
@@ -31,6 +31,7 @@ class ModeGPTModelMixin(Dense):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_loading()
+        check_release(config.model_type, self.config_class.family.since)
         positions = self.config_class.family.attention.positions
         for index, widths in enumerate(config.widths()):  # checked here, before anything is allocated
             if positions.pairs != "none" and positions.layer_flag is None and widths.qk % 2:
@@ -45,7 +46,7 @@ class ModeGPTModelMixin(Dense):
         if not any(isinstance(module, ModeGPTModelMixin) for module in self.modules() if module is not self):
             blocks: Any = self.base_model.get_submodule(self.config_class.family.blocks)
             for block, widths in zip(blocks, self.config.widths(), strict=True):
-                shrink_block(block, type(self), widths)
+                shrink_block(block, type(self), self.config, widths)
         super().post_init()
 
     @classmethod

@@ -275,7 +275,7 @@ def mlp_width(config: Any, family: Family, index: int) -> int:
         ValueError: the configuration has none, and the family does not derive it.
     """
     name = family.width_name(config, index)
-    width: int | None = getattr(config, name)
+    width: int | None = getattr(config, name, None)
     if width is not None:
         return width
     if family.mlp.width_factor is None:
@@ -283,7 +283,8 @@ def mlp_width(config: Any, family: Family, index: int) -> int:
     return family.mlp.width_factor * config.hidden_size
 
 
-def count_heads(config: Any) -> dict[str, int]:
-    """Return the number of "heads" and "kv_heads" of a model's attention."""
-    heads = config.num_attention_heads
-    return {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads}
+def count_heads(attention: Any, family: Family, config: Any) -> dict[str, int]:
+    """Return the number of "heads" and "kv_heads" of an attention, dense or compressed."""
+    heads, name = config.num_attention_heads, family.attention.kv_heads
+    groups = getattr(config, "num_key_value_heads", None) if name is None else getattr(attention, name)
+    return {"heads": heads, "kv_heads": groups or heads}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 Part = Literal["mlp", "qk", "vo"]
@@ -35,11 +36,15 @@ class Storage:
             query rows of all heads of a key-value head, its key rows and its value rows.
         path: the module that holds all of them, from the block; None if they are separate.
         transposed: whether weights are (in, out), as in `Conv1D`; those of the output projection are too.
+        slices: number of equal slices of a "stacked" module, each of which holds a share of every projection.
+        order: the order of query, key and value in a stacked module.
     """
 
     layout: Literal["separate", "stacked", "per head", "per group"] = "separate"
     path: str | None = None
     transposed: bool = False
+    slices: int = 1
+    order: tuple[Literal["query", "key", "value"], ...] = ("query", "key", "value")
 
     @property
     def plain(self) -> bool:
@@ -55,9 +60,13 @@ class Positions:
         pairs: the coordinates that rotate together. "half": (i, i + n / 2); "interleaved": (2i, 2i + 1), where n is the
             number of coordinates that rotate; "none": no coordinate rotates.
         partial: whether only the share `partial_rotary_factor` of a head rotates, its first coordinates.
+        width: attribute of the attention with the number of coordinates that rotate, the first ones of a head; None if
+            the configuration's rotary parameters say it.
         table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
             for each pair, next to each other; "single": one for each pair.
-        layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
+        sine_first: whether the model passes (sin, cos) instead of (cos, sin).
+        layer_flag: attribute of the attention that is false in layers without rotation, dotted or not; None if all
+            layers rotate.
         flag_needs: attribute of the attention that is None in models whose layers all rotate, also if `layer_flag` is
             false; None if `layer_flag` always counts.
         query_factor: whether queries are multiplied by 1 + β log(1 + ⌊position / L⌋) after the rotation. β and L are
@@ -66,7 +75,9 @@ class Positions:
 
     pairs: Literal["half", "interleaved", "none"] = "half"
     partial: bool = False
+    width: str | None = None
     table: Literal["concatenated", "repeated", "single"] = "concatenated"
+    sine_first: bool = False
     layer_flag: str | None = None
     flag_needs: str | None = None
     query_factor: bool = False
@@ -109,14 +120,18 @@ class Attention:
         values: "free" if a basis of the values may change; "coordinates" if something acts on single coordinates
             between value and output projection. Then both stay at full width.
         head_dim: attribute of the attention that holds the width of a head.
+        kv_heads: attribute of the attention that holds the number of key-value heads; None if it is
+            `num_key_value_heads` of the configuration, or that of the heads.
         score_arguments: (argument of the attention function, attribute of the attention) of all that determines the
             scores in addition to `scaling`: a window, a soft cap, sinks. The attribute may be dotted.
         dropout: attribute of the attention with the dropout of the probabilities, dotted or not.
         output_dropout: path of the dropout after the output projection, a module or its rate, if it is part of the
             attention.
         clip: name of the configuration's limit that the outputs of the query, key and value projections are clamped
-            to; None if there is none. A model that sets it keeps its attention at full width.
+            to, dotted or not; None if there is none. A model that sets it keeps its attention at full width.
         passed_on: parameters of the dense attention's `forward` that it passes to the attention function.
+        per_sequence: name of an argument of the block whose first axis counts sequences, and which does not broadcast
+            over them; None if there is none.
     """
 
     module: str = "self_attn"
@@ -131,11 +146,13 @@ class Attention:
     head_norms: HeadNorms | None = None
     values: Literal["free", "coordinates"] = "free"
     head_dim: str = "head_dim"
+    kv_heads: str | None = None
     score_arguments: tuple[tuple[str, str], ...] = ()
     dropout: str = "attention_dropout"
     output_dropout: str | None = None
     clip: str | None = None
     passed_on: tuple[str, ...] = ()
+    per_sequence: str | None = None
 
     def norms_of(self, config: Any) -> HeadNorms | None:
         """Return the norms of queries and keys in a model, or None if it has none."""
@@ -199,8 +216,10 @@ class MLP:
         output: path of the projection whose columns are hidden channels.
         storage: how the dense model stores the inputs.
         activation: path of the activation module.
+        activation_name: name of the same activation in transformers' `ACT2FN` if the module has no forward-mode
+            derivative, as a custom `autograd.Function`; None if it has one.
         width: name of the number of hidden channels in the configuration.
-        width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has None.
+        width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has none.
         experts: the experts that replace this MLP in some or all blocks; None if no block has experts.
     """
 
@@ -209,6 +228,7 @@ class MLP:
     output: str = "mlp.down_proj"
     storage: Storage = Storage()
     activation: str = "mlp.act_fn"
+    activation_name: str | None = None
     width: str = "intermediate_size"
     width_factor: int | None = None
     experts: Experts | None = None
@@ -238,17 +258,18 @@ class Residual:
 
     Attributes:
         attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block; None if there is none.
-            A parallel block without `mlp_norm` has one for both.
+            Of several paths, the first that a block has. A parallel block without `mlp_norm` has one for both.
         topology: one of the three above.
         flag: name of the configuration's boolean that chooses the topology; None if there is one.
         topology_without_flag: the topology if that boolean is false.
         multiplier: name of m in the configuration; None for 1.
         scale: path of a tensor that multiplies the block's output; None for 1.
         attention_output_norm, mlp_output_norm: the norm of a half's output before the sum; None if there is none.
+        added_inside: the halves whose modules take the stream as their argument `residual`, and return the sum.
     """
 
-    attention_norm: str | None = "input_layernorm"
-    mlp_norm: str | None = "post_attention_layernorm"
+    attention_norm: str | tuple[str, ...] | None = "input_layernorm"
+    mlp_norm: str | tuple[str, ...] | None = "post_attention_layernorm"
     topology: Topology = "sequential"
     flag: str | None = None
     topology_without_flag: Topology = "sequential"
@@ -256,6 +277,7 @@ class Residual:
     scale: str | None = None
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
+    added_inside: tuple[Literal["attention", "mlp"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -313,6 +335,10 @@ class Family:
         layer_sizes: names of sizes that the dense configuration has for each layer, equal in the layers of one type.
         refused: names of values in the configuration that change the computation of a block, and must be false, zero or
             None.
+        since: the oldest release of transformers whose classes of the family the compressed ones can extend; None if
+            every supported release will do.
+        returns_tuple: whether a block returns a tuple, whose first element is the stream.
+        linear_class: name of the dense model's own subclass of `nn.Linear`, which computes the same.
     """
 
     model_type: str
@@ -325,6 +351,9 @@ class Family:
     sizes: tuple[str, ...] = ()
     layer_sizes: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    since: str | None = None
+    returns_tuple: bool = False
+    linear_class: str | None = None
 
     @property
     def compressed_type(self) -> str:
@@ -395,7 +424,7 @@ class Family:
             parts["qk"] = "queries and keys are centred and normalised"
         if self.attention.values == "coordinates":
             parts["vo"] = "single coordinates of the values are changed before the output projection"
-        if self.attention.clip is not None and getattr(config, self.attention.clip) is not None:
+        if self.attention.clip is not None and attrgetter(self.attention.clip)(config) is not None:
             parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
         return parts
 

@@ -27,6 +27,10 @@ METHOD = pytest.mark.parametrize("method", ["default", "paper"])
 NEW = 6
 TOLERANCE = 0.015
 """Of the sparsity of tiny models. A step of the width of experts can be 2 % of their weights."""
+NO_STATIC_CACHE = {
+    "falcon-alibi-sequential": "its alibi has another length than its mask",
+    "gpt_neo": "it finds its window by the length of the cache",
+}
 
 
 def run(model: Any, **fields: Any) -> Report:
@@ -42,7 +46,9 @@ def logits(model: Any, ids: Tensor, **arguments: Any) -> Tensor:
 @EVERY
 @METHOD
 def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
-    model, ids = dense(name), tokens(3, 16, seed=3)
+    # The methods have different attention implementations here, so that both are compared with the dense model.
+    model = dense(name, attn_implementation="eager") if method == "paper" else dense(name)
+    ids = tokens(3, 16, seed=3)
     expected = logits(model, ids)
     assert run(model, sparsity=0.0, method=method).achieved_sparsity == 0
     torch.testing.assert_close(logits(model, ids), expected, rtol=1e-5, atol=1e-5)
@@ -104,6 +110,8 @@ def test_cached_generation_matches_uncached_generation(name: str) -> None:
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW}
     expected = model.generate(ids, use_cache=False, **options)
     assert torch.equal(model.generate(ids, **options), expected)
+    if name in NO_STATIC_CACHE:
+        pytest.skip(f"the dense class has no static cache either: {NO_STATIC_CACHE[name]}")
     static = model.generate(ids, cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(static, expected)
 

@@ -248,7 +248,7 @@ def test_stored_projections_are_read_row_by_row(layout: Any, transposed: bool) -
         setattr(block.mlp, name, nn.Linear(d_model, d_model))
     storage = Storage(layout, "self_attn.qkv", transposed=transposed)
     family = Family("test", attention=Attention(storage=storage, positions=Positions("none")))
-    found = dense_weights(block, family)
+    found = dense_weights(block, family, config)
     for path, expected in zip(("q_proj", "k_proj", "v_proj"), (query, key, value), strict=True):
         weights = found[f"self_attn.{path}"]
         assert weights.bias is not None
