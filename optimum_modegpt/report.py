@@ -120,6 +120,8 @@ class Report:
     """Block influence 1 − E cos(input, output) of every block. Empty unless the allocation used it."""
     uncut: tuple[str, ...] = ()
     """Sentences that name the parts that cannot be cut in this model, with the reason."""
+    kept_experts: tuple[tuple[int, ...], ...] = ()
+    """The experts that every block with experts kept. Empty if no whole experts were removed."""
     self_check: dict[str, Any] = field(default_factory=dict)
     """Tokens, difference, tolerance and seconds of the check of the finished model. See `walk.self_check.SelfCheck`."""
     warnings: tuple[str, ...] = ()
@@ -151,6 +153,7 @@ class Report:
             stages=tuple(Stage(**stage) for stage in fields.pop("stages")),
             warnings=tuple(fields.pop("warnings")),
             uncut=tuple(fields.pop("uncut", ())),
+            kept_experts=tuple(map(tuple, fields.pop("kept_experts", ()))),
             **fields,
         )
 

@@ -18,6 +18,7 @@ from transformers import (
     CodeGenConfig,
     Cohere2Config,
     CohereConfig,
+    Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
     FalconConfig,
@@ -26,30 +27,38 @@ from transformers import (
     Gemma4TextConfig,
     GemmaConfig,
     Glm4Config,
+    Glm4MoeConfig,
     GlmConfig,
     GPT2Config,
     GPTBigCodeConfig,
     GPTJConfig,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
+    GraniteMoeConfig,
     HeliumConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
     MistralConfig,
+    MixtralConfig,
     MptConfig,
     NemotronConfig,
     Olmo2Config,
     Olmo3Config,
     OlmoConfig,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PhiConfig,
+    PhimoeConfig,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
     StableLmConfig,
@@ -82,12 +91,19 @@ _SCALED_TABLES = {  # one rotary table for each layer type, as in Gemma 3 from 4
     "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
+_EXPERTS = _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_ONLY_EXPERTS = _GROUPED | {
+    "intermediate_size": 128,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 _GRANITE = _GATED | {
     "embedding_multiplier": 1.5,
     "attention_multiplier": 0.3,
     "residual_multiplier": 0.4,
     "logits_scaling": 2.0,
 }
+_MULTIPLIERS = {key: value for key, value in _GRANITE.items() if key not in _GATED}
 _OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
 _HALF_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _WINDOW_FIRST = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
@@ -299,6 +315,45 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
             "layer_types": ["full_attention"] * 3,
             "tie_word_embeddings": True,
         },
+    ),
+    "mixtral": (MixtralConfig, _ONLY_EXPERTS | {"sliding_window": 6}),
+    "qwen3_moe": (Qwen3MoeConfig, _EXPERTS | {"head_dim": 12, "norm_topk_prob": True, "tie_word_embeddings": True}),
+    "qwen3_moe-dense-layers-biases": (
+        Qwen3MoeConfig,
+        _EXPERTS | {"head_dim": 8, "mlp_only_layers": [0], "decoder_sparse_step": 1, "attention_bias": True},
+    ),
+    "olmoe": (OlmoeConfig, _ONLY_EXPERTS | {"num_experts": 4, "norm_topk_prob": True}),
+    "qwen2_moe": (Qwen2MoeConfig, _EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "gpt_oss": (GptOssConfig, _ONLY_EXPERTS | {"head_dim": 8, "sliding_window": 6}),
+    "granitemoe": (GraniteMoeConfig, _ONLY_EXPERTS | _MULTIPLIERS | {"tie_word_embeddings": True}),
+    "phimoe": (
+        PhimoeConfig,
+        _ONLY_EXPERTS | {"attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3},
+    ),
+    "glm4_moe": (
+        Glm4MoeConfig,
+        _EXPERTS
+        | {
+            "n_routed_experts": 4,
+            "n_shared_experts": 2,
+            "n_group": 2,
+            "topk_group": 1,
+            "routed_scaling_factor": 1.5,
+            "attention_bias": True,
+            "num_mtp_layers": 0,
+        },
+    ),
+    "glm4_moe-norms": (
+        Glm4MoeConfig,
+        _EXPERTS | {"n_routed_experts": 4, "head_dim": 8, "use_qk_norm": True, "first_k_dense_replace": 2},
+    ),
+    "ernie4_5_moe": (
+        Ernie4_5_MoeConfig,
+        _EXPERTS | {"moe_num_experts": 4, "moe_num_shared_experts": 1, "use_bias": True},
+    ),
+    "ernie4_5_moe-without-shared": (
+        Ernie4_5_MoeConfig,
+        _EXPERTS | {"moe_num_experts": 4, "moe_num_shared_experts": 0, "moe_layer_interval": 2},
     ),
     "biogpt": (BioGptConfig, _BIOGPT),
     "bloom": (BloomConfig, _COMMON),

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from optimum_modegpt.architectures.classes import FamilyClasses
+from optimum_modegpt.architectures.experts import PackedExperts, Routing, routed
 from optimum_modegpt.architectures.norms import gain, weight_of
 from optimum_modegpt.architectures.residual import ResidualProgram
 from optimum_modegpt.architectures.storage import dense_weights, is_separate, reorder_head_norms
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.modeling import modegpt_blocks
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
+from optimum_modegpt.modeling.modegpt_experts import experts_of
 from optimum_modegpt.modeling.modegpt_family import Family, HeadNorms, Norm, Part, Topology, Widths
 
 
@@ -87,7 +89,7 @@ class Block:
     @property
     def device(self) -> torch.device:
         """The device of the block's weights."""
-        return self.down.weight.device
+        return next(self.module.parameters()).device
 
     @property
     def query(self) -> nn.Linear:
@@ -168,6 +170,18 @@ class Block:
         return self._linear(self.family.mlp.output)
 
     @property
+    def experts(self) -> PackedExperts | None:
+        """The experts, or None if the MLP is a dense one, for which all members about its projections are."""
+        module = experts_of(self.module, self.family)
+        return None if module is None else PackedExperts(module)
+
+    @property
+    def mlp_end(self) -> nn.Module:
+        """The module whose output is that of the MLP."""
+        experts = self.family.mlp.experts
+        return self.down if self.experts is None or experts is None else self.module.get_submodule(experts.module)
+
+    @property
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
         names = self.family.residual
@@ -193,6 +207,13 @@ class Block:
     def weights(self) -> int:
         """The number of weights of all matrices of the block."""
         return sum(parameter.numel() for parameter in self.module.parameters() if parameter.ndim > 1)
+
+    @property
+    def mlp_channel_weights(self) -> int:
+        """The number of weights of a hidden channel of the MLP; with experts, of a channel of each of them."""
+        if (experts := self.experts) is not None:
+            return 3 * self.d_model * experts.count  # gate, up and down
+        return (len(self.family.mlp.inputs) + 1) * self.d_model
 
     @property
     def is_separate(self) -> bool:
@@ -262,8 +283,20 @@ class Block:
         """Return the MLP's output. Both are (batch, length, d_model)."""
         if self.family.mlp.module is None:
             return self.down(self.mlp_hidden(inputs))
+        if self.experts is not None:
+            return self.route(inputs)[0]
         residual = (torch.zeros_like(inputs),) if "mlp" in self.family.residual.added_inside else ()
         return self.module.get_submodule(self.family.mlp.module)(inputs, *residual)
+
+    def route(self, inputs: Tensor) -> tuple[Tensor, Routing, Tensor]:
+        """Run an MLP with experts. Return its output, the routing of its tokens, and the output of the experts."""
+        experts = self.experts
+        assert experts is not None
+        with routed(experts.module) as calls:
+            output = self.mlp_end(inputs)
+        routing, combined = calls.pop()
+        # Some families also return the weights of the router.
+        return (output[0] if isinstance(output, tuple) else output), routing, combined
 
     def forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the block's output, as transformers computes it."""
@@ -284,8 +317,15 @@ class Block:
         residual = self.residual
         output = self.attend(residual.attention_input(stream), arguments)
         middle = residual.after_attention(residual.add_attention(stream, output))
-        hidden = self.mlp_hidden(residual.mlp_input(residual.mlp_stream(stream, middle)))
-        return residual.after_mlp(residual.add_mlp(middle, self.down(hidden)))
+        inputs = residual.mlp_input(residual.mlp_stream(stream, middle))
+        return residual.after_mlp(residual.add_mlp(middle, self._composed_mlp(inputs)))
+
+    def _composed_mlp(self, inputs: Tensor) -> Tensor:
+        """Return the MLP's output, composed from the projections as they are read."""
+        if (experts := self.experts) is None:
+            return self.down(self.mlp_hidden(inputs))
+        output, routing, combined = self.route(inputs)
+        return output + (experts.combined(routing) - combined).view_as(output)
 
     # ------------------------------------------------------------------------------------------------------- install
 

@@ -24,6 +24,7 @@ from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_blocks import mlp_shape
 from optimum_modegpt.modeling.modegpt_config import count_heads
 from optimum_modegpt.modeling.modegpt_contract import check_attention, check_release
+from optimum_modegpt.modeling.modegpt_experts import projections_of
 from optimum_modegpt.modeling.modegpt_family import Family, Part, is_compressed
 
 
@@ -131,8 +132,6 @@ def check_model_type(model_type: str) -> FamilyClasses:
         raise UnsupportedModel(f"model_type {model_type!r} {reason}; it cannot be compressed.")
     if (classes := family_of(model_type)) is None:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(DENSE_TYPES)}.")
-    if (feature := classes.family.unsupported) is not None:
-        raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
     check_release(model_type, classes.family.since)
     if classes.attention_class is not None:
         check_attention(classes.attention_class.dense_class(), classes.family.attention.passed_on)
@@ -208,7 +207,10 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
 
 
 def _check_projections(block: Block) -> None:
-    for projection in block.family.projections_of(block.parts):
+    experts = block.experts
+    if experts is not None and (reason := experts.refusal) is not None:
+        raise UnsupportedModel(f"block {block.index}: {reason}, so it cannot be compressed.")
+    for projection in projections_of(block.module, block.family, block.parts):
         module: Any = block.module.get_submodule(projection.dense_path)
         expected = Conv1D if projection.storage.transposed else block.classes.linear_class
         if type(module) is not expected or module.weight.is_meta:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optimum_modegpt.architectures.positions import canonical_order
 from optimum_modegpt.modeling.modegpt_config import count_heads
+from optimum_modegpt.modeling.modegpt_experts import projections_of
 from optimum_modegpt.modeling.modegpt_family import PARTS, Family, Part, Projection
 
 
@@ -33,7 +34,7 @@ def dense_weights(block: nn.Module, family: Family, config: Any, parts: Collecti
     """
     order = _order(block, family, parts)
     found: dict[str, Weights] = {}
-    for projection in family.projections_of(parts):
+    for projection in projections_of(block, family, parts):
         reordered = order is not None and projection.part == "qk"
         if projection.storage.plain and not reordered:
             continue
@@ -47,7 +48,7 @@ def dense_weights(block: nn.Module, family: Family, config: Any, parts: Collecti
 
 def is_separate(block: nn.Module, family: Family, parts: Collection[Part]) -> bool:
     """Return whether a dense block with these parts stores its projections as a compressed one does."""
-    plain = all(projection.storage.plain for projection in family.projections_of(parts))
+    plain = all(projection.storage.plain for projection in projections_of(block, family, parts))
     return plain and _order(block, family, parts) is None
 
 

@@ -48,6 +48,13 @@ class LinearMomentSum:
     energy: Tensor | float = 0.0
     tokens: int = 0
 
+    @classmethod
+    def zero(cls, inputs: int, targets: int, device: torch.device, *, ones: bool) -> LinearMomentSum:
+        """Return the sum over no tokens, of `inputs` without the constant and of `targets`."""
+        empty = to_float64(torch.zeros(0, device=device))
+        gram, cross = (empty.new_zeros(inputs + ones, columns) for columns in (inputs + ones, targets))
+        return cls(ones, gram, cross, empty.new_zeros(()))
+
     def add(self, inputs: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Add tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
         inputs, target = inputs.flatten(0, -2), target.flatten(0, -2)

@@ -245,9 +245,13 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record the first argument and the output of every call of `module` within the context."""
+    """Record the first argument and the output, or the first output, of every call of `module` within the context."""
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))  # pyright: ignore[reportArgumentType]
+
+    def record(_: nn.Module, arguments: Any, output: Any) -> None:
+        seen.append((arguments[0], output[0] if isinstance(output, tuple) else output))
+
+    handle = module.register_forward_hook(record)
     try:
         yield seen
     finally:

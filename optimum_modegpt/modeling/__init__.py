@@ -8,6 +8,7 @@ SHARED_FILES = (
     "modegpt_common",
     "modegpt_config",
     "modegpt_contract",
+    "modegpt_experts",
     "modegpt_family",
     "modegpt_files",
     "modegpt_scores",

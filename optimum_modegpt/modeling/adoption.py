@@ -25,6 +25,7 @@ def built(
         RuntimeError: the new class ties tensors that are separate in `model`, and would lose one of them.
     """
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     with torch.device("meta"):
         new = model_class(config)
     tensors = dict(_tensors(model, replacements))

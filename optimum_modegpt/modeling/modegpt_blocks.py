@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_config import Dense, count_heads, head_dim
 from .modegpt_contract import check_attention
+from .modegpt_experts import experts_of, narrow_experts, packed_shape, projections_of
 from .modegpt_family import PARTS, Family, Part, Widths
 
 HEADS = (("query", "heads"), ("key", "kv_heads"))
@@ -55,7 +56,7 @@ def adopt_block(block: Any, model_class: type[Any], config: Any, parts: Collecti
         if not hasattr(attention, "config"):
             attention.config = config
         adopt_attention(attention, model_class.attention_class)
-    if model_class.mlp_class is not None:
+    if model_class.mlp_class is not None and experts_of(block, family) is None:
         block.get_submodule(family.mlp.module).__class__ = model_class.mlp_class
 
 
@@ -77,7 +78,9 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
 
 
 def mlp_shape(block: nn.Module, family: Family) -> tuple[int, int]:
-    """Return the width of the residual stream and that of the MLP of a dense block."""
+    """Return the width of the residual stream and that of the MLP, or of each expert, of a dense block."""
+    if (experts := experts_of(block, family)) is not None:
+        return packed_shape(experts)
     output: Any = block.get_submodule(family.mlp.output)
     d_model, width = output.weight.T.shape if family.mlp.storage.transposed else output.weight.shape
     return d_model, width
@@ -91,7 +94,7 @@ def _separate(block: nn.Module, family: Family, config: Any, parts: Collection[P
         units |= count_heads(block.get_submodule(family.attention.module), family, config)
         widths |= dict.fromkeys(("qk", "vo"), head_dim(config))
     stacked: set[str] = set()
-    for projection in family.projections_of(parts):
+    for projection in projections_of(block, family, parts):
         if projection.storage.plain:
             continue
         dense: Any = block.get_submodule(projection.dense_path)
@@ -165,7 +168,9 @@ def shrink_block(block: Any, model_class: type[Any], config: Any, widths: Widths
         if family.attention.norms_of(config) is not None and widths.qk < attention.dense_head_dim:
             empty = {role: attention.head_norm(role).weight.new_empty(units[unit], widths.qk) for role, unit in HEADS}
             install_head_gains(attention, empty)
-    for projection in family.projections_of(parts):
+    if (experts := experts_of(block, family)) is not None:
+        narrow_experts(experts, widths.mlp)
+    for projection in projections_of(block, family, parts):
         old = block.get_submodule(projection.path)
         shape = list(old.weight.shape)
         shape[projection.axis] = units[projection.unit] * getattr(widths, projection.part)

@@ -50,6 +50,11 @@ class ModeGPTModelMixin(Dense):
         super().post_init()
 
     @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Return whether the experts have fast kernels, which transformers finds in the source of the dense class."""
+        return cls.__bases__[-1]._can_set_experts_implementation()
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load as every model does, but refuse a checkpoint that does not fit instead of filling it with noise.
 
@@ -170,7 +175,7 @@ def register(
         # A model with a text tower has the attention of the tower's family, which has been registered before.
         if part is not None and "family" not in vars(part):
             part.family = family
-    PER_LAYER.add(family.mlp.width)
+    PER_LAYER.update(family.width_names)
     if not config_class.__module__.startswith("transformers_modules."):
         # Not for remote code, because AutoConfig would use the code of one repository for all others of the family.
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

@@ -34,14 +34,14 @@ class Storage:
         layout: "separate", one module each; "gated", the query rows of one head and then the rows of its gate, with
             the others separate; "stacked", one module with the rows of one projection after those of the
             other; "per head", the query, key and value rows of one head after those of the other; "per group", the
-            query rows of all heads of a key-value head, its key rows and its value rows; "experts", which is refused.
+            query rows of all heads of a key-value head, its key rows and its value rows.
         path: the module that holds all of them, from the block; None if they are separate.
         transposed: whether weights are (in, out), as in `Conv1D`; those of the output projection are too.
         slices: number of equal slices of a "stacked" module, each of which holds a share of every projection.
         order: the order of query, key and value in a stacked module.
     """
 
-    layout: Literal["separate", "gated", "stacked", "per head", "per group", "experts"] = "separate"
+    layout: Literal["separate", "gated", "stacked", "per head", "per group"] = "separate"
     path: str | None = None
     transposed: bool = False
     slices: int = 1
@@ -167,6 +167,49 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of a block. A router chooses a few of them for every token. All paths are from the block.
+
+    One parameter holds a projection of all experts. Its layout is an attribute of the module that holds it, set by
+    `use_experts_implementation` of transformers. The other fields are names in the configuration.
+
+    Attributes:
+        module: path of the whole MLP: the router, the experts, and a shared expert if there is one.
+        packed: path of the module that holds the weights of all experts.
+        router: path of the router, whose parameters and buffers have one row for each expert.
+        width: the number of hidden channels of an expert.
+        count: the number of experts.
+        chosen: the number of experts that the router chooses for a token.
+        groups: the number of groups that the router chooses from first; None if it has no groups.
+        dense_layers: the list of the layers without experts; None if there is none.
+        period: only every layer of this period has experts; None for every layer.
+        first, last: the range of the layers with experts; None for no limit.
+    """
+
+    module: str = "mlp"
+    packed: str = "mlp.experts"
+    router: str = "mlp.gate"
+    width: str = "moe_intermediate_size"
+    count: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    groups: str | None = None
+    dense_layers: str | None = None
+    period: str | None = None
+    first: str | None = None
+    last: str | None = None
+
+    def in_layer(self, config: Any, index: int) -> bool:
+        """Return whether a layer of a model has experts."""
+        if self.dense_layers is not None and index in getattr(config, self.dense_layers):
+            return False
+        if self.period is not None and (index + 1) % getattr(config, self.period):
+            return False
+        first = 0 if self.first is None else getattr(config, self.first)
+        last = index if self.last is None else getattr(config, self.last)
+        return first <= index <= last
+
+
+@dataclass(frozen=True)
 class MLP:
     """The MLP of a block. All paths are from the block.
 
@@ -181,7 +224,7 @@ class MLP:
             derivative, as a custom `autograd.Function`; None if it has one.
         width: name of the number of hidden channels in the configuration.
         width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has none.
-        shared: path of an MLP in addition to experts, which is refused.
+        experts: the experts that replace this MLP in some or all blocks; None if no block has experts.
     """
 
     module: str | None = "mlp"
@@ -192,7 +235,7 @@ class MLP:
     activation_name: str | None = None
     width: str = "intermediate_size"
     width_factor: int | None = None
-    shared: str | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -323,7 +366,7 @@ class Family:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All projections of a block that compression narrows."""
+        """All projections that compression narrows in a block without experts."""
         attention, mlp, own = self.attention, self.mlp, self.attention.storage
         others = Storage() if own.layout == "gated" else own
         gates = () if attention.gate is None else (Projection(attention.gate, "vo", 0, "heads", own),)
@@ -337,9 +380,14 @@ class Family:
             Projection(mlp.output, "mlp", 1, "block", mlp.storage),
         )
 
-    def projections_of(self, parts: Collection[Part]) -> tuple[Projection, ...]:
-        """Return the projections of a block that has these parts."""
-        return tuple(projection for projection in self.projections if projection.part in parts)
+    def projections_of(self, parts: Collection[Part], *, experts: bool) -> tuple[Projection, ...]:
+        """Return the projections of a block that has these parts, with or without experts. Packed experts are none."""
+        linear = [part for part in parts if part != "mlp" or not experts]
+        return tuple(projection for projection in self.projections if projection.part in linear)
+
+    def projections_in(self, config: Any, index: int) -> tuple[Projection, ...]:
+        """Return the projections of block `index` of a model."""
+        return self.projections_of(self.parts(config, index), experts=self.has_experts(config, index))
 
     def absent(self, config: Any, index: int) -> dict[Part, str]:
         """Return the parts that block `index` of a model does not have, each with the reason."""
@@ -353,6 +401,27 @@ class Family:
         absent = self.absent(config, index)
         return tuple(part for part in PARTS if part not in absent)
 
+    def has_experts(self, config: Any, index: int) -> bool:
+        """Return whether block `index` of a model has experts."""
+        return self.mlp.experts is not None and self.mlp.experts.in_layer(config, index)
+
+    @property
+    def width_names(self) -> tuple[str, ...]:
+        """The names of the MLP widths in the configuration: of blocks with experts, if any, and of those without."""
+        experts = self.mlp.experts
+        return (self.mlp.width,) if experts is None else tuple(dict.fromkeys((self.mlp.width, experts.width)))
+
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """The names of the sizes in the configuration that not all families have."""
+        counts = () if self.mlp.experts is None else (self.mlp.experts.count,)
+        return (*self.width_names, *counts, *self.sizes)
+
+    def width_name(self, config: Any, index: int) -> str:
+        """Return the name of the MLP width of block `index` in the configuration."""
+        experts = self.mlp.experts
+        return experts.width if experts is not None and experts.in_layer(config, index) else self.mlp.width
+
     def uncut(self, config: Any) -> dict[Part, str]:
         """Return the parts that compression leaves at their dense width in a model, each with the reason."""
         parts: dict[Part, str] = {}
@@ -365,18 +434,6 @@ class Family:
     def dense_parts(self, config: Any, index: int) -> dict[Part, str]:
         """Return the parts of block `index` that stay dense, each with the reason."""
         return self.uncut(config) | self.absent(config, index)
-
-    @property
-    def unsupported(self) -> str | None:
-        """The first feature of this description that no method can compress yet."""
-        features = {
-            "experts": "experts" in (self.mlp.storage.layout, self.attention.storage.layout),
-            "a shared MLP in addition to experts": self.mlp.shared is not None,
-        }
-        for feature, present in features.items():
-            if present:
-                return feature
-        return None
 
 
 @dataclass(frozen=True)

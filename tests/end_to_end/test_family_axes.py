@@ -32,7 +32,6 @@ from optimum_modegpt.modeling.modegpt_blocks import ModeGPTMLPMixin
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin, register
 from optimum_modegpt.modeling.modegpt_config import ModeGPTConfigMixin
 from optimum_modegpt.modeling.modegpt_family import (
-    MLP,
     Attention,
     Family,
     Head,
@@ -179,8 +178,6 @@ WRONG: dict[str, tuple[Family, str]] = {
         replace(LITERALS["vaultgemma"], attention=Attention(score_arguments=(WINDOW,))),
         "block 0 computes something else",
     ),
-    "experts": (replace(FAMILY["gemma"], mlp=MLP(storage=Storage("experts", "mlp.experts"))), "has experts"),
-    "shared experts": (replace(FAMILY["gemma"], mlp=MLP(shared="mlp.shared")), "has a shared MLP"),
     "output norms": (
         replace(modegpt_gemma2.FAMILY, residual=Residual(mlp_norm="pre_feedforward_layernorm")),
         "block 0 computes something else",

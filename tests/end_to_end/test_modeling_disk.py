@@ -143,7 +143,7 @@ def test_saved_files_have_the_compressed_shapes_and_metadata(name: str, saved: d
 
     model = compressed(name)
     family, widths = model.config.family, model.config.widths()
-    head_dim, mlp_width = model.config.dense_head_dim, model.config.dense_mlp_width
+    head_dim, mlp_width = model.config.dense_head_dim, model.config.dense_mlp_width(0)
     reference = compressed(name, widths=[Widths(head_dim, head_dim, mlp_width)] * 3)
     reference_shapes = {key: value.shape for key, value in reference.state_dict().items()}
     heads, kv_heads = 4, VARIANTS[name][1].get("num_key_value_heads", 4)
