@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_configs import FAMILIES
+from tiny_configs import FAMILIES, VOCABULARY
 from tiny_models import dense
+from torch import nn
 
 from optimum_modegpt.architectures import family_of, resolve
 from optimum_modegpt.modeling import DENSE_TYPES, modegpt_family
@@ -50,6 +51,15 @@ def test_a_family_is_named_in_its_own_file_only() -> None:
         if isinstance(node, ast.Constant) and node.value in DENSE_TYPES and path.stem != f"modegpt_{node.value}"
     ]
     assert elsewhere == []
+
+
+def test_the_head_and_its_bias_give_the_logits() -> None:
+    model = dense("granite", tie_word_embeddings=False)
+    model.set_output_embeddings(nn.Linear(32, VOCABULARY))
+    architecture, stream = resolve(model), torch.randn(2, 3, 32)
+    device = stream.device
+    found = architecture.final_norm(stream) @ architecture.head(device).T + architecture.head_bias(device)
+    torch.testing.assert_close(found, architecture.own_tail(stream))
 
 
 def test_every_file_of_a_family_describes_it() -> None:
