@@ -22,12 +22,14 @@ from transformers import (
 )
 
 from optimum_modegpt.allocation.plan import EXPERT_STEP
-from optimum_modegpt.modeling import SHARED_FILES
+from optimum_modegpt.modeling import OTHER_FILES, SHARED_FILES
 from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
 from optimum_modegpt.modeling.modegpt_family import Family, Widths
 
 SHARED_CODE = {f"{name}.py" for name in SHARED_FILES}
 """The code files of every compressed model; its family adds one."""
+OTHER_CODE = {f"{name}.py" for name in OTHER_FILES}
+"""The code files that only some families need."""
 
 _AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
