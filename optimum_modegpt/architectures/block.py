@@ -72,8 +72,8 @@ class Block:
 
     @property
     def normalised(self) -> bool:
-        """Whether query and key heads are normalised."""
-        return self.family.attention.head_norms is not None
+        """Whether query and key heads have norms, and can be narrow."""
+        return self.family.attention.head_norms is not None and "qk" not in self.uncut
 
     @property
     def norms_joint(self) -> bool:
