@@ -113,7 +113,7 @@ class Block:
 
     @property
     def normalised(self) -> bool:
-        """Whether query and key heads are normalised, and may be narrow all the same."""
+        """Whether query and key heads have norms, and can be narrow."""
         return self.head_norms is not None and "qk" not in self.uncut
 
     @property
