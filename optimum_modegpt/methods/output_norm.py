@@ -25,7 +25,8 @@ from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.modeling.modegpt_family import Norm
 
 GAIN_RIDGE = 0.01
-"""λ as a fraction of the mean of g²."""
+"""λ as a fraction of the mean of g². Gemma 3 has gains of zero. With 20 % removed from its first six blocks, these
+targets gave divergences of 0.33 and 0.63 on two texts. The block's own outputs as targets gave 0.34 and 0.67."""
 
 
 def before_norm(output: Tensor, wanted: Tensor, weight: Tensor | None, norm: Any, kind: Norm) -> tuple[Tensor, Tensor]:
