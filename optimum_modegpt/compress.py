@@ -45,6 +45,8 @@ def compress(
 ) -> Report:
     """Compress `model` in place. It becomes an object of the compressed class at the end, and is unchanged until then.
 
+    If only whole experts are removed, it stays an object of its own class.
+
     Args:
         model: a dense causal language model of a known family, with its weights in memory.
         config: the settings.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import compressed, dense, tokens
+from tiny_models import compressed, dense, tokenizer, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -19,9 +19,11 @@ from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.errors import InvalidConfig, UnsupportedModel
+from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.methods.experts import ExpertMoments, cut_experts, select_experts
 from optimum_modegpt.methods.factors import ExpertsFactors
 from optimum_modegpt.methods.whole_experts import ExpertUse, ExpertUseSum, kept_experts
+from optimum_modegpt.report import Report
 
 LAYOUTS = pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 """Experts with gate above up, and transposed ones with biases, with gate and up interleaved."""
@@ -195,6 +197,16 @@ def test_without_whole_experts_the_result_is_a_stock_model(name: str, tmp_path: 
         weights = [router.get_parameter("weight") for router in routers]
         assert torch.equal(weights[0][kept], weights[1])
         assert torch.equal(block.experts.module.down_proj[kept], left.experts.module.down_proj)
+
+
+def test_a_stock_result_is_saved_with_its_report(tmp_path: Path) -> None:
+    model = dense("mixtral")
+    quantizer = ModeGPTQuantizer(sparsity=0.0, expert_sparsity=0.5, dataset=tokens(10, 16, seed=7), sequence_length=16)
+    quantizer.quantize_model(model, tokenizer(), device="cpu")
+    quantizer.save(model, tmp_path)
+    assert Report.load(tmp_path / "report.json").kept_experts == quantizer.report.kept_experts  # pyright: ignore[reportOptionalMemberAccess]
+    assert "optimum_modegpt" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.num_local_experts == 2
 
 
 def test_channels_and_whole_experts_are_removed_together() -> None:
