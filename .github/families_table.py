@@ -67,11 +67,11 @@ def page() -> str:
 
 
 def _row(classes: FamilyClasses) -> str:
-    family, config = classes.family, classes.config.__bases__[-1]()
+    family, config = classes.family, classes.config.__bases__[-1]().get_text_config()
     uncut = family.uncut(config)
     present = {part for index in range(config.num_hidden_layers) for part in family.parts(config, index)}
     cut = ", ".join(part for part in PARTS if part in present and part not in uncut)
-    refused = (f"`{name}` true: refused" for name in family.refused)
+    refused = (f"`{name}` set: refused" for name in family.refused)
     options = "; ".join((*_options(family, config, uncut), *refused))
     dense = "; ".join([*_described(uncut), *_dense_layers(family, config)])
     return f"| `{family.model_type}` | {cut} | {dense or '–'} | {options or '–'} |"

@@ -21,6 +21,7 @@ from optimum_modegpt.progress import bar
 from optimum_modegpt.report import Report
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.checks import check_reading, check_request, check_result
+from optimum_modegpt.walk.fewer_experts import remove_experts
 from optimum_modegpt.walk.guards import collected_warnings, evaluation_mode, retrying_on_oom
 from optimum_modegpt.walk.planning import make_plan, measure_gradients
 from optimum_modegpt.walk.prepare import prepare
@@ -63,26 +64,27 @@ def compress(
     request = prepare(model, config, calibration, plan, device, base, checkpoint, progress)
     state = State.start(request)
     check_request(request, state)
-    precision, warned = products_of(model.dtype), collected_warnings(state)
-    with (
-        torch.no_grad(),
-        precision,
-        evaluation_mode(model),
-        warned,
-        resuming(request, state),
-    ):
-        retrying_on_oom("embed", embed, request, state)
-        retrying_on_oom("gradients", measure_gradients, request, state)
-        plan = known_plan(request)
-        if plan is None:
-            plan = retrying_on_oom(f"allocate ({request.config.resolved_allocation})", make_plan, request, state)
-            keep_plan(request, state, plan)
-        blocks, norm, errors = retrying_on_oom("decompose", partial(cut_blocks, plan), request, state)
+    with torch.no_grad(), products_of(model.dtype), collected_warnings(state):
+        if config.expert_sparsity:
+            request = retrying_on_oom("experts", remove_experts, request, state)
+        with evaluation_mode(request.architecture.model), resuming(request, state):
+            retrying_on_oom("embed", embed, request, state)
+            retrying_on_oom("gradients", measure_gradients, request, state)
+            plan = known_plan(request)
+            if plan is None:
+                stage = f"allocate ({request.config.resolved_allocation})"
+                plan = retrying_on_oom(stage, make_plan, request, state)
+                keep_plan(request, state, plan)
+            blocks, norm, errors = retrying_on_oom("decompose", partial(cut_blocks, plan), request, state)
     with state.clock.stage("adopt"):
         achieved = plan_sparsity(plan, request.sizes)
-        parameters = parameters_around(request, blocks, achieved)
+        parameters = parameters_around(request, state, blocks, achieved)
         record = make_record(request, achieved, parameters)
-        compressed = assemble(request, plan, blocks, norm, record)
+        if state.removed is not None and plan == Plan.dense(request.sizes):
+            compressed = request.architecture.model
+            compressed.config.modegpt = record
+        else:
+            compressed = assemble(request, plan, blocks, norm, record)
     with state.clock.stage("self-check"), evaluation_mode(compressed):
         check_reloads(compressed)
         check = self_check(compressed, calibration.tokens[0])

@@ -77,6 +77,8 @@ class Recipe:
         input_ridge: ridge of the refit of gate and up, as a fraction of the mean diagonals.
         refit_iterations: most conjugate-gradient iterations of the refit of gate and up; 0 disables it. With few tokens
             per row of these matrices, they are not refitted.
+        expert_sparsity: fraction of the experts of every block to remove before the widths are cut, those with the
+            smallest weighted outputs, in [0, 1). With sparsity=0, the result is a model of the dense class.
         tokenizer: tokenizer name or object; `None` takes the model's own.
         allow_foreign_tokenizer: whether `tokenizer` may differ from the model's own in vocabulary, special tokens or
             chat template; a difference is then a warning and part of the calibration record.
@@ -103,6 +105,7 @@ class Recipe:
     query_ridge: float = 1e-3
     input_ridge: float = 0.1
     refit_iterations: int = 4
+    expert_sparsity: float = 0.0
     tokenizer: Any = None
     allow_foreign_tokenizer: bool = False
 
@@ -136,6 +139,7 @@ class Recipe:
                 f"write sparsity={self.sparsity / 100}."
             )
         self.sparsity = _real("sparsity", self.sparsity, 1.0, includes_zero=True)
+        self.expert_sparsity = _real("expert_sparsity", self.expert_sparsity, 1.0, includes_zero=True)
         self.max_sparsity = _real("max_sparsity", self.max_sparsity, 1.0)
         if self.sparsity > self.max_sparsity:
             raise InvalidConfig(

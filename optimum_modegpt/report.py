@@ -66,15 +66,20 @@ class Parameters:
 
 
 def uncut_sentences(reasons: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
-    """Return a sentence for each part that stays at full width. `reasons` has one mapping part -> reason per block."""
+    """Return a sentence for each reason that leaves parts at full width.
+
+    `reasons` has one mapping part -> reason for each block.
+    """
     found: dict[tuple[str, str], int] = {}
     for block in reasons:
-        for item in block.items():
-            found[item] = found.get(item, 0) + 1
+        for reason in dict.fromkeys(block.values()):
+            parts = " and ".join(part for part, own in block.items() if own == reason)
+            found[parts, reason] = found.get((parts, reason), 0) + 1
     sentences = []
-    for (part, reason), count in found.items():
+    for (parts, reason), count in found.items():
+        verb = "stay" if " and " in parts else "stays"
         where = "" if count == len(reasons) else f" in {count} of {len(reasons)} blocks"
-        sentences.append(f"{part} stays at full width{where}: {reason}")
+        sentences.append(f"{parts} {verb} at full width{where}: {reason}")
     return tuple(sentences)
 
 
@@ -115,6 +120,8 @@ class Report:
     """Block influence 1 − E cos(input, output) of every block. Empty unless the allocation used it."""
     uncut: tuple[str, ...] = ()
     """Sentences that name the parts that cannot be cut in this model, with the reason."""
+    kept_experts: tuple[tuple[int, ...], ...] = ()
+    """The experts that every block with experts kept. Empty if no whole experts were removed."""
     self_check: dict[str, Any] = field(default_factory=dict)
     """Tokens, difference, tolerance and seconds of the check of the finished model. See `walk.self_check.SelfCheck`."""
     warnings: tuple[str, ...] = ()
@@ -146,6 +153,7 @@ class Report:
             stages=tuple(Stage(**stage) for stage in fields.pop("stages")),
             warnings=tuple(fields.pop("warnings")),
             uncut=tuple(fields.pop("uncut", ())),
+            kept_experts=tuple(map(tuple, fields.pop("kept_experts", ()))),
             **fields,
         )
 

@@ -21,12 +21,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from optimum_modegpt.modeling import SHARED_FILES
+from optimum_modegpt.allocation.plan import EXPERT_STEP
+from optimum_modegpt.modeling import OTHER_FILES, SHARED_FILES
 from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
-from optimum_modegpt.modeling.modegpt_family import Widths
+from optimum_modegpt.modeling.modegpt_family import Family, Widths
 
 SHARED_CODE = {f"{name}.py" for name in SHARED_FILES}
 """The code files of every compressed model; its family adds one."""
+OTHER_CODE = {f"{name}.py" for name in OTHER_FILES}
+"""The code files that only some families need."""
 
 _AUTO = {"causal": AutoModelForCausalLM, "classification": AutoModelForSequenceClassification}
 
@@ -81,13 +84,13 @@ def compressed(
     config_class, values = EVERY_VARIANT[name]
     dense_config = config_class(**(values | changes))
     family = model_class.config_class.family
-    head, mlp = head_dim(dense_config.per_layer_config[0]), mlp_width(dense_config, family)
+    head, mlp = head_dim(dense_config.per_layer_config[0]), mlp_widths(dense_config, family)
     odd = 0 if family.attention.positions.pairs != "none" else 1
     uncut = family.uncut(dense_config)
     qk = [head] * 3 if "qk" in uncut else [4 + odd, 6 + odd, head]
     vo = [head] * 3 if "vo" in uncut else [7, 3, head]
     if widths is None:
-        widths = list(map(Widths, qk, vo, (31, 40, mlp)))
+        widths = list(map(Widths, qk, vo, mlp))
         for index, each in enumerate(widths):
             widths[index] = replace(each, **dict.fromkeys(family.absent(dense_config, index), 0))
     record = {"format_version": 1, "base_model": name}
@@ -99,6 +102,15 @@ def compressed(
             pairs = [torch.randperm(head // 2, generator=generator) for _ in buffer]
             buffer.copy_(torch.stack([row[: buffer.shape[1]].sort().values for row in pairs]))
     return model.eval()
+
+
+def mlp_widths(config: Any, family: Family) -> list[int]:
+    """Return the MLP widths of three blocks: two narrow ones, those of experts multiples of their step, and dense."""
+    widths = []
+    for index, kept in enumerate((31, 40, 48)):
+        step = EXPERT_STEP if family.has_experts(config, index) else 1
+        widths.append(mlp_width(config, family, index) * kept // 48 // step * step)
+    return widths
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:

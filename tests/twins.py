@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.modeling.adoption import become, built
 from optimum_modegpt.modeling.modegpt_blocks import install_head_gains
+from optimum_modegpt.modeling.modegpt_experts import channel_axis, experts_of, packed_names
 from optimum_modegpt.modeling.modegpt_family import Family
 
 CPU = torch.device("cpu")
@@ -47,8 +48,7 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
     prefix = f"{model.base_model_prefix}.{family.blocks}"
     for index, block in enumerate(blocks_of(model, name)):
         reference, parts = blocks_of(twin, name)[index], family.parts(model.config, index)
-        rows = {path: torch.arange(block.get_submodule(path).out_features) for path in family.mlp.inputs}
-        columns = {family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features)}
+        rows, columns = _of_mlp(block, family)
         if "qk" in parts:
             own_rows, own_columns = _of_attention(block.get_submodule(family.attention.module), family)
             rows, columns = rows | own_rows, columns | own_columns
@@ -59,11 +59,21 @@ def dense_twin(model: PreTrainedModel, name: str) -> PreTrainedModel:
         if "qk" in parts and family.attention.norms_of(model.config) is not None:
             _widen_norms(block, reference, family, state, f"{prefix}.{index}")
         for path, places in columns.items():
-            key = f"{prefix}.{index}.{path}.weight"
             full = reference.get_submodule(path).weight
+            key = f"{prefix}.{index}.{path}.weight"
             state[key] = torch.zeros_like(full).index_copy(1, places, state[key])
+        padded = _padded_experts(block, reference, family)
+        state |= {f"{prefix}.{index}.{path}": tensor for path, tensor in padded.items()}
     twin.load_state_dict(state, strict=True)
     return twin
+
+
+def _of_mlp(block: Any, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the places of rows and columns as `_of_attention`, for the projections of an MLP without experts."""
+    if experts_of(block, family) is not None:
+        return {}, {}
+    rows = {path: torch.arange(block.get_submodule(path).out_features) for path in family.mlp.inputs}
+    return rows, {family.mlp.output: torch.arange(block.get_submodule(family.mlp.output).in_features)}
 
 
 def _of_attention(attention: Any, family: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -111,9 +121,24 @@ def _widen_norms(block: Any, reference: Any, family: Family, state: dict[str, Te
         for leaf, _ in reference.get_submodule(path).named_parameters():
             state[f"{prefix}.{path}.{leaf}"] *= ratio
         key = f"{prefix}.{getattr(family.attention.head_norms, role)}.weight"
-        full = torch.zeros(len(places), head_dim).scatter(1, places, (state[key] + offset) / ratio)
-        gains[role] = state[key] = full - offset
+        own = (state[key].view(-1, qk) + offset) / ratio
+        gains[role] = torch.zeros(len(own), head_dim).scatter(1, places, own) - offset
+        state[key] = gains[role].flatten() if family.attention.head_norms.over == "projection" else gains[role]
     install_head_gains(reference.get_submodule(family.attention.module), gains)
+
+
+def _padded_experts(block: Any, reference: Any, family: Family) -> dict[str, Tensor]:
+    """Return the packed parameters of a block's experts, if any, with zeros up to the width of the reference."""
+    experts, padded = experts_of(block, family), {}
+    for name in () if experts is None else packed_names(experts):
+        full, axis = getattr(experts_of(reference, family), name), channel_axis(experts, name)
+        places = torch.arange(getattr(experts, name).shape[axis])
+        if name.startswith("gate_up") and experts.is_concatenated:
+            gate, up = places.chunk(2)
+            places = torch.cat((gate, up - len(gate) + full.shape[axis] // 2))
+        values = torch.zeros_like(full).index_copy(axis, places, getattr(experts, name))
+        padded[f"{family.mlp.experts.packed}.{name}"] = values
+    return padded
 
 
 def _rows(kept: Tensor, head_dim: int) -> Tensor:

@@ -10,6 +10,8 @@ from optimum_modegpt.modeling.modegpt_family import Widths
 
 TINY_HEAD_DIM = 32
 TINY_MLP_WIDTH = 512
+EXPERT_STEP = 8
+"""Widths of experts are multiples of this, because the fast kernels read rows of a multiple of 16 bytes."""
 MLP_STEPS = (128, 64, 32, 16, 8)
 COARSEST_STEP = 0.04
 """The largest share of an MLP width that one rounding step may be."""
@@ -89,6 +91,11 @@ def mlp_step(width: int, round_to: int | str) -> int:
         if step <= COARSEST_STEP * width:
             return step
     return MLP_STEPS[-1]
+
+
+def expert_step(width: int, round_to: int | str) -> int:
+    """Return the grid step of the width of experts, a multiple of `EXPERT_STEP`."""
+    return math.lcm(mlp_step(width, round_to), EXPERT_STEP)
 
 
 def total_weights(sizes: Sizes) -> int:

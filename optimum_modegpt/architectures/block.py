@@ -12,14 +12,17 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from optimum_modegpt.architectures.classes import FamilyClasses
+from optimum_modegpt.architectures.experts import PackedExperts, Routing, routed
 from optimum_modegpt.architectures.norms import gain, weight_of
 from optimum_modegpt.architectures.residual import ResidualProgram
 from optimum_modegpt.architectures.storage import dense_weights, is_separate, reorder_head_norms
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.modeling import modegpt_blocks
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
+from optimum_modegpt.modeling.modegpt_experts import experts_of
 from optimum_modegpt.modeling.modegpt_family import Family, HeadNorms, Norm, Part, Topology, Widths
 
 
@@ -35,6 +38,8 @@ class Block:
     module: nn.Module
     classes: FamilyClasses
     index: int
+    config: Any
+    """The configuration of the model."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -84,7 +89,7 @@ class Block:
     @property
     def device(self) -> torch.device:
         """The device of the block's weights."""
-        return self.down.weight.device
+        return next(self.module.parameters()).device
 
     @property
     def query(self) -> nn.Linear:
@@ -104,12 +109,18 @@ class Block:
     @property
     def head_norms(self) -> HeadNorms | None:
         """The description of the norms of queries and keys, or None if the block has none."""
-        return self.family.attention.norms_of(self.attention.config) if self.attends else None
+        return self.family.attention.norms_of(self.config) if self.attends else None
 
     @property
     def normalised(self) -> bool:
-        """Whether query and key heads are normalised, and may be narrow all the same."""
+        """Whether query and key heads have norms, and can be narrow."""
         return self.head_norms is not None and "qk" not in self.uncut
+
+    @property
+    def norms_joint(self) -> bool:
+        """Whether the heads of queries, and those of keys, are normalised together."""
+        norms = self.family.attention.head_norms
+        return norms is not None and norms.over == "projection"
 
     @property
     def norms_rotated(self) -> bool:
@@ -159,11 +170,23 @@ class Block:
         return self._linear(self.family.mlp.output)
 
     @property
+    def experts(self) -> PackedExperts | None:
+        """The experts, or None if the MLP is a dense one, for which all members about its projections are."""
+        module = experts_of(self.module, self.family)
+        return None if module is None else PackedExperts(module)
+
+    @property
+    def mlp_end(self) -> nn.Module:
+        """The module whose output is that of the MLP."""
+        experts = self.family.mlp.experts
+        return self.down if self.experts is None or experts is None else self.module.get_submodule(experts.module)
+
+    @property
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
         names = self.family.residual
         paths = (names.attention_norm, names.mlp_norm, names.attention_output_norm, names.mlp_output_norm)
-        norms = [None if path is None else attrgetter(path)(self.module) for path in paths]
+        norms = [self._norm(path) for path in paths]
         if self.topology == "parallel" and norms[1] is None:
             norms[1] = norms[0]
         scale: Any = None if names.scale is None else attrgetter(names.scale)(self.module)
@@ -176,13 +199,21 @@ class Block:
 
     @property
     def activation(self) -> Any:
-        """The MLP's activation φ."""
-        return self.module.get_submodule(self.family.mlp.activation)
+        """The MLP's activation φ, which can be differentiated in forward mode."""
+        name = self.family.mlp.activation_name
+        return self.module.get_submodule(self.family.mlp.activation) if name is None else ACT2FN[name]
 
     @property
     def weights(self) -> int:
         """The number of weights of all matrices of the block."""
         return sum(parameter.numel() for parameter in self.module.parameters() if parameter.ndim > 1)
+
+    @property
+    def mlp_channel_weights(self) -> int:
+        """The number of weights of a hidden channel of the MLP; with experts, of a channel of each of them."""
+        if (experts := self.experts) is not None:
+            return 3 * self.d_model * experts.count  # gate, up and down
+        return (len(self.family.mlp.inputs) + 1) * self.d_model
 
     @property
     def is_separate(self) -> bool:
@@ -197,6 +228,13 @@ class Block:
         """The widths of the uncompressed block."""
         return Widths(self.head_dim, self.head_dim, self.mlp_width)
 
+    def _norm(self, paths: str | tuple[str, ...] | None) -> Any:
+        """Return the norm at the first of these paths that the block has, or None if it has none."""
+        for path in (paths,) if isinstance(paths, str) else paths or ():
+            if hasattr(self.module, path):
+                return getattr(self.module, path)
+        return None
+
     def _linear(self, path: str) -> nn.Linear:
         return self.module.get_submodule(path)  # pyright: ignore[reportReturnType]
 
@@ -208,7 +246,7 @@ class Block:
 
     def head_gains(self, role: str) -> Tensor:
         """Return the gains (heads, head_dim) of the norm of "query" or "key", in float64."""
-        gains = to_float64(gain(self.head_norm(role), self.norm))
+        gains = to_float64(gain(self.head_norm(role), self.norm)).view(-1, self.head_dim)
         return gains.expand(self.heads if role == "query" else self.kv_heads, self.head_dim)
 
     def mlp_rows(self) -> tuple[Tensor, ...]:
@@ -223,6 +261,9 @@ class Block:
 
     def attend(self, inputs: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the output of the attention, or of the module in its place. Both are (batch, length, d_model)."""
+        arguments = self._arguments(inputs, arguments)
+        if "attention" in self.family.residual.added_inside:
+            arguments["residual"] = torch.zeros_like(inputs)
         if self.attends:
             return self.attention(hidden_states=inputs, **arguments)[0]
         mixer = self.mixer
@@ -242,28 +283,58 @@ class Block:
         """Return the MLP's output. Both are (batch, length, d_model)."""
         if self.family.mlp.module is None:
             return self.down(self.mlp_hidden(inputs))
-        return self.module.get_submodule(self.family.mlp.module)(inputs)
+        if self.experts is not None:
+            return self.route(inputs)[0]
+        residual = (torch.zeros_like(inputs),) if "mlp" in self.family.residual.added_inside else ()
+        return self.module.get_submodule(self.family.mlp.module)(inputs, *residual)
+
+    def route(self, inputs: Tensor) -> tuple[Tensor, Routing, Tensor]:
+        """Run an MLP with experts. Return its output, the routing of its tokens, and the output of the experts."""
+        experts = self.experts
+        assert experts is not None
+        with routed(experts.module) as calls:
+            output = self.mlp_end(inputs)
+        routing, combined = calls.pop()
+        # Some families also return the weights of the router.
+        return (output[0] if isinstance(output, tuple) else output), routing, combined
 
     def forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the block's output, as transformers computes it."""
-        return self.module(stream, **arguments)
+        output = self.module(stream, **self._arguments(stream, arguments))
+        return output[0] if self.family.returns_tuple else output
+
+    def _arguments(self, inputs: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of the arguments of one window, with those that do not broadcast repeated for every window."""
+        repeated = dict(arguments)
+        name = self.family.attention.per_sequence
+        if name is not None and arguments[name] is not None:
+            one = arguments[name]
+            repeated[name] = one.repeat(len(inputs), *[1] * (one.ndim - 1))
+        return repeated
 
     def composed_forward(self, stream: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Return the block's output, composed from its halves. If it differs from `forward`, we misread the block."""
         residual = self.residual
         output = self.attend(residual.attention_input(stream), arguments)
         middle = residual.after_attention(residual.add_attention(stream, output))
-        hidden = self.mlp_hidden(residual.mlp_input(residual.mlp_stream(stream, middle)))
-        return residual.after_mlp(residual.add_mlp(middle, self.down(hidden)))
+        inputs = residual.mlp_input(residual.mlp_stream(stream, middle))
+        return residual.after_mlp(residual.add_mlp(middle, self._composed_mlp(inputs)))
+
+    def _composed_mlp(self, inputs: Tensor) -> Tensor:
+        """Return the MLP's output, composed from the projections as they are read."""
+        if (experts := self.experts) is None:
+            return self.down(self.mlp_hidden(inputs))
+        output, routing, combined = self.route(inputs)
+        return output + (experts.combined(routing) - combined).view_as(output)
 
     # ------------------------------------------------------------------------------------------------------- install
 
     def compressible_copy(self, device: torch.device) -> Block:
         """Return a copy on `device` of the compressed classes at full width, ready for `install_*`."""
         copied = self._copied(device)
-        weights = dense_weights(copied.module, self.family, self.parts)
+        weights = dense_weights(copied.module, self.family, self.config, self.parts)
         reorder_head_norms(copied.module, self.family, self.parts)
-        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm, self.parts)
+        modegpt_blocks.adopt_block(copied.module, self.classes.causal_lm, self.config, self.parts)
         for path, (weight, bias) in weights.items():
             modegpt_blocks.install_linear(copied.module, path, weight, bias)
         return copied
@@ -271,7 +342,7 @@ class Block:
     def narrow(self, widths: Widths) -> nn.Module:
         """Return an empty module of these widths with the compressed classes on the meta device, to be filled."""
         module = self._copied(torch.device("meta")).module
-        modegpt_blocks.shrink_block(module, self.classes.causal_lm, widths)
+        modegpt_blocks.shrink_block(module, self.classes.causal_lm, self.config, widths)
         return module
 
     def on(self, device: torch.device) -> Block:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
 
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
 from optimum_modegpt.modeling.modegpt_family import Family
@@ -36,3 +39,9 @@ class FamilyClasses:
     def attention_class(self) -> type[ModeGPTAttentionMixin] | None:
         """The compressed attention class, or None if the attention of all blocks stays dense."""
         return self.causal_lm.attention_class
+
+    @property
+    def linear_class(self) -> type[nn.Linear]:
+        """The class of the dense model's linear layers."""
+        name = self.family.linear_class
+        return nn.Linear if name is None else getattr(sys.modules[self.attention_class.dense_class().__module__], name)

@@ -25,8 +25,10 @@ def rotary_width(attention: Any, family: Family) -> int:
     if not rotates(attention, family):
         return 0
     head_dim = getattr(attention, family.attention.head_dim)
-    width = head_dim
-    if family.attention.positions.partial:
+    positions, width = family.attention.positions, head_dim
+    if positions.width is not None:
+        width = getattr(attention, positions.width)
+    elif positions.partial:
         width = int(head_dim * attention.config.rope_parameters.get("partial_rotary_factor", 1.0))
     if width % 2 or head_dim % 2:
         raise UnsupportedModel(f"{width} of {head_dim} coordinates of a head rotate; expected even numbers.")

@@ -23,7 +23,8 @@ from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_blocks import mlp_shape
 from optimum_modegpt.modeling.modegpt_config import count_heads
-from optimum_modegpt.modeling.modegpt_contract import check_attention
+from optimum_modegpt.modeling.modegpt_contract import check_attention, check_release
+from optimum_modegpt.modeling.modegpt_experts import projections_of
 from optimum_modegpt.modeling.modegpt_family import Family, Part, is_compressed
 
 
@@ -119,7 +120,8 @@ def check_model_type(model_type: str) -> FamilyClasses:
         AlreadyCompressed: for a result of this package.
         UnsupportedModel: for a type that cannot be compressed, with the reason; for one that we do not know, with the
             list of those that we know.
-        ImportError: if the installed transformers changed the family's attention; before any weights are loaded.
+        ImportError: if the installed transformers is too old for the family, or changed its attention; before any
+            weights are loaded.
     """
     if is_compressed(model_type):
         raise AlreadyCompressed(
@@ -130,8 +132,7 @@ def check_model_type(model_type: str) -> FamilyClasses:
         raise UnsupportedModel(f"model_type {model_type!r} {reason}; it cannot be compressed.")
     if (classes := family_of(model_type)) is None:
         raise UnsupportedModel(f"model_type {model_type!r} is not supported; known: {', '.join(DENSE_TYPES)}.")
-    if (feature := classes.family.unsupported) is not None:
-        raise UnsupportedModel(f"model_type {model_type!r} has {feature}, which cannot be compressed yet.")
+    check_release(model_type, classes.family.since)
     if classes.attention_class is not None:
         check_attention(classes.attention_class.dense_class(), classes.family.attention.passed_on)
     return classes
@@ -184,12 +185,16 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
     family = classes.family
     parts = family.parts(config, index)
     attention = module.get_submodule(family.attention.module) if "qk" in parts else None
+    counts = dict.fromkeys(("heads", "kv_heads"), config.num_attention_heads)
+    if attention is not None:
+        counts = count_heads(attention, family, config)
     return Block(
         module,
         classes,
         index,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads if attention is None else count_heads(config)["kv_heads"],
+        config,
+        heads=counts["heads"],
+        kv_heads=counts["kv_heads"],
         head_dim=0 if attention is None else getattr(attention, family.attention.head_dim),
         d_model=config.hidden_size,
         mlp_width=mlp_shape(module, family)[1],
@@ -202,13 +207,16 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
 
 
 def _check_projections(block: Block) -> None:
-    for projection in block.family.projections_of(block.parts):
+    experts = block.experts
+    if experts is not None and (reason := experts.refusal) is not None:
+        raise UnsupportedModel(f"block {block.index}: {reason}, so it cannot be compressed.")
+    for projection in projections_of(block.module, block.family, block.parts):
         module: Any = block.module.get_submodule(projection.dense_path)
-        expected = Conv1D if projection.storage.transposed else nn.Linear
+        expected = Conv1D if projection.storage.transposed else block.classes.linear_class
         if type(module) is not expected or module.weight.is_meta:
             state = ", without its weights in memory" if type(module) is expected else ""
             raise UnsupportedModel(
                 f"block {block.index}: {projection.dense_path} is {type(module).__name__}{state}; expected a plain "
-                f"{'nn.Linear' if expected is nn.Linear else 'Conv1D'}, loaded. Compress before adapters, quantisation "
-                "and offloading."
+                f"{'nn.Linear' if expected is nn.Linear else expected.__name__}, loaded. Compress before adapters, "
+                "quantisation and offloading."
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optimum_modegpt.architectures.positions import canonical_order
 from optimum_modegpt.modeling.modegpt_config import count_heads
+from optimum_modegpt.modeling.modegpt_experts import projections_of
 from optimum_modegpt.modeling.modegpt_family import PARTS, Family, Part, Projection
 
 
@@ -25,7 +26,7 @@ class Weights(NamedTuple):
         return Weights(function(self.weight), None if self.bias is None else function(self.bias))
 
 
-def dense_weights(block: nn.Module, family: Family, parts: Collection[Part] = PARTS) -> dict[str, Weights]:
+def dense_weights(block: nn.Module, family: Family, config: Any, parts: Collection[Part] = PARTS) -> dict[str, Weights]:
     """Return the weights of the projections of a dense block with these parts, by their path in the compressed block.
 
     The coordinates of query and key heads are in the order of compressed models: i and i + d / 2 are a pair.
@@ -33,11 +34,11 @@ def dense_weights(block: nn.Module, family: Family, parts: Collection[Part] = PA
     """
     order = _order(block, family, parts)
     found: dict[str, Weights] = {}
-    for projection in family.projections_of(parts):
+    for projection in projections_of(block, family, parts):
         reordered = order is not None and projection.part == "qk"
         if projection.storage.plain and not reordered:
             continue
-        weights = _stored(block, family, projection)
+        weights = _stored(block, family, projection, config)
         if reordered:
             assert order is not None
             weights = weights.mapped(partial(_in_order, order=order))
@@ -47,7 +48,7 @@ def dense_weights(block: nn.Module, family: Family, parts: Collection[Part] = PA
 
 def is_separate(block: nn.Module, family: Family, parts: Collection[Part]) -> bool:
     """Return whether a dense block with these parts stores its projections as a compressed one does."""
-    plain = all(projection.storage.plain for projection in family.projections_of(parts))
+    plain = all(projection.storage.plain for projection in projections_of(block, family, parts))
     return plain and _order(block, family, parts) is None
 
 
@@ -72,7 +73,7 @@ def _order(block: nn.Module, family: Family, parts: Collection[Part]) -> Tensor 
     return canonical_order(block.get_submodule(family.attention.module), family) if "qk" in parts else None
 
 
-def _stored(block: nn.Module, family: Family, projection: Projection) -> Weights:
+def _stored(block: nn.Module, family: Family, projection: Projection, config: Any) -> Weights:
     """Return the weights of one projection, with the coordinates of heads in their own order."""
     storage, module = projection.storage, block.get_submodule(projection.dense_path)
     weight: Tensor = module.weight.detach()  # pyright: ignore[reportAssignmentType, reportCallIssue]
@@ -84,19 +85,20 @@ def _stored(block: nn.Module, family: Family, projection: Projection) -> Weights
     index = together.index(projection.path)
     if projection.part == "mlp":
         return stored.mapped(lambda rows: rows.chunk(len(together))[index])
-    attention: Any = block.get_submodule(family.attention.module)
-    counts = count_heads(attention.config)
+    counts = count_heads(block.get_submodule(family.attention.module), family, config)
     heads, kv_heads = counts["heads"], counts["kv_heads"]
-    if storage.layout == "stacked":
-        shares, groups = (heads, kv_heads, kv_heads), 1
-    elif storage.layout == "gated":
-        shares, groups = (1, 1), heads
-    else:  # per head, which is one group for each head, or per group
-        shares, groups = (heads // kv_heads, 1, 1), kv_heads
+    sizes, groups = [1] * len(together), heads  # gated: the query rows of a head, then its gate rows
+    place = index
+    if storage.layout != "gated":
+        shares, groups = {"query": heads, "key": kv_heads, "value": kv_heads}, storage.slices
+        if storage.layout != "stacked":  # per head, which is one group for each head, or per group
+            shares, groups = {"query": heads // kv_heads, "key": 1, "value": 1}, kv_heads
+        sizes = [shares[role] for role in storage.order]
+        place = storage.order.index(("query", "key", "value")[index])
 
     def share(rows: Tensor) -> Tensor:
-        heads = rows.unflatten(0, (groups, sum(shares), -1))  # (groups, Σ shares, head_dim, …)
-        return heads.split(shares, dim=1)[index].flatten(0, 2)
+        parts = rows.unflatten(0, (groups, sum(sizes), -1))  # (groups, Σ shares, rows of a share, …)
+        return parts.split(sizes, dim=1)[place].flatten(0, 2)
 
     return stored.mapped(share)
 

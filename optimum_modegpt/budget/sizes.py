@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from optimum_modegpt.allocation.plan import PartSize, Sizes, head_step, largest_sparsity, mlp_step, part_size
+from optimum_modegpt.allocation.plan import (
+    PartSize,
+    Sizes,
+    expert_step,
+    head_step,
+    largest_sparsity,
+    mlp_step,
+    part_size,
+)
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.modeling.modegpt_family import Part
 
 SPARSITY_TOLERANCE = 0.005
 """A plan that misses the requested sparsity by more is a warning."""
@@ -16,21 +25,25 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
 
     def sizes(block: Block) -> dict[str, PartSize]:
         dense, cap = block.dense_widths, config.max_sparsity
-        units = dict.fromkeys(block.parts, 0)
-        for projection in block.family.projections_of(block.parts):
-            units[projection.part] += block.count(projection.unit) * block.d_model
-        parts = {"mlp": part_size(dense.mlp, units["mlp"], mlp_step(dense.mlp, config.round_to), cap)}
+        step = (mlp_step if block.experts is None else expert_step)(dense.mlp, config.round_to)
+        parts = {"mlp": part_size(dense.mlp, block.mlp_channel_weights, step, cap)}
         if block.attends:
             qk_step = head_step(dense.qk, config.round_to, pairs=block.paired)
             vo_step = head_step(dense.vo, config.round_to, pairs=False)
-            parts["qk"] = part_size(dense.qk, units["qk"], qk_step, cap)
-            parts["vo"] = part_size(dense.vo, units["vo"], vo_step, cap)
+            parts["qk"] = part_size(dense.qk, _head_weights(block, "qk"), qk_step, cap)
+            parts["vo"] = part_size(dense.vo, _head_weights(block, "vo"), vo_step, cap)
         for part in block.uncut:
             size = parts[part]
             parts[part] = PartSize(size.dense, size.weights_per_unit, step=size.dense, floor=size.dense)
         return parts
 
     return [sizes(block) for block in architecture.blocks]
+
+
+def _head_weights(block: Block, part: Part) -> int:
+    """Return the weights of one coordinate of a part, in all heads."""
+    heads = sum(block.count(projection.unit) for projection in block.family.projections if projection.part == part)
+    return heads * block.d_model
 
 
 def check_reachable(config: ModeGPTConfig, sizes: Sizes) -> None:

@@ -51,7 +51,7 @@ class OutputGradients:
     """The gradients g at one block, one tensor in bfloat16 for each batch.
 
     Attributes:
-        mlp: at the output of the down projection, (batch, length, d_model).
+        mlp: at the output of the down projection or the experts, (batch, length, d_model).
         query: at the output of the query projection or its norm, (batch, length, heads · head_dim).
         attention: at the output of the attention's output projection, (batch, length, d_model). This and `query` are
             empty for a block whose attention stays dense.
@@ -87,7 +87,7 @@ def output_gradients(
         found: list[OutputGradients] = []
         for block in reversed(blocks):
             separate, arguments = block.compressible_copy(device), inputs.on(block.index, device)
-            modules = [separate.down, *([separate.query_vectors, separate.output] if separate.attends else [])]
+            modules = [separate.mlp_end, *([separate.query_vectors, separate.output] if separate.attends else [])]
             places = 1 + len(modules)
             mixed = list(store_like(_differentiated(separate, modules, streams.pop(), after, arguments), inputs.stream))
             entering, *outputs = (mixed[place::places] for place in range(places))

@@ -48,6 +48,13 @@ class LinearMomentSum:
     energy: Tensor | float = 0.0
     tokens: int = 0
 
+    @classmethod
+    def zero(cls, inputs: int, targets: int, device: torch.device, *, ones: bool) -> LinearMomentSum:
+        """Return the sum over no tokens, of `inputs` without the constant and of `targets`."""
+        empty = to_float64(torch.zeros(0, device=device))
+        gram, cross = (empty.new_zeros(inputs + ones, columns) for columns in (inputs + ones, targets))
+        return cls(ones, gram, cross, empty.new_zeros(()))
+
     def add(self, inputs: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
         """Add tokens: `inputs` (…, n), `target` (…, d), `weight` (…)."""
         inputs, target = inputs.flatten(0, -2), target.flatten(0, -2)
@@ -202,8 +209,12 @@ class HeadSamples:
             self.block.attention.project(inputs, arguments.get("position_embeddings"))
         found = {"query": queries.pop(), "key": keys.pop()}
         for role, (before, _) in found.items():
-            self.kept[role].append(before[:, ::stride].flatten(0, 1).transpose(0, 1))
-        return found["query"][1], found["key"][1]
+            self.kept[role].append(self._heads(before)[:, ::stride].flatten(0, 1).transpose(0, 1))
+        return self._heads(found["query"][1]), self._heads(found["key"][1])
+
+    def _heads(self, vectors: Tensor) -> Tensor:
+        """Return vectors (batch, length, heads, d), of which a norm of all heads takes the last two axes as one."""
+        return vectors.reshape(*vectors.shape[:2], -1, self.block.head_dim)
 
     def value(self) -> dict[str, Tensor]:
         """Return the vectors of this rank's tokens before the norms of "query" and "key", (heads, tokens, d)."""

@@ -159,9 +159,10 @@ class BlockInputs:
 class _Recorder(nn.Module):
     """Replaces a block. It records its arguments and returns the stream unchanged."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, *, returns_tuple: bool) -> None:
         super().__init__()
         self.block = [block]  # in a list, so that it is not a submodule
+        self.returns_tuple = returns_tuple
         self.stream: Tensor | None = None
         self.arguments: dict[str, Any] = {}
 
@@ -171,10 +172,10 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(super().__getattribute__("block")[0], name)  # models read flags such as attention_type
 
-    def forward(self, stream: Tensor, *positional: Any, **arguments: Any) -> Tensor:
+    def forward(self, stream: Tensor, *positional: Any, **arguments: Any) -> Tensor | tuple[Tensor, None]:
         names = list(inspect.signature(self.block[0].forward).parameters)[1:]
         self.stream, self.arguments = stream, dict(zip(names, positional, strict=False)) | arguments
-        return stream
+        return (stream, None) if self.returns_tuple else stream
 
 
 def enter(
@@ -220,7 +221,8 @@ def skipping_blocks(architecture: Architecture, tokens: Tensor) -> tuple[Tensor,
 def _recorders(architecture: Architecture) -> Iterator[Sequence[_Recorder]]:
     blocks = architecture.block_list
     originals = list(blocks)
-    recorders = [_Recorder(block) for block in originals]
+    returns_tuple = architecture.family.returns_tuple
+    recorders = [_Recorder(block, returns_tuple=returns_tuple) for block in originals]
     try:
         for index, recorder in enumerate(recorders):
             blocks[index] = recorder
@@ -243,9 +245,13 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Record the first argument and the output of every call of `module` within the context."""
+    """Record the first argument and the output, or the first output, of every call of `module` within the context."""
     seen: list[tuple[Tensor, Tensor]] = []
-    handle = module.register_forward_hook(lambda _, args, output: seen.append((args[0], output)))  # pyright: ignore[reportArgumentType]
+
+    def record(_: nn.Module, arguments: Any, output: Any) -> None:
+        seen.append((arguments[0], output[0] if isinstance(output, tuple) else output))
+
+    handle = module.register_forward_hook(record)
     try:
         yield seen
     finally:

@@ -21,7 +21,9 @@ SMALLEST = 1e-2
 """Smallest β_j, as a fraction of that value: the gain of a row is divided by the root of its β_j."""
 
 
-def row_factors(vectors: Tensor, maps: Tensor, total: Callable[[Tensor], Tensor], *, rotated: bool) -> Tensor:
+def row_factors(
+    vectors: Tensor, maps: Tensor, total: Callable[[Tensor], Tensor], *, rotated: bool, joint: bool
+) -> Tensor:
     """Compute t (heads, width) from a sample of the dense heads before their norm, (heads, tokens, d).
 
     Args:
@@ -29,15 +31,22 @@ def row_factors(vectors: Tensor, maps: Tensor, total: Callable[[Tensor], Tensor]
         maps: A of every head, (heads, width, d).
         total: sums a tensor over the ranks of a distributed run.
         rotated: whether the norm comes after the rotation. Both coordinates of a pair then have the same factor.
+        joint: whether one norm divides all heads by the same number. All rows of a head then have the same factor.
     """
-    vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+    heads, width, head_dim = maps.shape
+    lengths = vectors.norm(dim=(0, -1) if joint else -1, keepdim=True)
+    vectors = vectors / lengths.clamp_min(torch.finfo(vectors.dtype).tiny)
     shares = (vectors @ maps.mT).square()  # of ‖q‖², (heads, tokens, width)
-    if rotated:
+    if joint:
+        shares = shares.sum(-1).T[None]  # (1, tokens, heads)
+    elif rotated:
         shares = shares.unflatten(-1, (2, -1)).sum(-2)
     coefficients = _positive_least_squares(total(shares.mT @ shares), total(shares.sum(1)))
-    if rotated:
+    if joint:
+        coefficients = coefficients.T.expand(heads, width)
+    elif rotated:
         coefficients = coefficients.repeat(1, 2)
-    return (coefficients * maps.shape[1] / maps.shape[2]).sqrt()
+    return (coefficients * width / head_dim).sqrt()
 
 
 def _positive_least_squares(gram: Tensor, cross: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class LinearMoments:
         λ = (`relative` + `NOISE_RIDGE` · width / tokens) · mean diagonal of the gram, without the constant. The second
         term is `NOISE_RIDGE` times the mean of w ‖z‖², and prevents a fit to the noise of few tokens.
         """
-        return self.ridge(relative + NOISE_RIDGE * self.width / self.tokens)
+        return self.ridge(relative + NOISE_RIDGE * self.width / max(1, self.tokens))
 
     def mapped(self, mapping: Tensor) -> LinearMoments:
         """Return the moments of mappingᵀ z. `mapping` (n, m) must pass the constant through, if `ones`."""

@@ -90,9 +90,10 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
         widths_of_blocks = config.widths()
     except (ValueError, TypeError, AttributeError) as error:
         raise EvaluationError(f"the configuration cannot be read: {error}") from error
-    dense = {"mlp": config.dense_mlp_width, "qk": config.dense_head_dim, "vo": config.dense_head_dim}
     blocks = []
     for index, widths in enumerate(widths_of_blocks):
+        head_dim, mlp = config.dense_head_dim, config.dense_mlp_width(index)
+        dense = {"mlp": mlp, "qk": head_dim, "vo": head_dim}
         parts = config.family.parts(config, index)
         ranks = {part: getattr(widths, part) for part in parts}
         blocks.append(BlockRanks(index, ranks, {part: dense[part] for part in parts}))
@@ -115,7 +116,7 @@ def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[st
     units = {"heads": heads, "kv_heads": getattr(text, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
     for block in blocks:
-        for projection in config.family.projections_of(block.ranks.keys()):
+        for projection in config.family.projections_in(text, block.index):
             axis, size = projection.axis, units[projection.unit] * block.ranks[projection.part]
             name = f"{block.index}.{projection.path}.weight"
             if name not in weights:
@@ -135,7 +136,7 @@ def _sparsity(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, T
     """Compute 1 − Σ now / Σ dense over the blocks' projections, whose width is that of their part."""
     now = before = 0.0
     for block in blocks:
-        for projection in config.family.projections_of(block.ranks.keys()):
+        for projection in config.family.projections_in(config.get_text_config(), block.index):
             weight = weights.get(f"{block.index}.{projection.path}.weight")
             if weight is not None:
                 now += weight.size

@@ -17,9 +17,11 @@ from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig, as_config
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.hub.commands import compress_commands
+from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import KEPT_REPORT, Upload
 from optimum_modegpt.loading.calibration import Calibration, calibrate, find_tokenizer
 from optimum_modegpt.loading.source import Source
+from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import Report
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.request import Base
@@ -116,6 +118,8 @@ class ModeGPTQuantizer:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
+        if self.report is not None and not is_compressed(model.config.model_type):
+            self.report.save(folder / REPORT)  # a compressed class saves it itself
 
     def push_to_hub(
         self,

@@ -40,37 +40,41 @@ def product_seconds(work: Work, rates: Mapping[str, float]) -> float:
 
 def block_forward(shapes: Shapes, windows: float, length: int) -> float:
     """Return the multiply-adds of one block over `windows`, with the visible half of the attention."""
-    return windows * length * (shapes.weights + length * shapes.heads)
+    return windows * length * (shapes.passed_weights + length * shapes.heads)
 
 
 def moments_work(shapes: Shapes) -> float:
     """Return the multiply-adds per token of the moments of the inputs of the down and the output projection."""
-    return gram_work(shapes.mlp) + gram_work(shapes.heads) + (shapes.mlp + shapes.heads) * shapes.d_model
+    mlp = shapes.chosen * (gram_work(shapes.mlp) + shapes.mlp * shapes.d_model)
+    return mlp + gram_work(shapes.heads) + shapes.heads * shapes.d_model
 
 
 def factorisations_work(shapes: Shapes) -> float:
     """Return the multiply-adds of the elimination, and of the solves for the down and the output projection."""
-    return (4 * shapes.mlp**3 + shapes.heads**3) / 3 + 2 * shapes.d_model * (2 * shapes.mlp**2 + shapes.heads**2)
+    mlp = shapes.experts * (4 * shapes.mlp**3 / 3 + 4 * shapes.d_model * shapes.mlp**2)
+    return mlp + shapes.heads**3 / 3 + 2 * shapes.d_model * shapes.heads**2
 
 
 def metrics_work(shapes: Shapes) -> float:
     """Return the multiply-adds of the factors of both metrics of a block, without their sums over tokens."""
-    return 2 * shapes.d_model**3 / 3 + 2 * (shapes.mlp + shapes.heads) * shapes.d_model**2
+    return 2 * shapes.d_model**3 / 3 + 2 * (shapes.experts * shapes.mlp + shapes.heads) * shapes.d_model**2
 
 
 def block_memory(shapes: Shapes, extent: Extent) -> list[ByteCounts]:
     """Return the bytes at the peaks of one block: the moments of its MLP, and their factorisation."""
     d, mlp = shapes.d_model, shapes.mlp
     row = extent.element + max(extent.element, 2 * FLOAT32)
+    one = mlp**2 + mlp * d
+    others = (shapes.experts - 1) * one * FLOAT64
     moments = {
-        "moments of the MLP": (mlp**2 + mlp * d) * (FLOAT64 + FLOAT32),
+        "moments of the MLP": one * (FLOAT64 + FLOAT32) + others,
         "one batch of tokens": extent.batch * (mlp * row + 3 * d * FLOAT32),
     }
     if shapes.eager:
         moments["scores of the attention"] = attention_scores(shapes, extent)
     factorisation = {
-        "moments of the MLP, and their factorisation": 4 * mlp**2 * FLOAT64,
-        "weights in float64 and float32": mlp * d * (2 * FLOAT64 + shapes.mlp_inputs * FLOAT32),
+        "moments of the MLP, and their factorisation": 4 * mlp**2 * FLOAT64 + others,
+        "weights in float64 and float32": shapes.experts * mlp * d * (2 * FLOAT64 + shapes.mlp_inputs * FLOAT32),
     }
     blocks = {"block, dense and compressed": 2 * shapes.weights * extent.element}
     return [blocks | moments, blocks | factorisation]

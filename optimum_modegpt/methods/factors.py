@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from optimum_modegpt.architectures import Block
+
 
 @dataclass(frozen=True)
 class QueryKeyFactors:
@@ -39,9 +41,27 @@ class ValueOutputFactors:
 
 
 @dataclass(frozen=True)
+class ExpertsFactors:
+    """The kept channels (rank,) and down (rank [+ 1], d_model) of every expert."""
+
+    kept: list[Tensor]
+    downs: list[Tensor]
+    relative_error: float
+
+    def install(self, block: Block) -> None:
+        """Replace the experts of a block."""
+        assert block.experts is not None
+        block.experts.install(self.kept, self.downs)
+
+
+@dataclass(frozen=True)
 class MLPFactors:
     """Input rows (rank, d_model [+ 1]) each, in the order of the family's layout, and down (rank [+ 1], d_model)."""
 
     rows: tuple[Tensor, ...]
     down: Tensor
     relative_error: float
+
+    def install(self, block: Block) -> None:
+        """Replace the MLP of a block without experts."""
+        block.install_mlp(self.rows, self.down)

@@ -36,7 +36,9 @@ def narrow_query_key(
         else:
             maps = selected.repeat_interleave(per_group, dim=0)
             own = dense.gather(1, kept.repeat_interleave(per_group, dim=0))
-        factors = row_factors(sample, maps, distributed.all_reduce, rotated=block.norms_rotated)
+        factors = row_factors(
+            sample, maps, distributed.all_reduce, rotated=block.norms_rotated, joint=block.norms_joint
+        )
         rows[role] = factors[..., None] * (maps @ block.head_rows(role))
         gains[role] = own / factors
     return QueryKeyFactors(rows["query"], rows["key"], pairs if block.rotary else None, error, gains)

@@ -15,7 +15,7 @@ from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.whitened_svd import two_sided_energies, value_energies
-from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods import experts, residual_matched
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,35 @@ def value_output_cut(
     return PartCut(install, _cumulated(energies.sum(0).flip(0)))
 
 
-def mlp_cut(student: Block, moments: LinearMoments, metric: Tensor, size: PartSize, config: ModeGPTConfig) -> PartCut:
-    """Return a cut that removes hidden channels of the MLP."""
+def mlp_cut(
+    student: Block,
+    moments: LinearMoments | list[LinearMoments],
+    metric: Tensor,
+    size: PartSize,
+    config: ModeGPTConfig,
+) -> PartCut:
+    """Return a cut that removes hidden channels of the MLP, or of every expert, for which `moments` are a list."""
+    if isinstance(moments, list):
+        return _experts_cut(student, moments, metric, size, config)
     elimination = residual_matched.eliminate_mlp(student, moments, metric, size.floor, config)
 
     def install(block: Block, rank: int) -> None:
         factors = residual_matched.cut_mlp(block, moments, elimination.order[: moments.width - rank], config)
-        block.install_mlp(factors.rows, factors.down)
+        factors.install(block)
 
     return PartCut(install, _cumulated(elimination.costs))
+
+
+def _experts_cut(
+    student: Block, moments: list[LinearMoments], metric: Tensor, size: PartSize, config: ModeGPTConfig
+) -> PartCut:
+    found = experts.eliminate_experts(student, moments, metric, size.floor, config)
+
+    def install(block: Block, rank: int) -> None:
+        orders = [elimination.order[: size.dense - rank] for elimination in found]
+        experts.remove_channels(block, moments, orders, config).install(block)
+
+    return PartCut(install, _cumulated(torch.stack([elimination.costs for elimination in found]).sum(0)))
 
 
 def _cumulated(energies: Tensor) -> list[float]:

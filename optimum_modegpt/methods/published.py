@@ -10,20 +10,15 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block
-from optimum_modegpt.calibration.moments import (
-    HeadMomentSum,
-    HeadSamples,
-    LinearMomentSum,
-    QueryKeyMoments,
-    query_key_vectors,
-)
-from optimum_modegpt.calibration.streams import Stream, calls_of, inputs_of, map_stream, token_count
+from optimum_modegpt.calibration.moments import HeadMomentSum, HeadSamples, QueryKeyMoments, query_key_vectors
+from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, token_count
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
 from optimum_modegpt.decompositions.nystrom import nystrom_refit, ridge_leverage, select_by_leverage
 from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinates, select_pairs
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
 from optimum_modegpt.errors import naming
+from optimum_modegpt.methods.experts import mlp_moments, select_experts
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.modeling.modegpt_family import Widths
@@ -33,7 +28,7 @@ from optimum_modegpt.modeling.modegpt_family import Widths
 class PublishedMoments:
     """Moments of one dense block: the input of the down projection, and the heads unless the attention stays dense."""
 
-    mlp: LinearMoments
+    mlp: LinearMoments | list[LinearMoments]  # with experts, those of each expert
     heads: HeadMoments | None
 
 
@@ -82,16 +77,13 @@ class HeadMomentsSum:
 
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
     """Run the dense block over `stream`. Return its moments and the stream after it."""
-    mlp = LinearMomentSum(ones=False)
     heads = HeadMomentsSum(block, token_count(stream)) if block.attends else None
-    with calls_of(block.down) as downs, ExitStack() as stack:
+    with mlp_moments(block, bias=False) as mlp, ExitStack() as stack:
         modules = [] if heads is None else [block.stored_value, block.output]
         reads = [stack.enter_context(inputs_of(module)) for module in modules]
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
-            hidden, mlp_output = downs.pop()
-            mlp.add(hidden, mlp_output if block.down.bias is None else mlp_output - block.down.bias)
             if heads is not None:
                 heads.add(*(seen.pop() for seen in reads), arguments)
             return output
@@ -118,8 +110,11 @@ def compress_block(
             student.install_value_output(value_output.value, value_output.output, value_output.gate)
         errors |= {"qk": query_key.relative_error, "vo": value_output.relative_error}
     with naming("mlp"):
-        mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
-    student.install_mlp(mlp.rows, mlp.down)
+        if isinstance(moments.mlp, LinearMoments):
+            mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
+        else:
+            mlp = select_experts(student, moments.mlp, widths.mlp, config)
+    mlp.install(student)
     return errors | {"mlp": mlp.relative_error}
 
 

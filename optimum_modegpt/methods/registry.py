@@ -100,11 +100,11 @@ class Published:
 
     def work(self, shapes: Shapes, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
         """Return the multiply-adds of all blocks together, by step."""
-        moments = shapes.d_model**2 + gram_work(shapes.mlp) + shapes.heads**2 // shapes.head_count
+        moments = shapes.d_model**2 + shapes.chosen * gram_work(shapes.mlp) + shapes.heads**2 // shapes.head_count
         return {
             "residual streams": {"own": shapes.blocks * block_forward(shapes, extent.windows, extent.length)},
             "moments": {"moments": shapes.blocks * extent.tokens * moments},
-            "factorisations": {"exact": shapes.blocks * (shapes.mlp**3 + 10 * shapes.d_model**3)},
+            "factorisations": {"exact": shapes.blocks * (shapes.experts * shapes.mlp**3 + 10 * shapes.d_model**3)},
         }
 
     def peaks(self, shapes: Shapes, extent: Extent, keep_derivatives: bool) -> list[Peak]:

@@ -37,8 +37,8 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.coordinates import CoordinateElimination, eliminate_coordinates, selection
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
-from optimum_modegpt.decompositions.nystrom import Elimination, eliminate_rows, remaining
-from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, inverse, mean_diagonal
+from optimum_modegpt.decompositions.nystrom import Elimination
+from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, mean_diagonal
 from optimum_modegpt.decompositions.rotary import (
     PairElimination,
     eliminate_pairs,
@@ -49,6 +49,8 @@ from optimum_modegpt.decompositions.rotary import (
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
+from optimum_modegpt.methods.channels import eliminate_channels, refit_to_dense, without_channels
+from optimum_modegpt.methods.experts import ExpertMoments, cut_experts
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.methods.method import StreamPair
@@ -188,8 +190,11 @@ def compress_block(
     middle = stream_after(student, sums, residual.after_attention, changed=residual.post_norm)
     own = MLPStreams(residual.mlp_stream(compressed, middle), middle)
     with naming("mlp"):
-        mlp = refit_mlp(student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives)
-    student.install_mlp(mlp.rows, mlp.down)
+        if student.experts is None:
+            mlp = refit_mlp(student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives)
+        else:
+            mlp = cut_experts(student, observe_experts(student, own, targets), metrics.mlp, widths.mlp, config)
+    mlp.install(student)
     sums = _after_mlp(student, own)
 
     for norm in residual.norms_of_output:
@@ -391,7 +396,7 @@ def cut_value_output(
         basis = block_diagonal(bases, block.heads // block.kv_heads, ones=moments.ones)
         own = basis.T @ (moments.gram @ dense)
         moments = moments.mapped(basis)
-        dense = _refit_to_dense(moments, own, basis.T @ dense, config)
+        dense = refit_to_dense(moments, own, basis.T @ dense, config)
     output = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
     gate = None
     if bases is not None and block.family.attention.gate is not None:
@@ -469,12 +474,27 @@ def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: lis
     return moments.value()
 
 
+def observe_experts(block: Block, streams: MLPStreams, targets: DenseTargets) -> list[LinearMoments]:
+    """Measure moments of every expert. The target is its dense output and its share of the missing difference."""
+    experts, residual = block.experts, block.residual
+    assert experts is not None
+    device, moments = block.device, ExpertMoments(experts)
+    arrived = streams.batches(device), prefetch(targets.mlp, device)
+    for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
+        output, routing, _ = block.route(residual.mlp_input(read))
+        wanted = residual.missing(at_least_float32(target), at_least_float32(middle))
+        if residual.mlp_output_norm is not None:
+            wanted, weight = before_norm(output, wanted, weight, residual.mlp_output_norm, block.norm)
+        moments.add(routing, missing=(wanted - output).flatten(0, 1), weight=weight.flatten())
+    return moments.value()
+
+
 def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
     """Return the sums of stream and MLP output."""
     residual = block.residual
 
     def total(read: Tensor, middle: Tensor) -> Tensor:
-        return residual.add_mlp(middle, block.down(block.mlp_hidden(residual.mlp_input(read))))
+        return residual.add_mlp(middle, block.mlp(residual.mlp_input(read)))
 
     device = block.device
     return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
@@ -484,14 +504,14 @@ def eliminate_mlp(
     block: Block, moments: LinearMoments, metric: Tensor, rank: int, config: ModeGPTConfig
 ) -> Elimination:
     """Remove channels by backward elimination, down to `rank`. The costs are measured in `metric`."""
-    return _elimination(block.input_outputs(block.down), moments, metric, rank, config)
+    return eliminate_channels(block.input_outputs(block.down), moments, metric, rank, config)
 
 
 def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
     """Remove the channels of `order` from the MLP, and refit down for the others."""
-    rows, dense, moments = _without(block.mlp_rows(), block.input_outputs(block.down), moments, order, config)
+    kept, dense, moments = without_channels(block.input_outputs(block.down), moments, order, config)
     down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-    return MLPFactors(rows, down, moments.relative_error(down))
+    return MLPFactors(tuple(row[kept] for row in block.mlp_rows()), down, moments.relative_error(down))
 
 
 def refit_mlp(
@@ -522,8 +542,9 @@ def refit_mlp(
     rows, dense = student.mlp_rows(), student.input_outputs(student.down)
     halfway, pays = (rank + moments.width) // 2, True
     for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
-        order = _elimination(dense, moments, metric, width, config).order
-        rows, dense, moments = _without(rows, dense, moments, order, config)  # releases the larger moments
+        order = eliminate_channels(dense, moments, metric, width, config).order
+        kept, dense, moments = without_channels(dense, moments, order, config)  # releases the larger moments
+        rows = tuple(row[kept] for row in rows)
         down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
         for _ in range(rounds):
             if not pays:
@@ -544,31 +565,6 @@ def refit_mlp(
 def refits_inputs(tokens: int, rank: int, matrices: int, config: ModeGPTConfig) -> bool:
     """Return whether gate and up are refitted: with enough tokens for their rows, if the configuration allows it."""
     return bool(config.refit_iterations) and min(tokens, REFIT_TOKENS) >= TOKENS_PER_ROW * matrices * rank
-
-
-def _elimination(
-    dense: Tensor, moments: LinearMoments, metric: Tensor, rank: int, config: ModeGPTConfig
-) -> Elimination:
-    """Remove channels until `rank` are left. `dense` is the dense down. All ranks of a run remove the same ones."""
-    ridge = moments.ridge(config.output_ridge)
-    inverse_hessian = inverse(add_diagonal(moments.gram, ridge))
-    best = inverse_hessian @ (moments.cross + ridge * dense)
-    found = eliminate_rows(inverse_hessian, best @ metric, moments.width - rank, protected=int(moments.ones))
-    return Elimination(distributed.broadcast(found.order), distributed.broadcast(found.costs))
-
-
-def _without(
-    rows: tuple[Tensor, ...], dense: Tensor, moments: LinearMoments, order: Tensor, config: ModeGPTConfig
-) -> tuple[tuple[Tensor, ...], Tensor, LinearMoments]:
-    """Return the input rows, the dense down and the moments without the channels of `order`.
-
-    Down is refitted to its own output with all channels.
-    """
-    kept = remaining(order, moments.width)
-    index = moments.with_constant(kept)
-    own = (moments.gram @ dense)[index]
-    moments = moments.kept(kept)
-    return tuple(row[kept] for row in rows), _refit_to_dense(moments, own, dense[index], config), moments
 
 
 def _refit_inputs(
@@ -637,14 +633,6 @@ def _kept_samples(samples: Iterable[TokenSample], stream: Stream) -> list[TokenS
 
 
 # helpers
-
-
-def _refit_to_dense(moments: LinearMoments, own: Tensor, present: Tensor, config: ModeGPTConfig) -> Tensor:
-    """Refit an output projection to the dense output, from which the refit to the residual then starts.
-
-    `own` is the cross moment with the dense output, which has no noise. The ridge therefore can be small.
-    """
-    return centred_refit(replace(moments, cross=own), present, moments.ridge(config.output_ridge))
 
 
 def stream_after(block: Block, sums: Stream, function: Callable[[Tensor], Tensor], *, changed: bool) -> Stream:

@@ -29,7 +29,11 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
     }
     cut = []
     for width in widths:
-        if width < shapes.mlp and refits_inputs(extent.tokens, width, shapes.mlp_inputs, config):
+        if (
+            shapes.experts == 1
+            and width < shapes.mlp
+            and refits_inputs(extent.tokens, width, shapes.mlp_inputs, config)
+        ):
             cut.append(width)
     if cut:
         width, rounds = sum(cut) / len(cut), len(cut) * (1 + FINAL_ROUNDS)
@@ -48,7 +52,8 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
 def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> list[Peak]:
     """Return the moments that can be the peak. `keep_derivatives` is that of `Placement`."""
     d, inputs, vocabulary = shapes.d_model, shapes.mlp_inputs, shapes.vocabulary
-    sample = min(extent.tokens, REFIT_TOKENS) if config.refit_iterations else 0
+    refits = config.refit_iterations and shapes.experts == 1
+    sample = min(extent.tokens, REFIT_TOKENS) if refits else 0
     stream = extent.tokens * d * extent.element
     streams = {
         "residual streams": 7 * stream,

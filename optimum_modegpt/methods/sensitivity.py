@@ -41,6 +41,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods.experts import mlp_moments
 from optimum_modegpt.methods.part_cuts import PartCut, mlp_cut, query_key_cut, value_output_cut
 from optimum_modegpt.methods.residual_matched import OutputMetrics
 from optimum_modegpt.progress import bar
@@ -129,7 +130,7 @@ def later_work(shapes: Shapes, length: int) -> float:
 
     The copies pass on one window of `length` tokens.
     """
-    head = shapes.vocabulary * shapes.d_model / (shapes.weights + length * shapes.heads)
+    head = shapes.vocabulary * shapes.d_model / (shapes.passed_weights + length * shapes.heads)
     copies = min(shapes.blocks, MEASURED_BLOCKS) * len(PARTS) * len(RATIOS)
     return copies * ((shapes.blocks + 1) / 2 + head)
 
@@ -329,25 +330,24 @@ class Sweeps:
         student = dense.compressible_copy(self.device)
         metrics = OutputMetrics.of(self.gradients[dense.index], dense, self.device)
         entering = self.moments.stream
-        outputs = [dense.down, *([dense.output] if dense.attends else [])]
-        sums = [LinearMomentSum(ones=linear.bias is not None) for linear in outputs]
-        with ExitStack() as stack:
-            calls = [stack.enter_context(calls_of(linear)) for linear in outputs]
+        heads = LinearMomentSum(ones=dense.output.bias is not None) if dense.attends else None
+        with mlp_moments(dense) as mlp, ExitStack() as stack:
+            calls = [] if heads is None else stack.enter_context(calls_of(dense.output))
 
             def observed(hidden: Tensor) -> Tensor:
                 after = dense.forward(hidden, arguments)
-                for total, seen in zip(sums, calls, strict=True):
-                    total.add(*seen.pop())
+                if heads is not None:
+                    heads.add(*calls.pop())
                 return after
 
             self.moments = replace(self.moments, stream=list(map_stream(observed, self.device, entering)))
         _check(dense, self.moments.stream, self.moments)
         sizes, config = self.sizes[dense.index], self.config
-        cuts = {"mlp": mlp_cut(student, sums[0].value(), metrics.mlp, sizes["mlp"], config)}
-        if metrics.query is not None and metrics.attention is not None:
+        cuts = {"mlp": mlp_cut(student, mlp.value(), metrics.mlp, sizes["mlp"], config)}
+        if heads is not None and metrics.query is not None and metrics.attention is not None:
             query_key = residual_matched.observe_query_key(student, entering, metrics.query, arguments)
             cuts["qk"] = query_key_cut(student, query_key, sizes["qk"], config)
-            cuts["vo"] = value_output_cut(student, sums[1].value(), metrics.attention, sizes["vo"], config)
+            cuts["vo"] = value_output_cut(student, heads.value(), metrics.attention, sizes["vo"], config)
         return cuts
 
     def _passed(self, dense: Block, inputs: BlockInputs) -> BlockInputs:

@@ -18,7 +18,8 @@ def work(shapes: Shapes, extent: Extent) -> Work:
     own = later * cost.block_forward(shapes, used.divergence_windows, used.length)
     # Of a copy, only the half with the cut part runs.
     block = cost.block_forward(shapes, used.gradient_windows, used.length)
-    mlp = used.gradient_windows * used.length * (shapes.mlp_inputs + 1) * shapes.mlp * shapes.d_model
+    passed = shapes.chosen * (shapes.mlp_inputs + 1) * shapes.mlp * shapes.d_model
+    mlp = used.gradient_windows * used.length * passed
     own += blocks * (block + len(sensitivity.RATIOS) * (mlp + 2 * (block - mlp)))
     own += blocks * cost.block_forward(shapes, used.moment_windows, extent.length)
     moments = blocks * used.moment_windows * extent.length * cost.moments_work(shapes)
@@ -52,7 +53,10 @@ def gradients_peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
     block = {
         "block, dense and separate": 2 * shapes.weights * extent.element,
         "scores of the attention, and their gradients": 4 * tokens * used.length * shapes.head_count * FLOAT32,
-        "activations": 2 * tokens * ((2 + shapes.mlp_inputs) * shapes.mlp + 4 * shapes.heads) * extent.element,
+        "activations": 2
+        * tokens
+        * (shapes.chosen * (2 + shapes.mlp_inputs) * shapes.mlp + 4 * shapes.heads)
+        * extent.element,
     }
     streams = {"residual streams": extent.tokens * shapes.d_model * extent.element}
     return [(head, streams), (block, streams)]
@@ -81,8 +85,8 @@ def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
     float64, float32 = 2 * shapes.mlp + 5 * left, shapes.mlp_inputs * (shapes.mlp + left)
     refit = {
         "block, dense and compressed": 2 * variant,
-        "moments of the MLP, and their factorisation": (shapes.mlp**2 + 3 * left**2) * FLOAT64,
-        "weights in float64 and float32": shapes.d_model * (float64 * FLOAT64 + float32 * FLOAT32),
+        "moments of the MLP, and their factorisation": (shapes.experts * shapes.mlp**2 + 3 * left**2) * FLOAT64,
+        "weights in float64 and float32": shapes.experts * shapes.d_model * (float64 * FLOAT64 + float32 * FLOAT32),
     }
     works = [logits, refit, *cost.block_memory(shapes, extent)]
     return [({**needed, "variant": variant}, streams) for needed in works]

@@ -8,16 +8,20 @@ SHARED_FILES = (
     "modegpt_common",
     "modegpt_config",
     "modegpt_contract",
+    "modegpt_experts",
     "modegpt_family",
     "modegpt_files",
 )
 """The modules that all families use."""
 
+OTHER_FILES = ("modegpt_scores",)
+"""The modules that some families use."""
+
 DENSE_TYPES = tuple(
     sorted(
         module.name.removeprefix("modegpt_")
         for module in iter_modules(__path__)
-        if module.name.startswith("modegpt_") and module.name not in SHARED_FILES
+        if module.name.startswith("modegpt_") and module.name not in (*SHARED_FILES, *OTHER_FILES)
     )
 )
 """The `model_type` of every dense family that has a compressed one. Each is described by the file of its name."""

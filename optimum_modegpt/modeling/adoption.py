@@ -25,11 +25,13 @@ def built(
         RuntimeError: the new class ties tensors that are separate in `model`, and would lose one of them.
     """
     config._attn_implementation = model.config._attn_implementation
+    config._experts_implementation = model.config._experts_implementation
     with torch.device("meta"):
         new = model_class(config)
     tensors = dict(_tensors(model, replacements))
     new.load_state_dict(tensors, strict=True, assign=True)
     new.tie_weights()
+    _share_bias(new, tensors)
     if lost := [name for name, each in new.state_dict().items() if each.data_ptr() != tensors[name].data_ptr()]:
         raise RuntimeError(f"{model_class.__name__} replaced {', '.join(lost)} when it tied its weights.")
     dense = dict(model.named_modules())
@@ -56,6 +58,14 @@ def _tensors(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterato
     for path, replacement in replacements.items():
         for name, tensor in replacement.state_dict().items():
             yield f"{path}.{name}", tensor
+
+
+def _share_bias(new: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Share the bias of the head again. transformers copies it when it ties the head's weight."""
+    head = new.get_output_embeddings()
+    for name, parameter in new.named_parameters():
+        if parameter is getattr(head, "bias", None):
+            parameter.data = tensors[name]
 
 
 def _carry_over(source: nn.Module, target: nn.Module) -> None:

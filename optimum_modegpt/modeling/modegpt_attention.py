@@ -122,7 +122,9 @@ class ModeGPTAttentionMixin(Dense):
         if norms is not None and not norms.rotated:
             query, key = self.normalise(norms, query, key)
         if self.rotates:
-            query, key = self.rotate(query, key, *position_embeddings)
+            first, second = position_embeddings
+            cos, sin = (second, first) if self.family.attention.positions.sine_first else (first, second)
+            query, key = self.rotate(query, key, cos, sin)
         if norms is not None and norms.rotated:
             query, key = self.normalise(norms, query, key)
         value = self.projected("value", hidden_states, self.v_head_dim)
@@ -131,7 +133,7 @@ class ModeGPTAttentionMixin(Dense):
     def projected(self, role: str, hidden_states: Tensor, width: int) -> Tensor:
         """Return the output of the "query", "key" or "value" projection, (batch, length, heads, width)."""
         output, clip = self.projection(role)(hidden_states), self.family.attention.clip
-        limit = None if clip is None else getattr(self.config, clip)
+        limit = None if clip is None else attrgetter(clip)(self.config)
         if limit is not None:
             output = output.clamp(-limit, limit)
         return output.view(*hidden_states.shape[:-1], -1, width)
@@ -231,7 +233,7 @@ def rotates(attention: nn.Module, family: Family) -> bool:
         return False
     if positions.layer_flag is None or (positions.flag_needs and getattr(attention, positions.flag_needs) is None):
         return True
-    return bool(getattr(attention, positions.layer_flag))
+    return bool(attrgetter(positions.layer_flag)(attention))
 
 
 def pair_columns(table: Tensor, family: Family, pairs: int, unrotated: float) -> Tensor:

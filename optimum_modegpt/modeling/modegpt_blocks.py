@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_config import Dense, count_heads, head_dim
 from .modegpt_contract import check_attention
+from .modegpt_experts import experts_of, narrow_experts, packed_shape, projections_of
 from .modegpt_family import PARTS, Family, Part, Widths
 
 HEADS = (("query", "heads"), ("key", "kv_heads"))
@@ -38,8 +39,10 @@ class ModeGPTMLPMixin(Dense):
         return self.get_submodule(path.removeprefix(f"{self.family.mlp.module}."))
 
 
-def adopt_block(block: Any, model_class: type[Any], parts: Collection[Part] = PARTS) -> None:
-    """Turn a dense block, which has these parts, into one of the compressed classes at full width.
+def adopt_block(block: Any, model_class: type[Any], config: Any, parts: Collection[Part] = PARTS) -> None:
+    """Turn a dense block of a model with this configuration, which has these parts, into one of the compressed classes.
+
+    The result has the full width.
 
     Projections that the dense block stacks or transposes become separate linear layers, which are not initialised.
 
@@ -47,10 +50,13 @@ def adopt_block(block: Any, model_class: type[Any], parts: Collection[Part] = PA
         ImportError: the dense class takes an argument that the compressed one does not handle.
     """
     family = model_class.config_class.family
-    _separate(block, family, parts)
+    _separate(block, family, config, parts)
     if "qk" in parts:
-        adopt_attention(block.get_submodule(family.attention.module), model_class.attention_class)
-    if model_class.mlp_class is not None:
+        attention = block.get_submodule(family.attention.module)
+        if not hasattr(attention, "config"):
+            attention.config = config
+        adopt_attention(attention, model_class.attention_class)
+    if model_class.mlp_class is not None and experts_of(block, family) is None:
         block.get_submodule(family.mlp.module).__class__ = model_class.mlp_class
 
 
@@ -72,22 +78,23 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
 
 
 def mlp_shape(block: nn.Module, family: Family) -> tuple[int, int]:
-    """Return the width of the residual stream and that of the MLP of a dense block."""
+    """Return the width of the residual stream and that of the MLP, or of each expert, of a dense block."""
+    if (experts := experts_of(block, family)) is not None:
+        return packed_shape(experts)
     output: Any = block.get_submodule(family.mlp.output)
     d_model, width = output.weight.T.shape if family.mlp.storage.transposed else output.weight.shape
     return d_model, width
 
 
-def _separate(block: nn.Module, family: Family, parts: Collection[Part]) -> None:
+def _separate(block: nn.Module, family: Family, config: Any, parts: Collection[Part]) -> None:
     """Replace the projections that the dense block stacks or transposes by uninitialised linear layers."""
     d_model, mlp = mlp_shape(block, family)
     units, widths = {"block": 1}, {"mlp": mlp}
     if "qk" in parts:
-        config: Any = block.get_submodule(family.attention.module).config
-        units |= count_heads(config)
+        units |= count_heads(block.get_submodule(family.attention.module), family, config)
         widths |= dict.fromkeys(("qk", "vo"), head_dim(config))
     stacked: set[str] = set()
-    for projection in family.projections_of(parts):
+    for projection in projections_of(block, family, parts):
         if projection.storage.plain:
             continue
         dense: Any = block.get_submodule(projection.dense_path)
@@ -124,8 +131,10 @@ def install_linear(block: nn.Module, path: str, weight: Tensor, bias: Tensor | N
 
 
 def install_head_gains(attention: Any, gains: Mapping[str, Tensor]) -> None:
-    """Give the norms of "query" and "key" the weights (heads, qk_head_dim) that are given for them."""
+    """Replace the weights of the norms of "query" and "key" by `gains`, (heads, qk_head_dim) each."""
+    over_heads = attention.family.attention.head_norms.over == "head"
     for role, weight in gains.items():
+        weight = weight if over_heads else weight.flatten()
         norm = attention.head_norm(role)
         norm.weight = nn.Parameter(weight.to(norm.weight).contiguous(), requires_grad=norm.weight.requires_grad)
 
@@ -143,22 +152,25 @@ def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
     return new.train(like.training)
 
 
-def shrink_block(block: Any, model_class: type[Any], widths: Widths) -> None:
+def shrink_block(block: Any, model_class: type[Any], config: Any, widths: Widths) -> None:
     """Give a newly built dense block the widths of a compressed one. The values must be loaded afterwards."""
     family = model_class.config_class.family
     parts: tuple[Part, ...] = PARTS if widths.qk else ("mlp",)
-    adopt_block(block, model_class, parts)
     units = {"block": 1}
     if "qk" in parts:
+        units |= count_heads(block.get_submodule(family.attention.module), family, config)
+    adopt_block(block, model_class, config, parts)
+    if "qk" in parts:
         attention = block.get_submodule(family.attention.module)
-        units |= count_heads(attention.config)
         attention.set_widths(widths.qk, widths.vo)
         if attention.rotates:
             install_rope_index(attention, attention.rope_index[:, : widths.qk // 2])
-        if family.attention.norms_of(attention.config) is not None and widths.qk < attention.dense_head_dim:
+        if family.attention.norms_of(config) is not None and widths.qk < attention.dense_head_dim:
             empty = {role: attention.head_norm(role).weight.new_empty(units[unit], widths.qk) for role, unit in HEADS}
             install_head_gains(attention, empty)
-    for projection in family.projections_of(parts):
+    if (experts := experts_of(block, family)) is not None:
+        narrow_experts(experts, widths.mlp)
+    for projection in projections_of(block, family, parts):
         old = block.get_submodule(projection.path)
         shape = list(old.weight.shape)
         shape[projection.axis] = units[projection.unit] * getattr(widths, projection.part)

@@ -15,7 +15,7 @@ import transformers
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_blocks import ModeGPTMLPMixin, shrink_block
 from .modegpt_config import PER_LAYER, Dense
-from .modegpt_contract import check_loading
+from .modegpt_contract import check_loading, check_release
 from .modegpt_family import Family
 from .modegpt_files import one_set_of_weights, readable_weights, refuse
 
@@ -31,6 +31,7 @@ class ModeGPTModelMixin(Dense):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_loading()
+        check_release(config.model_type, self.config_class.family.since)
         positions = self.config_class.family.attention.positions
         for index, widths in enumerate(config.widths()):  # checked here, before anything is allocated
             if positions.pairs != "none" and positions.layer_flag is None and widths.qk % 2:
@@ -45,8 +46,13 @@ class ModeGPTModelMixin(Dense):
         if not any(isinstance(module, ModeGPTModelMixin) for module in self.modules() if module is not self):
             blocks: Any = self.base_model.get_submodule(self.config_class.family.blocks)
             for block, widths in zip(blocks, self.config.widths(), strict=True):
-                shrink_block(block, type(self), widths)
+                shrink_block(block, type(self), self.config, widths)
         super().post_init()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Return whether the experts have fast kernels, which transformers finds in the source of the dense class."""
+        return cls.__bases__[-1]._can_set_experts_implementation()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -169,7 +175,7 @@ def register(
         # A model with a text tower has the attention of the tower's family, which has been registered before.
         if part is not None and "family" not in vars(part):
             part.family = family
-    PER_LAYER.add(family.mlp.width)
+    PER_LAYER.update(family.width_names)
     if not config_class.__module__.startswith("transformers_modules."):
         # Not for remote code, because AutoConfig would use the code of one repository for all others of the family.
         transformers.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)

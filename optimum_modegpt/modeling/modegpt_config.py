@@ -45,7 +45,7 @@ class ModeGPTConfigMixin(Dense):
             _check_record(kwargs["modegpt"])
         ours = {"_auto_class", "transformers_weights", *vars(ModeGPTConfigMixin), *ModeGPTConfigMixin.__annotations__}
         _refuse_foreign(kwargs.keys() & ours - {"per_layer_config"})
-        values, sizes = vars(self) | kwargs, (self.family.mlp.width, *self.family.sizes)
+        values, sizes = vars(self) | kwargs, self.family.size_names
         check_sizes(values, sizes, self.attribute_map)
         if kwargs.get("per_layer_config") is not None:
             self._check_blocks(kwargs["per_layer_config"])
@@ -67,7 +67,7 @@ class ModeGPTConfigMixin(Dense):
                 f"config.json: per_layer_config has {len(found)} entries; expected one for each of "
                 f"{self.num_hidden_layers} blocks, so look at {sorted(strange)[:5]}."
             )
-        known = {"qk_head_dim", "v_head_dim", "head_dim", self.family.mlp.width, *self.family.layer_sizes}
+        known = {"qk_head_dim", "v_head_dim", "head_dim", *self.family.width_names, *self.family.layer_sizes}
         if foreign := {name for entry in entries.values() for name in entry} - known:
             raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
 
@@ -88,8 +88,8 @@ class ModeGPTConfigMixin(Dense):
         per_layer: dict[int, dict[str, int]] = {}
         for index, width in enumerate(widths):
             kept = {name: size for name, size in own.get(index, {}).items() if name in cls.family.layer_sizes}
-            sizes = {"qk_head_dim": width.qk, "v_head_dim": width.vo, cls.family.mlp.width: width.mlp}
-            per_layer[index] = kept | sizes
+            name = cls.family.width_name(dense, index)
+            per_layer[index] = kept | {"qk_head_dim": width.qk, "v_head_dim": width.vo, name: width.mlp}
             if "qk" not in cls.family.absent(dense, index):
                 # The width of a row of the key-value cache, under the name that caches and serving engines read.
                 per_layer[index]["head_dim"] = max(width.qk, width.vo)
@@ -109,10 +109,9 @@ class ModeGPTConfigMixin(Dense):
         """The head dim of the dense model."""
         return head_dim(self)
 
-    @property
-    def dense_mlp_width(self) -> int:
-        """The MLP width of the dense model."""
-        return mlp_width(self, self.family)
+    def dense_mlp_width(self, index: int) -> int:
+        """Return the MLP width of a block of the dense model."""
+        return mlp_width(self, self.family, index)
 
     def widths(self) -> list[Widths]:
         """Return the widths of every block.
@@ -123,13 +122,13 @@ class ModeGPTConfigMixin(Dense):
                 Nothing has been built then.
         """
         _check_record(getattr(self, "modegpt", None))
-        limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
-        limits[self.family.mlp.width] = self.dense_mlp_width
         uncut = self.family.uncut(self)
-        return [self._widths_of(index, limits, uncut) for index in range(self.num_hidden_layers)]
+        return [self._widths_of(index, uncut) for index in range(self.num_hidden_layers)]
 
-    def _widths_of(self, index: int, limits: dict[str, int], uncut: Collection[str]) -> Widths:
+    def _widths_of(self, index: int, uncut: Collection[str]) -> Widths:
         layer, absent = self.per_layer_config[index], self.family.absent(self, index)
+        limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
+        limits[self.family.width_name(self, index)] = self.dense_mlp_width(index)
         sizes: list[Any] = [getattr(layer, name, None) for name in limits]
         for (name, limit), size, part in zip(limits.items(), sizes, ("qk", "vo", "mlp"), strict=True):
             limit = 0 if part in absent else limit
@@ -188,10 +187,9 @@ class ModeGPTCompositeConfigMixin(Dense):
         """The head dim of the dense text tower."""
         return self.text_config.dense_head_dim
 
-    @property
-    def dense_mlp_width(self) -> int:
-        """The MLP width of the dense text tower."""
-        return self.text_config.dense_mlp_width
+    def dense_mlp_width(self, index: int) -> int:
+        """Return the MLP width of a block of the dense text tower."""
+        return self.text_config.dense_mlp_width(index)
 
     def widths(self) -> list[Widths]:
         """Return the widths of every block of the text tower.
@@ -270,21 +268,23 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def mlp_width(config: Any, family: Family) -> int:
-    """Return the MLP width of a dense model, or of the model that was compressed.
+def mlp_width(config: Any, family: Family, index: int) -> int:
+    """Return the MLP width of a block of a dense model, or of the model that was compressed.
 
     Raises:
         ValueError: the configuration has none, and the family does not derive it.
     """
-    width: int | None = getattr(config, family.mlp.width)
+    name = family.width_name(config, index)
+    width: int | None = getattr(config, name, None)
     if width is not None:
         return width
     if family.mlp.width_factor is None:
-        raise ValueError(f"config.json: {family.mlp.width} is None; expected an integer.")
+        raise ValueError(f"config.json: {name} is None; expected an integer.")
     return family.mlp.width_factor * config.hidden_size
 
 
-def count_heads(config: Any) -> dict[str, int]:
-    """Return the number of "heads" and "kv_heads" of a model's attention."""
-    heads = config.num_attention_heads
-    return {"heads": heads, "kv_heads": getattr(config, "num_key_value_heads", None) or heads}
+def count_heads(attention: Any, family: Family, config: Any) -> dict[str, int]:
+    """Return the number of "heads" and "kv_heads" of an attention, dense or compressed."""
+    heads, name = config.num_attention_heads, family.attention.kv_heads
+    groups = getattr(config, "num_key_value_heads", None) if name is None else getattr(attention, name)
+    return {"heads": heads, "kv_heads": groups or heads}

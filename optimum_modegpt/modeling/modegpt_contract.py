@@ -17,6 +17,7 @@ from typing import Any
 import transformers
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.versions import require_version
 
 KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
 """Releases of transformers that the whole test suite was run on."""
@@ -24,11 +25,19 @@ KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")
 """Names of the argument that holds the key-value cache. transformers 5.24 renamed the second to the first."""
 
-CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask")
+CROSS_ATTENTION = ("encoder_hidden_states", "encoder_attention_mask", "key_value_states")
 """Arguments of cross-attention, which a decoder passes as None."""
 
 ATTENTION_PARAMETERS = frozenset(
-    {"hidden_states", "position_embeddings", "attention_mask", "output_attentions", *CACHE_NAMES, *CROSS_ATTENTION}
+    {
+        "hidden_states",
+        "position_embeddings",
+        "attention_mask",
+        "output_attentions",
+        "use_cache",
+        *CACHE_NAMES,
+        *CROSS_ATTENTION,
+    }
 )
 """Parameters of a dense attention's `forward` that the compressed attention handles."""
 
@@ -51,6 +60,19 @@ def check_attention(dense_class: type, passed_on: Collection[str] = ()) -> str:
     method = f"{dense_class.__name__}.forward"
     _refuse_unknown(method, declared, ATTENTION_PARAMETERS.union(passed_on))
     return _cache_name(f"{method} has the arguments", declared)
+
+
+def check_release(model_type: str, since: str | None) -> None:
+    """Check that the installed transformers has the classes that a family's compressed ones extend.
+
+    `since` is the oldest release that has them, or None.
+
+    Raises:
+        ImportError: transformers is older.
+    """
+    if since is not None:
+        hint = f"Older releases compute the attention of model_type {model_type!r} in another way. Run: pip install"
+        require_version(f"transformers>={since}", f"{hint} 'transformers>={since}'")
 
 
 def check_loading() -> None:

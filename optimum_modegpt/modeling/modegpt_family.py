@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Literal
 
 Part = Literal["mlp", "qk", "vo"]
@@ -33,14 +34,18 @@ class Storage:
         layout: "separate", one module each; "gated", the query rows of one head and then the rows of its gate, with
             the others separate; "stacked", one module with the rows of one projection after those of the
             other; "per head", the query, key and value rows of one head after those of the other; "per group", the
-            query rows of all heads of a key-value head, its key rows and its value rows; "experts", which is refused.
+            query rows of all heads of a key-value head, its key rows and its value rows.
         path: the module that holds all of them, from the block; None if they are separate.
         transposed: whether weights are (in, out), as in `Conv1D`; those of the output projection are too.
+        slices: number of equal slices of a "stacked" module, each of which holds a share of every projection.
+        order: the order of query, key and value in a stacked module.
     """
 
-    layout: Literal["separate", "gated", "stacked", "per head", "per group", "experts"] = "separate"
+    layout: Literal["separate", "gated", "stacked", "per head", "per group"] = "separate"
     path: str | None = None
     transposed: bool = False
+    slices: int = 1
+    order: tuple[Literal["query", "key", "value"], ...] = ("query", "key", "value")
 
     @property
     def plain(self) -> bool:
@@ -56,9 +61,13 @@ class Positions:
         pairs: the coordinates that rotate together. "half": (i, i + n / 2); "interleaved": (2i, 2i + 1), where n is the
             number of coordinates that rotate; "none": no coordinate rotates.
         partial: whether only the share `partial_rotary_factor` of a head rotates, its first coordinates.
+        width: attribute of the attention with the number of coordinates that rotate, the first ones of a head; None if
+            the configuration's rotary parameters say it.
         table: the columns of the model's cos and sin tables. "concatenated": one for each pair, twice; "repeated": two
             for each pair, next to each other; "single": one for each pair.
-        layer_flag: attribute of the attention that is false in layers without rotation; None if all layers rotate.
+        sine_first: whether the model passes (sin, cos) instead of (cos, sin).
+        layer_flag: attribute of the attention that is false in layers without rotation, dotted or not; None if all
+            layers rotate.
         flag_needs: attribute of the attention that is None in models whose layers all rotate, also if `layer_flag` is
             false; None if `layer_flag` always counts.
         query_factor: whether queries are multiplied by 1 + β log(1 + ⌊position / L⌋) after the rotation. β and L are
@@ -67,7 +76,9 @@ class Positions:
 
     pairs: Literal["half", "interleaved", "none"] = "half"
     partial: bool = False
+    width: str | None = None
     table: Literal["concatenated", "repeated", "single"] = "concatenated"
+    sine_first: bool = False
     layer_flag: str | None = None
     flag_needs: str | None = None
     query_factor: bool = False
@@ -77,7 +88,7 @@ class Positions:
 class HeadNorms:
     """Norms of queries and keys. They compute as the norms of the residual stream do.
 
-    A block with narrow heads has a gain for each of them, (heads, qk_head_dim), because each keeps other coordinates.
+    In a narrow block, the weight of a norm over a head is (heads, qk_head_dim), because each keeps other coordinates.
 
     Attributes:
         query, key: paths of the norms, from the block.
@@ -112,14 +123,18 @@ class Attention:
         values: "free" if a basis of the values may change; "coordinates" if something acts on single coordinates
             between value and output projection. Then a narrow head keeps some of them.
         head_dim: attribute of the attention that holds the width of a head.
+        kv_heads: attribute of the attention that holds the number of key-value heads; None if it is
+            `num_key_value_heads` of the configuration, or that of the heads.
         score_arguments: (argument of the attention function, attribute of the attention) of all that determines the
             scores in addition to `scaling`: a window, a soft cap, sinks. The attribute may be dotted.
         dropout: attribute of the attention with the dropout of the probabilities, dotted or not.
         output_dropout: path of the dropout after the output projection, a module or its rate, if it is part of the
             attention.
         clip: name of the configuration's limit that the outputs of the query, key and value projections are clamped
-            to; None if there is none. A model that sets it keeps its attention at full width.
+            to, dotted or not; None if there is none. A model that sets it keeps its attention at full width.
         passed_on: parameters of the dense attention's `forward` that it passes to the attention function.
+        per_sequence: name of an argument of the block whose first axis counts sequences, and which does not broadcast
+            over them; None if there is none.
     """
 
     module: str = "self_attn"
@@ -135,11 +150,13 @@ class Attention:
     gate: str | None = None
     values: Literal["free", "coordinates"] = "free"
     head_dim: str = "head_dim"
+    kv_heads: str | None = None
     score_arguments: tuple[tuple[str, str], ...] = ()
     dropout: str = "attention_dropout"
     output_dropout: str | None = None
     clip: str | None = None
     passed_on: tuple[str, ...] = ()
+    per_sequence: str | None = None
 
     def norms_of(self, config: Any) -> HeadNorms | None:
         """Return the norms of queries and keys in a model, or None if it has none."""
@@ -147,6 +164,49 @@ class Attention:
         if norms is None or norms.flag is None or getattr(config, norms.flag):
             return norms
         return None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a block. A router chooses a few of them for every token. All paths are from the block.
+
+    One parameter holds a projection of all experts. Its layout is an attribute of the module that holds it, set by
+    `use_experts_implementation` of transformers. The other fields are names in the configuration.
+
+    Attributes:
+        module: path of the whole MLP: the router, the experts, and a shared expert if there is one.
+        packed: path of the module that holds the weights of all experts.
+        router: path of the router, whose parameters and buffers have one row for each expert.
+        width: the number of hidden channels of an expert.
+        count: the number of experts.
+        chosen: the number of experts that the router chooses for a token.
+        groups: the number of groups that the router chooses from first; None if it has no groups.
+        dense_layers: the list of the layers without experts; None if there is none.
+        period: only every layer of this period has experts; None for every layer.
+        first, last: the range of the layers with experts; None for no limit.
+    """
+
+    module: str = "mlp"
+    packed: str = "mlp.experts"
+    router: str = "mlp.gate"
+    width: str = "moe_intermediate_size"
+    count: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    groups: str | None = None
+    dense_layers: str | None = None
+    period: str | None = None
+    first: str | None = None
+    last: str | None = None
+
+    def in_layer(self, config: Any, index: int) -> bool:
+        """Return whether a layer of a model has experts."""
+        if self.dense_layers is not None and index in getattr(config, self.dense_layers):
+            return False
+        if self.period is not None and (index + 1) % getattr(config, self.period):
+            return False
+        first = 0 if self.first is None else getattr(config, self.first)
+        last = index if self.last is None else getattr(config, self.last)
+        return first <= index <= last
 
 
 @dataclass(frozen=True)
@@ -160,9 +220,11 @@ class MLP:
         output: path of the projection whose columns are hidden channels.
         storage: how the dense model stores the inputs.
         activation: path of the activation module.
+        activation_name: name of the same activation in transformers' `ACT2FN` if the module has no forward-mode
+            derivative, as a custom `autograd.Function`; None if it has one.
         width: name of the number of hidden channels in the configuration.
-        width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has None.
-        shared: path of an MLP in addition to experts, which is refused.
+        width_factor: the number of hidden channels as a multiple of `hidden_size` if the configuration has none.
+        experts: the experts that replace this MLP in some or all blocks; None if no block has experts.
     """
 
     module: str | None = "mlp"
@@ -170,9 +232,10 @@ class MLP:
     output: str = "mlp.down_proj"
     storage: Storage = Storage()
     activation: str = "mlp.act_fn"
+    activation_name: str | None = None
     width: str = "intermediate_size"
     width_factor: int | None = None
-    shared: str | None = None
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -199,17 +262,18 @@ class Residual:
 
     Attributes:
         attention_norm, mlp_norm: the norm before each half, or after its sum in a post-LN block; None if there is none.
-            A parallel block without `mlp_norm` has one for both.
+            Of several paths, the first that a block has. A parallel block without `mlp_norm` has one for both.
         topology: one of the three above.
         flag: name of the configuration's boolean that chooses the topology; None if there is one.
         topology_without_flag: the topology if that boolean is false.
         multiplier: name of m in the configuration; None for 1.
         scale: path of a tensor that multiplies the block's output; None for 1.
         attention_output_norm, mlp_output_norm: the norm of a half's output before the sum; None if there is none.
+        added_inside: the halves whose modules take the stream as their argument `residual`, and return the sum.
     """
 
-    attention_norm: str | None = "input_layernorm"
-    mlp_norm: str | None = "post_attention_layernorm"
+    attention_norm: str | tuple[str, ...] | None = "input_layernorm"
+    mlp_norm: str | tuple[str, ...] | None = "post_attention_layernorm"
     topology: Topology = "sequential"
     flag: str | None = None
     topology_without_flag: Topology = "sequential"
@@ -217,6 +281,7 @@ class Residual:
     scale: str | None = None
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
+    added_inside: tuple[Literal["attention", "mlp"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -274,6 +339,10 @@ class Family:
         layer_sizes: names of sizes that the dense configuration has for each layer, equal in the layers of one type.
         refused: names of values in the configuration that change the computation of a block, and must be false, zero or
             None.
+        since: the oldest release of transformers whose classes of the family the compressed ones can extend; None if
+            every supported release will do.
+        returns_tuple: whether a block returns a tuple, whose first element is the stream.
+        linear_class: name of the dense model's own subclass of `nn.Linear`, which computes the same.
     """
 
     model_type: str
@@ -286,6 +355,9 @@ class Family:
     sizes: tuple[str, ...] = ()
     layer_sizes: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    since: str | None = None
+    returns_tuple: bool = False
+    linear_class: str | None = None
 
     @property
     def compressed_type(self) -> str:
@@ -294,7 +366,7 @@ class Family:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All projections of a block that compression narrows."""
+        """All projections that compression narrows in a block without experts."""
         attention, mlp, own = self.attention, self.mlp, self.attention.storage
         others = Storage() if own.layout == "gated" else own
         gates = () if attention.gate is None else (Projection(attention.gate, "vo", 0, "heads", own),)
@@ -308,9 +380,14 @@ class Family:
             Projection(mlp.output, "mlp", 1, "block", mlp.storage),
         )
 
-    def projections_of(self, parts: Collection[Part]) -> tuple[Projection, ...]:
-        """Return the projections of a block that has these parts."""
-        return tuple(projection for projection in self.projections if projection.part in parts)
+    def projections_of(self, parts: Collection[Part], *, experts: bool) -> tuple[Projection, ...]:
+        """Return the projections of a block that has these parts, with or without experts. Packed experts are none."""
+        linear = [part for part in parts if part != "mlp" or not experts]
+        return tuple(projection for projection in self.projections if projection.part in linear)
+
+    def projections_in(self, config: Any, index: int) -> tuple[Projection, ...]:
+        """Return the projections of block `index` of a model."""
+        return self.projections_of(self.parts(config, index), experts=self.has_experts(config, index))
 
     def absent(self, config: Any, index: int) -> dict[Part, str]:
         """Return the parts that block `index` of a model does not have, each with the reason."""
@@ -324,32 +401,39 @@ class Family:
         absent = self.absent(config, index)
         return tuple(part for part in PARTS if part not in absent)
 
+    def has_experts(self, config: Any, index: int) -> bool:
+        """Return whether block `index` of a model has experts."""
+        return self.mlp.experts is not None and self.mlp.experts.in_layer(config, index)
+
+    @property
+    def width_names(self) -> tuple[str, ...]:
+        """The names of the MLP widths in the configuration: of blocks with experts, if any, and of those without."""
+        experts = self.mlp.experts
+        return (self.mlp.width,) if experts is None else tuple(dict.fromkeys((self.mlp.width, experts.width)))
+
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """The names of the sizes in the configuration that not all families have."""
+        counts = () if self.mlp.experts is None else (self.mlp.experts.count,)
+        return (*self.width_names, *counts, *self.sizes)
+
+    def width_name(self, config: Any, index: int) -> str:
+        """Return the name of the MLP width of block `index` in the configuration."""
+        experts = self.mlp.experts
+        return experts.width if experts is not None and experts.in_layer(config, index) else self.mlp.width
+
     def uncut(self, config: Any) -> dict[Part, str]:
         """Return the parts that compression leaves at their dense width in a model, each with the reason."""
         parts: dict[Part, str] = {}
-        if (norms := self.attention.norms_of(config)) is not None and norms.over == "projection":
-            parts["qk"] = "queries and keys are normalised over all heads"
-        elif norms is not None and self.norm.centred:
+        if self.attention.norms_of(config) is not None and self.norm.centred:
             parts["qk"] = "queries and keys are centred and normalised"
-        if self.attention.clip is not None and getattr(config, self.attention.clip) is not None:
+        if self.attention.clip is not None and attrgetter(self.attention.clip)(config) is not None:
             parts |= dict.fromkeys(("qk", "vo"), f"{self.attention.clip} clamps queries, keys and values")
         return parts
 
     def dense_parts(self, config: Any, index: int) -> dict[Part, str]:
         """Return the parts of block `index` that stay dense, each with the reason."""
         return self.uncut(config) | self.absent(config, index)
-
-    @property
-    def unsupported(self) -> str | None:
-        """The first feature of this description that no method can compress yet."""
-        features = {
-            "experts": "experts" in (self.mlp.storage.layout, self.attention.storage.layout),
-            "a shared MLP in addition to experts": self.mlp.shared is not None,
-        }
-        for feature, present in features.items():
-            if present:
-                return feature
-        return None
 
 
 @dataclass(frozen=True)

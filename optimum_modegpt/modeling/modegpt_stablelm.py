@@ -20,7 +20,7 @@ FAMILY = Family(
     attention=Attention(
         positions=Positions(partial=True),
         head_norms=HeadNorms("self_attn.q_layernorm", "self_attn.k_layernorm", over="each head", flag="qk_layernorm"),
-        passed_on=("position_ids", "use_cache"),
+        passed_on=("position_ids",),
     ),
     norm=Norm(centred=True),
     residual=Residual(topology="parallel", flag="use_parallel_residual", topology_without_flag="sequential"),

@@ -22,13 +22,14 @@ from optimum_modegpt.walk.self_check import SelfCheck
 from optimum_modegpt.walk.state import State
 
 
-def parameters_around(request: Request, blocks: list[nn.Module], achieved: float) -> Parameters:
-    """Count the parameters before and after, while both models exist."""
+def parameters_around(request: Request, state: State, blocks: list[nn.Module], achieved: float) -> Parameters:
+    """Count the parameters before and after, while both models exist. Whole experts count before."""
     weights = total_weights(request.sizes)
     before = count_parameters(request.architecture.model)
     dense = sum(count_parameters(block.module) for block in request.architecture.blocks)
     after = before - dense + sum(map(count_parameters, blocks))
-    return Parameters(weights, round(weights * (1 - achieved)), before, after)
+    removed = 0 if state.removed is None else state.removed.parameters
+    return Parameters(weights, round(weights * (1 - achieved)), before + removed, after)
 
 
 def make_record(request: Request, achieved: float, parameters: Parameters) -> dict[str, Any]:
@@ -71,6 +72,7 @@ def make_report(
         streams=state.streams,
         processes=distributed.world_size(),
         **state.measurements.for_report(),
+        kept_experts=() if state.removed is None else state.removed.kept,
         warnings=tuple(state.warnings),
         uncut=uncut_sentences(request.architecture.dense_parts),
         self_check=dataclasses.asdict(check),

@@ -24,6 +24,14 @@ from optimum_modegpt.walk.request import Request
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RemovedExperts:
+    """The experts that every block with experts kept, and the number of parameters that the others had."""
+
+    kept: tuple[tuple[int, ...], ...]
+    parameters: int
+
+
 @dataclass
 class Measurements:
     """The measurements from which a plan is made. They are empty if the allocation needs none."""
@@ -91,6 +99,7 @@ class State:
     gradients: list[OutputGradients] = field(default_factory=list)
     measurements: Measurements = field(default_factory=Measurements)
     warnings: list[str] = field(default_factory=list)
+    removed: RemovedExperts | None = None
 
     @classmethod
     def start(cls, request: Request) -> State:

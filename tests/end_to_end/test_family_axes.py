@@ -32,7 +32,6 @@ from optimum_modegpt.modeling.modegpt_blocks import ModeGPTMLPMixin
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin, register
 from optimum_modegpt.modeling.modegpt_config import ModeGPTConfigMixin
 from optimum_modegpt.modeling.modegpt_family import (
-    MLP,
     Attention,
     Family,
     Head,
@@ -179,8 +178,6 @@ WRONG: dict[str, tuple[Family, str]] = {
         replace(LITERALS["vaultgemma"], attention=Attention(score_arguments=(WINDOW,))),
         "block 0 computes something else",
     ),
-    "experts": (replace(FAMILY["gemma"], mlp=MLP(storage=Storage("experts", "mlp.experts"))), "has experts"),
-    "shared experts": (replace(FAMILY["gemma"], mlp=MLP(shared="mlp.shared")), "has a shared MLP"),
     "output norms": (
         replace(modegpt_gemma2.FAMILY, residual=Residual(mlp_norm="pre_feedforward_layernorm")),
         "block 0 computes something else",
@@ -251,7 +248,7 @@ def test_stored_projections_are_read_row_by_row(layout: Any, transposed: bool) -
         setattr(block.mlp, name, nn.Linear(d_model, d_model))
     storage = Storage(layout, "self_attn.qkv", transposed=transposed)
     family = Family("test", attention=Attention(storage=storage, positions=Positions("none")))
-    found = dense_weights(block, family)
+    found = dense_weights(block, family, config)
     for path, expected in zip(("q_proj", "k_proj", "v_proj"), (query, key, value), strict=True):
         weights = found[f"self_attn.{path}"]
         assert weights.bias is not None

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_configs import FAMILIES, INSTALLED
+from tiny_configs import FAMILIES, INSTALLED, TOO_NEW
 from tiny_models import compressed, dense, tokens
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from optimum_modegpt.architectures import family_of
+from optimum_modegpt.architectures import check_model_type, family_of
 from optimum_modegpt.modeling.modegpt_contract import (
     CACHE_NAMES,
     KNOWN_VERSIONS,
@@ -128,6 +128,12 @@ def test_a_cache_under_another_name_is_refused(name: str) -> None:
     for foreign in ("kv_store", other):
         with pytest.raises(TypeError, match=f"received a key-value cache as '{foreign}'"):
             attention(hidden, position_embeddings=embeddings, **{foreign: DynamicCache()})
+
+
+@pytest.mark.parametrize("family", TOO_NEW)
+def test_a_family_that_needs_a_newer_transformers_is_refused(family: str) -> None:
+    with pytest.raises(ImportError, match="transformers"):
+        check_model_type(family)
 
 
 @pytest.mark.parametrize("family", INSTALLED)

@@ -117,10 +117,13 @@ def test_fresh_processes_compute_the_same(compressed: tuple[Any, Path], tmp_path
     with torch.no_grad():
         expected = found(tokens()).logits
     for kind in ("local", "remote"):
+        jobs: list[dict[str, Any]] = []
         for auto in ("AutoModelForImageTextToText", "AutoModelForCausalLM"):
-            out = tmp_path / f"{kind}-{auto}"
-            run_worker([{"folder": str(folder), "auto": auto, "dtype": "float32", "out": str(out)}], kind, tmp_path)
-            assert torch.equal(load_file(out)["out"], expected)
+            out = str(tmp_path / f"{kind}-{auto}")
+            jobs.append({"folder": str(folder), "auto": auto, "dtype": "float32", "out": out})
+        run_worker(jobs, kind, tmp_path)
+        for job in jobs:
+            assert torch.equal(load_file(job["out"])["out"], expected)
 
 
 def test_cached_generation_with_an_image(compressed: tuple[Any, Path]) -> None:

@@ -36,6 +36,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "query_ridge": 1e-3,
         "input_ridge": 0.1,
         "refit_iterations": 4,
+        "expert_sparsity": 0.0,
         "tokenizer": None,
         "allow_foreign_tokenizer": False,
     }

@@ -47,4 +47,4 @@ def test_the_page_says_which_parts_stay_at_full_width(table: ModuleType) -> None
     assert rows["llama"] == ["mlp, qk, vo", "–", "–"]
     clip = "qk and vo (clip_qkv clamps queries, keys and values) at full width"
     assert rows["olmo"] == ["mlp, qk, vo", "–", f"`clip_qkv` set: {clip}"]
-    assert rows["gpt2"] == ["mlp, qk, vo", "–", "`add_cross_attention` true: refused"]
+    assert rows["gpt2"] == ["mlp, qk, vo", "–", "`add_cross_attention` set: refused"]

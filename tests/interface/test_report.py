@@ -65,3 +65,4 @@ def test_sentences_on_parts_at_full_width_count_the_blocks() -> None:
         "vo stays at full width in 1 of 2 blocks: values are gated",
     )
     assert uncut_sentences([{}, {}]) == ()
+    assert uncut_sentences([{"qk": "a clamp", "vo": "a clamp"}]) == ("qk and vo stay at full width: a clamp",)

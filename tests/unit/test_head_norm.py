@@ -27,16 +27,26 @@ def divisor(rows: Tensor) -> Tensor:
     return (rows.square().mean(-1, keepdim=True) + EPS).sqrt()
 
 
-def narrow(vectors: Tensor, maps: Tensor, *, rotated: bool = False) -> Tensor:
+def narrow(vectors: Tensor, maps: Tensor, *, rotated: bool = False, joint: bool = False) -> Tensor:
     """Return the rows of the narrow heads."""
-    return vectors @ (row_factors(vectors, maps, own, rotated=rotated)[..., None] * maps).mT
+    return vectors @ (row_factors(vectors, maps, own, rotated=rotated, joint=joint)[..., None] * maps).mT
 
 
-@pytest.mark.parametrize("rotated", [False, True])
-def test_divisor_is_exact_if_the_removed_coordinates_are_silent(rotated):
+@pytest.mark.parametrize("kind", [{}, {"rotated": True}, {"joint": True}])
+def test_divisor_is_exact_if_the_removed_coordinates_are_silent(kind):
     vectors = normal(HEADS, TOKENS, DIM)
     vectors[..., [1, 4, 5, 7, 10, 11]] = 0
-    assert difference(divisor(narrow(vectors, selection(), rotated=rotated)), divisor(vectors)) < 1e-3
+    found, expected = narrow(vectors, selection(), **kind), vectors
+    if "joint" in kind:  # the mean over all heads
+        found, expected = found.transpose(0, 1).flatten(1), expected.transpose(0, 1).flatten(1)
+    assert difference(divisor(found), divisor(expected)) < 1e-3
+
+
+def test_joint_divisor_counts_every_head():
+    vectors = normal(HEADS, TOKENS, DIM)
+    vectors[:, :, [1, 4, 5, 7, 10, 11]] = torch.tensor([0.5, 1.0, 2.0])[:, None, None] * vectors[:, :, KEPT]
+    found, expected = (each.transpose(0, 1).flatten(1) for each in (narrow(vectors, selection(), joint=True), vectors))
+    assert difference(divisor(found), divisor(expected)) < 1e-2
 
 
 def test_divisor_is_exact_if_a_kept_coordinate_shows_the_removed_ones():
@@ -53,9 +63,9 @@ def test_divisor_is_right_on_average_if_nothing_shows_the_removed_coordinates():
 
 def test_both_coordinates_of_a_pair_have_one_factor_after_a_rotation():
     vectors = normal(HEADS, TOKENS, DIM) * normal(DIM, seed=1).exp()
-    first, second = row_factors(vectors, selection(), own, rotated=True).chunk(2, dim=1)
+    first, second = row_factors(vectors, selection(), own, rotated=True, joint=False).chunk(2, dim=1)
     assert torch.equal(first, second)
-    first, second = row_factors(vectors, selection(), own, rotated=False).chunk(2, dim=1)
+    first, second = row_factors(vectors, selection(), own, rotated=False, joint=False).chunk(2, dim=1)
     assert difference(first, second) > 0.01
 
 
@@ -63,10 +73,10 @@ def test_sum_over_ranks_gives_the_factors_of_all_tokens():
     vectors = normal(HEADS, TOKENS, DIM)
     parts, sums = vectors.split(150, dim=1), []
     for part in parts:
-        row_factors(part, selection(), lambda value: sums.append(value) or value, rotated=False)
+        row_factors(part, selection(), lambda value: sums.append(value) or value, rotated=False, joint=False)
     both = iter([sum(sums[0::2]), sum(sums[1::2])])
-    shared = row_factors(parts[0], selection(), lambda _: next(both), rotated=False)
-    assert difference(shared, row_factors(vectors, selection(), own, rotated=False)) < 1e-12
+    shared = row_factors(parts[0], selection(), lambda _: next(both), rotated=False, joint=False)
+    assert difference(shared, row_factors(vectors, selection(), own, rotated=False, joint=False)) < 1e-12
 
 
 def test_factors_are_positive_and_finite():
@@ -74,7 +84,7 @@ def test_factors_are_positive_and_finite():
     vectors[..., 6] = 0  # a kept coordinate
     vectors[..., 5] = 30 / (0.1 + vectors[..., 0].abs())  # kept coordinate 0 is small if the head is long
     vectors[0] = 0  # a silent head
-    factors = row_factors(vectors, selection(), own, rotated=False)
+    factors = row_factors(vectors, selection(), own, rotated=False, joint=False)
     assert factors.isfinite().all()
     assert (factors >= 0).all()
     assert (factors[1:] > 0).all()
