@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.modeling.modegpt_family import PARTS, Part
 from optimum_modegpt.plot import plot_kept
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Parameters:
     total_after: int
 
 
-def uncut_sentences(reasons: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+def uncut_sentences(reasons: Sequence[Mapping[Part, str]]) -> tuple[str, ...]:
     """Return a sentence for each reason that leaves parts at full width.
 
     `reasons` has one mapping part -> reason for each block.

@@ -85,7 +85,8 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
             if heads is not None:
-                heads.add(*(seen.pop() for seen in reads), arguments)
+                inputs, outputs = (seen.pop() for seen in reads)
+                heads.add(inputs, outputs, arguments)
             return output
 
         after = list(map_stream(observed, block.device, stream))

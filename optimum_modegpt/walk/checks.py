@@ -138,13 +138,14 @@ def _check_norms(architecture: Architecture, stream: Tensor) -> None:
 
     The compression changes gains, and an error shows only at a gain that is not that of the model.
     """
-    kind, first = architecture.family.norm, architecture.blocks[0]
-    residual, of_heads = first.residual, [] if "qk" in first.uncut else first.dense_head_norms
+    kind, residual = architecture.family.norm, architecture.blocks[0].residual
+    attending = next((block for block in architecture.blocks if block.attends and "qk" not in block.uncut), None)
+    of_heads = [] if attending is None else attending.dense_head_norms
     of_outputs = residual.attention_output_norm, residual.mlp_output_norm
     for norm in (residual.attention_norm, residual.mlp_norm, *of_outputs, architecture.final_norm, *of_heads):
         if not has_gain(norm):
             continue
-        copied = copy.deepcopy(norm).to(stream.device)
+        copied: Any = copy.deepcopy(norm).to(stream.device)
         values = stream.to(copied.weight.dtype)
         if norm in of_heads:
             values = values.flatten()[: copied.weight.numel()].view_as(copied.weight)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_configs import EVERY_VARIANT
 from tiny_models import compressed, dense, fill, tokenizer, tokens
+from torch import Tensor
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from optimum_modegpt.allocation.plan import Plan
@@ -42,9 +43,10 @@ def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     report = run(model)
     assert [set(block.parts) for block in report.blocks] == [{"mlp"}, {"mlp", "qk", "vo"}, {"mlp"}]
     assert report.summary().splitlines()[1].split()[-2:] == ["–", "–"]
-    (sentence,) = report.uncut
-    assert "layers of type linear_attention keep their dense attention" in sentence
-    assert sentence in report.summary()
+    assert report.uncut
+    for sentence in report.uncut:
+        assert "layers of type linear_attention keep their dense attention" in sentence
+        assert sentence in report.summary()
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     save_report(tmp_path, report)
@@ -58,6 +60,25 @@ def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     assert found.sparsity == pytest.approx(report.achieved_sparsity)
     assert inspection_table(found, {}).splitlines()[2].split() == ["0", "34/48", "–", "–"]
     report.plot(tmp_path / "ranks.svg")
+
+
+class PlainNorm(torch.nn.Module):
+    """Computes as a norm of Qwen3.5 does, but with the gain itself as its weight."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(1 + norm.weight.detach()), norm.eps
+
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.nn.functional.rms_norm(values, self.weight.shape, self.weight, self.eps)
+
+
+def test_norms_of_heads_are_checked_where_the_first_block_has_none() -> None:
+    model = dense(NAME)
+    attention = model.model.layers[1].self_attn
+    attention.q_norm = PlainNorm(attention.q_norm)
+    with pytest.raises(UnsupportedModel, match="PlainNorm computes its gain or its mean in another way"):
+        run(model)
 
 
 def test_a_block_has_a_reason_for_each_absent_part() -> None:
