@@ -185,12 +185,18 @@ class Block:
     def residual(self) -> ResidualProgram:
         """The order of norms, halves and sums."""
         names = self.family.residual
-        paths = (names.attention_norm, names.mlp_norm, names.attention_output_norm, names.mlp_output_norm)
-        norms = [self._norm(path) for path in paths]
-        if self.topology == "parallel" and norms[1] is None:
-            norms[1] = norms[0]
-        scale: Any = None if names.scale is None else attrgetter(names.scale)(self.module)
-        return ResidualProgram(self.topology, self.multiplier, *norms, scale)
+        attention_norm, mlp_norm = self._norm(names.attention_norm), self._norm(names.mlp_norm)
+        if self.topology == "parallel" and mlp_norm is None:
+            mlp_norm = attention_norm
+        return ResidualProgram(
+            self.topology,
+            self.multiplier,
+            attention_norm,
+            mlp_norm,
+            self._norm(names.attention_output_norm),
+            self._norm(names.mlp_output_norm),
+            None if names.scale is None else attrgetter(names.scale)(self.module),
+        )
 
     @property
     def norm(self) -> Norm:

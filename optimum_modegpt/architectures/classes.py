@@ -44,4 +44,4 @@ class FamilyClasses:
     def linear_class(self) -> type[nn.Linear]:
         """The class of the dense model's linear layers."""
         name = self.family.linear_class
-        return nn.Linear if name is None else getattr(sys.modules[self.attention_class.dense_class().__module__], name)
+        return nn.Linear if name is None else getattr(sys.modules[self.stock_causal_lm.__module__], name)

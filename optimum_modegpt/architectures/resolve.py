@@ -185,9 +185,8 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
     family = classes.family
     parts = family.parts(config, index)
     attention = module.get_submodule(family.attention.module) if "qk" in parts else None
-    counts = dict.fromkeys(("heads", "kv_heads"), config.num_attention_heads)
-    if attention is not None:
-        counts = count_heads(attention, family, config)
+    heads = config.num_attention_heads
+    counts = {"heads": heads, "kv_heads": heads} if attention is None else count_heads(attention, family, config)
     return Block(
         module,
         classes,
