@@ -61,8 +61,8 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     Return the logits by variant and process: this one, one with the package, one with the code in the folder.
     """
     root = tmp_path_factory.mktemp("families")
-    users: list[Any] = [item for item in request.session.items if "saved" in getattr(item, "fixturenames", ())]
-    names = [user.callspec.params["name"] for user in users]
+    selected: list[Any] = [item for item in request.session.items if item.path == request.path]
+    names = [item.callspec.params["name"] for item in selected if "saved" in item.fixturenames]
     found: dict[str, dict[str, Tensor]] = {}
     jobs: dict[str, list[dict[str, Any]]] = {"local": [], "remote": []}
     for name in names:

@@ -154,6 +154,10 @@ def test_saved_files_have_the_compressed_shapes_and_metadata(name: str, saved: d
             if key.endswith("rope_index"):
                 assert value.dtype is torch.int32
                 continue
+            if value.ndim > len(reference_shapes[key]):  # every narrow head has gains of its own
+                assert value.shape[0] in (heads, kv_heads)
+                assert value.shape[1] < head_dim
+                continue
             assert all(new <= old for new, old in zip(value.shape, reference_shapes[key], strict=True)), key
             if value.ndim == 2:
                 assert value.any(dim=1).all(), f"{key}: a row of zeros"

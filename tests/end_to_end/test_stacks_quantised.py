@@ -32,7 +32,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "torchao": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
 }
 METHOD = pytest.mark.parametrize("method", METHODS)
-MOST_ERROR = {"int8": 0.06, "nf4": 0.5, "torchao": 0.06}
+MOST_ERROR = {"int8": 0.12, "nf4": 0.5, "torchao": 0.12}
 """Largest relative change of the logits. Random weights are sensitive; an unrelated model has 1.4."""
 FITTING = [Widths(16, 32, 64), Widths(32, 16, 128), Widths(32, 32, 192)]
 """Multiples of 64, the only widths that bitsandbytes computes correctly in 4 bits on a CPU."""

@@ -75,7 +75,7 @@ def changed(model: PreTrainedModel, before: dict[str, Tensor]) -> set[str]:
 def projections(model: PreTrainedModel) -> set[str]:
     """Return the names of the weights of the blocks' projections."""
     blocks = model.base_model.get_submodule(model.config.family.blocks)
-    inside = {id(parameter) for parameter in blocks.parameters() if parameter.ndim == 2}
+    inside = {id(each) for key, each in blocks.named_parameters() if each.ndim == 2 and "norm" not in key}
     return {name for name, parameter in model.named_parameters() if id(parameter) in inside}
 
 
