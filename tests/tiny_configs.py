@@ -412,7 +412,7 @@ for _name, (_config, _) in EVERY_VARIANT.items():
     REPRESENTATIVES.setdefault(_config.model_type, _name)
 INSTALLED = tuple(model_type for model_type in DENSE_TYPES if model_type in REPRESENTATIVES)
 """The supported families that the installed transformers has."""
-TOWERS = ("gemma3",)
+TOWERS = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_vl")
 """The families whose language model is a part of another model. `test_text_towers.py` tests them."""
 VARIANTS = {name: variant for name, variant in EVERY_VARIANT.items() if variant[0].model_type in TESTED}
 """The variants of the families that take part in every test."""

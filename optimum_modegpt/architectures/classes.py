@@ -36,6 +36,11 @@ class FamilyClasses:
         return self.causal_lm.config_class
 
     @property
+    def text_type(self) -> str:
+        """The `model_type` of the dense text tower, or of the dense model if it is no part of another one."""
+        return getattr(self.config, "text_class", self.config).family.model_type
+
+    @property
     def attention_class(self) -> type[ModeGPTAttentionMixin] | None:
         """The compressed attention class, or None if the attention of all blocks stays dense."""
         return self.causal_lm.attention_class

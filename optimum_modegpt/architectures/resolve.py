@@ -138,13 +138,30 @@ def check_model_type(model_type: str) -> FamilyClasses:
     return classes
 
 
+def check_dense(config: Any) -> FamilyClasses:
+    """Return the family of a dense model with this configuration.
+
+    Raises:
+        AlreadyCompressed, UnsupportedModel, ImportError: as `check_model_type`; also if a model with a text tower has
+            one of another type than the family's.
+    """
+    classes = check_model_type(config.model_type)
+    found, expected = config.get_text_config().model_type, classes.text_type
+    if found != expected:
+        raise UnsupportedModel(
+            f"model_type {config.model_type!r} has a text tower of type {found!r}; it can be compressed only with one "
+            f"of type {expected!r}."
+        )
+    return classes
+
+
 def resolve(model: PreTrainedModel) -> Architecture:
     """Return the blocks of `model`, by role.
 
     Raises:
         AlreadyCompressed, UnsupportedModel: before anything is computed.
     """
-    classes = check_model_type(model.config.model_type)
+    classes = check_dense(model.config)
     if model.get_output_embeddings() is None:
         raise UnsupportedModel(
             f"{type(model).__name__} has no language-model head; load the model with AutoModelForCausalLM, "

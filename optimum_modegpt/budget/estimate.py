@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_modegpt.allocation.plan import total_weights
-from optimum_modegpt.architectures import check_model_type, read_blocks
+from optimum_modegpt.architectures import check_dense, read_blocks
 from optimum_modegpt.architectures.shapes import shapes_of
 from optimum_modegpt.budget.placement import Free, Needs, Placement, choose_placement, finished_size
 from optimum_modegpt.budget.sizes import check_reachable, part_sizes
@@ -69,7 +69,7 @@ def estimate(
     Raises:
         AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.
     """
-    architecture = read_blocks(model, check_model_type(model.config.model_type))
+    architecture = read_blocks(model, check_dense(model.config))
     sizes = part_sizes(architecture, config)
     check_reachable(config, sizes)
     shapes, element = shapes_of(architecture), model.dtype.itemsize

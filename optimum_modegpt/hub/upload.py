@@ -25,7 +25,7 @@ from optimum_modegpt.errors import OutputError, UploadError
 from optimum_modegpt.hub.card import CARD, PICTURE, TRAINER, copy_records, is_ours, save_report, write_card
 from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.result import EVALUATION, REPORT
-from optimum_modegpt.loading.source import CARD_FIELDS
+from optimum_modegpt.loading.source import CARD_FIELDS, PROCESSOR_FILES
 from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, whole_name
 
 logger = logging.get_logger(__name__)
@@ -193,8 +193,9 @@ PUBLISHED = (
     *(CONFIG_NAME, GENERATION_CONFIG_NAME, CARD, REPORT, EVALUATION, PICTURE),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
     *("merges.txt", "vocab.*", "*.model", "*.tiktoken", "chat_template.jinja", f"{CHAT_TEMPLATE_DIR}/*.jinja"),
+    *PROCESSOR_FILES,
 )
-"""Patterns of the files of a model and its tokenizer, except weights and code."""
+"""Patterns of the files of a model, its tokenizer and its processor of images, except weights and code."""
 
 
 def published(folder: Path, variant: str | None = None) -> list[Path]:

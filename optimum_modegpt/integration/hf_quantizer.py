@@ -78,9 +78,9 @@ class ModeGPTHfQuantizer(HfQuantizer):
         Raises:
             UnsupportedModel, AlreadyCompressed: the `model_type` of the configuration is unknown or compressed.
         """
-        from optimum_modegpt.architectures import check_model_type
+        from optimum_modegpt.architectures import check_dense
 
-        check_model_type(config.model_type)
+        check_dense(config)
         return config
 
     update_tp_plan = update_attn_implementation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
-from optimum_modegpt.architectures import check_model_type
+from optimum_modegpt.architectures import check_dense
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig, as_config
@@ -26,6 +28,8 @@ from optimum_modegpt.report import Report
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.request import Base
 
+logger = logging.getLogger(__name__)
+
 
 class ModeGPTQuantizer:
     """A quantizer that compresses loaded models; `report` is the report of the last compression.
@@ -39,6 +43,7 @@ class ModeGPTQuantizer:
         self.config = as_config({} if config is None else config, **fields)
         self.report: Report | None = None
         self.tokenizer: Any = None
+        self.processor_files: list[Path] = []
 
     def quantize_model(
         self,
@@ -77,7 +82,15 @@ class ModeGPTQuantizer:
 
     def prepare(self, model_config: Any, tokenizer: Any, source: Source) -> Calibration:
         """Check the model type and read the calibration text, before the weights are loaded."""
-        check_model_type(model_config.model_type)
+        check_dense(model_config)
+        has_tower = model_config.get_text_config() is not model_config
+        self.processor_files = source.processor_files() if has_tower else []
+        if has_tower and not self.processor_files:
+            logger.warning(
+                "no processor of images was found for %r, so none will be saved with the result. To use it with "
+                "images, load the processor of the dense model.",
+                source.base_model,
+            )
         self.tokenizer, record = find_tokenizer(self.config, tokenizer, source)
         return replace(calibrate(self.config, self.tokenizer, model_config, source), record=record)
 
@@ -111,6 +124,8 @@ class ModeGPTQuantizer:
     def save(self, model: PreTrainedModel, save_dir: str | Path, tokenizer: Any = None) -> None:
         """Write weights, configuration, code files, tokenizer, `report.json` and the model card.
 
+        For a model with a vision tower, also copy the files of its processor of images.
+
         Without `tokenizer`, the tokenizer of the calibration is saved, if any.
         """
         folder = Path(save_dir)
@@ -118,6 +133,8 @@ class ModeGPTQuantizer:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         model.save_pretrained(folder)
+        for file in self.processor_files:
+            shutil.copyfile(file, folder / file.name)
         if self.report is not None and not is_compressed(model.config.model_type):
             self.report.save(folder / REPORT)  # a compressed class saves it itself
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
@@ -82,6 +82,13 @@ def _of_language_model(config: Any) -> Any:
     return text if getattr(model_class, "config_class", None) is type(text) else config
 
 
+def auto_class_of(config: Any) -> Any:
+    """Return the Auto class that loads the language model of a configuration, alone or with its vision tower."""
+    has_images = type(config) in AutoModelForImageTextToText._model_mapping
+    has_images = has_images and type(config) not in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if has_images else AutoModelForCausalLM
+
+
 def load_model(source: Source, dtype: str) -> Any:
     """Load a causal language model into host memory, with every tensor read from its weight files.
 
@@ -90,12 +97,12 @@ def load_model(source: Source, dtype: str) -> Any:
         UnsupportedModel: the model is not a causal language model, or tensors are missing or have wrong shapes.
     """
     transformers_logging.set_verbosity_error()
-    source.check_path()
+    auto_class = auto_class_of(load_config(source))
     with readable(source):
         weight_files(Path(source.path))  # refuses an index that points outside its folder
         try:
             # Tensors of the wrong shape are accepted here, so that `check_loaded` can name all of them.
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = auto_class.from_pretrained(
                 source.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source.arguments()
             )
         except OSError as error:

@@ -14,8 +14,8 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
-from transformers.utils import CONFIG_NAME
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.utils.hub import LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, cached_file, extract_commit_hash
 from yaml import YAMLError
 
 from optimum_modegpt import demo
@@ -29,6 +29,11 @@ DEMO = "demo"
 CARD = "README.md"
 CARD_FIELDS = ("license", "license_name", "license_link", "language")
 """The fields of a card that apply to the compressed model too."""
+PROCESSOR_FILES = (
+    *(PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME),
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+)
+"""The files from which transformers creates a processor of images, in addition to those of the tokenizer."""
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
@@ -193,6 +198,18 @@ class Source:
                 f"no tokenizer could be loaded from {self.name!r}: {error} "
                 "Pass a tokenizer, on the command line with --tokenizer."
             ) from error
+
+    def processor_files(self) -> list[Path]:
+        """Return the files of the model's processor of images, downloaded if necessary; there may be none."""
+        if self.name is None:
+            return []
+        lenient = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+            "_raise_exceptions_for_gated_repo": False,
+        }
+        found = (cached_file(self.path, name, **self.hub, **lenient) for name in PROCESSOR_FILES)
+        return [Path(file) for file in found if file is not None]
 
 
 def is_repo_id(name: str) -> bool:

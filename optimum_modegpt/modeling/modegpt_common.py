@@ -46,7 +46,7 @@ class ModeGPTModelMixin(Dense):
         if not any(isinstance(module, ModeGPTModelMixin) for module in self.modules() if module is not self):
             blocks: Any = self.base_model.get_submodule(self.config_class.family.blocks)
             for block, widths in zip(blocks, self.config.widths(), strict=True):
-                shrink_block(block, type(self), self.config, widths)
+                shrink_block(block, type(self), self.config.get_text_config(), widths)
         super().post_init()
 
     @classmethod

@@ -6,17 +6,16 @@ from argparse import Namespace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from optimum_modegpt import distributed
-from optimum_modegpt.architectures import check_model_type
+from optimum_modegpt.architectures import check_dense
 from optimum_modegpt.budget.estimate import Estimate, estimate, on_meta
 from optimum_modegpt.calibration.data import resolve_sequence_length
 from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.tables import estimate_table
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.evaluation.perplexity import context_of
-from optimum_modegpt.loading.models import load_config, pick_device, readable
+from optimum_modegpt.loading.models import auto_class_of, load_config, pick_device, readable
 from optimum_modegpt.loading.source import Source
 
 
@@ -42,13 +41,13 @@ def estimate_of(
 
     `processes` is the number of processes that share the work; None uses the current number of ranks.
     """
-    check_model_type(model_config.model_type)
+    check_dense(model_config)
     length = resolve_sequence_length(config.sequence_length, context_of(model_config))
     stored = model_config.dtype or torch.get_default_dtype()
     wanted = stored if dtype == "auto" else getattr(torch, dtype)
     with readable(source):
         return estimate(
-            on_meta(AutoModelForCausalLM, model_config, wanted),
+            on_meta(auto_class_of(model_config), model_config, wanted),
             config,
             length,
             weights_mapped=wanted == stored,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,8 @@ def recover_to(output: Path, work_folder: Path, source: Source, teacher: Source 
         with saving(output):
             tokenizer.save_pretrained(folder)
             model.save_pretrained(folder)
+            for processor_file in source.processor_files():
+                shutil.copyfile(processor_file, folder / processor_file.name)
     return recovery
 
 
