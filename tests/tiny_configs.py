@@ -56,9 +56,11 @@ from transformers import (
     PhimoeConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
     StableLmConfig,
@@ -92,6 +94,7 @@ _SCALED_TABLES = {  # one rotary table for each layer type, as in Gemma 3 from 4
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
 _EXPERTS = _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_SPARSE = {key: value for key, value in _EXPERTS.items() if key != "intermediate_size"}
 _ONLY_EXPERTS = _GROUPED | {
     "intermediate_size": 128,
     "num_local_experts": 4,
@@ -106,6 +109,15 @@ _GRANITE = _GATED | {
 _MULTIPLIERS = {key: value for key, value in _GRANITE.items() if key not in _GATED}
 _OPT = _COMMON | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
 _HALF_ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+_LINEAR_LAYERS = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "head_dim": 8,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "rope_parameters": _HALF_ROTARY,
+}
 _WINDOW_FIRST = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _YARN = {
     "rope_type": "yarn",
@@ -196,19 +208,17 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
             "final_logit_softcapping": 5.0,
         },
     ),
-    "qwen3_5_text": (
-        Qwen3_5TextConfig,
-        _GATED
+    "qwen3_5_text": (Qwen3_5TextConfig, _GROUPED | _LINEAR_LAYERS | {"tie_word_embeddings": True}),
+    "qwen3_5_moe_text": (Qwen3_5MoeTextConfig, _SPARSE | _LINEAR_LAYERS | {"shared_expert_intermediate_size": 40}),
+    "qwen3_next": (
+        Qwen3NextConfig,
+        _SPARSE
+        | _LINEAR_LAYERS
         | {
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "linear_key_head_dim": 6,
-            "linear_value_head_dim": 5,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "intermediate_size": 48,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [0],
+            "attention_bias": True,
         },
     ),
     "gpt2": (GPT2Config, _GPT2),

@@ -10,7 +10,12 @@ import torch
 from tiny_configs import EVERY_VARIANT
 from tiny_models import compressed, dense, fill, tokenizer, tokens
 from torch import Tensor
-from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
+)
 
 from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import resolve
@@ -123,13 +128,21 @@ def test_an_estimate_counts_only_the_projections_of_parts() -> None:
     assert found.parameters > found.block_parameters
 
 
-def test_the_language_model_of_a_composite_checkpoint_is_compressed(tmp_path: Path) -> None:
+COMPOSITE = {
+    NAME: (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+    "qwen3_5_moe_text": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITE)
+def test_the_language_model_of_a_composite_checkpoint_is_compressed(name: str, tmp_path: Path) -> None:
+    (composite, model_class), text = COMPOSITE[name], EVERY_VARIANT[name][1]
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 2, "out_hidden_size": 32}
-    config = Qwen3_5Config(text_config=EVERY_VARIANT[NAME][1], vision_config=vision, tie_word_embeddings=True)
-    whole = fill(Qwen3_5ForConditionalGeneration(config)).eval()
+    tied = text.get("tie_word_embeddings", False)
+    whole = fill(model_class(composite(text_config=text, vision_config=vision, tie_word_embeddings=tied))).eval()
     whole.save_pretrained(tmp_path / "dense")
     source = Source(str(tmp_path / "dense"))
-    assert load_config(source).model_type == NAME
+    assert load_config(source).model_type == name
     model, ids = load_model(source, "float32").eval(), tokens()
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, whole(ids).logits)

@@ -167,7 +167,8 @@ def test_a_block_without_experts_has_a_width_of_its_own() -> None:
 
 
 WHOLE = pytest.mark.parametrize(
-    "name", ["mixtral", "qwen3_moe-dense-layers-biases", "gpt_oss", "granitemoe", "ernie4_5_moe", "qwen2_moe"]
+    "name",
+    ["mixtral", "qwen3_moe-dense-layers-biases", "gpt_oss", "granitemoe", "ernie4_5_moe", "qwen2_moe", "qwen3_next"],
 )
 
 
