@@ -15,7 +15,11 @@ from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
 from .modegpt_family import MLP, Experts, Family
 
-FAMILY = Family("qwen2_moe", mlp=MLP(experts=Experts(dense_layers="mlp_only_layers", period="decoder_sparse_step")))
+FAMILY = Family(
+    "qwen2_moe",
+    mlp=MLP(experts=Experts(dense_layers="mlp_only_layers", period="decoder_sparse_step")),
+    sizes=("shared_expert_intermediate_size",),
+)
 
 
 class ModeGPTQwen2MoeConfig(ModeGPTConfigMixin, Qwen2MoeConfig):

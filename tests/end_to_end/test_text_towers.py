@@ -204,7 +204,7 @@ def test_cached_generation_with_an_image(name: str, compressed: dict[str, tuple[
 
 def test_a_text_tower_of_another_type_is_refused() -> None:
     found = model("mistral3", model_type="ministral3")
-    with pytest.raises(UnsupportedModel, match="text tower of type 'ministral3'; .* only with one of type 'mistral'"):
+    with pytest.raises(UnsupportedModel, match=r"text tower of type 'ministral3'; .* only with one of type 'mistral'"):
         run(found, sparsity=0.3)
 
 
