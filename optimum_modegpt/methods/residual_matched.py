@@ -309,12 +309,13 @@ def observe_query_key(
 def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
     """Return the order in which the pairs of a head are removed, down to `rank`. None without pairs or moments.
 
-    No refit can act through a rotation, after which some families have their norms.
+    The moments are those after the norms, if any. Norms after the rotation rule out a refit of the query, because the
+    rotation is then between its projection and the moments.
     """
     if moments is None or not block.paired:
         return None
     eliminate = eliminate_pairs_alone if block.norms_rotated else eliminate_pairs
-    return eliminate(moments.key, moments.query, rank // 2)
+    return eliminate(moments.metric, moments.query, rank // 2)
 
 
 def cut_query_key(
@@ -337,15 +338,15 @@ def cut_query_key(
     if elimination is None:
         # The metric has other units than the keys, and is zero for a head that no prediction depends on.
         loudness = mean_diagonal(moments.query)
-        balanced = moments.key * (loudness / mean_diagonal(moments.key))[:, None, None]
+        balanced = moments.metric * (loudness / mean_diagonal(moments.metric))[:, None, None]
         query_map, key_map = two_sided_basis(moments.query, add_diagonal(balanced, ROOT_RIDGE * loudness), rank)
-        error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
+        error = float(tail_error(moments.query, moments.metric, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
     pairs, errors = elimination.after(rank // 2)
     pairs = distributed.broadcast(pairs)
-    total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
+    total = (damp(moments.metric, ROOT_RIDGE) * moments.query).sum((-2, -1))
     error = relative(errors.sum(), total.sum())
-    query_map = None if block.norms_rotated else query_refit(moments.key, pairs, ridge=config.query_ridge)
+    query_map = None if block.norms_rotated else query_refit(moments.metric, pairs, ridge=config.query_ridge)
     if moments.samples is not None:
         return narrow_query_key(block, moments.samples, pairs, error, query_map)
     assert query_map is not None

@@ -134,7 +134,7 @@ def test_value_bias_that_is_folded_into_the_output_steers_no_basis(name):
         with torch.no_grad():
             case.part("value").bias.fill_(bias)
             moments, _ = published.observe(case.block, case.stream, case.arguments)
-            factors = published.cut_value_output(case.block, moments.heads.values, 4)
+            factors = published.cut_value_output(case.block, moments.attention.values, 4)
         errors.append(factors.relative_error)
         cuts.append(factors.value[..., :-1].mT @ factors.value[..., :-1])  # free of signs
         assert factors.value[..., -1].abs().max() == 0
@@ -252,10 +252,10 @@ def test_reported_error_of_the_published_output_is_that_of_the_value_vectors(nam
     case = Case(name)
     with torch.no_grad():
         moments, _ = published.observe(case.block, case.stream, case.arguments)
-        factors = published.cut_value_output(case.block, moments.heads.values, 3)
+        factors = published.cut_value_output(case.block, moments.attention.values, 3)
     assert 0.01 < factors.relative_error < 1
     with torch.no_grad():
-        whole = published.cut_value_output(case.block, moments.heads.values, 8)
+        whole = published.cut_value_output(case.block, moments.attention.values, 8)
     assert whole.relative_error < 1e-6
 
 
