@@ -223,7 +223,7 @@ def _compress_attention(
 
     with naming("vo"):
         heads = list(store_like(head_outputs(student, stream, arguments), stream))
-        moments = observe_output(student, stream, heads, targets.attention, targets.attention_weights)
+        moments = observe_output(student, stream, heads, targets)
         value_output = cut_value_output(student, moments, metrics.attention, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output, value_output.gate)
     errors = {"qk": query_key.relative_error, "vo": value_output.relative_error}
@@ -366,16 +366,14 @@ def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Ite
             yield seen.pop()
 
 
-def observe_output(
-    block: Block, stream: Stream, heads: Iterable[Tensor], targets: Stream, weights: list[Tensor] | None
-) -> LinearMoments:
+def observe_output(block: Block, stream: Stream, heads: Iterable[Tensor], targets: DenseTargets) -> LinearMoments:
     """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
     device = block.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
     norm = block.residual.attention_output_norm
-    arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets, device)
-    for batch, head, target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        wanted = block.residual.missing(at_least_float32(target), at_least_float32(batch))
+    arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets.attention, device)
+    for batch, head, target, weight in zip(*arrived, targets.attention_weights, strict=True):
+        wanted = block.residual.missing(target, batch)
         if norm is not None:
             wanted, weight = before_norm(block.output(head), wanted, weight, norm, block.norm)
         moments.add(head, wanted, weight)
@@ -461,14 +459,14 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
 # mlp
 
 
-def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: list[Tensor] | None) -> LinearMoments:
+def observe_mlp(block: Block, streams: MLPStreams, targets: DenseTargets) -> LinearMoments:
     """Measure moments of the down projection's input. The target is the missing difference to the dense sum."""
     device, residual = block.device, block.residual
     moments = LinearMomentSum(ones=block.down.bias is not None)
-    arrived = streams.batches(device), prefetch(targets, device)
-    for (read, middle), target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
+    arrived = streams.batches(device), prefetch(targets.mlp, device)
+    for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         hidden = block.mlp_hidden(residual.mlp_input(read))
-        wanted = residual.missing(at_least_float32(target), at_least_float32(middle))
+        wanted = residual.missing(target, middle)
         if residual.mlp_output_norm is not None:
             wanted, weight = before_norm(block.down(hidden), wanted, weight, residual.mlp_output_norm, block.norm)
         moments.add(hidden, wanted, weight)
@@ -483,7 +481,7 @@ def observe_experts(block: Block, streams: MLPStreams, targets: DenseTargets) ->
     arrived = streams.batches(device), prefetch(targets.mlp, device)
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         output, routing, _ = block.route(residual.mlp_input(read))
-        wanted = residual.missing(at_least_float32(target), at_least_float32(middle))
+        wanted = residual.missing(target, middle)
         if residual.mlp_output_norm is not None:
             wanted, weight = before_norm(output, wanted, weight, residual.mlp_output_norm, block.norm)
         moments.add(routing, missing=(wanted - output).flatten(0, 1), weight=weight.flatten())
@@ -531,7 +529,7 @@ def refit_mlp(
     channels after each refit of gate and up. The second half ends with two rounds of both. The rounds end early if a
     refit of gate and up changes nothing.
     """
-    moments = observe_mlp(student, streams, targets.mlp, targets.mlp_weights)
+    moments = observe_mlp(student, streams, targets)
     if rank == moments.width or not refits_inputs(moments.tokens, rank, len(student.mlp_inputs), config):
         return cut_mlp(student, moments, eliminate_mlp(student, moments, metric, rank, config).order, config)
     own = sum(map(len, streams.middle))
@@ -611,7 +609,7 @@ def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> 
     arrived = (streams.batches(device), prefetch(targets.mlp, device))
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         inputs = residual.mlp_input(read)
-        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
+        missing = residual.missing(target, middle)
         if residual.mlp_output_norm is not None:
             missing, weight = before_norm(block.mlp(inputs), missing, weight, residual.mlp_output_norm, block.norm)
         for seen, wanted, own in zip(at_least_float32(inputs), missing, weight, strict=True):

@@ -117,7 +117,7 @@ def test_output_stays_at_the_dense_one_on_the_new_basis_where_the_tokens_do_not_
     with torch.no_grad():
         targets = residual_matched.run_dense(block, case.stream, case.arguments)
         heads = residual_matched.head_outputs(block, case.stream, case.arguments)
-        moments = residual_matched.observe_output(block, case.stream, heads, targets.attention, None)
+        moments = residual_matched.observe_output(block, case.stream, heads, targets)
         factors = residual_matched.cut_value_output(block, moments, case.metrics().attention, 3, config)
         bases = (factors.value @ torch.linalg.pinv(block.head_rows("value"))).mT  # (kv_heads, head_dim, 3)
     dense_output = block.input_outputs(block.output)
