@@ -51,8 +51,8 @@ class Block:
     """Whether query and key are rotated by position."""
     parts: tuple[Part, ...]
     """The parts of the block: only "mlp" if its attention, or the module in its place, stays dense."""
-    uncut: Mapping[Part, str]
-    """The parts that compression leaves at their dense width, with the reason."""
+    uncut: tuple[Part, ...]
+    """The parts that compression leaves at their dense width. `Family.uncut` has the reasons."""
 
     @property
     def family(self) -> Family:
