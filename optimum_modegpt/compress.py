@@ -1,4 +1,7 @@
-"""Compress a model: resolve → plan → cut block after block → adopt → report. Only this page knows the order."""
+"""Compress a model: resolve → plan → cut block after block → adopt → report. Only this page knows the order.
+
+Whole experts, if requested, are removed before the plan is made.
+"""
 
 from __future__ import annotations
 
@@ -82,11 +85,7 @@ def compress(
         achieved = plan_sparsity(plan, request.sizes)
         parameters = parameters_around(request, state, blocks, achieved)
         record = make_record(request, achieved, parameters)
-        if state.removed is not None and plan == Plan.dense(request.sizes):
-            compressed = request.architecture.model
-            compressed.config.modegpt = record
-        else:
-            compressed = assemble(request, plan, blocks, norm, record)
+        compressed = assemble(request, state, plan, blocks, norm, record)
     with state.clock.stage("self-check"), evaluation_mode(compressed):
         check_reloads(compressed)
         check = self_check(compressed, calibration.tokens[0])
@@ -128,10 +127,13 @@ def cut_blocks(
 
 
 def assemble(
-    request: Request, plan: Plan, blocks: list[nn.Module], norm: nn.Module | None, record: dict[str, Any]
+    request: Request, state: State, plan: Plan, blocks: list[nn.Module], norm: nn.Module | None, record: dict[str, Any]
 ) -> PreTrainedModel:
     """Build the compressed model. It shares all tensors that were not compressed with the user's model."""
     architecture, classes = request.architecture, request.architecture.classes
+    if state.removed is not None and plan == Plan.dense(request.sizes):  # only whole experts were removed
+        architecture.model.config.modegpt = record
+        return architecture.model
     config = classes.config.from_dense(architecture.model.config, list(plan.widths), record)
     config.tie_word_embeddings = architecture.head_is_tied  # the model's own configuration may differ
     paths = architecture.block_paths

@@ -51,8 +51,8 @@ class Block:
     """Whether query and key are rotated by position."""
     parts: tuple[Part, ...]
     """The parts of the block: only "mlp" if its attention, or the module in its place, stays dense."""
-    uncut: Mapping[Part, str]
-    """The parts that compression leaves at their dense width, with the reason."""
+    uncut: tuple[Part, ...]
+    """The parts that compression leaves at their dense width. `Family.uncut` has the reasons."""
 
     @property
     def family(self) -> Family:
@@ -119,7 +119,7 @@ class Block:
     @property
     def norms_joint(self) -> bool:
         """Whether the heads of queries, and those of keys, are normalised together."""
-        norms = self.family.attention.head_norms
+        norms = self.head_norms
         return norms is not None and norms.over == "projection"
 
     @property
@@ -273,7 +273,7 @@ class Block:
         if self.attends:
             return self.attention(hidden_states=inputs, **arguments)[0]
         mixer = self.mixer
-        # A block may keep arguments from it.
+        # This module takes only some of the block's arguments.
         read = {name: arguments[name] for name in inspect.signature(mixer.forward).parameters if name in arguments}
         output = mixer(hidden_states=inputs, **read)
         return output if isinstance(output, Tensor) else output[0]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.modeling.modegpt_family import Residual, Topology
 
 
@@ -69,8 +70,9 @@ class ResidualProgram:
         return stream + output if self.multiplier == 1 else stream + output * self.multiplier
 
     def missing(self, total: Tensor, stream: Tensor) -> Tensor:
-        """Return the output of a half, after its norm, that would make the stream equal to `total`."""
-        return total - stream if self.multiplier == 1 else (total - stream) / self.multiplier
+        """Return the output of a half, after its norm, that makes `stream` equal to `total`, in at least float32."""
+        difference = at_least_float32(total) - at_least_float32(stream)
+        return difference if self.multiplier == 1 else difference / self.multiplier
 
     def after_attention(self, total: Tensor) -> Tensor:
         """Return the stream after the attention from the sum of stream and attention output."""

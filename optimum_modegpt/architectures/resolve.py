@@ -218,7 +218,7 @@ def _read_block(module: Any, classes: FamilyClasses, index: int, config: Any) ->
         multiplier=multiplier_of(family.residual, config),
         rotary=attention is not None and rotates(attention, family),
         parts=parts,
-        uncut={part: reason for part, reason in family.uncut(config).items() if part in parts},
+        uncut=tuple(part for part in family.uncut(config) if part in parts),
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optimum_modegpt.architectures.positions import canonical_order
 from optimum_modegpt.modeling.modegpt_config import count_heads
 from optimum_modegpt.modeling.modegpt_experts import projections_of
-from optimum_modegpt.modeling.modegpt_family import PARTS, Family, Part, Projection
+from optimum_modegpt.modeling.modegpt_family import PARTS, Family, Part, Projection, Storage
 
 
 class Weights(NamedTuple):
@@ -81,26 +81,32 @@ def _stored(block: nn.Module, family: Family, projection: Projection, config: An
     stored = Weights(weight.T if storage.transposed else weight, bias)
     if projection.dense_path == projection.path:
         return stored
-    together = [other.path for other in family.projections if other.dense_path == projection.dense_path]
-    index = together.index(projection.path)
     if projection.part == "mlp":
-        return stored.mapped(lambda rows: rows.chunk(len(together))[index])
+        inputs = family.mlp.inputs
+        return stored.mapped(lambda rows: rows.chunk(len(inputs))[inputs.index(projection.path)])
     counts = count_heads(block.get_submodule(family.attention.module), family, config)
-    heads, kv_heads = counts["heads"], counts["kv_heads"]
-    sizes, groups = [1] * len(together), heads  # gated: the query rows of a head, then its gate rows
-    place = index
-    if storage.layout != "gated":
-        shares, groups = {"query": heads, "key": kv_heads, "value": kv_heads}, storage.slices
-        if storage.layout != "stacked":  # per head, which is one group for each head, or per group
-            shares, groups = {"query": heads // kv_heads, "key": 1, "value": 1}, kv_heads
-        sizes = [shares[role] for role in storage.order]
-        place = storage.order.index(("query", "key", "value")[index])
+    groups, shares = _shares(storage, counts["heads"], counts["kv_heads"])
+    place = [getattr(family.attention, role) for role in shares].index(projection.path)
 
     def share(rows: Tensor) -> Tensor:
-        parts = rows.unflatten(0, (groups, sum(sizes), -1))  # (groups, Σ shares, rows of a share, …)
-        return parts.split(sizes, dim=1)[place].flatten(0, 2)
+        parts = rows.unflatten(0, (groups, sum(shares.values()), -1))  # (groups, Σ shares, rows of a share, …)
+        return parts.split(list(shares.values()), dim=1)[place].flatten(0, 2)
 
     return stored.mapped(share)
+
+
+def _shares(storage: Storage, heads: int, kv_heads: int) -> tuple[int, dict[str, int]]:
+    """Return the number of equal groups of rows in a module of several projections, and their shares of a group.
+
+    The shares are by role, in the order of the rows.
+    """
+    if storage.layout == "gated":
+        return heads, {"query": 1, "gate": 1}
+    if storage.layout == "stacked":
+        groups, shares = storage.slices, {"query": heads, "key": kv_heads, "value": kv_heads}
+    else:  # "per head" is "per group" with one head in each group
+        groups, shares = kv_heads, {"query": heads // kv_heads, "key": 1, "value": 1}
+    return groups, {role: shares[role] for role in storage.order}
 
 
 def _in_order(rows: Tensor, order: Tensor) -> Tensor:

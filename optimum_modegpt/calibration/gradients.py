@@ -87,7 +87,9 @@ def output_gradients(
         found: list[OutputGradients] = []
         for block in reversed(blocks):
             separate, arguments = block.compressible_copy(device), inputs.on(block.index, device)
-            modules = [separate.mlp_end, *([separate.query_vectors, separate.output] if separate.attends else [])]
+            modules = [separate.mlp_end]
+            if separate.attends:
+                modules += [separate.query_vectors, separate.output]
             places = 1 + len(modules)
             mixed = list(store_like(_differentiated(separate, modules, streams.pop(), after, arguments), inputs.stream))
             entering, *outputs = (mixed[place::places] for place in range(places))

@@ -28,7 +28,7 @@ WEIGHT_FLOOR = 1e-8
 """Smallest mean square of a residual that a token weight divides by."""
 
 SAMPLE = 2**23
-"""Maximum number of entries of the sample of queries."""
+"""Maximum number of entries of the sample of queries before their norm."""
 
 SLOPE_RIDGE = 1e-4
 """Ridge of the norm gains, as a fraction of the mean energy of a channel."""
@@ -168,25 +168,16 @@ class SlopeSum:
 
 @dataclass(frozen=True)
 class QueryKeyMoments:
-    """Moments of queries and keys per key-value group: (groups, d, d), float64, before rotation.
+    """Moments of queries per key-value group, and the metric of their errors: (groups, d, d), float64, before rotation.
 
-    `query` is the second moment of the queries, summed over the group's heads. `key` is the second moment of the keys
-    or, in the residual-matched method, of the gradients at the queries. If there are norms, all are those after them,
-    and `samples` are vectors before them, as `HeadSamples.value` returns.
+    `query` is the second moment of the queries, summed over the group's heads. `metric` is the second moment of the
+    gradients at the queries or, in the published method, of the keys. If there are norms, all are those after them, and
+    `samples` are vectors before them, as `HeadSamples.value` returns.
     """
 
     query: Tensor
-    key: Tensor
+    metric: Tensor
     samples: dict[str, Tensor] | None = None
-
-
-def query_key_vectors(block: Block, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the query (batch, length, heads, d) and key (batch, length, kv_heads, d) vectors before rotation.
-
-    Biases are included.
-    """
-    shape = (-1, block.head_dim)
-    return block.query(inputs).unflatten(-1, shape), block.key(inputs).unflatten(-1, shape)
 
 
 @dataclass

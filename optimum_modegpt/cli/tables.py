@@ -10,7 +10,7 @@ from optimum_modegpt.cli.terminal import one_line
 from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, main_scores, mean_score
 from optimum_modegpt.evaluation.inspection import Inspection
 from optimum_modegpt.hub.result import sanitized
-from optimum_modegpt.report import PARTS
+from optimum_modegpt.modeling.modegpt_family import PARTS
 
 if TYPE_CHECKING:
     from optimum_modegpt.budget.estimate import Estimate

@@ -7,11 +7,10 @@ The gain of a row is divided by t_j. The mean over fewer coordinates then has th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from optimum_modegpt.decompositions.least_squares import Total
 from optimum_modegpt.decompositions.psd import add_diagonal, mean_diagonal
 
 RIDGE = 1e-3
@@ -21,9 +20,7 @@ SMALLEST = 1e-2
 """Smallest β_j, as a fraction of that value: the gain of a row is divided by the root of its β_j."""
 
 
-def row_factors(
-    vectors: Tensor, maps: Tensor, total: Callable[[Tensor], Tensor], *, rotated: bool, joint: bool
-) -> Tensor:
+def row_factors(vectors: Tensor, maps: Tensor, total: Total, *, rotated: bool, joint: bool) -> Tensor:
     """Compute t (heads, width) from a sample of the dense heads before their norm, (heads, tokens, d).
 
     Args:

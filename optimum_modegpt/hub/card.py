@@ -20,9 +20,10 @@ from optimum_modegpt.hub.commands import recipe_fields, shell_command
 from optimum_modegpt.hub.result import EVALUATION, REPORT, Result, check_evaluation, read, sanitized
 from optimum_modegpt.loading.safetensors_index import weight_bytes, weights_digest
 from optimum_modegpt.loading.source import CARD_FIELDS, is_repo_id
+from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.plot import plot_kept
 from optimum_modegpt.recipe import DEFAULT_ALLOCATIONS
-from optimum_modegpt.report import PARTS, Report
+from optimum_modegpt.report import Report
 
 logger = logging.get_logger(__name__)
 

@@ -29,10 +29,10 @@ GAIN_RIDGE = 0.01
 targets gave divergences of 0.33 and 0.63 on two texts. The block's own outputs as targets gave 0.34 and 0.67."""
 
 
-def before_norm(output: Tensor, wanted: Tensor, weight: Tensor | None, norm: Any, kind: Norm) -> tuple[Tensor, Tensor]:
+def before_norm(output: Tensor, wanted: Tensor, weight: Tensor, norm: Any, kind: Norm) -> tuple[Tensor, Tensor]:
     """Return the target of `output` whose norm is `wanted`, and the weights of its tokens.
 
-    `output` and `wanted` are (…, d_model); `weight` (…) are the weights of errors after the norm, 1 if it is None.
+    `output` and `wanted` are (…, d_model); `weight` (…) are the weights of errors after the norm.
     """
     missing = wanted - at_least_float32(norm(output))
     output = at_least_float32(output)
@@ -47,4 +47,4 @@ def before_norm(output: Tensor, wanted: Tensor, weight: Tensor | None, norm: Any
     normalised = normalised * inverse_square.sqrt()[..., None]
     along = (missing * normalised).mean(-1, keepdim=True)
     change = (missing - normalised * along) / inverse_square.sqrt()[..., None]
-    return output + change, inverse_square if weight is None else weight * inverse_square
+    return output + change, weight * inverse_square

@@ -49,7 +49,7 @@ def query_key_cut(student: Block, moments: QueryKeyMoments | None, size: PartSiz
         return PartCut(install, [])
     if pairs is not None:
         return PartCut(install, _cumulated(pairs.costs.sum(0)), unit=2)
-    return PartCut(install, _cumulated(two_sided_energies(moments.query, moments.key).sum(0).flip(0)))
+    return PartCut(install, _cumulated(two_sided_energies(moments.query, moments.metric).sum(0).flip(0)))
 
 
 def value_output_cut(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block
-from optimum_modegpt.calibration.moments import HeadMomentSum, HeadSamples, QueryKeyMoments, query_key_vectors
+from optimum_modegpt.calibration.moments import HeadMomentSum, HeadSamples, QueryKeyMoments
 from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, token_count
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments, relative
@@ -26,14 +26,14 @@ from optimum_modegpt.modeling.modegpt_family import Widths
 
 @dataclass(frozen=True)
 class PublishedMoments:
-    """Moments of one dense block: the input of the down projection, and the heads unless the attention stays dense."""
+    """Moments of one dense block: of the input of the down projection, and of the attention unless it stays dense."""
 
     mlp: LinearMoments | list[LinearMoments]  # with experts, those of each expert
-    heads: HeadMoments | None
+    attention: AttentionMoments | None
 
 
 @dataclass(frozen=True)
-class HeadMoments:
+class AttentionMoments:
     """Moments of query and key, and of values (kv_heads, d, d).
 
     If single coordinates of the values are kept, `values` are the moments of the heads' outputs instead, (heads, d, d).
@@ -43,14 +43,14 @@ class HeadMoments:
     values: Tensor
 
 
-class HeadMomentsSum:
+class AttentionMomentSum:
     """Accumulates the moments of the heads of a dense block from the inputs of its attention."""
 
     def __init__(self, block: Block, tokens: int) -> None:
         separate = block.is_separate and not block.normalised
         self.block = block if separate else block.compressible_copy(block.device)
         self.query, self.key = HeadMomentSum(block.kv_heads), HeadMomentSum(block.kv_heads)
-        self.value = HeadMomentSum(block.heads if block.keeps_coordinates else block.kv_heads)
+        self.values = HeadMomentSum(block.heads if block.keeps_coordinates else block.kv_heads)
         self.samples = HeadSamples(self.block, tokens) if block.normalised else None
 
     def add(self, inputs: Tensor, outputs: Tensor, arguments: dict[str, Any]) -> None:
@@ -59,57 +59,45 @@ class HeadMomentsSum:
         `inputs` are (batch, length, d_model), and the `outputs` of the heads (batch, length, heads · head_dim).
         """
         if self.samples is None:
-            query, key = query_key_vectors(self.block, inputs)
+            query, key = (_in_heads(self.block, linear(inputs)) for linear in (self.block.query, self.block.key))
         else:
             query, key = self.samples.vectors(inputs, arguments)
         self.query.add(query)
         self.key.add(key)
         if self.block.keeps_coordinates:
-            self.value.add(outputs.unflatten(-1, (-1, self.block.head_dim)))
+            self.values.add(_in_heads(self.block, outputs))
         else:
-            self.value.add(_value_vectors(self.block, inputs))
+            self.values.add(_value_vectors(self.block, inputs))
 
-    def moments(self) -> HeadMoments:
+    def value(self) -> AttentionMoments:
         """Return the moments so far, over the tokens of all ranks."""
-        before = None if self.samples is None else self.samples.value()
-        return HeadMoments(QueryKeyMoments(self.query.value(), self.key.value(), before), self.value.value())
+        samples = None if self.samples is None else self.samples.value()
+        return AttentionMoments(QueryKeyMoments(self.query.value(), self.key.value(), samples), self.values.value())
 
 
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
     """Run the dense block over `stream`. Return its moments and the stream after it."""
-    heads = HeadMomentsSum(block, token_count(stream)) if block.attends else None
+    attention = AttentionMomentSum(block, token_count(stream)) if block.attends else None
     with mlp_moments(block, bias=False) as mlp, ExitStack() as stack:
-        modules = [] if heads is None else [block.stored_value, block.output]
+        modules = [] if attention is None else [block.stored_value, block.output]
         reads = [stack.enter_context(inputs_of(module)) for module in modules]
 
         def observed(entering: Tensor) -> Tensor:
             output = block.forward(entering, arguments)
-            if heads is not None:
+            if attention is not None:
                 inputs, outputs = (seen.pop() for seen in reads)
-                heads.add(inputs, outputs, arguments)
+                attention.add(inputs, outputs, arguments)
             return output
 
         after = list(map_stream(observed, block.device, stream))
-    return PublishedMoments(mlp.value(), None if heads is None else heads.moments()), after
+    return PublishedMoments(mlp.value(), None if attention is None else attention.value()), after
 
 
 def compress_block(
     student: Block, moments: PublishedMoments, widths: Widths, config: ModeGPTConfig
 ) -> dict[str, float]:
     """Cut the parts of `student`, a copy of the dense block. Return the relative error by part."""
-    errors = {}
-    if moments.heads is not None:
-        with naming("qk"):
-            query_key = cut_query_key(student, moments.heads.query_key, widths.qk)
-        student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
-        with naming("vo"):
-            if student.keeps_coordinates:
-                value_output = cut_value_coordinates(student, moments.heads.values, widths.vo, config)
-            else:
-                value_output = cut_value_output(student, moments.heads.values, widths.vo)
-        if "vo" not in student.uncut:
-            student.install_value_output(value_output.value, value_output.output, value_output.gate)
-        errors |= {"qk": query_key.relative_error, "vo": value_output.relative_error}
+    errors = {} if moments.attention is None else _compress_attention(student, moments.attention, widths, config)
     with naming("mlp"):
         if isinstance(moments.mlp, LinearMoments):
             mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
@@ -119,15 +107,32 @@ def compress_block(
     return errors | {"mlp": mlp.relative_error}
 
 
+def _compress_attention(
+    student: Block, moments: AttentionMoments, widths: Widths, config: ModeGPTConfig
+) -> dict[str, float]:
+    """Cut the attention of `student`. Return the relative errors."""
+    with naming("qk"):
+        query_key = cut_query_key(student, moments.query_key, widths.qk)
+    student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
+    with naming("vo"):
+        if student.keeps_coordinates:
+            value_output = cut_value_coordinates(student, moments.values, widths.vo, config)
+        else:
+            value_output = cut_value_output(student, moments.values, widths.vo)
+    if "vo" not in student.uncut:  # the cut moves the value bias behind a clamp of the values
+        student.install_value_output(value_output.value, value_output.output, value_output.gate)
+    return {"qk": query_key.relative_error, "vo": value_output.relative_error}
+
+
 def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:
     """Select the same coordinates of query and key in each group (CR, Algorithm 2). Rotary pairs stay together."""
     query, key = block.head_rows("query"), block.head_rows("key")
     if block.paired:
-        pairs = select_pairs(moments.query, moments.key, rank // 2)
+        pairs = select_pairs(moments.query, moments.metric, rank // 2)
         kept = pair_indices(pairs, block.head_dim)
     else:
-        pairs, kept = None, select_coordinates(moments.query, moments.key, rank)
-    products = moments.query.diagonal(dim1=-2, dim2=-1) * moments.key.diagonal(dim1=-2, dim2=-1)
+        pairs, kept = None, select_coordinates(moments.query, moments.metric, rank)
+    products = moments.query.diagonal(dim1=-2, dim2=-1) * moments.metric.diagonal(dim1=-2, dim2=-1)
     lost = products.sum() - products.gather(1, kept).sum()
     error = relative(lost, products.sum())
     if moments.samples is not None and pairs is not None and rank < block.head_dim:
@@ -200,6 +205,11 @@ def _value_vectors(block: Block, inputs: Tensor) -> Tensor:
     vectors = block.value(inputs)
     if block.value.bias is not None and block.output.bias is not None:
         vectors = vectors - block.value.bias
+    return _in_heads(block, vectors)
+
+
+def _in_heads(block: Block, vectors: Tensor) -> Tensor:
+    """Return vectors (…, heads · head_dim) as (…, heads, head_dim)."""
     return vectors.unflatten(-1, (-1, block.head_dim))
 
 

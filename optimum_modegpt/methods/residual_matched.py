@@ -223,7 +223,7 @@ def _compress_attention(
 
     with naming("vo"):
         heads = list(store_like(head_outputs(student, stream, arguments), stream))
-        moments = observe_output(student, stream, heads, targets.attention, targets.attention_weights)
+        moments = observe_output(student, stream, heads, targets)
         value_output = cut_value_output(student, moments, metrics.attention, widths.vo, config)
     student.install_value_output(value_output.value, value_output.output, value_output.gate)
     errors = {"qk": query_key.relative_error, "vo": value_output.relative_error}
@@ -309,12 +309,13 @@ def observe_query_key(
 def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
     """Return the order in which the pairs of a head are removed, down to `rank`. None without pairs or moments.
 
-    No refit can act through a rotation, after which some families have their norms.
+    The moments are those after the norms, if any. Norms after the rotation rule out a refit of the query, because the
+    rotation is then between its projection and the moments.
     """
     if moments is None or not block.paired:
         return None
     eliminate = eliminate_pairs_alone if block.norms_rotated else eliminate_pairs
-    return eliminate(moments.key, moments.query, rank // 2)
+    return eliminate(moments.metric, moments.query, rank // 2)
 
 
 def cut_query_key(
@@ -337,15 +338,15 @@ def cut_query_key(
     if elimination is None:
         # The metric has other units than the keys, and is zero for a head that no prediction depends on.
         loudness = mean_diagonal(moments.query)
-        balanced = moments.key * (loudness / mean_diagonal(moments.key))[:, None, None]
+        balanced = moments.metric * (loudness / mean_diagonal(moments.metric))[:, None, None]
         query_map, key_map = two_sided_basis(moments.query, add_diagonal(balanced, ROOT_RIDGE * loudness), rank)
-        error = float(tail_error(moments.query, moments.key, rank).square().mean().sqrt())
+        error = float(tail_error(moments.query, moments.metric, rank).square().mean().sqrt())
         return QueryKeyFactors(query_map.repeat_interleave(per_group, dim=0) @ query, key_map @ key, None, error)
     pairs, errors = elimination.after(rank // 2)
     pairs = distributed.broadcast(pairs)
-    total = (damp(moments.key, ROOT_RIDGE) * moments.query).sum((-2, -1))
+    total = (damp(moments.metric, ROOT_RIDGE) * moments.query).sum((-2, -1))
     error = relative(errors.sum(), total.sum())
-    query_map = None if block.norms_rotated else query_refit(moments.key, pairs, ridge=config.query_ridge)
+    query_map = None if block.norms_rotated else query_refit(moments.metric, pairs, ridge=config.query_ridge)
     if moments.samples is not None:
         return narrow_query_key(block, moments.samples, pairs, error, query_map)
     assert query_map is not None
@@ -365,16 +366,14 @@ def head_outputs(block: Block, stream: Stream, arguments: dict[str, Any]) -> Ite
             yield seen.pop()
 
 
-def observe_output(
-    block: Block, stream: Stream, heads: Iterable[Tensor], targets: Stream, weights: list[Tensor] | None
-) -> LinearMoments:
+def observe_output(block: Block, stream: Stream, heads: Iterable[Tensor], targets: DenseTargets) -> LinearMoments:
     """Measure moments of the output projection's input. The target is the missing difference to the dense sum."""
     device = block.device
     moments = LinearMomentSum(ones=block.output.bias is not None)
     norm = block.residual.attention_output_norm
-    arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets, device)
-    for batch, head, target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
-        wanted = block.residual.missing(at_least_float32(target), at_least_float32(batch))
+    arrived = prefetch(stream, device), prefetch(heads, device), prefetch(targets.attention, device)
+    for batch, head, target, weight in zip(*arrived, targets.attention_weights, strict=True):
+        wanted = block.residual.missing(target, batch)
         if norm is not None:
             wanted, weight = before_norm(block.output(head), wanted, weight, norm, block.norm)
         moments.add(head, wanted, weight)
@@ -460,14 +459,14 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
 # mlp
 
 
-def observe_mlp(block: Block, streams: MLPStreams, targets: Stream, weights: list[Tensor] | None) -> LinearMoments:
+def observe_mlp(block: Block, streams: MLPStreams, targets: DenseTargets) -> LinearMoments:
     """Measure moments of the down projection's input. The target is the missing difference to the dense sum."""
     device, residual = block.device, block.residual
     moments = LinearMomentSum(ones=block.down.bias is not None)
-    arrived = streams.batches(device), prefetch(targets, device)
-    for (read, middle), target, weight in zip(*arrived, weights or [None] * len(targets), strict=True):
+    arrived = streams.batches(device), prefetch(targets.mlp, device)
+    for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         hidden = block.mlp_hidden(residual.mlp_input(read))
-        wanted = residual.missing(at_least_float32(target), at_least_float32(middle))
+        wanted = residual.missing(target, middle)
         if residual.mlp_output_norm is not None:
             wanted, weight = before_norm(block.down(hidden), wanted, weight, residual.mlp_output_norm, block.norm)
         moments.add(hidden, wanted, weight)
@@ -482,7 +481,7 @@ def observe_experts(block: Block, streams: MLPStreams, targets: DenseTargets) ->
     arrived = streams.batches(device), prefetch(targets.mlp, device)
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         output, routing, _ = block.route(residual.mlp_input(read))
-        wanted = residual.missing(at_least_float32(target), at_least_float32(middle))
+        wanted = residual.missing(target, middle)
         if residual.mlp_output_norm is not None:
             wanted, weight = before_norm(output, wanted, weight, residual.mlp_output_norm, block.norm)
         moments.add(routing, missing=(wanted - output).flatten(0, 1), weight=weight.flatten())
@@ -530,7 +529,7 @@ def refit_mlp(
     channels after each refit of gate and up. The second half ends with two rounds of both. The rounds end early if a
     refit of gate and up changes nothing.
     """
-    moments = observe_mlp(student, streams, targets.mlp, targets.mlp_weights)
+    moments = observe_mlp(student, streams, targets)
     if rank == moments.width or not refits_inputs(moments.tokens, rank, len(student.mlp_inputs), config):
         return cut_mlp(student, moments, eliminate_mlp(student, moments, metric, rank, config).order, config)
     own = sum(map(len, streams.middle))
@@ -610,7 +609,7 @@ def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> 
     arrived = (streams.batches(device), prefetch(targets.mlp, device))
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         inputs = residual.mlp_input(read)
-        missing = residual.missing(at_least_float32(target), at_least_float32(middle))
+        missing = residual.missing(target, middle)
         if residual.mlp_output_norm is not None:
             missing, weight = before_norm(block.mlp(inputs), missing, weight, residual.mlp_output_norm, block.norm)
         for seen, wanted, own in zip(at_least_float32(inputs), missing, weight, strict=True):

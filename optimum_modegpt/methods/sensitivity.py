@@ -44,8 +44,8 @@ from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.methods.experts import mlp_moments
 from optimum_modegpt.methods.part_cuts import PartCut, mlp_cut, query_key_cut, value_output_cut
 from optimum_modegpt.methods.residual_matched import OutputMetrics
+from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.progress import bar
-from optimum_modegpt.report import PARTS
 
 RATIOS = (0.3, 0.6, 1.0)
 """Sparsities at which a part is cut. 1 means the cap: a softmax is far from linear there."""

@@ -8,7 +8,7 @@ from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.calibration.gradients import LOGITS_AT_ONCE
 from optimum_modegpt.methods import cost, sensitivity
 from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
-from optimum_modegpt.report import PARTS
+from optimum_modegpt.modeling.modegpt_family import PARTS
 
 
 def work(shapes: Shapes, extent: Extent) -> Work:

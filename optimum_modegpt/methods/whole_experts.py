@@ -17,9 +17,9 @@ from optimum_modegpt.architectures.experts import PackedExperts, Routing
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 
 MASSIVE_SHARE = 0.1
-"""An expert with an activation of at least this share of the largest one of all experts can carry massive ones."""
+"""Smallest largest activation of a protected expert, as a share of that of all experts."""
 MASSIVE_QUANTILE = 0.995
-"""It also has to exceed this quantile over the experts of all blocks."""
+"""Quantile of the largest activations of all experts that a protected expert exceeds too."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,10 @@ class ExpertUse:
 
     Attributes:
         saliency: the mean of g · ‖expert(x)‖ over the tokens that the router sends to it; 0 without tokens.
-        tokens: the number of these tokens.
         peak: the largest |expert(x)| of a single channel.
     """
 
     saliency: Tensor
-    tokens: Tensor
     peak: Tensor
 
 
@@ -60,7 +58,7 @@ class ExpertUseSum:
         """Return the use so far, over the tokens of all ranks."""
         total, tokens = distributed.all_reduce(self.total), distributed.all_reduce(self.tokens)
         peaks = [peak.to(self.peak) for peak in distributed.all_gather_object(self.peak.cpu())]
-        return ExpertUse(total / tokens.clamp_min(1), tokens, torch.stack(peaks).amax(0))
+        return ExpertUse(total / tokens.clamp_min(1), torch.stack(peaks).amax(0))
 
 
 def kept_experts(uses: Sequence[ExpertUse], kept: int) -> list[Tensor]:

@@ -30,7 +30,7 @@ def experts_of(block: nn.Module, family: Family) -> Any:
 
 
 def projections_of(block: nn.Module, family: Family, parts: Collection[Part]) -> tuple[Projection, ...]:
-    """Return the projections of a block that has these parts. Packed experts are none."""
+    """Return the projections of a block that has these parts, without those of experts."""
     return family.projections_of(parts, experts=experts_of(block, family) is not None)
 
 

@@ -381,7 +381,10 @@ class Family:
         )
 
     def projections_of(self, parts: Collection[Part], *, experts: bool) -> tuple[Projection, ...]:
-        """Return the projections of a block that has these parts, with or without experts. Packed experts are none."""
+        """Return the projections of a block that has these parts, with or without experts.
+
+        Experts have none, because one parameter holds the weights of all of them.
+        """
         linear = [part for part in parts if part != "mlp" or not experts]
         return tuple(projection for projection in self.projections if projection.part in linear)
 

@@ -68,13 +68,6 @@ class ModeGPTMptAttention(ModeGPTScoresMixin, MptAttention):  # pyright: ignore[
             attention_mask = torch.where(attention_mask, hidden, 0.0).to(hidden_states.dtype)
         return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
 
-    def project(self, hidden_states: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, (batch, heads, length, width) each, clamped if the configuration says so."""
-        query, key, value = super().project(hidden_states, position_embeddings)
-        if limit := self.clip_qkv:
-            query, key, value = (each.clamp(-limit, limit) for each in (query, key, value))
-        return query, key, value
-
     def score_bias(self, query: Tensor, key: Tensor, **kwargs: Any) -> Tensor:
         """Return the last columns of alibi, (heads, 1, keys)."""
         return kwargs["position_bias"][..., -key.shape[2] :]

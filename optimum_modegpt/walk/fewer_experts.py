@@ -28,13 +28,11 @@ from optimum_modegpt.walk.state import RemovedExperts, State
 
 
 def remove_experts(request: Request, state: State) -> Request:
-    """Return the request for the model without its least salient experts; the same one if none are to be removed.
+    """Return the request for the model without its least salient experts.
 
     Raises:
         InvalidConfig: the model has no experts, or too few would be left.
     """
-    if request.config.expert_sparsity == 0:
-        return request
     kept = count_kept(request)
     with evaluation_mode(request.architecture.model):
         uses = measure_use(request, state)

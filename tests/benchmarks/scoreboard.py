@@ -32,7 +32,8 @@ from optimum_modegpt import ModeGPTConfig, Report, benchmark, compare, perplexit
 from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, evaluation_windows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.loading.calibration import context_of
-from optimum_modegpt.report import PARTS, count_parameters
+from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.report import count_parameters
 from optimum_modegpt.stages import compute_device
 
 RESULTS = Path(__file__).parent / "results" / "scoreboard.json"

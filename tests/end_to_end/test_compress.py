@@ -34,7 +34,8 @@ from optimum_modegpt.errors import (
 from optimum_modegpt.methods import sensitivity
 from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
-from optimum_modegpt.report import PARTS, Report, count_parameters
+from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.report import Report, count_parameters
 from optimum_modegpt.walk.checks import check_result
 
 WINDOWS, LENGTH = 10, 16

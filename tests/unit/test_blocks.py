@@ -117,7 +117,7 @@ def test_output_stays_at_the_dense_one_on_the_new_basis_where_the_tokens_do_not_
     with torch.no_grad():
         targets = residual_matched.run_dense(block, case.stream, case.arguments)
         heads = residual_matched.head_outputs(block, case.stream, case.arguments)
-        moments = residual_matched.observe_output(block, case.stream, heads, targets.attention, None)
+        moments = residual_matched.observe_output(block, case.stream, heads, targets)
         factors = residual_matched.cut_value_output(block, moments, case.metrics().attention, 3, config)
         bases = (factors.value @ torch.linalg.pinv(block.head_rows("value"))).mT  # (kv_heads, head_dim, 3)
     dense_output = block.input_outputs(block.output)
@@ -134,7 +134,7 @@ def test_value_bias_that_is_folded_into_the_output_steers_no_basis(name):
         with torch.no_grad():
             case.part("value").bias.fill_(bias)
             moments, _ = published.observe(case.block, case.stream, case.arguments)
-            factors = published.cut_value_output(case.block, moments.heads.values, 4)
+            factors = published.cut_value_output(case.block, moments.attention.values, 4)
         errors.append(factors.relative_error)
         cuts.append(factors.value[..., :-1].mT @ factors.value[..., :-1])  # free of signs
         assert factors.value[..., -1].abs().max() == 0
@@ -252,10 +252,10 @@ def test_reported_error_of_the_published_output_is_that_of_the_value_vectors(nam
     case = Case(name)
     with torch.no_grad():
         moments, _ = published.observe(case.block, case.stream, case.arguments)
-        factors = published.cut_value_output(case.block, moments.heads.values, 3)
+        factors = published.cut_value_output(case.block, moments.attention.values, 3)
     assert 0.01 < factors.relative_error < 1
     with torch.no_grad():
-        whole = published.cut_value_output(case.block, moments.heads.values, 8)
+        whole = published.cut_value_output(case.block, moments.attention.values, 8)
     assert whole.relative_error < 1e-6
 
 
