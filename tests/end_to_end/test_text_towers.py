@@ -97,7 +97,11 @@ EVERY = {
     ),
     "qwen2_5_vl": Tower(
         "Qwen2_5_VL",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+        WINDOW
+        | {
+            "use_sliding_window": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
         QWEN_VISION | {"window_size": 8, "fullatt_block_indexes": [1]},
         QWEN_TOKENS,
     ),
@@ -204,7 +208,7 @@ def test_cached_generation_with_an_image(name: str, compressed: dict[str, tuple[
 
 def test_a_text_tower_of_another_type_is_refused() -> None:
     found = model("mistral3", model_type="ministral3")
-    with pytest.raises(UnsupportedModel, match="text tower of type 'ministral3'; .* only with one of type 'mistral'"):
+    with pytest.raises(UnsupportedModel, match=r"text tower of type 'ministral3'; .* only with one of type 'mistral'"):
         run(found, sparsity=0.3)
 
 
