@@ -97,7 +97,11 @@ EVERY = {
     ),
     "qwen2_5_vl": Tower(
         "Qwen2_5_VL",
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}},
+        WINDOW
+        | {
+            "use_sliding_window": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+        },
         QWEN_VISION | {"window_size": 8, "fullatt_block_indexes": [1]},
         QWEN_TOKENS,
     ),
