@@ -203,6 +203,8 @@ class Report:
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
             f"{seconds:.1f} s{paced}, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
         ]
+        if self.kept_experts:
+            rows.append(f"kept {len(self.kept_experts[0])} experts in each of {len(self.kept_experts)} blocks")
         rows += self.uncut
         for warning in self.warnings:
             rows.append(f"warning: {warning}")

@@ -209,4 +209,8 @@ class HeadSamples:
 
     def value(self) -> dict[str, Tensor]:
         """Return the vectors of this rank's tokens before the norms of "query" and "key", (heads, tokens, d)."""
-        return {role: to_float64(torch.cat(parts, dim=1)) for role, parts in self.kept.items()}
+        block, found = self.block, {}
+        for role, heads in (("query", block.heads), ("key", block.kv_heads)):
+            none = block.key.weight.new_zeros(heads, 0, block.head_dim)  # a rank may have no tokens
+            found[role] = to_float64(torch.cat((none, *self.kept[role]), dim=1))
+        return found

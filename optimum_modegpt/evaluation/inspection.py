@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.modeling.modegpt_family import is_compressed
+from optimum_modegpt.modeling.modegpt_family import Family, Part, is_compressed
 from optimum_modegpt.report import uncut_sentences
 
 
@@ -111,18 +111,9 @@ def _weights_of_blocks(config: Any, tensors: Mapping[str, TensorHeader]) -> dict
 
 
 def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, TensorHeader]) -> None:
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    units = {"heads": heads, "kv_heads": getattr(text, "num_key_value_heads", None) or heads, "block": 1}
     problems = []
     for block in blocks:
-        for projection in config.family.projections_in(text, block.index):
-            axis, size = projection.axis, units[projection.unit] * block.ranks[projection.part]
-            name = f"{block.index}.{projection.path}.weight"
-            if name not in weights:
-                problems.append(f"{name} is missing")
-            elif len(weights[name].shape) != 2 or weights[name].shape[axis] != size:
-                problems.append(f"{name} is {weights[name].shape}, axis {axis} should be {size}")
+        problems += _wrong_shapes(config, block, weights)
     if any(name.startswith(f"{len(blocks)}.") for name in weights):
         problems.append(f"the weights have more blocks than {len(blocks)}, the number in the configuration")
     if problems:
@@ -132,13 +123,50 @@ def _check_shapes(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[st
         )
 
 
+def _wrong_shapes(config: Any, block: BlockRanks, weights: Mapping[str, TensorHeader]) -> Iterator[str]:
+    """Yield a sentence for each narrowed weight of a block that is missing or has another shape."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    units = {"heads": heads, "kv_heads": getattr(text, "num_key_value_heads", None) or heads, "block": 1}
+    for projection in config.family.projections_in(text, block.index):
+        axis, size = projection.axis, units[projection.unit] * block.ranks[projection.part]
+        name = f"{block.index}.{projection.path}.weight"
+        if name not in weights:
+            yield f"{name} is missing"
+        elif len(weights[name].shape) != 2 or weights[name].shape[axis] != size:
+            yield f"{name} is {weights[name].shape}, axis {axis} should be {size}"
+    for name, size in _packed_sizes(text, config.family, block).items():
+        if name not in weights:
+            yield f"{name} is missing"
+        elif weights[name].size != size:
+            yield f"{name} is {weights[name].shape}, which should have {size} elements"
+
+
+def _packed_sizes(config: Any, family: Family, block: BlockRanks) -> dict[str, int]:
+    """Return the number of elements of the packed weights of a block's experts by name; empty without experts."""
+    experts = family.mlp.experts
+    if experts is None or not experts.in_layer(config, block.index):
+        return {}
+    start, one = f"{block.index}.{experts.packed}", config.hidden_size * block.ranks["mlp"]
+    one *= getattr(config, experts.count)
+    return {f"{start}.gate_up_proj": 2 * one, f"{start}.down_proj": one}
+
+
 def _sparsity(config: Any, blocks: Sequence[BlockRanks], weights: Mapping[str, TensorHeader]) -> float:
-    """Compute 1 − Σ now / Σ dense over the blocks' projections, whose width is that of their part."""
+    """Compute 1 − Σ now / Σ dense over the blocks' projections and experts, whose width is that of their part."""
     now = before = 0.0
     for block in blocks:
-        for projection in config.family.projections_in(config.get_text_config(), block.index):
-            weight = weights.get(f"{block.index}.{projection.path}.weight")
-            if weight is not None:
+        for name, part in _narrowed_weights(config, block):
+            if (weight := weights.get(name)) is not None:
                 now += weight.size
-                before += weight.size * block.dense_ranks[projection.part] / block.ranks[projection.part]
+                before += weight.size * block.dense_ranks[part] / block.ranks[part]
     return 1 - now / before if before else 0.0
+
+
+def _narrowed_weights(config: Any, block: BlockRanks) -> Iterator[tuple[str, Part]]:
+    """Yield the name of every weight of a block that compression narrows, and the part that it belongs to."""
+    text = config.get_text_config()
+    for projection in config.family.projections_in(text, block.index):
+        yield f"{block.index}.{projection.path}.weight", projection.part
+    for name in _packed_sizes(text, config.family, block):
+        yield name, "mlp"

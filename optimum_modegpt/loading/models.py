@@ -58,19 +58,29 @@ def load_config(source: Source) -> Any:
     try:
         with readable(source):
             # Checked before transformers uses the sizes: some families build a list of blocks while they are read.
-            check_sizes(PreTrainedConfig.get_config_dict(source.path, **source.arguments())[0])
+            values = PreTrainedConfig.get_config_dict(source.path, **source.arguments())[0]
+            check_sizes(values)
             config = AutoConfig.from_pretrained(source.path, **source.arguments())
     except OSError as error:
         found = "is not a local folder and could not be read from the Hub"
         if Path(source.path).is_dir():
             found = "has no readable config.json"
         raise OSError(f"{source.name!r} {found}: {error}{source.cache_report()}") from error
-    if getattr(config, "modegpt", None) is not None and not is_compressed(config.model_type):
+    if _has_widths(values) and not is_compressed(config.model_type):
         raise UnsupportedModel(
             f"{source.name!r}: config.json was edited. It has the record of a compressed model, but model_type "
             f"{config.model_type!r} instead of one that starts with modegpt_. Save or download it again."
         )
     return _of_language_model(config)
+
+
+def _has_widths(values: dict[str, Any]) -> bool:
+    """Return whether a configuration is that of a compressed class: it has a record, and widths for every block.
+
+    A model that only lost whole experts has a record too, but stays one of its dense class.
+    """
+    text = values.get("text_config") or {}
+    return "modegpt" in values and any("per_layer_config" in each for each in (values, text))
 
 
 def _of_language_model(config: Any) -> Any:

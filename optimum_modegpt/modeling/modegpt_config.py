@@ -225,9 +225,12 @@ class _BlockConfigs(Sequence[Any]):
 
 
 def _dense_values(dense: Any) -> dict[str, Any]:
-    """Return the values of a dense configuration that a compressed one keeps."""
+    """Return the values of a dense configuration that a compressed one keeps.
+
+    A model without some of its experts has a record of an earlier compression.
+    """
     values = dense.to_dict()
-    for key in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config"):
+    for key in ("model_type", "architectures", "auto_map", "transformers_version", "quantization_config", "modegpt"):
         values.pop(key, None)
     return values
 

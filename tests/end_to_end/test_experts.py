@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import save_dense, save_text
 from tiny_models import compressed, dense, tokenizer, tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -15,6 +16,7 @@ from optimum_modegpt.architectures import Block, resolve
 from optimum_modegpt.architectures.experts import PackedExperts, Routing
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.moments import LinearMomentSum
+from optimum_modegpt.cli.main import FAILED, main
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
@@ -269,3 +271,19 @@ def test_experts_without_a_gate_are_refused() -> None:
     module = nn.Module()
     module.has_gate = False  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
     assert PackedExperts(module).refusal == "its experts have no gate"
+
+
+def test_the_commands_read_a_stock_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, text = save_dense(tmp_path / "dense", "mixtral"), save_text(tmp_path / "text.txt")
+    fewer = tmp_path / "fewer"
+    flags = ["--dataset", str(text), "--num-samples", "8", "--sequence-length", "32", "--device", "cpu", "--output"]
+    words = ["compress", str(checkpoint), "--sparsity", "0", "--expert-sparsity", "0.5", *flags, str(fewer)]
+    assert main(words) == 0
+    assert "kept 2 experts in each of 3 blocks" in capsys.readouterr().out
+    assert main(["inspect", str(fewer)]) == 0
+    assert "This is a dense model. To compress it" in capsys.readouterr().out
+    assert main(["recover", str(fewer), *flags, str(tmp_path / "recovered")]) == FAILED
+    assert "expected a compressed model, found a dense one (mixtral)" in capsys.readouterr().err
+    words = ["compress", str(fewer), "--method", "paper", "--allocation", "uniform", *flags, str(tmp_path / "narrow")]
+    assert main(words) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "narrow").config.modegpt["recipe"]["expert_sparsity"] == 0

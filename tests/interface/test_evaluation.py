@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from optimum_modegpt import (
     perplexity,
 )
 from optimum_modegpt.budget.estimate import estimate, on_meta
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.compress import compress
 from optimum_modegpt.evaluation import perplexity as scoring
 from optimum_modegpt.evaluation.fidelity import check_tokenizers
 from optimum_modegpt.evaluation.inspection import inspection
@@ -155,6 +158,23 @@ def test_inspection_counts_the_stored_weights(name: str, shard: str, tmp_path: P
 def block_weights(model: PreTrainedModel) -> int:
     """Count the weights of the projections of all blocks."""
     return sum(p.numel() for name, p in model.named_parameters() if "layers." in name and p.ndim == 2)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe-dense-layers-biases", "gpt_oss"])
+def test_inspection_counts_the_weights_of_experts(name: str, tmp_path: Path) -> None:
+    model = dense(name)
+    config = ModeGPTConfig(sparsity=0.3, method="paper", allocation="uniform")
+    report = compress(model, config, TokenWindows(tokens(10, 16), {}), device="cpu", progress=False)
+    model.save_pretrained(tmp_path)
+    headers = read_headers(Source(str(tmp_path)))
+    assert inspection(model.config, headers).sparsity == pytest.approx(report.achieved_sparsity)
+    packed = "model.layers.1.mlp.experts.down_proj"
+    for shape in (None, (4, 32, 1)):
+        edited = {key: header for key, header in headers.items() if key != packed}
+        if shape is not None:
+            edited[packed] = replace(headers[packed], shape=shape)
+        with pytest.raises(EvaluationError, match=r"1\.mlp\.experts\.down_proj is (missing|.* should have)"):
+            inspection(model.config, edited)
 
 
 def test_a_dense_checkpoint_is_counted_too(tmp_path: Path) -> None:

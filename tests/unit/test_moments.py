@@ -5,14 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from laws import difference, linear_moments, normal
+from tiny_models import dense
 from torch import nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from optimum_modegpt.architectures import resolve
 from optimum_modegpt.architectures.norms import gain, set_gain
 from optimum_modegpt.calibration.influence import InfluenceSum
 from optimum_modegpt.calibration.moments import (
     HeadMomentSum,
+    HeadSamples,
     LinearMomentSum,
     SlopeSum,
     token_weights,
@@ -20,6 +23,7 @@ from optimum_modegpt.calibration.moments import (
     without_gain,
 )
 from optimum_modegpt.decompositions import psd
+from optimum_modegpt.decompositions.head_norm import row_factors
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.modeling.modegpt_family import Norm
 
@@ -182,3 +186,18 @@ def test_block_that_only_scales_has_zero_influence():
     total = InfluenceSum()
     total.add(normal(2, 3, 4), 7 * normal(2, 3, 4))
     assert total.value() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_rank_without_tokens_has_an_empty_sample_of_queries_and_keys():
+    block = resolve(dense("qwen3")).blocks[0].compressible_copy(torch.device("cpu"))
+    samples = HeadSamples(block, 0).value()
+    assert {role: tuple(sample.shape) for role, sample in samples.items()} == {"query": (4, 0, 8), "key": (2, 0, 8)}
+    maps, sums = torch.eye(8, dtype=torch.float64)[:6].expand(4, -1, -1), []
+
+    def total(own):
+        sums.append(own)
+        return own + torch.ones_like(own)  # those of the other ranks
+
+    assert torch.isfinite(row_factors(samples["query"], maps, total, rotated=False, joint=False)).all()
+    assert len(sums) == 2
+    assert not any(own.any() for own in sums)
