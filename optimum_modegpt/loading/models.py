@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
@@ -107,7 +108,8 @@ def load_model(source: Source, dtype: str) -> Any:
         UnsupportedModel: the model is not a causal language model, or tensors are missing or have wrong shapes.
     """
     transformers_logging.set_verbosity_error()
-    auto_class = auto_class_of(load_config(source))
+    is_adapter = find_adapter_config_file(source.path, **source.hub) is not None  # it names the model below it
+    auto_class = AutoModelForCausalLM if is_adapter else auto_class_of(load_config(source))
     with readable(source):
         weight_files(Path(source.path))  # refuses an index that points outside its folder
         try:

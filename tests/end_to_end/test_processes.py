@@ -45,7 +45,7 @@ SECONDS = 300
 """Time limit of each process."""
 
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("gpt2", "gpt_neox", "opt-post-ln", "llama-mqa-biases", "qwen3")},
+    **{name: (name, {}) for name in ("gpt2", "gpt_neox", "opt", "opt-post-ln", "llama-mqa-biases", "qwen3")},
     "influence": ("llama-gqa-tied", {"allocation": "influence"}),
     "paper": ("qwen2", {"method": "paper"}),
     "paper-opt": ("opt", {"method": "paper", "allocation": "uniform"}),
