@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
-from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
 from optimum_modegpt.loading.source import Source
