@@ -108,6 +108,7 @@ def load_model(source: Source, dtype: str) -> Any:
         UnsupportedModel: the model is not a causal language model, or tensors are missing or have wrong shapes.
     """
     transformers_logging.set_verbosity_error()
+    source.check_path()
     is_adapter = find_adapter_config_file(source.path, **source.hub) is not None  # it names the model below it
     auto_class = AutoModelForCausalLM if is_adapter else auto_class_of(load_config(source))
     with readable(source):
