@@ -74,8 +74,7 @@ def recover(
         windows: token ids (windows, length) with their record. Evaluate the model on other text.
         teacher: the dense model, on any device. With a teacher, the loss is KL(teacher ‖ model) of the next-token
             distributions instead of the cross-entropy with the text.
-        held_out: the held-out windows. Another kind of text than `windows` shows when the model learns that text at
-            the expense of others. None holds out the last 5 % of `windows`, at least two.
+        held_out: the held-out windows, best of another kind of text. None holds out the last 5 % of `windows`.
         config: settings of the training. None means the defaults.
         teacher_name: name of the teacher for the record. None means the name in the teacher's configuration.
         progress: whether to show a progress bar.
@@ -112,9 +111,8 @@ def recover(
         seconds=time.perf_counter() - start,
     )
     if recovery.best_step:
-        recovered = _record(model, windows, config, recovery)
+        recovered = _record(model, windows, config, recovery) | {"held_out": (held_out or windows).record["name"]}
         recovered |= {"distilled": teacher is not None, "teacher": teacher_name}
-        recovered["held_out"] = (windows if held_out is None else held_out).record["name"]
         model.config.modegpt = {**model.config.modegpt, "recovered": recovered}
     return recovery
 
