@@ -13,30 +13,15 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import MLP, Attention, Experts, Family, HeadNorms, Norm, Positions, Storage
+from .modegpt_family import MLP, Experts, Family
+from .modegpt_qwen3_5_text import FAMILY as TEXT
 
 FAMILY = Family(
     "qwen3_next",
-    attention=Attention(
-        layers=("full_attention",),
-        mixers=("linear_attn",),
-        query="self_attn.query_proj",
-        gate="self_attn.gate_proj",
-        storage=Storage("gated", "self_attn.q_proj"),
-        positions=Positions(partial=True),
-        head_norms=HeadNorms(),
-        values="coordinates",
-    ),
+    attention=TEXT.attention,
     mlp=MLP(experts=Experts(dense_layers="mlp_only_layers", period="decoder_sparse_step")),
-    norm=Norm(offset=1.0),
-    sizes=(
-        "shared_expert_intermediate_size",
-        "linear_conv_kernel_dim",
-        "linear_key_head_dim",
-        "linear_value_head_dim",
-        "linear_num_key_heads",
-        "linear_num_value_heads",
-    ),
+    norm=TEXT.norm,
+    sizes=("shared_expert_intermediate_size", *TEXT.sizes),
 )
 
 
