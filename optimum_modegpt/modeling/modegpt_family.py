@@ -397,7 +397,7 @@ class Family:
         layers = self.attention.layers
         if layers is None or config.layer_types[index] in layers:
             return {}
-        return dict.fromkeys(("qk", "vo"), f"layers of type {config.layer_types[index]} keep their dense attention")
+        return dict.fromkeys(("qk", "vo"), f"layers of type {config.layer_types[index]} are cut in the MLP only")
 
     def parts(self, config: Any, index: int) -> tuple[Part, ...]:
         """Return the parts of block `index` of a model."""

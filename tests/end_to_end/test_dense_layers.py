@@ -50,7 +50,7 @@ def test_reports_show_only_the_parts_of_a_block(tmp_path: Path) -> None:
     assert report.summary().splitlines()[1].split()[-2:] == ["–", "–"]
     assert report.uncut
     for sentence in report.uncut:
-        assert "layers of type linear_attention keep their dense attention" in sentence
+        assert "layers of type linear_attention are cut in the MLP only" in sentence
         assert sentence in report.summary()
     model.save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
