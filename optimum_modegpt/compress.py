@@ -17,6 +17,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
 from optimum_modegpt.errors import naming
+from optimum_modegpt.layouts.stock import stock_model
 from optimum_modegpt.methods.method import CalibrationInputs
 from optimum_modegpt.methods.registry import method_of
 from optimum_modegpt.modeling.adoption import become, built
@@ -31,7 +32,8 @@ from optimum_modegpt.walk.prepare import prepare
 from optimum_modegpt.walk.record import make_record, make_report, parameters_around
 from optimum_modegpt.walk.request import Base, Request
 from optimum_modegpt.walk.resume import finished_blocks, keep_block, keep_plan, known_plan, resuming
-from optimum_modegpt.walk.self_check import check_reloads, self_check
+from optimum_modegpt.walk.self_check import check_reloads, check_same, self_check
+from optimum_modegpt.walk.shared_pairs import choose_pairs
 from optimum_modegpt.walk.state import State
 
 
@@ -48,7 +50,8 @@ def compress(
 ) -> Report:
     """Compress `model` in place. It becomes an object of the compressed class at the end, and is unchanged until then.
 
-    If only whole experts are removed, it stays an object of its own class.
+    If only whole experts are removed, it stays an object of its own class. With the layout "stock", it becomes an
+    object of a class of transformers.
 
     Args:
         model: a dense causal language model of a known family, with its weights in memory.
@@ -80,6 +83,8 @@ def compress(
                 stage = f"allocate ({request.config.resolved_allocation})"
                 plan = retrying_on_oom(stage, make_plan, request, state)
                 keep_plan(request, state, plan)
+            if request.config.layout == "stock":
+                retrying_on_oom("rotary pairs", partial(choose_pairs, plan), request, state)
             blocks, norm, errors = retrying_on_oom("decompose", partial(cut_blocks, plan), request, state)
     with state.clock.stage("adopt"):
         achieved = plan_sparsity(plan, request.sizes)
@@ -105,6 +110,7 @@ def cut_blocks(
     """Return the compressed blocks, the final norm, and the relative errors by block and part."""
     measure_gradients(request, state)
     method, blocks, device = method_of(request.config), request.architecture.blocks, request.device
+    pairs = torch.tensor(state.measurements.pairs, device=device) if state.measurements.pairs else None
     modules, errors, streams = finished_blocks(request, state, plan)
     shown = bar(desc="decompose", unit="block", total=len(blocks), initial=len(modules), shown=request.show_progress)
     with shown:
@@ -114,7 +120,9 @@ def cut_blocks(
                 cut = method.cut_block(
                     block.on(device),
                     plan.widths[block.index],
-                    CalibrationInputs(streams, state.inputs.on(block.index, device), state.inputs.windows, gradients),
+                    CalibrationInputs(
+                        streams, state.inputs.on(block.index, device), state.inputs.windows, gradients, pairs
+                    ),
                     state.keep_derivatives,
                 )
                 streams = cut.after
@@ -140,4 +148,10 @@ def assemble(
     replacements = dict(zip(paths, blocks, strict=True))
     if norm is not None:
         replacements[architecture.final_norm_path] = norm
-    return built(architecture.model, classes.causal_lm, config, replacements)
+    compressed = built(architecture.model, classes.causal_lm, config, replacements)
+    if request.config.layout != "stock":
+        return compressed
+    stock = stock_model(architecture, compressed, state.measurements.pairs)
+    with evaluation_mode(compressed), evaluation_mode(stock):
+        check_same(stock, compressed, request.calibration.tokens[0])
+    return stock

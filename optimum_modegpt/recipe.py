@@ -18,6 +18,7 @@ from optimum_modegpt.mixture import divide, mixture_of, with_weights
 DEFAULT_ALLOCATIONS = {"default": "sensitivity", "paper": "influence"}
 """The allocation that each method uses if none is requested."""
 ALLOCATIONS = ("sensitivity", "influence", "uniform")
+LAYOUTS = ("per_layer", "mlp", "stock")
 LARGEST_INTEGER = 2**63 - 1
 Config = TypeVar("Config")
 IN_MEMORY = "in memory: "
@@ -52,7 +53,10 @@ class Recipe:
         method: `"default"`, residual-matched MoDeGPT, or `"paper"`, the algorithm as published.
         allocation: how to distribute sparsity over blocks: `"sensitivity"` (measured, per block and part),
             `"influence"` (the paper's block influence) or `"uniform"`; `None` chooses sensitivity, or influence for
-            the method paper.
+            the method paper, or uniform for this method with the layout stock.
+        layout: the widths that may differ: `"per_layer"`, those of every block; `"mlp"`, only those of the MLPs, the
+            attention keeps its head dims; `"stock"`, none. All blocks then have one head dim and one MLP width, and the
+            result is a checkpoint of a class of transformers, which serving engines load without this package.
         dataset: calibration text: `"wikitext2"`, `"c4"`, `"alpaca"`, a dataset id of the Hub, a local .txt, .jsonl,
             .json or .parquet file, a folder, a list of strings or of chat messages, a `datasets.Dataset`, or token ids
             of shape (windows, length), also as the output of a tokenizer. `"self"` is text that the model itself
@@ -90,6 +94,7 @@ class Recipe:
     sparsity: float = 0.3
     method: Literal["default", "paper"] = "default"
     allocation: Literal["sensitivity", "influence", "uniform"] | None = None
+    layout: Literal["per_layer", "mlp", "stock"] = "per_layer"
     dataset: Any = ("c4", "wikitext2")
     dataset_split: str | None = None
     text_column: str | None = None
@@ -116,9 +121,7 @@ class Recipe:
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
         self._check_fractions()
-        _one_of("method", self.method, tuple(DEFAULT_ALLOCATIONS))
-        if self.allocation is not None:
-            _one_of("allocation", self.allocation, ALLOCATIONS)
+        self._check_choices()
         for name in ("num_samples", "refit_iterations", "seed"):
             setattr(self, name, _integer(name, getattr(self, name), minimum=1 if name == "num_samples" else 0))
         if self.round_to != "auto":
@@ -131,6 +134,17 @@ class Recipe:
         for name in ("dataset", "tokenizer"):
             self._check_live(name)
         self._check_mixture()
+
+    def _check_choices(self) -> None:
+        _one_of("method", self.method, tuple(DEFAULT_ALLOCATIONS))
+        if self.allocation is not None:
+            _one_of("allocation", self.allocation, ALLOCATIONS)
+        _one_of("layout", self.layout, LAYOUTS)
+        if self.layout == "stock" and self.allocation == "influence":
+            raise InvalidConfig(
+                "allocation='influence' distributes sparsity over blocks, but layout='stock' gives all blocks the same "
+                "widths; expected allocation 'sensitivity' or 'uniform'."
+            )
 
     def _check_fractions(self) -> None:
         if isinstance(self.sparsity, int | float) and 1 < self.sparsity < 100:
@@ -184,8 +198,11 @@ class Recipe:
 
     @property
     def resolved_allocation(self) -> str:
-        """Return the allocation to use: the field, or the default of the method if the field is None."""
-        return self.allocation or DEFAULT_ALLOCATIONS[self.method]
+        """Return the allocation to use: the field, or the default of method and layout if the field is None."""
+        default = DEFAULT_ALLOCATIONS[self.method]
+        if self.layout == "stock" and default == "influence":
+            default = "uniform"
+        return self.allocation or default
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and `quant_method`, safe for JSON.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from optimum_modegpt.modeling.modegpt_family import Widths
 
-TINY_HEAD_DIM = 32
+TINY_HEAD_DIM, LARGE_HEAD_DIM = 32, 128
 TINY_MLP_WIDTH = 512
 EXPERT_STEP = 8
 """Widths of experts are multiples of this, because the fast kernels read rows of a multiple of 16 bytes."""
@@ -73,10 +73,15 @@ def part_size(dense: int, weights_per_unit: int, step: int, max_sparsity: float)
     return PartSize(dense, weights_per_unit, step, min(floor, dense))
 
 
-def head_step(head_dim: int, round_to: int | str, *, pairs: bool) -> int:
-    """Return the grid step of a query/key or value head dim. Rotary `pairs` need even widths."""
+def head_step(head_dim: int, round_to: int | str, *, pairs: bool, coarse: bool = False) -> int:
+    """Return the grid step of a query/key or value head dim. Rotary `pairs` need even widths.
+
+    If `coarse`, the steps of large heads are those that attention kernels of all engines have.
+    """
     unit = 2 if pairs else 1
     if round_to == "auto":
+        if coarse and head_dim >= LARGE_HEAD_DIM:
+            return 16
         return 8 if head_dim >= TINY_HEAD_DIM else unit
     return math.lcm(int(round_to), unit)
 

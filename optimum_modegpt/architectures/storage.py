@@ -46,6 +46,55 @@ def dense_weights(block: nn.Module, family: Family, config: Any, parts: Collecti
     return found
 
 
+def dense_tensors(block: nn.Module, family: Family, config: Any, parts: Collection[Part] = PARTS) -> dict[str, Tensor]:
+    """Return the tensors of a block as the dense class stores them, from a compressed block with one head dim.
+
+    It is the inverse of `dense_weights`: projections are stacked and transposed, and the coordinates of query and key
+    heads are in the order of the dense model. A head that is narrower than the dense one needs that order already.
+    """
+    tensors = {name: tensor for name, tensor in block.state_dict().items() if not name.endswith("rope_index")}
+    order = _order(block, family, parts)
+    if order is not None:
+        _restore_order(tensors, order.argsort(), family, config)
+    stacks: dict[str, list[Projection]] = {}
+    for projection in projections_of(block, family, parts):
+        if not projection.storage.plain:
+            stacks.setdefault(projection.dense_path, []).append(projection)
+    for path, projections in stacks.items():
+        for leaf in ("weight", "bias"):
+            found = [tensors.pop(f"{each.path}.{leaf}", None) for each in projections]
+            if found[0] is not None:
+                rows = _stacked(block, family, projections, found, config)
+                tensors[f"{path}.{leaf}"] = rows.T if leaf == "weight" and projections[0].storage.transposed else rows
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _restore_order(tensors: dict[str, Tensor], order: Tensor, family: Family, config: Any) -> None:
+    """Bring query, key and their norms, if any, into another order of a head's coordinates."""
+    norms = family.attention.norms_of(config)
+    own_norms = () if norms is None else (f"{norms.query}.", f"{norms.key}.")
+    for name in tensors:
+        if name.rpartition(".")[0] in (family.attention.query, family.attention.key):
+            tensors[name] = _in_order(tensors[name], order)
+        elif name.startswith(own_norms):  # one module, or one for each head
+            tensors[name] = tensors[name].unflatten(-1, (-1, len(order)))[..., order].flatten(-2)
+
+
+def _stacked(block: nn.Module, family: Family, projections: list[Projection], rows: list[Any], config: Any) -> Tensor:
+    """Return the rows of one module that stores these projections, from the rows of each."""
+    if len(projections) == 1:
+        return rows[0]
+    if projections[0].part == "mlp":
+        return torch.cat(rows)
+    counts = count_heads(block.get_submodule(family.attention.module), family, config)
+    groups, shares = _shares(projections[0].storage, counts["heads"], counts["kv_heads"])
+    by_path = dict(zip((each.path for each in projections), rows, strict=True))
+    parts = [
+        by_path[getattr(family.attention, role)].unflatten(0, (groups, share, -1)) for role, share in shares.items()
+    ]
+    return torch.cat(parts, dim=1).flatten(0, 2)
+
+
 def is_separate(block: nn.Module, family: Family, parts: Collection[Part]) -> bool:
     """Return whether a dense block with these parts stores its projections as a compressed one does."""
     plain = all(projection.storage.plain for projection in projections_of(block, family, parts))

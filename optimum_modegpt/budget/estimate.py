@@ -15,6 +15,7 @@ from optimum_modegpt.architectures.shapes import shapes_of
 from optimum_modegpt.budget.placement import Free, Needs, Placement, choose_placement, finished_size
 from optimum_modegpt.budget.sizes import check_reachable, part_sizes
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.layouts.limits import wide_parts
 from optimum_modegpt.methods.cost import ByteCounts, Extent, block_forward
 from optimum_modegpt.methods.registry import method_of, work_of
 from optimum_modegpt.report import uncut_sentences
@@ -100,7 +101,7 @@ def estimate(
         disk=disk,
         forward_multiply_adds=int(forward),
         forward_passes=passes,
-        uncut=uncut_sentences(architecture.dense_parts),
+        uncut=uncut_sentences(wide_parts(architecture, config.layout)),
     )
 
 

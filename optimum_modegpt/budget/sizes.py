@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from optimum_modegpt.allocation.plan import (
     PartSize,
     Sizes,
@@ -14,6 +16,7 @@ from optimum_modegpt.allocation.plan import (
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.layouts.limits import wide_parts
 from optimum_modegpt.modeling.modegpt_family import Part
 
 SPARSITY_TOLERANCE = 0.005
@@ -21,23 +24,30 @@ SPARSITY_TOLERANCE = 0.005
 
 
 def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
-    """Return dense width, weights per unit of width and grid of allowed widths, by block and part."""
+    """Return dense width, weights per unit of width and grid of allowed widths, by block and part.
 
-    def sizes(block: Block) -> dict[str, PartSize]:
+    Raises:
+        UnsupportedModel: the model has no result in the layout of the configuration.
+    """
+
+    def sizes(block: Block, wide: Collection[Part]) -> dict[str, PartSize]:
         dense, cap = block.dense_widths, config.max_sparsity
         step = (mlp_step if block.experts is None else expert_step)(dense.mlp, config.round_to)
         parts = {"mlp": part_size(dense.mlp, block.mlp_channel_weights, step, cap)}
         if block.attends:
-            qk_step = head_step(dense.qk, config.round_to, pairs=block.paired)
-            vo_step = head_step(dense.vo, config.round_to, pairs=False)
+            one_width = config.layout == "stock"
+            qk_step = head_step(dense.qk, config.round_to, pairs=block.paired or one_width, coarse=one_width)
+            vo_step = qk_step if one_width else head_step(dense.vo, config.round_to, pairs=False)
             parts["qk"] = part_size(dense.qk, _head_weights(block, "qk"), qk_step, cap)
             parts["vo"] = part_size(dense.vo, _head_weights(block, "vo"), vo_step, cap)
-        for part in block.uncut:
-            size = parts[part]
-            parts[part] = PartSize(size.dense, size.weights_per_unit, step=size.dense, floor=size.dense)
+        for part in wide:
+            if part in parts:
+                size = parts[part]
+                parts[part] = PartSize(size.dense, size.weights_per_unit, step=size.dense, floor=size.dense)
         return parts
 
-    return [sizes(block) for block in architecture.blocks]
+    wide = wide_parts(architecture, config.layout)
+    return [sizes(block, own) for block, own in zip(architecture.blocks, wide, strict=True)]
 
 
 def _head_weights(block: Block, part: Part) -> int:

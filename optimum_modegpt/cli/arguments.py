@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from optimum_modegpt.recipe import ALLOCATIONS, DEFAULT_ALLOCATIONS, Recipe
+from optimum_modegpt.recipe import ALLOCATIONS, DEFAULT_ALLOCATIONS, LAYOUTS, Recipe
 from optimum_modegpt.recovery.config import RecoveryConfig
 
 BROKEN = 1
@@ -258,6 +258,7 @@ def _add_configuration(parser: Any) -> None:
         "float": {"type": float, "metavar": "X"},
         "method": {"choices": tuple(DEFAULT_ALLOCATIONS)},
         "allocation": {"choices": ALLOCATIONS},
+        "layout": {"choices": LAYOUTS},
         "round_to": {"type": _integer_or_word, "metavar": "N|auto"},
         "dataset": {"nargs": "+", "action": Mixture, "metavar": "NAME[=WEIGHT]"},
     }

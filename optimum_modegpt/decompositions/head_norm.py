@@ -20,7 +20,9 @@ SMALLEST = 1e-2
 """Smallest β_j, as a fraction of that value: the gain of a row is divided by the root of its β_j."""
 
 
-def row_factors(vectors: Tensor, maps: Tensor, total: Total, *, rotated: bool, joint: bool) -> Tensor:
+def row_factors(
+    vectors: Tensor, maps: Tensor, total: Total, *, rotated: bool, joint: bool, shared: bool = False
+) -> Tensor:
     """Compute t (heads, width) from a sample of the dense heads before their norm, (heads, tokens, d).
 
     Args:
@@ -29,6 +31,7 @@ def row_factors(vectors: Tensor, maps: Tensor, total: Total, *, rotated: bool, j
         total: sums a tensor over the ranks of a distributed run.
         rotated: whether the norm comes after the rotation. Both coordinates of a pair then have the same factor.
         joint: whether one norm divides all heads by the same number. All rows of a head then have the same factor.
+        shared: whether row j has the same factor in all heads.
     """
     heads, width, head_dim = maps.shape
     lengths = vectors.norm(dim=(0, -1) if joint else -1, keepdim=True)
@@ -38,12 +41,14 @@ def row_factors(vectors: Tensor, maps: Tensor, total: Total, *, rotated: bool, j
         shares = shares.sum(-1).T[None]  # (1, tokens, heads)
     elif rotated:
         shares = shares.unflatten(-1, (2, -1)).sum(-2)
+    if shared:
+        shares = shares.flatten(0, 1)[None]  # (1, heads · tokens, width)
     coefficients = _positive_least_squares(total(shares.mT @ shares), total(shares.sum(1)))
     if joint:
         coefficients = coefficients.T.expand(heads, width)
     elif rotated:
         coefficients = coefficients.repeat(1, 2)
-    return (coefficients * width / head_dim).sqrt()
+    return (coefficients * width / head_dim).sqrt().expand(heads, width)
 
 
 def _positive_least_squares(gram: Tensor, cross: Tensor) -> Tensor:

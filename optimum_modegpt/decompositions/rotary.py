@@ -20,13 +20,17 @@ def pair_indices(pairs: Tensor, head_dim: int) -> Tensor:
     return torch.cat((pairs, pairs + head_dim // 2), dim=-1)
 
 
-def select_pairs(query: Tensor, key: Tensor, count: int) -> Tensor:
+def select_pairs(query: Tensor, key: Tensor, count: int, *, shared: bool = False) -> Tensor:
     """Select the pairs (groups, count) of largest sqrt((Q_ii + Q_jj)(K_ii + K_jj)): CR selection (Algorithm 2).
 
     The pairs are in increasing order. `query` and `key` (groups, d, d) are second moments of the heads. The score is
-    the same before and after rotation.
+    the same before and after rotation. If `shared`, all groups select the same pairs, by the sum of their squared
+    scores relative to those of the whole group.
     """
-    return (_pair_energies(query) * _pair_energies(key)).topk(count).indices.sort().values
+    scores = _pair_energies(query) * _pair_energies(key)
+    if shared:
+        scores = (scores / scores.sum(1, keepdim=True)).sum(0).expand_as(scores)
+    return scores.topk(count).indices.sort().values
 
 
 def select_coordinates(query: Tensor, key: Tensor, count: int) -> Tensor:
@@ -49,13 +53,18 @@ class PairElimination:
         return remaining(self.order[:, :gone], self.pairs), self.costs[:, :gone].sum(1)
 
 
-def eliminate_pairs(metric: Tensor, query: Tensor, count: int) -> PairElimination:
+def eliminate_pairs(
+    metric: Tensor, query: Tensor, count: int, *, shared: bool = False, order: Tensor | None = None
+) -> PairElimination:
     """Remove the cheapest pair, one at a time, until `count` pairs remain in every group (ours).
 
     `metric` F (groups, d, d) measures the errors δ of a query, as δᵀ F δ.
     `query` C_Q is the second moment of the queries. With the query refitted, keeping k and pruning p costs
     tr(C_Q,pp (F_pp − F_pk F_kk⁻¹ F_kp)). Removing pair i from the refitted query M q adds
     tr(([F⁻¹]_ii)⁻¹ [M C_Q Mᵀ]_ii) to this cost. F⁻¹ and M are downdated after each removal.
+
+    If `shared`, all groups remove the same pair, the one of least total cost. If `order` (groups, steps) is given, its
+    pairs are removed instead of the cheapest ones.
     """
     groups, head_dim, _ = metric.shape
     pairs = head_dim // 2
@@ -63,23 +72,25 @@ def eliminate_pairs(metric: Tensor, query: Tensor, count: int) -> PairEliminatio
     inverse_metric = inverse(damp(metric, ROOT_RIDGE))
     mapping = torch.eye(head_dim, dtype=metric.dtype, device=metric.device).expand_as(metric)
     every, gone = torch.arange(groups, device=metric.device), metric.new_zeros(groups, pairs, dtype=torch.bool)
-    order, costs = [every.new_zeros(groups, 0)], [metric.new_zeros(groups, 0)]
-    for _ in range(pairs - count):
+    removed, costs = [every.new_zeros(groups, 0)], [metric.new_zeros(groups, 0)]
+    for step in range(pairs - count):
         lost = _diagonal_blocks(mapping @ query @ mapping.mT, blocks)
         own = add_diagonal(_diagonal_blocks(inverse_metric, blocks), gone)  # removed ones are zero
         cost = (own.inverse() * lost).sum((-2, -1)).masked_fill(gone, torch.inf)
-        worst = cost.argmin(1)
+        worst = _cheapest(cost, shared) if order is None else order[:, step]
         columns = inverse_metric[every[:, None], :, blocks[worst]].mT  # (groups, d, 2)
         rows = torch.cat((mapping[every[:, None], blocks[worst]], columns.mT), dim=2)
         update = columns @ own[every, worst].inverse() @ rows
         mapping, inverse_metric = mapping - update[..., :head_dim], inverse_metric - update[..., head_dim:]
         gone[every, worst] = True
-        order.append(worst[:, None])
+        removed.append(worst[:, None])
         costs.append(cost[every, worst][:, None])
-    return PairElimination(torch.cat(order, dim=1), torch.cat(costs, dim=1), pairs)
+    return PairElimination(torch.cat(removed, dim=1), torch.cat(costs, dim=1), pairs)
 
 
-def eliminate_pairs_alone(metric: Tensor, query: Tensor, count: int) -> PairElimination:
+def eliminate_pairs_alone(
+    metric: Tensor, query: Tensor, count: int, *, shared: bool = False, order: Tensor | None = None
+) -> PairElimination:
     """Remove the cheapest pair, one at a time, without a refit of the query; see `eliminate_pairs`.
 
     Pruning p costs tr(C_Q,pp F_pp), which depends on all removed pairs together.
@@ -88,14 +99,14 @@ def eliminate_pairs_alone(metric: Tensor, query: Tensor, count: int) -> PairElim
     products = (metric * query).view(groups, 2, head_dim // 2, 2, head_dim // 2).sum((1, 3))
     cost = products.diagonal(dim1=1, dim2=2)
     every, gone = torch.arange(groups, device=metric.device), torch.zeros_like(cost, dtype=torch.bool)
-    order, costs = [every.new_zeros(groups, 0)], [metric.new_zeros(groups, 0)]
-    for _ in range(head_dim // 2 - count):
-        worst = cost.masked_fill(gone, torch.inf).argmin(1)
-        order.append(worst[:, None])
+    removed, costs = [every.new_zeros(groups, 0)], [metric.new_zeros(groups, 0)]
+    for step in range(head_dim // 2 - count):
+        worst = _cheapest(cost.masked_fill(gone, torch.inf), shared) if order is None else order[:, step]
+        removed.append(worst[:, None])
         costs.append(cost[every, worst][:, None])
         cost = cost + 2 * products[every, worst]
         gone[every, worst] = True
-    return PairElimination(torch.cat(order, dim=1), torch.cat(costs, dim=1), head_dim // 2)
+    return PairElimination(torch.cat(removed, dim=1), torch.cat(costs, dim=1), head_dim // 2)
 
 
 def query_refit(metric: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
@@ -114,6 +125,11 @@ def query_refit(metric: Tensor, pairs: Tensor, *, ridge: float) -> Tensor:
             mapping[:, pruned] = solve(damp(own[kept][:, kept], ridge), own[kept][:, pruned])
         maps.append(mapping)
     return torch.stack(maps)
+
+
+def _cheapest(cost: Tensor, shared: bool) -> Tensor:
+    """Return the pair (groups,) of least cost (groups, pairs) in every group, or in total for all groups."""
+    return cost.sum(0).argmin().expand(len(cost)) if shared else cost.argmin(1)
 
 
 def _pair_energies(moment: Tensor) -> Tensor:

@@ -15,7 +15,13 @@ from optimum_modegpt.methods.factors import QueryKeyFactors
 
 
 def narrow_query_key(
-    block: Block, samples: Mapping[str, Tensor], pairs: Tensor, error: float, query_map: Tensor | None = None
+    block: Block,
+    samples: Mapping[str, Tensor],
+    pairs: Tensor,
+    error: float,
+    query_map: Tensor | None = None,
+    *,
+    shared_gains: bool = False,
 ) -> QueryKeyFactors:
     """Keep the `pairs` (kv_heads, count) of normalised queries and keys, with the divisors of the dense norms.
 
@@ -25,6 +31,8 @@ def narrow_query_key(
         pairs: the pairs to keep.
         error: the relative error.
         query_map: the refit (kv_heads, width, head_dim) of the queries after their norm, if any.
+        shared_gains: whether the heads of a norm over single heads have the same gains, as in a stock class. All must
+            keep the same pairs.
     """
     kept = pair_indices(pairs, block.head_dim)
     selected = torch.eye(block.head_dim, dtype=samples["key"].dtype, device=kept.device)[kept]
@@ -37,7 +45,12 @@ def narrow_query_key(
             maps = selected.repeat_interleave(per_group, dim=0)
             own = dense.gather(1, kept.repeat_interleave(per_group, dim=0))
         factors = row_factors(
-            sample, maps, distributed.all_reduce, rotated=block.norms_rotated, joint=block.norms_joint
+            sample,
+            maps,
+            distributed.all_reduce,
+            rotated=block.norms_rotated,
+            joint=block.norms_joint,
+            shared=shared_gains and not block.norms_joint,
         )
         rows[role] = factors[..., None] * (maps @ block.head_rows(role))
         gains[role] = own / factors

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.calibration.gradients import OutputGradients
+from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.calibration.streams import Stream
 from optimum_modegpt.methods.cost import Extent, Peak, Work
 from optimum_modegpt.modeling.modegpt_family import Widths
@@ -42,12 +43,14 @@ class CalibrationInputs:
         arguments: the other arguments of the block's forward pass, on the compute device.
         windows: the numbers of the calibration windows of `streams`, for error messages.
         gradients: the gradients at the block, or None for a method that uses none.
+        pairs: the rotary pairs (count,) that all heads of all blocks keep, increasing; None if each keeps its own.
     """
 
     streams: StreamPair
     arguments: dict[str, Any]
     windows: Tensor
     gradients: OutputGradients | None
+    pairs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,14 @@ class Method(Protocol):
         Raises:
             NumericalError: the dense output is not finite.
         """
+        ...
+
+    def query_key_moments(self, block: Block, inputs: CalibrationInputs) -> QueryKeyMoments | None:
+        """Return the moments from which the pairs of the dense `block` are chosen. None if its heads stay wide."""
+        ...
+
+    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> Tensor:
+        """Choose the rotary pairs (count,) that all heads of these blocks keep, from the moments of each."""
         ...
 
     def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:

@@ -94,10 +94,15 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
 
 
 def compress_block(
-    student: Block, moments: PublishedMoments, widths: Widths, config: ModeGPTConfig
+    student: Block, moments: PublishedMoments, widths: Widths, config: ModeGPTConfig, pairs: Tensor | None = None
 ) -> dict[str, float]:
-    """Cut the parts of `student`, a copy of the dense block. Return the relative error by part."""
-    errors = {} if moments.attention is None else _compress_attention(student, moments.attention, widths, config)
+    """Cut the parts of `student`, a copy of the dense block. Return the relative error by part.
+
+    `pairs` are those of `CalibrationInputs`.
+    """
+    errors = {}
+    if moments.attention is not None:
+        errors = _compress_attention(student, moments.attention, widths, config, pairs)
     with naming("mlp"):
         if isinstance(moments.mlp, LinearMoments):
             mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
@@ -108,11 +113,11 @@ def compress_block(
 
 
 def _compress_attention(
-    student: Block, moments: AttentionMoments, widths: Widths, config: ModeGPTConfig
+    student: Block, moments: AttentionMoments, widths: Widths, config: ModeGPTConfig, pairs: Tensor | None
 ) -> dict[str, float]:
     """Cut the attention of `student`. Return the relative errors."""
     with naming("qk"):
-        query_key = cut_query_key(student, moments.query_key, widths.qk)
+        query_key = cut_query_key(student, moments.query_key, widths.qk, pairs, shared_gains=config.layout == "stock")
     student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
     with naming("vo"):
         if student.keeps_coordinates:
@@ -124,11 +129,24 @@ def _compress_attention(
     return {"qk": query_key.relative_error, "vo": value_output.relative_error}
 
 
-def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKeyFactors:
-    """Select the same coordinates of query and key in each group (CR, Algorithm 2). Rotary pairs stay together."""
+def cut_query_key(
+    block: Block,
+    moments: QueryKeyMoments,
+    rank: int,
+    pairs: Tensor | None = None,
+    *,
+    shared_gains: bool = False,
+) -> QueryKeyFactors:
+    """Select the same coordinates of query and key in each group (CR, Algorithm 2). Rotary pairs stay together.
+
+    If `pairs` (rank / 2,) are given, all heads keep them. `shared_gains` is that of `narrow_query_key`.
+    """
     query, key = block.head_rows("query"), block.head_rows("key")
     if block.paired:
-        pairs = select_pairs(moments.query, moments.metric, rank // 2)
+        if pairs is None:
+            pairs = select_pairs(moments.query, moments.metric, rank // 2)
+        else:
+            pairs = pairs.to(moments.query.device).expand(block.kv_heads, -1)
         kept = pair_indices(pairs, block.head_dim)
     else:
         pairs, kept = None, select_coordinates(moments.query, moments.metric, rank)
@@ -136,7 +154,7 @@ def cut_query_key(block: Block, moments: QueryKeyMoments, rank: int) -> QueryKey
     lost = products.sum() - products.gather(1, kept).sum()
     error = relative(lost, products.sum())
     if moments.samples is not None and pairs is not None and rank < block.head_dim:
-        return narrow_query_key(block, moments.samples, pairs, error)
+        return narrow_query_key(block, moments.samples, pairs, error, shared_gains=shared_gains)
     kept_queries = kept.repeat_interleave(block.heads // block.kv_heads, dim=0)
     return QueryKeyFactors(_take(query, kept_queries), _take(key, kept), pairs if block.rotary else None, error)
 

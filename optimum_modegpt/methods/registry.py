@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.shapes import Shapes
+from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.calibration.streams import check_dense
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import gram_work
+from optimum_modegpt.decompositions.rotary import eliminate_pairs, eliminate_pairs_alone, select_pairs
 from optimum_modegpt.methods import published, residual_matched, residual_matched_cost, sensitivity_cost
 from optimum_modegpt.methods.cost import Extent, Peak, Work, block_forward, block_memory
 from optimum_modegpt.methods.method import CalibrationInputs, CutBlock, Method, StreamPair
@@ -40,15 +42,29 @@ class ResidualMatched:
         assert inputs.gradients is not None
         errors, after = residual_matched.compress_block(
             copied,
-            streams,
+            inputs,
             targets,
             widths,
             metrics=residual_matched.OutputMetrics.of(inputs.gradients, block, block.device),
-            arguments=inputs.arguments,
             config=self.config,
             keep_derivatives=keep_derivatives,
         )
         return CutBlock(copied, errors, StreamPair(targets.after, after))
+
+    def query_key_moments(self, block: Block, inputs: CalibrationInputs) -> QueryKeyMoments | None:
+        """Return the moments of the queries and of the gradients there."""
+        assert inputs.gradients is not None
+        metric = residual_matched.OutputMetrics.of(inputs.gradients, block, block.device).query
+        assert metric is not None
+        copied = block.compressible_copy(block.device)
+        return residual_matched.observe_query_key(copied, inputs.streams.dense, metric, inputs.arguments)
+
+    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> Tensor:
+        """Remove the pairs of least total cost, one at a time."""
+        metric = torch.cat([each.metric for each in moments])
+        query = torch.cat([each.query for each in moments])
+        eliminate = eliminate_pairs_alone if blocks[0].norms_rotated else eliminate_pairs
+        return eliminate(metric, query, count, shared=True).after(count)[0][0]
 
     def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
         """Fit a copy of the final norm to the dense model's predictions, if anything was cut."""
@@ -91,8 +107,19 @@ class Published:
         copied = block.compressible_copy(block.device)
         if widths == block.dense_widths:
             return CutBlock(copied, dict.fromkeys(block.parts, 0.0), StreamPair(after, after))
-        errors = published.compress_block(copied, moments, widths, self.config)
+        errors = published.compress_block(copied, moments, widths, self.config, inputs.pairs)
         return CutBlock(copied, errors, StreamPair(after, after))
+
+    def query_key_moments(self, block: Block, inputs: CalibrationInputs) -> QueryKeyMoments | None:
+        """Return the moments of queries and keys."""
+        moments, _ = published.observe(block, inputs.streams.dense, inputs.arguments)
+        return None if moments.attention is None else moments.attention.query_key
+
+    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> Tensor:
+        """Select the pairs of the largest scores, relative to those of their group."""
+        metric = torch.cat([each.metric for each in moments])
+        query = torch.cat([each.query for each in moments])
+        return select_pairs(query, metric, count, shared=True)[0]
 
     def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
         """Return a copy of the final norm."""

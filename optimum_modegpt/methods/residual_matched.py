@@ -37,7 +37,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.coordinates import CoordinateElimination, eliminate_coordinates, selection
 from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
-from optimum_modegpt.decompositions.nystrom import Elimination
+from optimum_modegpt.decompositions.nystrom import Elimination, remaining
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, mean_diagonal
 from optimum_modegpt.decompositions.rotary import (
     PairElimination,
@@ -53,7 +53,7 @@ from optimum_modegpt.methods.channels import eliminate_channels, refit_to_dense,
 from optimum_modegpt.methods.experts import ExpertMoments, cut_experts
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.head_norms import narrow_query_key
-from optimum_modegpt.methods.method import StreamPair
+from optimum_modegpt.methods.method import CalibrationInputs
 from optimum_modegpt.methods.output_norm import before_norm
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
@@ -159,31 +159,30 @@ def run_dense(block: Block, stream: Stream, arguments: dict[str, Any]) -> DenseT
 
 def compress_block(
     student: Block,
-    streams: StreamPair,
+    inputs: CalibrationInputs,
     targets: DenseTargets,
     widths: Widths,
     *,
     metrics: OutputMetrics,
-    arguments: dict[str, Any],
     config: ModeGPTConfig,
     keep_derivatives: bool,
 ) -> tuple[dict[str, float], Stream]:
     """Cut and refit the parts of `student`, a copy of the dense block at full width.
 
-    `streams` are those at the block's input. The target of each part is the output that makes
-    the compressed stream equal to the dense one. The MLP therefore also compensates the error of the attention, even
-    if both halves read the block's input.
+    `inputs` are those of the dense block. The target of each part is the output that makes the compressed stream equal
+    to the dense one. The MLP therefore also compensates the error of the attention, even if both halves read the
+    block's input.
 
     Returns:
         The relative error by part, and the compressed stream after the block.
     """
-    residual, dense, compressed = student.residual, streams.dense, streams.compressed
+    residual, dense, compressed = student.residual, inputs.streams.dense, inputs.streams.compressed
     for norm in residual.norms_of_input:
         match_norm(norm, student.norm, dense, compressed)
     if student.attends:
-        errors, sums = _compress_attention(student, compressed, targets, widths, metrics, arguments, config)
+        errors, sums = _compress_attention(student, inputs, targets, widths, metrics, config)
     else:
-        errors, sums = {}, list(map_stream(partial(_mixed, student, arguments), student.device, compressed))
+        errors, sums = {}, list(map_stream(partial(_mixed, student, inputs.arguments), student.device, compressed))
 
     for norm in residual.norms_of_middle:
         match_norm(norm, student.norm, targets.attention, sums)
@@ -205,20 +204,22 @@ def compress_block(
 
 def _compress_attention(
     student: Block,
-    stream: Stream,
+    inputs: CalibrationInputs,
     targets: DenseTargets,
     widths: Widths,
     metrics: OutputMetrics,
-    arguments: dict[str, Any],
     config: ModeGPTConfig,
 ) -> tuple[dict[str, float], Stream]:
     """Cut and refit the attention of `student`. Return the relative errors, and the sums of stream and its output."""
+    stream, arguments = inputs.streams.compressed, inputs.arguments
     assert metrics.query is not None
     assert metrics.attention is not None
     with naming("qk"):
         moments = observe_query_key(student, stream, metrics.query, arguments)
-        elimination = eliminate_query_key(student, moments, widths.qk)
-        query_key = cut_query_key(student, moments, elimination, widths.qk, config)
+        elimination = eliminate_query_key(student, moments, widths.qk, inputs.pairs)
+        query_key = cut_query_key(
+            student, moments, elimination, widths.qk, config, shared_gains=config.layout == "stock"
+        )
     student.install_query_key(query_key.query, query_key.key, query_key.pairs, query_key.gains)
 
     with naming("vo"):
@@ -306,16 +307,22 @@ def observe_query_key(
     return QueryKeyMoments(total.value(), metric, None if samples is None else samples.value())
 
 
-def eliminate_query_key(block: Block, moments: QueryKeyMoments | None, rank: int) -> PairElimination | None:
+def eliminate_query_key(
+    block: Block, moments: QueryKeyMoments | None, rank: int, pairs: Tensor | None = None
+) -> PairElimination | None:
     """Return the order in which the pairs of a head are removed, down to `rank`. None without pairs or moments.
 
-    The moments are those after the norms, if any. Norms after the rotation rule out a refit of the query, because the
-    rotation is then between its projection and the moments.
+    If `pairs` (rank / 2,) are given, the other ones are removed. The moments are those after the norms, if any. Norms
+    after the rotation rule out a refit of the query, because the rotation is then between its projection and the
+    moments.
     """
     if moments is None or not block.paired:
         return None
     eliminate = eliminate_pairs_alone if block.norms_rotated else eliminate_pairs
-    return eliminate(moments.metric, moments.query, rank // 2)
+    order = None
+    if pairs is not None:
+        order = remaining(pairs[None].to(moments.metric.device), block.head_dim // 2).expand(block.kv_heads, -1)
+    return eliminate(moments.metric, moments.query, rank // 2, order=order)
 
 
 def cut_query_key(
@@ -324,10 +331,13 @@ def cut_query_key(
     elimination: PairElimination | None,
     rank: int,
     config: ModeGPTConfig,
+    *,
+    shared_gains: bool = False,
 ) -> QueryKeyFactors:
     """Keep the pairs that `elimination` leaves, and refit the query on them.
 
-    Without an elimination, use a two-sided basis. Without moments, `rank` must be the full one.
+    Without an elimination, use a two-sided basis. Without moments, `rank` must be the full one. `shared_gains` is that
+    of `narrow_query_key`.
     """
     query, key = block.head_rows("query"), block.head_rows("key")
     if rank == block.head_dim:
@@ -348,7 +358,7 @@ def cut_query_key(
     error = relative(errors.sum(), total.sum())
     query_map = None if block.norms_rotated else query_refit(moments.metric, pairs, ridge=config.query_ridge)
     if moments.samples is not None:
-        return narrow_query_key(block, moments.samples, pairs, error, query_map)
+        return narrow_query_key(block, moments.samples, pairs, error, query_map, shared_gains=shared_gains)
     assert query_map is not None
     kept = pair_indices(pairs, block.head_dim)[..., None].expand(-1, -1, key.shape[2])
     query = query_map.repeat_interleave(per_group, dim=0) @ query

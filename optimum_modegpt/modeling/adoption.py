@@ -72,8 +72,10 @@ def _carry_over(source: nn.Module, target: nn.Module) -> None:
     """Copy the state that no state dict contains: derived buffers such as rotary tables, frozen parameters, modes."""
     for name in target._non_persistent_buffers_set:
         setattr(target, name, getattr(source, name))
+    known = dict(source.named_parameters(recurse=False))
     for name, parameter in target.named_parameters(recurse=False):
-        parameter.requires_grad_(source.get_parameter(name).requires_grad)
+        if name in known:  # the class may have a bias that the dense one has not
+            parameter.requires_grad_(known[name].requires_grad)
     for name in MODULE_STATE:
         if name in vars(source):
             setattr(target, name, getattr(source, name))

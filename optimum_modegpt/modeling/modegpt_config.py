@@ -83,7 +83,7 @@ class ModeGPTConfigMixin(Dense):
     @classmethod
     def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
         """Create the configuration of a compressed model from the dense one, the widths of every block and a record."""
-        values = _dense_values(dense)
+        values = dense_values(dense)
         own = {int(index): entry for index, entry in values.pop("per_layer_config", {}).items()}
         per_layer: dict[int, dict[str, int]] = {}
         for index, width in enumerate(widths):
@@ -175,7 +175,7 @@ class ModeGPTCompositeConfigMixin(Dense):
     def from_dense(cls, dense: Any, widths: list[Widths], record: dict[str, Any]) -> Any:
         """Create the configuration of a compressed model from the dense one, the widths of every block and a record."""
         text = cls.text_class.from_dense(dense.text_config, widths, {"format_version": record["format_version"]})
-        return cls(**_dense_values(dense) | {"text_config": text}, modegpt=record)
+        return cls(**dense_values(dense) | {"text_config": text}, modegpt=record)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """Save as every configuration, and always name the code files, which `_auto_class` saves too."""
@@ -224,7 +224,7 @@ class _BlockConfigs(Sequence[Any]):
         return self.blocks[self.whole.layer_types.index(index)] if self.whole.family.layer_sizes else self.whole
 
 
-def _dense_values(dense: Any) -> dict[str, Any]:
+def dense_values(dense: Any) -> dict[str, Any]:
     """Return the values of a dense configuration that a compressed one keeps.
 
     A model without some of its experts has a record of an earlier compression.

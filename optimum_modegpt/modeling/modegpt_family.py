@@ -304,6 +304,21 @@ class Head:
 
 
 @dataclass(frozen=True)
+class StockClass:
+    """A class of transformers that holds the models of another family with narrow heads.
+
+    Engines read the width of a head for this class, and derive it from other sizes for the family's own.
+
+    Attributes:
+        model_type: of the class.
+        values: (name, value) in its configuration that make it compute as the family does.
+    """
+
+    model_type: str
+    values: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
 class Projection:
     """A linear layer that compression narrows.
 
@@ -343,6 +358,7 @@ class Family:
             every supported release will do.
         returns_tuple: whether a block returns a tuple, whose first element is the stream.
         linear_class: name of the dense model's own subclass of `nn.Linear`, which computes the same.
+        stock: another class of transformers for models with narrow heads; None if the dense one holds them.
     """
 
     model_type: str
@@ -358,6 +374,7 @@ class Family:
     since: str | None = None
     returns_tuple: bool = False
     linear_class: str | None = None
+    stock: StockClass | None = None
 
     @property
     def compressed_type(self) -> str:

@@ -13,9 +13,13 @@ from transformers.models.qwen2.modeling_qwen2 import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import Attention, Family
+from .modegpt_family import Attention, Family, StockClass
 
-FAMILY = Family("qwen2", attention=Attention(score_arguments=(("sliding_window", "sliding_window"),)))
+FAMILY = Family(
+    "qwen2",
+    attention=Attention(score_arguments=(("sliding_window", "sliding_window"),)),
+    stock=StockClass("llama", values=(("attention_bias", True),)),
+)
 
 
 class ModeGPTQwen2Config(ModeGPTConfigMixin, Qwen2Config):

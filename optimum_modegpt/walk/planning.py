@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimum_modegpt.allocation.equal import equal_plan, equal_plan_from_curves
 from optimum_modegpt.allocation.plan import Plan, plan_sparsity
 from optimum_modegpt.allocation.sensitivity import plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
@@ -32,7 +33,10 @@ def make_plan(request: Request, state: State) -> Plan:
         return Plan.dense(sizes)
     if config.resolved_allocation == "sensitivity":
         measure_sensitivities(request, state)
-        plan = plan_from_curves(state.measurements.curves(), sizes, config.sparsity)
+        choose = equal_plan_from_curves if config.layout == "stock" else plan_from_curves
+        plan = choose(state.measurements.curves(), sizes, config.sparsity)
+    elif config.layout == "stock":
+        plan = equal_plan(sizes, config.sparsity)
     elif config.resolved_allocation == "influence":
         state.measurements.influences = measure_influences(request, state)
         targets = influence_targets(
@@ -73,6 +77,11 @@ def measure_sensitivities(request: Request, state: State) -> None:
     for measured in sweeps.measured(measurements.parts, progress=request.show_progress):
         measurements.parts |= measured
         keep_plan(request, state, None)
+
+
+def moment_windows(request: Request) -> slice:
+    """Return the calibration windows from which moments are measured before the blocks are cut."""
+    return sensitivity.split(len(request.calibration.tokens), measure_budget(request))[0]
 
 
 def measure_gradients(request: Request, state: State) -> None:

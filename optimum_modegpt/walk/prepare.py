@@ -13,6 +13,8 @@ from optimum_modegpt.architectures.shapes import shapes_of
 from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.layouts.limits import wide_parts
+from optimum_modegpt.report import uncut_sentences
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.checks import check_plan, check_tensors
@@ -41,6 +43,7 @@ def prepare(
         config=config,
         calibration=calibration,
         sizes=sizes,
+        uncut=uncut_sentences(wide_parts(architecture, config.layout)),
         shapes=shapes_of(architecture),
         device=compute_device(device, architecture.blocks[0].device),
         base=(base or Base()).completed(model),

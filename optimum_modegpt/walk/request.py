@@ -46,6 +46,7 @@ class Request:
         config: the settings. Their sparsity is that of `plan`, if there is a plan.
         calibration: the calibration windows of all ranks.
         sizes: dense width and allowed widths of every part.
+        uncut: sentences that name the parts that stay at full width, and why.
         shapes: the sizes of the dense model, taken before it changes.
         device: the compute device.
         base: the origin of the model, for the record.
@@ -58,6 +59,7 @@ class Request:
     config: ModeGPTConfig
     calibration: TokenWindows
     sizes: Sizes
+    uncut: tuple[str, ...]
     shapes: Shapes
     device: torch.device
     base: Base

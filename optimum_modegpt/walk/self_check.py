@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from optimum_modegpt.errors import NumericalError, UnsupportedModel
 from optimum_modegpt.kv_cache import cache_argument, cache_of
 
+SAME_TOKENS = 64
+"""Tokens whose logits are compared between a model of a stock class and the compressed model it was made from."""
 PREFILL, STEPS = 8, 4
 """Tokens of the prefill, and cached steps of one token after it."""
 SMALLEST_TOLERANCE = 1e-3
@@ -104,9 +106,7 @@ def _compare(found: Tensor, expected: Tensor, tolerance: float) -> float:
     Raises:
         UnsupportedModel: if it is above the tolerance.
     """
-    found = found.float() - found.float().mean(-1, keepdim=True)
-    expected = expected.float() - expected.float().mean(-1, keepdim=True)
-    difference = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max())
+    difference = _relative_difference(found, expected)
     if not difference <= tolerance:
         raise UnsupportedModel(
             f"self-check: results with the key-value cache differ from those without by {difference:.1e} (relative), "
@@ -114,6 +114,37 @@ def _compare(found: Tensor, expected: Tensor, tolerance: float) -> float:
             "torch and transformers."
         )
     return difference
+
+
+def _relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest ‖found − expected‖ / ‖expected‖ of all positions, each centred over its last dimension."""
+    found = found.float() - found.float().mean(-1, keepdim=True)
+    expected = expected.float() - expected.float().mean(-1, keepdim=True)
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max())
+
+
+@torch.no_grad()
+def check_same(stock: PreTrainedModel, compressed: PreTrainedModel, tokens: Tensor) -> None:
+    """Check that a model of a stock class has the same logits as the compressed model that it was made from.
+
+    Args:
+        stock, compressed: causal language models in evaluation mode.
+        tokens: token ids (length,), of which at most `SAME_TOKENS` are used.
+
+    Raises:
+        UnsupportedModel: they differ by more than rounding.
+    """
+    embeddings: Any = stock.get_input_embeddings()
+    ids = tokens[None, :SAME_TOKENS].to(embeddings.weight.device)
+    expected = compressed(input_ids=ids, use_cache=False).logits
+    difference = _relative_difference(stock(input_ids=ids, use_cache=False).logits, expected)
+    tolerance = max(SMALLEST_TOLERANCE, ROUNDINGS * torch.finfo(expected.dtype).eps)
+    if not difference <= tolerance:
+        raise UnsupportedModel(
+            f"self-check: {type(stock).__name__} differs from the compressed model by {difference:.1e} (relative), "
+            f"allowed are {tolerance:.1e}. Use layout='per_layer', and please report this with the version of "
+            "transformers."
+        )
 
 
 def _is_plain(model: nn.Module) -> bool:

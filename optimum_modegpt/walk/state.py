@@ -34,11 +34,15 @@ class RemovedExperts:
 
 @dataclass
 class Measurements:
-    """The measurements from which a plan is made. They are empty if the allocation needs none."""
+    """The measurements from which a plan is made. They are empty if the allocation needs none.
+
+    `pairs` are the rotary pairs that all heads keep. They are empty if each head keeps its own.
+    """
 
     parts: Measured = field(default_factory=dict)
     budget: Budget | None = None
     influences: list[float] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)
 
     def curves(self) -> dict[tuple[int, str], Curve]:
         """Return the divergence of every part of every block by sparsity."""
@@ -57,7 +61,7 @@ class Measurements:
         """Return the measurements, safe for JSON."""
         parts = {f"{block}.{part}": vars(measured) for (block, part), measured in self.parts.items()}
         budget = None if self.budget is None else vars(self.budget)
-        return {"parts": parts, "budget": budget, "influences": self.influences}
+        return {"parts": parts, "budget": budget, "influences": self.influences, "pairs": self.pairs}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measurements:
@@ -71,7 +75,7 @@ class Measurements:
         budget = fields["budget"]
         if budget is not None:
             budget = Budget(**{**budget, "blocks": tuple(budget["blocks"])})
-        return cls(parts, budget, fields["influences"])
+        return cls(parts, budget, fields["influences"], fields.get("pairs", []))
 
 
 @dataclass

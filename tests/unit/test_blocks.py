@@ -16,7 +16,7 @@ from optimum_modegpt.calibration.gradients import output_gradients
 from optimum_modegpt.calibration.streams import StreamStorage, calls_of, enter
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods import published, residual_matched
-from optimum_modegpt.methods.method import StreamPair
+from optimum_modegpt.methods.method import CalibrationInputs, StreamPair
 from optimum_modegpt.methods.residual_matched import OutputMetrics
 
 SEPARATE = [
@@ -54,6 +54,10 @@ class Case:
         gradients = output_gradients(self.architecture, self.front, CPU, seed=0, progress=False)[1]
         return OutputMetrics.of(gradients, self.block, CPU)
 
+    def inputs(self, streams: StreamPair) -> CalibrationInputs:
+        """Return the inputs of the block with these streams."""
+        return CalibrationInputs(streams, self.arguments, torch.arange(len(streams.dense)), None)
+
     def cut(self, method: str, **ranks: int) -> tuple[Block, dict[str, float]]:
         """Return a copy of the block, with every part cut by `method` to the given rank or kept at full rank."""
         widths = replace(self.block.dense_widths, **ranks)
@@ -65,11 +69,10 @@ class Case:
             targets = residual_matched.run_dense(self.block, self.stream, self.arguments)
             errors, _ = residual_matched.compress_block(
                 student,
-                StreamPair(self.stream, self.stream),
+                self.inputs(StreamPair(self.stream, self.stream)),
                 targets,
                 widths,
                 metrics=self.metrics(),
-                arguments=self.arguments,
                 config=CONFIG,
                 keep_derivatives=False,
             )
@@ -271,11 +274,10 @@ def test_refit_compensates_the_errors_of_earlier_blocks(name):
         targets = residual_matched.run_dense(case.block, stream, case.arguments)
         _, after = residual_matched.compress_block(
             student,
-            StreamPair(stream, drifted),
+            case.inputs(StreamPair(stream, drifted)),
             targets,
             case.block.dense_widths,
             metrics=case.metrics(),
-            arguments=case.arguments,
             config=CONFIG,
             keep_derivatives=False,
         )

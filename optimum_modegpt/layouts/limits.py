@@ -1,0 +1,132 @@
+"""The parts that a layout keeps at full width, and the reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import PreTrainedModel
+
+from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.architectures.positions import canonical_order
+from optimum_modegpt.errors import UnsupportedModel
+from optimum_modegpt.layouts.rotary_table import narrow_rope_parameters, refusal_of_tables
+from optimum_modegpt.modeling.modegpt_config import dense_values, head_dim
+from optimum_modegpt.modeling.modegpt_family import Part
+
+
+def wide_parts(architecture: Architecture, layout: str) -> list[dict[Part, str]]:
+    """Return the parts of every block that stay at full width in a layout, each with the reason.
+
+    Raises:
+        UnsupportedModel: the layout is "stock", and no stock class holds narrow MLPs of this model.
+    """
+    reasons: Mapping[Part, str] = {}
+    if layout == "mlp":
+        reasons = dict.fromkeys(("qk", "vo"), "the layout mlp cuts MLPs only")
+    elif layout == "stock":
+        check_stock(architecture)
+        reason = refusal_of_narrow_heads(architecture)
+        reasons = {} if reason is None else dict.fromkeys(("qk", "vo"), f"{reason}, so layout stock keeps its heads")
+    return [
+        own | {part: reason for part, reason in reasons.items() if part not in own} for own in architecture.dense_parts
+    ]
+
+
+def check_stock(architecture: Architecture) -> None:
+    """Check that the stock class of a model can have MLPs of a smaller width.
+
+    Raises:
+        UnsupportedModel: the model has a text tower, or the width of its MLPs is not in the configuration, or is also
+            that of other modules.
+    """
+    name, advice = type(architecture.model).__name__, "use layout='per_layer' or layout='mlp'."
+    if architecture.model.config.get_text_config() is not architecture.model.config:
+        raise UnsupportedModel(
+            f"layout='stock' is not supported for {name}, whose language model is a part of another model; {advice}"
+        )
+    family, config = architecture.family, architecture.model.config
+    widths = {family.width_name(config, block.index): block.mlp_width // 2 for block in architecture.blocks}
+    narrow = _empty(architecture, widths)
+    for block, path in zip(architecture.blocks, architecture.block_paths, strict=True):
+        narrowed = narrow.get_submodule(path).state_dict()
+        changed = [key for key, tensor in block.module.state_dict().items() if tensor.shape != narrowed[key].shape]
+        if not changed:
+            raise UnsupportedModel(
+                f"layout='stock' is not supported for {name}, which derives the width of its MLPs from other sizes; "
+                f"{advice}"
+            )
+        if others := [key for key in changed if not key.startswith(_mlp_paths(block))]:
+            raise UnsupportedModel(
+                f"layout='stock' is not supported for {name}, in which {others[0]} has the width of the experts, and "
+                f"is not cut; {advice}"
+            )
+
+
+def _mlp_paths(block: Block) -> tuple[str, ...]:
+    """Return the paths of the modules of a dense block that are narrowed with its MLP."""
+    experts = block.family.mlp.experts
+    if block.experts is not None and experts is not None:
+        return (f"{experts.packed}.",)
+    return tuple(f"{each.dense_path}." for each in block.family.projections if each.part == "mlp")
+
+
+def refusal_of_narrow_heads(architecture: Architecture) -> str | None:
+    """Return the reason why the stock class cannot have heads of a smaller width, or None if it can."""
+    family, config, blocks = architecture.family, architecture.model.config, architecture.blocks
+    name = type(architecture.model).__name__
+    if any(not block.attends or block.uncut for block in blocks) or family.layer_sizes:
+        return f"{name} has blocks whose heads cannot be cut alike"
+    if not any(block.rotary for block in blocks):
+        return f"{name} derives the width of a head from other sizes"
+    if family.stock is not None and set(getattr(config, "layer_types", None) or ()) > {"full_attention"}:
+        return f"{name} has layers with a sliding window, which a {family.stock.model_type} model has not"
+    if family.attention.positions.query_factor:
+        return f"{name} computes a factor of the queries from its rotary parameters"
+    if any(canonical_order(block.attention, family) is not None for block in blocks if block.rotary):
+        return f"{name} rotates adjacent coordinates, or a part of a head"
+    if (reason := refusal_of_tables(architecture.model, config)) is not None:
+        return reason
+    return None if _takes_head_dim(architecture) else f"{name} derives the width of a head from other sizes"
+
+
+def _takes_head_dim(architecture: Architecture) -> bool:
+    """Return whether the heads of the stock class have the width `head_dim` of the configuration."""
+    if architecture.family.stock is not None:
+        return True
+    block, config = architecture.blocks[0], architecture.model.config
+    if isinstance(getattr(type(config), "head_dim", None), property):
+        return False
+    width = head_dim(config) // 2
+    rope = {"rope_parameters": narrow_rope_parameters(config, [1.0] * (width // 2))}
+    try:
+        narrow = _empty(architecture, {"head_dim": width} | rope)
+    except StrictDataclassError:  # the class derives the number of rotary factors from other sizes
+        return False
+    module: Any = narrow.get_submodule(architecture.block_paths[0])
+    attention = module.get_submodule(block.family.attention.module)
+    share = width / head_dim(config)
+    norms = zip(block.dense_head_norms, _head_norms(module, block), strict=True)
+    # Some classes give a norm over all heads the width of the residual stream.
+    if any(_size(own) != share * _size(dense) for dense, own in norms):
+        return False
+    return getattr(attention, block.family.attention.head_dim) == width
+
+
+def _head_norms(module: nn.Module, block: Block) -> list[nn.Module]:
+    norms = block.head_norms
+    return [] if norms is None else [module.get_submodule(path) for path in (norms.query, norms.key)]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _empty(architecture: Architecture, values: Mapping[str, Any]) -> PreTrainedModel:
+    """Return a model of the stock class on the meta device, with some values of its configuration replaced."""
+    config = type(architecture.model.config)(**dense_values(architecture.model.config) | dict(values))
+    with torch.device("meta"):
+        return architecture.classes.stock_causal_lm(config)

@@ -1,0 +1,121 @@
+"""The layout "stock": write a compressed model whose blocks have the same widths as a model of a stock class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from optimum_modegpt.architectures import Architecture, Block
+from optimum_modegpt.architectures.storage import dense_tensors
+from optimum_modegpt.errors import UnsupportedModel
+from optimum_modegpt.layouts.rotary_table import kept_rope_parameters, rotary_modules
+from optimum_modegpt.modeling.adoption import built
+from optimum_modegpt.modeling.modegpt_config import dense_values
+
+
+def stock_model(architecture: Architecture, compressed: PreTrainedModel, pairs: list[int]) -> PreTrainedModel:
+    """Return a model of a stock class that computes the same as `compressed`, and shares its tensors if it can.
+
+    Args:
+        architecture: the dense model.
+        compressed: the compressed model, whose blocks have the same widths.
+        pairs: the rotary pairs that all heads keep, increasing; empty if they keep all.
+
+    Raises:
+        UnsupportedModel: the stock class cannot hold the model.
+    """
+    config, model_class = stock_config(architecture, compressed.config, pairs)
+    with torch.device("meta"):
+        empty = model_class(config)
+    replacements = {}
+    for block, path in zip(architecture.blocks, architecture.block_paths, strict=True):
+        replacements[path] = _stock_block(block, compressed.get_submodule(path), empty.get_submodule(path))
+    if architecture.final_norm is not None:
+        replacements[architecture.final_norm_path] = compressed.get_submodule(architecture.final_norm_path)
+    model = built(architecture.model, model_class, config, replacements)
+    if pairs:
+        _renew_rotary_tables(model)
+    return model
+
+
+def stock_config(
+    architecture: Architecture, compressed_config: Any, pairs: list[int]
+) -> tuple[Any, type[PreTrainedModel]]:
+    """Return the configuration of the stock class with the widths of a compressed model, and the model class."""
+    family, dense = architecture.family, architecture.model.config
+    widths: dict[str, int] = {}
+    for index, own in enumerate(compressed_config.widths()):
+        name = family.width_name(dense, index)
+        if widths.setdefault(name, own.mlp) != own.mlp:
+            raise UnsupportedModel(f"block {index} has an MLP of width {own.mlp}; expected {widths[name]}, as others.")
+    values = dense_values(dense) | widths | {"modegpt": compressed_config.modegpt}
+    values["tie_word_embeddings"] = architecture.head_is_tied
+    if not pairs:
+        return type(dense)(**values), architecture.classes.stock_causal_lm
+    values |= {"head_dim": 2 * len(pairs), "rope_parameters": kept_rope_parameters(architecture.model, dense, pairs)}
+    if family.stock is None:
+        return type(dense)(**values), architecture.classes.stock_causal_lm
+    config_class = CONFIG_MAPPING[family.stock.model_type]
+    known = config_class().to_dict()
+    values = {name: value for name, value in values.items() if name in known or name == "modegpt"}
+    return config_class(**values | dict(family.stock.values)), MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+
+
+def _stock_block(block: Block, compressed: nn.Module, empty: nn.Module) -> nn.Module:
+    """Fill a block of the stock class, on the meta device, with the tensors of a compressed one."""
+    tensors = dense_tensors(compressed, block.family, block.config, block.parts)
+    if block.attends:
+        path = block.family.attention.module
+        attention: Any = compressed.get_submodule(path)
+        if attention.qk_head_dim < block.head_dim:
+            stock: Any = empty.get_submodule(path)
+            _share_gains(tensors, block)
+            _scale_queries(tensors, block, attention.scaling / stock.scaling)
+    for name, parameter in empty.named_parameters():
+        if name.endswith("bias") and name not in tensors and block.family.stock is not None:
+            tensors[name] = next(iter(tensors.values())).new_zeros(parameter.shape)
+    try:
+        empty.load_state_dict(tensors, strict=True, assign=True)
+    except RuntimeError as error:
+        raise UnsupportedModel(f"{type(empty).__name__} cannot hold block {block.index}: {error}") from error
+    return empty
+
+
+def _share_gains(tensors: dict[str, Tensor], block: Block) -> None:
+    """Give the norms over single heads one gain for all heads, as a stock class has. The heads have equal ones."""
+    norms = block.head_norms
+    if norms is None or norms.over == "projection":
+        return
+    for path in (norms.query, norms.key):
+        gains = tensors[f"{path}.weight"]
+        if not torch.equal(gains, gains[:1].expand_as(gains)):
+            raise UnsupportedModel(f"block {block.index}: the heads have different gains of {path}.")
+        tensors[f"{path}.weight"] = gains[0].clone()
+
+
+def _scale_queries(tensors: dict[str, Tensor], block: Block, ratio: float) -> None:
+    """Multiply the queries by `ratio`, the softmax scale of the dense model relative to that of the stock class."""
+    if ratio == 1:
+        return
+    norms = block.head_norms
+    if norms is None:
+        for leaf in ("weight", "bias"):
+            name = f"{block.family.attention.query}.{leaf}"
+            if name in tensors:
+                tensors[name] = tensors[name] * ratio
+    else:
+        name, offset = f"{norms.query}.weight", block.norm.offset
+        tensors[name] = (tensors[name] + offset) * ratio - offset
+
+
+def _renew_rotary_tables(model: PreTrainedModel) -> None:
+    """Compute the rotary tables of the model from its configuration. Those of the dense model have more pairs."""
+    for path in rotary_modules(model):
+        dense: Any = model.get_submodule(path)
+        with torch.device("cpu"):
+            new = type(dense)(model.config)
+        model.set_submodule(path, new.to(next(iter(dense.buffers())).device))
