@@ -17,6 +17,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import products_of
 from optimum_modegpt.errors import naming
+from optimum_modegpt.layouts.records import stock_record
 from optimum_modegpt.layouts.stock import stock_model
 from optimum_modegpt.methods.method import CalibrationInputs
 from optimum_modegpt.methods.registry import method_of
@@ -139,7 +140,11 @@ def assemble(
 ) -> PreTrainedModel:
     """Build the compressed model. It shares all tensors that were not compressed with the user's model."""
     architecture, classes = request.architecture, request.architecture.classes
-    if state.removed is not None and plan == Plan.dense(request.sizes):  # only whole experts were removed
+    only_experts = state.removed is not None and plan == Plan.dense(request.sizes)
+    if only_experts or request.config.layout == "stock":
+        mlps = [block.mlp_width for block in architecture.blocks]
+        record = stock_record(record, architecture.model.config, architecture.family, mlps)
+    if only_experts:
         architecture.model.config.modegpt = record
         return architecture.model
     config = classes.config.from_dense(architecture.model.config, list(plan.widths), record)

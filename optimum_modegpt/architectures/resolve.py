@@ -113,6 +113,12 @@ class Architecture:
         return getattr(self.model.base_model.get_submodule(parent), name)
 
 
+_ALREADY = (
+    "this model ({}) is already compressed; compressing it again would calibrate on its own errors. "
+    "Start from the dense model (config.modegpt names it) with a higher sparsity."
+)
+
+
 def check_model_type(model_type: str) -> FamilyClasses:
     """Return the family of a transformers model_type.
 
@@ -124,10 +130,7 @@ def check_model_type(model_type: str) -> FamilyClasses:
             weights are loaded.
     """
     if is_compressed(model_type):
-        raise AlreadyCompressed(
-            f"this model ({model_type}) is already compressed; compressing it again would calibrate on its own errors. "
-            "Start from the dense model (config.modegpt names it) with a higher sparsity."
-        )
+        raise AlreadyCompressed(_ALREADY.format(model_type))
     if (reason := REFUSED.get(model_type)) is not None:
         raise UnsupportedModel(f"model_type {model_type!r} {reason}; it cannot be compressed.")
     if (classes := family_of(model_type)) is None:
@@ -145,6 +148,9 @@ def check_dense(config: Any) -> FamilyClasses:
         AlreadyCompressed, UnsupportedModel, ImportError: as `check_model_type`; also if a model with a text tower has
             one of another type than the family's.
     """
+    record = getattr(config, "modegpt", None)
+    if isinstance(record, dict) and record.get("recipe", {}).get("layout") == "stock":
+        raise AlreadyCompressed(_ALREADY.format(f"the layout stock of {config.model_type}"))
     classes = check_model_type(config.model_type)
     found, expected = config.get_text_config().model_type, classes.text_type
     if found != expected:

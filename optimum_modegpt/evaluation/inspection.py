@@ -8,8 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from optimum_modegpt.architectures.families import family_of
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.modeling.modegpt_family import Family, Part, is_compressed
+from optimum_modegpt.layouts.records import DENSE_WIDTHS, is_result, is_stock_result
+from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
+from optimum_modegpt.modeling.modegpt_family import Family, Part
 from optimum_modegpt.report import uncut_sentences
 
 
@@ -70,9 +73,12 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
             sizes[tensor.dtype] += tensor.size
     dtype = sizes.most_common(1)[0][0] if sizes else None
     found = Inspection(config.model_type, sizes.total(), dtype)
-    if not is_compressed(config.model_type):
+    if not is_result(config):
         return found
     blocks = block_ranks(config)
+    if is_stock_result(config):
+        sparsity = config.modegpt.get("achieved", {}).get("sparsity")
+        return replace(found, blocks=blocks, sparsity=sparsity, record=config.modegpt)
     weights = _weights_of_blocks(config, tensors)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
         _check_shapes(config, blocks, weights)
@@ -86,6 +92,8 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
 
     Raise `EvaluationError` if the configuration was edited and cannot be read.
     """
+    if is_stock_result(config):
+        return _stock_ranks(config)
     try:
         widths_of_blocks = config.widths()
     except (ValueError, TypeError, AttributeError) as error:
@@ -97,6 +105,22 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
         parts = config.family.parts(config.get_text_config(), index)
         ranks = {part: getattr(widths, part) for part in parts}
         blocks.append(BlockRanks(index, ranks, {part: dense[part] for part in parts}))
+    return tuple(blocks)
+
+
+def _stock_ranks(config: Any) -> tuple[BlockRanks, ...]:
+    """Return kept and dense widths of every block of a stock model, the dense ones from its record."""
+    classes, dense, blocks = family_of(config.model_type), config.modegpt[DENSE_WIDTHS], []
+    if classes is None:
+        raise EvaluationError(f"the configuration was edited: model_type {config.model_type!r} is no known family.")
+    family = classes.family
+    for index in range(config.num_hidden_layers):
+        name, parts = family.width_name(config, index), family.parts(config, index)
+        kept = {"mlp": mlp_width(config, family, index), "qk": head_dim(config), "vo": head_dim(config)}
+        full = {"mlp": dense.get(name), "qk": dense.get("head_dim"), "vo": dense.get("head_dim")}
+        if not all(isinstance(full[part], int) and full[part] >= kept[part] for part in parts):
+            raise EvaluationError(f"the configuration was edited: its record has the dense widths {dict(dense)}.")
+        blocks.append(BlockRanks(index, {part: kept[part] for part in parts}, {part: full[part] for part in parts}))
     return tuple(blocks)
 
 

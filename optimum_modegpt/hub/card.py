@@ -236,7 +236,7 @@ def variables(found: Result) -> dict[str, Any]:
         now = totals.get("total_after")
     fields = recipe_fields(recipe) if found.task == "text-generation" else {}
     classes = getattr(found.config, "auto_map", None) or {}
-    auto_class = "AutoModel"
+    auto_class = "AutoModelForCausalLM" if found.is_stock else "AutoModel"
     for key, name in classes.items():
         if name.endswith(f".{found.architecture}") and key.isidentifier():
             auto_class = key

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import CHAT_TEMPLATE_DIR
 
 from optimum_modegpt.errors import OutputError
-from optimum_modegpt.modeling.modegpt_family import is_compressed
+from optimum_modegpt.layouts.records import is_result
 from optimum_modegpt.walk.checkpoint import REPLACED, RESULT, Checkpoint, parents_made
 
 logger = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ def check_output(folder: Path, *, overwrite: bool, used: Iterable[Path] = ()) ->
 def _check_ours(folder: Path, name: Path) -> None:
     """Raise an error if a folder to delete is not only a compressed model; `name` is its path in the message."""
     try:
-        model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["model_type"]
-        found = f"is a model of type {model_type!r}"
+        values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        found = f"is a model of type {values['model_type']!r}"
     except (OSError, ValueError, KeyError, TypeError):
-        model_type, found = None, f"has no readable {CONFIG_NAME}"
-    if not is_compressed(model_type):
+        values, found = {}, f"has no readable {CONFIG_NAME}"
+    if not is_result(values):
         raise OutputError(f"{name} {found}; --overwrite deletes compressed models only. Choose another --output.")
     if foreign := sorted(path.name for path in folder.iterdir() if not is_own(path)):
         raise OutputError(

@@ -11,10 +11,10 @@ from typing import Any
 from transformers.utils import logging
 
 from optimum_modegpt.errors import EvaluationError, OutputError, UnsupportedModel
+from optimum_modegpt.layouts.records import is_result, is_stock_result
 from optimum_modegpt.loading.models import load_config
 from optimum_modegpt.loading.safetensors_index import read_headers, weight_bytes, weight_files, weights_digest
 from optimum_modegpt.loading.source import DEMO, Source, is_repo_id
-from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import Report
 
 logger = logging.get_logger(__name__)
@@ -71,6 +71,11 @@ class Result:
         return f"{base}-modegpt-{100 * self.sparsity:.0f}"
 
     @property
+    def is_stock(self) -> bool:
+        """Return whether the saved class is one of transformers."""
+        return is_stock_result(self.config)
+
+    @property
     def architecture(self) -> str:
         """Return the name of the saved class."""
         return (self.config.architectures or [""])[0]
@@ -111,7 +116,7 @@ def sanitized(value: Any) -> Any:
 def read(folder: Path) -> Result:
     """Read the folder of a compressed model. Raise `UnsupportedModel` if it does not contain one."""
     config = load_config(Source(str(folder)))
-    if not is_compressed(config.model_type):
+    if not is_result(config):
         raise UnsupportedModel(f"{folder} contains a dense model ({config.model_type}); expected a compressed one.")
     record = dict(config.modegpt or {})
     report, evaluation = read_report(folder, record), read_evaluation(folder)

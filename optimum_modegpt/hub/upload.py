@@ -25,6 +25,7 @@ from optimum_modegpt.errors import OutputError, UploadError
 from optimum_modegpt.hub.card import CARD, PICTURE, TRAINER, copy_records, is_ours, save_report, write_card
 from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.result import EVALUATION, REPORT
+from optimum_modegpt.layouts.records import is_stock_result
 from optimum_modegpt.loading.source import CARD_FIELDS, PROCESSOR_FILES
 from optimum_modegpt.modeling.modegpt_files import index_name, weight_files, whole_name
 
@@ -230,7 +231,7 @@ def weights_of(variant: str | None) -> re.Pattern[str]:
 def named_files(folder: Path, variant: str | None) -> set[Path]:
     """Return the configuration, and the weights and code that it names."""
     code = code_of(folder / CONFIG_NAME)
-    if not code:
+    if not code and not is_stock_result(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))):
         raise ValueError(f"{CONFIG_NAME} names no code")
     weights = weight_files(folder, variant) or [folder / whole_name(variant)]
     if folder / whole_name(variant) not in weights:

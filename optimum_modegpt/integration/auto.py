@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from optimum_modegpt.config import as_config
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.integration.job import Job
+from optimum_modegpt.layouts.records import is_result
 from optimum_modegpt.loading.source import Source, default_dataset
-from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
 
@@ -77,9 +77,9 @@ class ModeGPTModelForCausalLM:
 
 
 def _check_compressed(source: Source) -> None:
-    model_type = AutoConfig.from_pretrained(source.path, **source.arguments()).model_type
-    if not is_compressed(model_type):
+    config = AutoConfig.from_pretrained(source.path, **source.arguments())
+    if not is_result(config):
         raise InvalidConfig(
-            f"{source.base_model!r} is a dense model ({model_type}); pass compression_config=ModeGPTConfig(...) to "
-            "compress it, or load it with AutoModelForCausalLM."
+            f"{source.base_model!r} is a dense model ({config.model_type}); pass compression_config=ModeGPTConfig(...) "
+            "to compress it, or load it with AutoModelForCausalLM."
         )

@@ -18,8 +18,8 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig, as_config
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.hub.card import save_report, write_card
 from optimum_modegpt.hub.commands import compress_commands
-from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import KEPT_REPORT, Upload
 from optimum_modegpt.loading.calibration import Calibration, calibrate, find_tokenizer
 from optimum_modegpt.loading.source import Source
@@ -136,7 +136,8 @@ class ModeGPTQuantizer:
         for file in self.processor_files:
             shutil.copyfile(file, folder / file.name)
         if self.report is not None and not is_compressed(model.config.model_type):
-            self.report.save(folder / REPORT)  # a compressed class saves it itself
+            vars(model)[KEPT_REPORT] = save_report(folder, self.report)  # a compressed class does both itself
+            write_card(folder)
 
     def push_to_hub(
         self,

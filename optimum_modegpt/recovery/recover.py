@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.calibration.data import TokenWindows, describe_degenerate
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
 from optimum_modegpt.evaluation.perplexity import check_windows, perplexity
-from optimum_modegpt.modeling.modegpt_family import is_compressed
+from optimum_modegpt.layouts.records import is_result
 from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.walk.request import Base
 
@@ -146,8 +146,7 @@ def _record(
 
 def check_compressed(model_config: Any) -> None:
     """Raise `UnsupportedModel` unless the configuration is of a model that was compressed by this package."""
-    record = getattr(model_config, "modegpt", None)
-    if not is_compressed(model_config.model_type) or not isinstance(record, dict):
+    if not is_result(model_config) or not isinstance(getattr(model_config, "modegpt", None), dict):
         raise UnsupportedModel(
             f"expected a compressed model, found a dense one ({model_config.model_type}). Compress it first; you can "
             "pass this model as --teacher."

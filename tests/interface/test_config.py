@@ -21,6 +21,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "sparsity": 0.3,
         "method": "default",
         "allocation": None,
+        "layout": "per_layer",
         "dataset": {"c4": 1.0, "wikitext2": 1.0},
         "dataset_split": None,
         "text_column": None,

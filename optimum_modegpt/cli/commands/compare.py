@@ -19,10 +19,10 @@ from optimum_modegpt.comparison.prompts import Prompt, read_prompts
 from optimum_modegpt.comparison.records import Comparison, PromptComparison
 from optimum_modegpt.comparison.thresholds import Check, Thresholds
 from optimum_modegpt.errors import EvaluationError, OutputError
+from optimum_modegpt.layouts.records import is_result
 from optimum_modegpt.loading.calibration import check_vocabulary
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import Source
-from optimum_modegpt.modeling.modegpt_family import is_compressed
 
 DEMO_PROMPTS, DEMO_WORDS = 64, 24
 """Number of prompts of the demo, and words in each: the first words of pages of the embedded text."""
@@ -41,7 +41,7 @@ def run(options: Namespace) -> int:
     prompts, device = prompts_of(options, reference), pick_device(options.device)
     # Loaded before the tokenizers: transformers reads those through the configuration and fails on a broken one.
     dense_config, model_config = load_config(reference), load_config(source)
-    if is_compressed(dense_config.model_type) and not is_compressed(model_config.model_type):
+    if is_result(dense_config) and not is_result(model_config):
         raise EvaluationError(  # every threshold would apply to the dense model
             f"{options.reference} is a compressed model and {options.model} a dense one. Name the dense one first: "
             f"{shlex.join(['compare', options.model, options.reference])}"

@@ -22,11 +22,11 @@ from optimum_modegpt.evaluation.perplexity import context_of, perplexity
 from optimum_modegpt.hub.card import CARD, add_evaluation, may_be_replaced
 from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.result import EVALUATION, check_evaluation
+from optimum_modegpt.layouts.records import is_result
 from optimum_modegpt.loading.calibration import check_vocabulary
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source
 from optimum_modegpt.mixture import without_folders
-from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import count_parameters
 
 TEXT_FLAGS = ("dataset_split", "text_column", "sequence_length", "max_windows")
@@ -85,7 +85,7 @@ def check_flags(options: Namespace) -> None:
 
 
 def check_card(options: Namespace, model_config: Any) -> None:
-    if not Path(options.model).is_dir() or not is_compressed(model_config.model_type):
+    if not Path(options.model).is_dir() or not is_result(model_config):
         raise InvalidConfig(f"--update-card requires the folder of a compressed model, found {options.model!r}.")
     check_evaluation(Path(options.model))
     if options.limit is not None:

@@ -39,11 +39,13 @@ def run(options: Namespace) -> None:
     print(inspection_table(found, evaluation))
     if check is not None:
         print(check)
+    if found.blocks:
+        return
     if found.model_type in DENSE_TYPES:
         command = common.advised_command(
             options, "compress", options.model, revision=options.revision, output=common.NEW_FOLDER
         )
         print(f"This is a dense model. To compress it: {command}")
-    elif not found.blocks:
+    else:
         known = ", ".join(DENSE_TYPES)
         print(f"This is a dense model. Models of its type cannot be compressed; known: {known}.")
