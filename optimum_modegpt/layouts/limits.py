@@ -82,8 +82,8 @@ def refusal_of_narrow_heads(architecture: Architecture) -> str | None:
         return f"{name} has blocks whose heads cannot be cut alike"
     if not any(block.rotary for block in blocks):
         return f"{name} derives the width of a head from other sizes"
-    if family.stock is not None and set(getattr(config, "layer_types", None) or ()) > {"full_attention"}:
-        return f"{name} has layers with a sliding window, which a {family.stock.model_type} model has not"
+    if family.stock is not None and getattr(config, "sliding_window", None) is not None:
+        return f"{name} has a sliding window, which a {family.stock.model_type} model has not"
     if family.attention.positions.query_factor:
         return f"{name} computes a factor of the queries from its rotary parameters"
     if any(canonical_order(block.attention, family) is not None for block in blocks if block.rotary):

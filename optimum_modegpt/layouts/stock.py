@@ -67,7 +67,10 @@ def stock_config(
 
 def _stock_block(block: Block, compressed: nn.Module, empty: nn.Module) -> nn.Module:
     """Fill a block of the stock class, on the meta device, with the tensors of a compressed one."""
-    tensors = dense_tensors(compressed, block.family, block.config, block.parts)
+    if type(empty) is type(block.module):
+        tensors = dense_tensors(compressed, block.family, block.config, block.parts)
+    else:  # a class that stores the projections as compressed blocks do
+        tensors = {name: each for name, each in compressed.state_dict().items() if not name.endswith("rope_index")}
     if block.attends:
         path = block.family.attention.module
         attention: Any = compressed.get_submodule(path)
@@ -76,7 +79,7 @@ def _stock_block(block: Block, compressed: nn.Module, empty: nn.Module) -> nn.Mo
             _share_gains(tensors, block)
             _scale_queries(tensors, block, attention.scaling / stock.scaling)
     for name, parameter in empty.named_parameters():
-        if name.endswith("bias") and name not in tensors and block.family.stock is not None:
+        if name.endswith("bias") and name not in tensors and type(empty) is not type(block.module):
             tensors[name] = next(iter(tensors.values())).new_zeros(parameter.shape)
     try:
         empty.load_state_dict(tensors, strict=True, assign=True)
