@@ -143,7 +143,7 @@ def assemble(
     only_experts = state.removed is not None and plan == Plan.dense(request.sizes)
     if only_experts or request.config.layout == "stock":
         mlps = [block.mlp_width for block in architecture.blocks]
-        record = stock_record(record, architecture.model.config, architecture.family, mlps)
+        record = stock_record(record, architecture.model.config.get_text_config(), architecture.family, mlps)
     if only_experts:
         architecture.model.config.modegpt = record
         return architecture.model

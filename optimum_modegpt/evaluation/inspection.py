@@ -113,10 +113,10 @@ def _stock_ranks(config: Any) -> tuple[BlockRanks, ...]:
     classes, dense, blocks = family_of(config.model_type), config.modegpt[DENSE_WIDTHS], []
     if classes is None:
         raise EvaluationError(f"the configuration was edited: model_type {config.model_type!r} is no known family.")
-    family = classes.family
-    for index in range(config.num_hidden_layers):
-        name, parts = family.width_name(config, index), family.parts(config, index)
-        kept = {"mlp": mlp_width(config, family, index), "qk": head_dim(config), "vo": head_dim(config)}
+    family, text = classes.family, config.get_text_config()
+    for index in range(text.num_hidden_layers):
+        name, parts = family.width_name(text, index), family.parts(text, index)
+        kept = {"mlp": mlp_width(text, family, index), "qk": head_dim(text), "vo": head_dim(text)}
         full = {"mlp": dense.get(name), "qk": dense.get("head_dim"), "vo": dense.get("head_dim")}
         if not all(isinstance(full[part], int) and full[part] >= kept[part] for part in parts):
             raise EvaluationError(f"the configuration was edited: its record has the dense widths {dict(dense)}.")

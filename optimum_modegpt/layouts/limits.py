@@ -14,7 +14,7 @@ from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.positions import canonical_order
 from optimum_modegpt.errors import UnsupportedModel
 from optimum_modegpt.layouts.rotary_table import narrow_rope_parameters, refusal_of_tables
-from optimum_modegpt.modeling.modegpt_config import dense_values, head_dim
+from optimum_modegpt.modeling.modegpt_config import head_dim, with_text_values
 from optimum_modegpt.modeling.modegpt_family import Part
 
 
@@ -40,15 +40,10 @@ def check_stock(architecture: Architecture) -> None:
     """Check that the stock class of a model can have MLPs of a smaller width.
 
     Raises:
-        UnsupportedModel: the model has a text tower, or the width of its MLPs is not in the configuration, or is also
-            that of other modules.
+        UnsupportedModel: the width of its MLPs is not in the configuration, or is also that of other modules.
     """
     name, advice = type(architecture.model).__name__, "use layout='per_layer' or layout='mlp'."
-    if architecture.model.config.get_text_config() is not architecture.model.config:
-        raise UnsupportedModel(
-            f"layout='stock' is not supported for {name}, whose language model is a part of another model; {advice}"
-        )
-    family, config = architecture.family, architecture.model.config
+    family, config = architecture.family, architecture.model.config.get_text_config()
     widths = {family.width_name(config, block.index): block.mlp_width // 2 for block in architecture.blocks}
     narrow = _empty(architecture, widths)
     for block, path in zip(architecture.blocks, architecture.block_paths, strict=True):
@@ -76,7 +71,8 @@ def _mlp_paths(block: Block) -> tuple[str, ...]:
 
 def refusal_of_narrow_heads(architecture: Architecture) -> str | None:
     """Return the reason why the stock class cannot have heads of a smaller width, or None if it can."""
-    family, config, blocks = architecture.family, architecture.model.config, architecture.blocks
+    family, blocks = architecture.family, architecture.blocks
+    config: Any = architecture.model.config.get_text_config()
     name = type(architecture.model).__name__
     if any(not block.attends or block.uncut for block in blocks) or family.layer_sizes:
         return f"{name} has blocks whose heads cannot be cut alike"
@@ -88,7 +84,7 @@ def refusal_of_narrow_heads(architecture: Architecture) -> str | None:
         return f"{name} computes a factor of the queries from its rotary parameters"
     if any(canonical_order(block.attention, family) is not None for block in blocks if block.rotary):
         return f"{name} rotates adjacent coordinates, or a part of a head"
-    if (reason := refusal_of_tables(architecture.model, config)) is not None:
+    if (reason := refusal_of_tables(architecture.text_model(architecture.model), config)) is not None:
         return reason
     return None if _takes_head_dim(architecture) else f"{name} derives the width of a head from other sizes"
 
@@ -97,7 +93,7 @@ def _takes_head_dim(architecture: Architecture) -> bool:
     """Return whether the heads of the stock class have the width `head_dim` of the configuration."""
     if architecture.family.stock is not None:
         return True
-    block, config = architecture.blocks[0], architecture.model.config
+    block, config = architecture.blocks[0], architecture.model.config.get_text_config()
     if isinstance(getattr(type(config), "head_dim", None), property):
         return False
     width = head_dim(config) // 2
@@ -127,6 +123,6 @@ def _size(module: nn.Module) -> int:
 
 def _empty(architecture: Architecture, values: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model of the stock class on the meta device, with some values of its configuration replaced."""
-    config = type(architecture.model.config)(**dense_values(architecture.model.config) | dict(values))
+    config = with_text_values(architecture.model.config, values)
     with torch.device("meta"):
         return architecture.classes.stock_causal_lm(config)
