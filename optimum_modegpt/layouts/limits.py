@@ -17,6 +17,9 @@ from optimum_modegpt.layouts.rotary_table import narrow_rope_parameters, refusal
 from optimum_modegpt.modeling.modegpt_config import head_dim, with_text_values
 from optimum_modegpt.modeling.modegpt_family import Part
 
+HEADS: tuple[Part, ...] = ("qk", "vo")
+"""The parts whose width is that of a head."""
+
 
 def wide_parts(architecture: Architecture, layout: str) -> list[dict[Part, str]]:
     """Return the parts of every block that stay at full width in a layout, each with the reason.
@@ -24,16 +27,15 @@ def wide_parts(architecture: Architecture, layout: str) -> list[dict[Part, str]]
     Raises:
         UnsupportedModel: the layout is "stock", and no stock class holds narrow MLPs of this model.
     """
-    reasons: Mapping[Part, str] = {}
+    reasons: dict[Part, str] = {}
     if layout == "mlp":
-        reasons = dict.fromkeys(("qk", "vo"), "the layout mlp cuts MLPs only")
+        reasons = dict.fromkeys(HEADS, "the layout mlp cuts MLPs only")
     elif layout == "stock":
         check_stock(architecture)
         reason = refusal_of_narrow_heads(architecture)
-        reasons = {} if reason is None else dict.fromkeys(("qk", "vo"), f"{reason}, so layout stock keeps its heads")
-    return [
-        own | {part: reason for part, reason in reasons.items() if part not in own} for own in architecture.dense_parts
-    ]
+        if reason is not None:
+            reasons = dict.fromkeys(HEADS, f"{reason}, so layout stock keeps its heads")
+    return [reasons | own for own in architecture.dense_parts]
 
 
 def check_stock(architecture: Architecture) -> None:

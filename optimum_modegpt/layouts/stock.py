@@ -62,7 +62,7 @@ def stock_config(
         known = config_class().to_dict().keys()
         values = {name: value for name, value in (dense_values(dense) | values).items() if name in known}
         config = config_class(**values | dict(family.stock.values))
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     else:
         config, model_class = with_text_values(whole, values), architecture.classes.stock_causal_lm
     config.modegpt = compressed_config.modegpt
