@@ -123,9 +123,10 @@ def resolve_target(architecture: Architecture, config: ModeGPTConfig) -> ModeGPT
     smallest = plan_size(architecture, floors, target.quantization)
     low, high = target.of_size(smallest), target.of_size(dense)
     if not (1 - TOLERANCE) * low <= target.wanted <= (1 + TOLERANCE) * high:
+        after = f" after quantization to {target.quantization}" if target.quantization else ""
         raise InvalidConfig(
-            f"{target} cannot be reached: the weights of this model take {_both(dense, target)}, and with "
-            f"max_sparsity={config.max_sparsity} and round_to={config.round_to!r} at least {_both(smallest, target)}."
+            f"{target} cannot be reached: with max_sparsity={config.max_sparsity} and round_to={config.round_to!r} the "
+            f"weights of the result take {_both(smallest)} to {_both(dense)}{after}."
         )
     share = 0.0 if high == low else min(max((high - target.wanted) / (high - low), 0.0), 1.0)
     return config.with_sparsity(min(share * largest_sparsity(sizes), config.max_sparsity))
@@ -142,9 +143,8 @@ def check_sizes(model: PreTrainedModel, config: ModeGPTConfig) -> None:
         resolve_target(with_kept_experts(architecture, config), config)
 
 
-def _both(size: Size, target: Target) -> str:
-    after = f" after quantization to {target.quantization}" if target.quantization else ""
-    return f"{written_bytes(size.quantized_bytes)}{after} ({written_count(size.parameters)} parameters)"
+def _both(size: Size) -> str:
+    return f"{written_bytes(size.quantized_bytes)} ({written_count(size.parameters)} parameters)"
 
 
 def _stored(module: nn.Module) -> Iterator[Tensor]:
