@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from optimum_modegpt.recipe import ALLOCATIONS, DEFAULT_ALLOCATIONS, LAYOUTS, Recipe
+from optimum_modegpt.recipe import ALLOCATIONS, DEFAULT_ALLOCATIONS, LAYOUTS, QUANTIZATIONS, SIZES, Recipe
 from optimum_modegpt.recovery.config import RecoveryConfig
 
 BROKEN = 1
@@ -259,9 +259,13 @@ def _add_configuration(parser: Any) -> None:
         "method": {"choices": tuple(DEFAULT_ALLOCATIONS)},
         "allocation": {"choices": ALLOCATIONS},
         "layout": {"choices": LAYOUTS},
+        "target_size": {"metavar": "SIZE"},
+        "target_parameters": {"metavar": "N"},
+        "target_quantization": {"choices": QUANTIZATIONS},
         "round_to": {"type": _integer_or_word, "metavar": "N|auto"},
         "dataset": {"nargs": "+", "action": Mixture, "metavar": "NAME[=WEIGHT]"},
     }
+    one_size = group.add_mutually_exclusive_group()
     for field in dataclasses.fields(Recipe):
         text = texts[field.name]
         if field.default is not None and field.default is not False:
@@ -269,8 +273,11 @@ def _add_configuration(parser: Any) -> None:
             text += f" Default: {default}."
         kind = str(field.type).removesuffix(" | None")
         options = kinds.get(field.name) or kinds.get(kind) or {"metavar": "NAME"}
-        flag = f"--{field.name.replace('_', '-')}"
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+        flags = [f"--{field.name.replace('_', '-')}"]
+        if field.name == "target_quantization":
+            flags.append("--quantize")
+        add = (one_size if field.name in SIZES else group).add_argument
+        add(*flags, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
 
 
 def field_texts() -> dict[str, str]:

@@ -11,6 +11,7 @@ from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, 
 from optimum_modegpt.evaluation.inspection import Inspection
 from optimum_modegpt.hub.result import sanitized
 from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.quantities import written_bytes
 
 if TYPE_CHECKING:
     from optimum_modegpt.budget.estimate import Estimate
@@ -196,6 +197,7 @@ def estimate_table(found: Estimate) -> str:
     lines = [
         "ESTIMATE from shapes alone; the report of a compression has the measured values.",
         f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
+        _result_line(found),
         f"{found.calibration_tokens:,} calibration tokens",
         *found.uncut,
     ]
@@ -216,6 +218,18 @@ def estimate_table(found: Estimate) -> str:
     for name, count in found.forward_passes.items():
         lines.append(f"  {count:>12.2f}  {name}")
     return "\n".join(lines)
+
+
+def _result_line(found: Estimate) -> str:
+    """Return the sparsity and the size of the result as text, with the target that they reach, if any."""
+    result, target = found.result, found.target
+    size = f"{result.parameters:,} parameters, {written_bytes(result.bytes)} of weights"
+    if target is None:
+        return f"result of sparsity {found.sparsity:.4g}: {size}"
+    if target.quantization is not None:
+        size += f", {written_bytes(result.quantized_bytes)} after quantization to {target.quantization}"
+    verb = "comes nearest to" if target.is_missed(result) else "reaches"
+    return f"sparsity {found.sparsity:.4g} {verb} {target.field}={target.requested}: {size}"
 
 
 def _byte_lines(title: str, needs: dict[str, int]) -> list[str]:
