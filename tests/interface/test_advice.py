@@ -62,10 +62,12 @@ def test_the_next_step_reads_the_models_as_this_run_did(words: list[str], expect
 def test_the_next_step_runs_as_printed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, text = tmp_path / "small model", save_text(tmp_path / "text.txt")
     assert cli.main(["compress", str(checkpoint), "--output", str(output), "--dataset", str(text), *FLAGS]) == 0
-    last = capsys.readouterr().out.splitlines()[-1].partition(": ")[2]
-    words = shlex.split(last.replace("<your-text.txt>", str(text)))[3:]
+    lines = capsys.readouterr().out.splitlines()
+    step = next(line for line in lines if line.startswith("next")).partition(": ")[2]
+    words = shlex.split(step.replace("<your-text.txt>", str(text)))[3:]
     assert cli.main(words) == 0
     assert "perplexity" in capsys.readouterr().out
+    assert lines[-1] == f"to serve it with transformers: transformers serve {shlex.quote(str(output))} --trust-remote-code"
 
 
 def test_a_revision_of_no_reference_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
