@@ -243,7 +243,7 @@ def servable_table(shape: Shape, found: Sequence[Servable]) -> str:
 
 def servable_line(found: Sequence[Servable]) -> str:
     """Return in one line which engines run a model, which do not, and of which it is not known."""
-    titles = {"served by": ("yes", "with package"), "not by": ("no",), "not known": ("unknown",)}
+    titles = {"Served by": ("yes", "with package"), "not by": ("no",), "not known": ("unknown",)}
     parts = []
     for title, values in titles.items():
         if names := [each.engine for each in found if each.works in values]:

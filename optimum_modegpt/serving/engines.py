@@ -39,7 +39,7 @@ class Engine:
     Attributes:
         name: as its makers write it.
         source: the version whose source was read.
-        runs: what was run.
+        runs: the runs of compressed models.
     """
 
     name: str

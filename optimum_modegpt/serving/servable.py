@@ -19,17 +19,19 @@ Works = Literal["yes", "with package", "no", "unknown"]
 RESULT = "<result>"
 """Stands for the folder of a model that has no name, or is not made yet. It is quoted in commands."""
 EXPORT = "optimum-cli modegpt export"
+LOAD = "import optimum_modegpt, transformers; model = transformers.AutoModelForCausalLM.from_pretrained({name!r})"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an engine does with a model, and why.
+    """The answer of one engine for a model, before the evidence is known.
 
     Attributes:
         works: as in `Servable`.
         reason: one sentence.
-        command: with {model} for the name of the model; None if the engine does not run it.
-        inferred: whether the verdict goes beyond what the source of the engine says.
+        command: with {model} for the name of the model in a shell, or {name!r} in Python; None if the engine does not
+            run it.
+        inferred: whether the source of the engine does not say it directly.
     """
 
     works: Works
@@ -44,10 +46,11 @@ class Servable:
 
     Attributes:
         engine: its name.
-        works: "yes", by the engine alone; "with package", if this package is installed beside the engine or has
+        works: "yes", by the engine alone; "with package", if this package is installed next to the engine or has
             converted the model; "no"; "unknown", if nobody has looked.
         reason: one sentence that says why.
-        command: the shell command that serves the model; None if the engine does not run it.
+        command: the shell command that serves the model, or the Python line that loads it; None if the engine does not
+            run it.
         evidence: "run", if compressed models were run with `version`; "source", if the source of `version` says so;
             "inferred", if it follows from that source but was not tried.
         version: of the engine. For exporters, it names the library whose exporter it is.
@@ -83,8 +86,8 @@ def check_servable(model: Any, compression_config: Any = None, *, name: str | No
 
     Args:
         model: a model, its configuration, its folder, or its name on the Hub.
-        compression_config: a `ModeGPTConfig` or a dict of its fields. If given, `model` is dense, and the result is about
-            the model that the compression would make.
+        compression_config: a `ModeGPTConfig` or a dict of its fields. If given, `model` is dense, and the rows
+            are about the model that the compression would make.
         name: folder or name of the model for the commands. None takes that of `model`, or a placeholder.
 
     Raises:
@@ -105,19 +108,19 @@ def check_servable(model: Any, compression_config: Any = None, *, name: str | No
 
 
 def servable(shape: Shape, name: str) -> list[Servable]:
-    """Return the verdict of every engine on a model of this shape; `name` stands in the commands."""
+    """Return the verdict of every engine on a model of this shape; `name` is for the commands."""
     return [_servable(engine, rule(shape), shape, name) for engine, rule in RULES]
 
 
 def best(found: Sequence[Servable]) -> Servable:
-    """Return the server to recommend: vLLM if it runs the model alone or was run with such a model, else transformers."""
+    """Return the engine to recommend: vLLM if it needs no package or was run with such a model, else transformers."""
     by_name = {each.engine: each for each in found}
     fast = by_name[engines.VLLM.name]
     return fast if fast.works == "yes" or (fast.serves and fast.evidence == "run") else by_name["transformers"]
 
 
 def _servable(engine: Engine, verdict: Verdict, shape: Shape, name: str) -> Servable:
-    command = None if verdict.command is None else verdict.command.format(model=shlex.quote(name))
+    command = None if verdict.command is None else verdict.command.format(model=shlex.quote(name), name=name)
     evidence, version = "inferred" if verdict.inferred else "source", engine.source
     for run in engine.runs:
         is_covered = run.model_types is None or shape.model_type in run.model_types
@@ -129,8 +132,8 @@ def _servable(engine: Engine, verdict: Verdict, shape: Shape, name: str) -> Serv
 def _transformers(shape: Shape) -> Verdict:
     if shape.layout == "stock":
         return Verdict("yes", "It is a checkpoint of a class of transformers.", "transformers serve {model}")
-    reason = "The class comes from this package, or from the code in the folder."
-    return Verdict("with package", reason, "transformers serve {model} --trust-remote-code")
+    reason = "The class comes from this package, or with trust_remote_code=True from the folder. "
+    return Verdict("with package", reason + "Its command serve finds its own classes only.", LOAD)
 
 
 def _vllm(shape: Shape) -> Verdict:

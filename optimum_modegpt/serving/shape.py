@@ -17,7 +17,7 @@ from optimum_modegpt.serving.engines import FIXED_HEADS, WRITTEN_AS, Layout
 
 @dataclass(frozen=True)
 class Shape:
-    """What engines must know about a model, or about the result of a compression that has not run.
+    """The facts about a model that engines depend on, or about the result of a compression that has not run.
 
     Attributes:
         model_type: of the language model; that of the dense one if the class is ours.

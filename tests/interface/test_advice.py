@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import RECIPE, save_dense, save_text
@@ -67,7 +68,10 @@ def test_the_next_step_runs_as_printed(checkpoint: Path, tmp_path: Path, capsys:
     words = shlex.split(step.replace("<your-text.txt>", str(text)))[3:]
     assert cli.main(words) == 0
     assert "perplexity" in capsys.readouterr().out
-    assert lines[-1] == f"to serve it with transformers: transformers serve {shlex.quote(str(output))} --trust-remote-code"
+    assert lines[-1].startswith("to run it with transformers: import optimum_modegpt, transformers; ")
+    names: dict[str, Any] = {}
+    exec(lines[-1].partition(": ")[2], names)
+    assert names["model"].config.model_type == "modegpt_llama"
 
 
 def test_a_revision_of_no_reference_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

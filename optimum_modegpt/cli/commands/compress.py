@@ -210,6 +210,6 @@ def next_step(options: Namespace, config: ModeGPTConfig) -> str:
 
 
 def serving_step(output: Path) -> str:
-    """Return the command that serves the result."""
+    """Return the command that serves the result, or the Python line that loads it."""
     found = best(check_servable(output))
-    return f"to serve it with {found.engine}: {found.command}"
+    return f"to run it with {found.engine}: {found.command}"
