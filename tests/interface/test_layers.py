@@ -30,13 +30,16 @@ LAYERS = (
     ("loading",),
     ("hub",),
     ("integration",),
+    ("serving",),
     ("cli",),
     ("__init__", "__main__"),
 )
 """A module may import from earlier layers, and from its own package."""
 
 MODELING = "modeling"
-MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "loading", "hub", "integration", "cli")
+MODELING_USERS = (
+    *("architectures", "kv_cache", "methods", "walk", "compress", "loading", "hub", "integration", "serving", "cli"),
+)
 """Parts that may import the compressed classes, which belong to no layer."""
 DESCRIPTION = f"{PACKAGE}.modeling.modegpt_family"
 """The description of families, which imports nothing. Every part may import it."""

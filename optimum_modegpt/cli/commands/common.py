@@ -163,16 +163,17 @@ def existing_paths(*names: Any) -> list[Path]:
     return [Path(name) for name in names if isinstance(name, str | Path) and Path(name).exists()]
 
 
-def advised_command(options: Namespace, *words: str, **more: Any) -> str:
+def advised_command(options: Namespace, *words: str, computes: bool = True, **more: Any) -> str:
     """Return a command to run next, quoted for a shell, with the flags for access and hardware of this run.
 
     Args:
         options: the options of this run.
         words: the command and its arguments.
+        computes: whether the command has the flags for hardware.
         more: flags of the command by name; `None` leaves a flag out.
     """
     for name in ("device", "dtype"):
-        if getattr(options, name, "auto") != "auto":
+        if computes and getattr(options, name, "auto") != "auto":
             more[name] = getattr(options, name)
     if options.token is not None:
         more["token"] = YOUR_TOKEN  # the token itself is secret

@@ -30,6 +30,7 @@ from optimum_modegpt.loading.models import load_config, load_model, pick_device
 from optimum_modegpt.loading.source import default_dataset
 from optimum_modegpt.mixture import names_of
 from optimum_modegpt.report import Report
+from optimum_modegpt.serving.servable import best, check_servable
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
@@ -63,6 +64,7 @@ def run(options: Namespace) -> None:
         commit = upload.push(options.output)
         print(f"uploaded: {commit.pr_url or commit.commit_url}")
     print(next_step(options, config))
+    print(serving_step(options.output))
 
 
 def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device: torch.device | None) -> Report:
@@ -206,3 +208,9 @@ def next_step(options: Namespace, config: ModeGPTConfig) -> str:
         sequence_length=config.sequence_length,
     )
     return f"{title}: {command}"
+
+
+def serving_step(output: Path) -> str:
+    """Return the command that serves the result, or the Python line that loads it."""
+    found = best(check_servable(output))
+    return f"to run it with {found.engine}: {found.command}"
