@@ -10,8 +10,7 @@ from typing import Any
 
 from optimum_modegpt.architectures.families import family_of
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.layouts.records import DENSE_WIDTHS, is_result, is_stock_result
-from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
+from optimum_modegpt.layouts.records import is_result, is_stock_result, stock_widths
 from optimum_modegpt.modeling.modegpt_family import Family, Part
 from optimum_modegpt.report import uncut_sentences
 
@@ -110,17 +109,13 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
 
 def _stock_ranks(config: Any) -> tuple[BlockRanks, ...]:
     """Return kept and dense widths of every block of a stock model, the dense ones from its record."""
-    classes, dense, blocks = family_of(config.model_type), config.modegpt[DENSE_WIDTHS], []
-    if classes is None:
+    if (classes := family_of(config.model_type)) is None:
         raise EvaluationError(f"the configuration was edited: model_type {config.model_type!r} is no known family.")
-    family, text = classes.family, config.get_text_config()
-    for index in range(text.num_hidden_layers):
-        name, parts = family.width_name(text, index), family.parts(text, index)
-        kept = {"mlp": mlp_width(text, family, index), "qk": head_dim(text), "vo": head_dim(text)}
-        full = {"mlp": dense.get(name), "qk": dense.get("head_dim"), "vo": dense.get("head_dim")}
-        if not all(isinstance(full[part], int) and full[part] >= kept[part] for part in parts):
-            raise EvaluationError(f"the configuration was edited: its record has the dense widths {dict(dense)}.")
-        blocks.append(BlockRanks(index, {part: kept[part] for part in parts}, {part: full[part] for part in parts}))
+    blocks = []
+    for index, (kept, dense) in enumerate(stock_widths(config, classes.family)):
+        if not all(isinstance(dense[part], int) and dense[part] >= kept[part] for part in kept):
+            raise EvaluationError(f"the configuration was edited: block {index} has the widths {kept} of {dense}.")
+        blocks.append(BlockRanks(index, kept, dense))
     return tuple(blocks)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from optimum_modegpt.modeling.modegpt_config import head_dim
-from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
+from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
+from optimum_modegpt.modeling.modegpt_family import Family, Part, is_compressed
 
 DENSE_WIDTHS = "dense_widths"
 """Key of the record of a stock result: the widths of the dense model, by their names in the configuration."""
@@ -23,6 +23,17 @@ def is_stock_result(config: Any) -> bool:
     values = config if isinstance(config, Mapping) else vars(config)
     record = values.get("modegpt")
     return isinstance(record, Mapping) and isinstance(record.get(DENSE_WIDTHS), Mapping)
+
+
+def stock_widths(config: Any, family: Family) -> Iterator[tuple[dict[Part, int], dict[Part, Any]]]:
+    """Yield the widths of the parts of every block of a stock result, and those in its record of the dense model."""
+    text, dense = config.get_text_config(), config.modegpt[DENSE_WIDTHS]
+    for index in range(text.num_hidden_layers):
+        heads, full = head_dim(text), dense.get("head_dim")
+        kept: dict[Part, int] = {"mlp": mlp_width(text, family, index), "qk": heads, "vo": heads}
+        before = {"mlp": dense.get(family.width_name(text, index)), "qk": full, "vo": full}
+        parts = family.parts(text, index)
+        yield {part: kept[part] for part in parts}, {part: before[part] for part in parts}
 
 
 def stock_record(record: dict[str, Any], config: Any, family: Family, mlp_widths: list[int]) -> dict[str, Any]:
