@@ -56,11 +56,6 @@ OPENVINO = Engine("OpenVINO", "transformers 5.24.0")
 EXECUTORCH = Engine("ExecuTorch", "transformers 5.24.0")
 TENSORRT_LLM = Engine("TensorRT-LLM", "commits 0193dbd and 00547a2")
 
-FIXED_HEADS = frozenset({"bloom", "falcon", "gpt2", "gpt_neox", "helium", "olmoe", "opt", "stablelm"})
-"""Types whose stock class takes only heads of width hidden_size / num_attention_heads."""
-WRITTEN_AS = {"qwen2": "llama"}
-"""Types that the layout "stock" writes as another one, because engines ignore their `head_dim`."""
-
 VLLM_NATIVE = frozenset(
     {
         *("apertus", "exaone4", "gemma", "gemma2", "gemma3_text", "glm4", "gpt_oss", "granite", "llama", "mistral"),
@@ -74,6 +69,9 @@ VLLM_OWN_HEAD_DIM = frozenset({"qwen2", "qwen2_moe"})
 """Types whose class in vLLM ignores `head_dim`, although that of transformers reads it."""
 VLLM_PLUGIN = frozenset({"llama"})
 """Types whose compressed class the plugin of this package registers with vLLM."""
+
+KEPT_FREQUENCIES = frozenset({"llama", "mistral"})
+"""Types whose classes in vLLM and SGLang were found to read the kept rotary frequencies."""
 
 SGLANG_NATIVE = VLLM_NATIVE | {"olmo2", "starcoder2"}
 """Types with a class of SGLang's own."""

@@ -258,7 +258,7 @@ def _native(
         return _not_looked_up(shape)
     if shape.odd_head_dim and shape.model_type in own_head_dim:
         return Verdict("no", f"Its class for {shape.model_type} computes the head dim as hidden size / heads.")
-    if shape.frequencies and shape.rotary != "half" and shape.model_type in native:
+    if shape.frequencies and shape.model_type in native and shape.model_type not in engines.KEPT_FREQUENCIES:
         return Verdict("unknown", "It is open whether its class reads the kept rotary frequencies.")
     if shape.model_type in backend:
         return Verdict("yes", "Through its Transformers backend.", command)

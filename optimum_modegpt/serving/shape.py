@@ -6,13 +6,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from optimum_modegpt.architectures import check_dense, family_of
+from optimum_modegpt.architectures import check_dense, family_of, read_blocks
+from optimum_modegpt.budget.estimate import on_meta
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.evaluation.inspection import block_ranks
+from optimum_modegpt.layouts.limits import HEADS, wide_parts
+from optimum_modegpt.loading.models import auto_class_of
 from optimum_modegpt.modeling.modegpt_config import head_dim
 from optimum_modegpt.modeling.modegpt_family import PREFIX, Family, is_compressed
 from optimum_modegpt.modeling.modegpt_scores import ModeGPTScoresMixin
-from optimum_modegpt.serving.engines import FIXED_HEADS, WRITTEN_AS, Layout
+from optimum_modegpt.serving.engines import Layout
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,7 @@ def layout_of(config: Any, compression: ModeGPTConfig | None = None) -> Layout:
         return "per_layer" if narrow else "mlp"
     if compression.sparsity == 0 and compression.expert_sparsity:
         return "stock"
-    layout: Layout = compression.to_dict().get("layout", "per_layer")
-    return "mlp" if layout == "per_layer" and not _cuts_heads(config) else layout
+    return "mlp" if compression.layout == "per_layer" and not _cuts_heads(config, "per_layer") else compression.layout
 
 
 def heads_of(parts: Collection[str]) -> list[str]:
@@ -142,9 +144,10 @@ def shape_of(config: Any, compression: ModeGPTConfig | None = None) -> Shape:
     if layout != "stock":
         return replace(shape, head_dim=dim)
     shape = replace(shape, head_dim=dim, odd_head_dim=dim * text.num_attention_heads != text.hidden_size)
-    if compression is None or not compression.sparsity or dense_type in FIXED_HEADS or not _cuts_heads(config):
+    if compression is None or compression.sparsity == 0 or not _cuts_heads(config, "stock"):
         return replace(shape, frequencies=_kept_frequencies(text))
-    model_type = WRITTEN_AS.get(dense_type, dense_type)
+    stock = classes.family.stock
+    model_type = dense_type if stock is None else stock.model_type
     return replace(shape, model_type=model_type, odd_head_dim=True, frequencies=shape.rotary != "none", head_dim=0)
 
 
@@ -165,13 +168,10 @@ def _with_structure(shape: Shape, text: Any, family: Family) -> Shape:
     )
 
 
-def _cuts_heads(config: Any) -> bool:
-    """Return whether a compression narrows heads of some block of a dense model."""
-    text = config.get_text_config()
-    family = check_dense(config).family
-    return any(
-        part not in family.dense_parts(text, index) for index in range(text.num_hidden_layers) for part in ("qk", "vo")
-    )
+def _cuts_heads(config: Any, layout: Layout) -> bool:
+    """Return whether a compression to a layout can narrow heads of some block of a dense model."""
+    architecture = read_blocks(on_meta(auto_class_of(config), config), check_dense(config))
+    return any(part not in wide for wide in wide_parts(architecture, layout) for part in HEADS)
 
 
 def _distinct_widths(blocks: Sequence[Mapping[str, int]]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -186,4 +186,8 @@ def _distinct_widths(blocks: Sequence[Mapping[str, int]]) -> tuple[tuple[str, tu
 def _kept_frequencies(text: Any) -> bool:
     """Return whether a stock configuration lists rotary frequencies that do not depend on the length of the text."""
     rope = getattr(text, "rope_parameters", None) or {}
-    return rope.get("rope_type") == "longrope" and rope.get("short_factor") == rope.get("long_factor")
+    tables = [rope] if "rope_type" in rope else [table for table in rope.values() if isinstance(table, Mapping)]
+    return any(
+        table.get("rope_type") == "longrope" and table.get("short_factor") == table.get("long_factor")
+        for table in tables
+    )
