@@ -25,10 +25,11 @@ LAYERS = (
     ("budget",),
     ("walk",),
     ("compress",),
-    ("evaluation", "export", "demo"),
+    ("evaluation", "demo"),
     ("comparison", "recovery"),
     ("loading",),
     ("hub",),
+    ("export",),
     ("integration",),
     ("cli",),
     ("__init__", "__main__"),
@@ -36,7 +37,7 @@ LAYERS = (
 """A module may import from earlier layers, and from its own package."""
 
 MODELING = "modeling"
-MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "loading", "hub", "integration", "cli")
+MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "loading", "hub", "export", "integration", "cli")
 """Parts that may import the compressed classes, which belong to no layer."""
 DESCRIPTION = f"{PACKAGE}.modeling.modegpt_family"
 """The description of families, which imports nothing. Every part may import it."""
