@@ -1,4 +1,7 @@
-"""Read and write the projections of a dense block, however it stores them. No other module knows how weights are stored."""
+"""Read the projections of a dense block, however it stores them, and write them back.
+
+No other module knows how weights are stored.
+"""
 
 from __future__ import annotations
 

@@ -20,6 +20,8 @@ from optimum_modegpt.recovery.config import RecoveryConfig
 
 BROKEN = 1
 """Exit code of `compare` if a threshold is not met."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""The data types in which a model can be loaded."""
 COMMAND_LINE_TEXTS = {
     "dataset": "calibration text: wikitext2, c4, alpaca, a dataset id of the Hub, or a local .txt, .jsonl, .json or "
     ".parquet file, or a folder saved by datasets; self is text that the model writes. Several are a mixture, in equal "
@@ -173,7 +175,8 @@ def export(commands: Any) -> None:
     formats = "; ".join(f"{each.name}: {each.text}" for each in FORMATS.values())
     parser.add_argument("--format", choices=tuple(FORMATS), required=True, help=formats)
     _add_output(parser, text="folder to write, or file for gguf; appears only once complete", metavar="PATH")
-    _add_dtype(parser)
+    text = "data type of the weights; auto keeps the stored one, and is float16 for gguf; q8_0 is for gguf only"
+    parser.add_argument("--dtype", choices=(*DTYPES, "q8_0"), default="auto", help=text)
 
 
 def estimate(commands: Any) -> None:
@@ -252,13 +255,8 @@ def _add_device(parser: Any, *, dtype: bool = True) -> None:
     text = "device to compute on; auto uses an accelerator if one is available"
     parser.add_argument("--device", default="auto", help=text)
     if dtype:
-        _add_dtype(parser)
-
-
-def _add_dtype(parser: Any) -> None:
-    choices = ("auto", "float32", "bfloat16", "float16")
-    text = "data type of the weights; auto keeps the stored one"
-    parser.add_argument("--dtype", choices=choices, default="auto", help=text)
+        text = "data type of the weights; auto keeps the stored one"
+        parser.add_argument("--dtype", choices=DTYPES, default="auto", help=text)
 
 
 def _add_tokenizer(parser: Any, default: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,10 +17,10 @@ class Format:
         name: the value of `--format`, and the name of the extra that installs `packages`.
         text: a description for the help.
         module, function: the function that writes it, and its module in this package. It takes the model, the
-            tokenizer and a path. That of a file also takes `dtype` and `overwrite`, and writes the file atomically. That
-            of a folder writes into an empty folder, which is moved to its place afterwards.
+            tokenizer and a path. If the result is a file, it also takes `overwrite` and perhaps `dtype`, and writes the
+            file atomically. Otherwise it writes into an empty folder, which is moved to its place afterwards.
         packages: the packages that the extra installs, by the names with which they are imported.
-        is_file: whether the result is one file.
+        dtypes: the data types of a file by their names in torch. A folder has those of the model; then it is None.
     """
 
     name: str
@@ -28,7 +28,12 @@ class Format:
     module: str
     function: str
     packages: tuple[str, ...] = ()
-    is_file: bool = False
+    dtypes: Mapping[str, str] | None = None
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the result is one file."""
+        return self.dtypes is not None
 
     def check_installed(self) -> None:
         """Check that the packages are installed.
@@ -41,10 +46,12 @@ class Format:
                 f"--format {self.name} requires {', '.join(missing)}: pip install 'optimum-modegpt[{self.name}]'"
             )
 
-    def writer(self) -> Callable[..., None]:
+    def writer(self) -> Callable[..., Any]:
         """Import and return the function that writes the format."""
         return getattr(import_module(f"optimum_modegpt.export.{self.module}"), self.function)
 
+
+GGUF_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 
 FORMATS = {
     each.name: each
@@ -53,6 +60,6 @@ FORMATS = {
         Format("onnx", "ONNX Runtime", "runtimes", "export_onnx", ("onnx", "onnxscript", "onnxruntime")),
         Format("openvino", "OpenVINO", "runtimes", "export_openvino", ("openvino",)),
         Format("executorch", "ExecuTorch", "runtimes", "export_executorch", ("executorch",)),
-        Format("gguf", "llama.cpp, one file", "gguf", "export_gguf", ("gguf",), is_file=True),
+        Format("gguf", "llama.cpp, one file", "gguf", "export_gguf", ("gguf",), GGUF_TYPES),
     )
 }

@@ -24,33 +24,39 @@ def export_model(
     files: Iterable[Path] = (),
     dtype: str = "auto",
     overwrite: bool = False,
-) -> None:
-    """Export a model to the format of another tool. Nothing remains at `path` if that fails.
+) -> tuple[str, ...]:
+    """Export a model to the format of another tool, and return remarks on the result, if any.
+
+    Nothing new remains at `path` if that fails.
 
     Args:
         model: a compressed model, or one of a stock class, with its weights in memory.
         path: the folder to write; for "gguf", the file.
         format: "dense", "onnx", "openvino", "executorch" or "gguf".
-        tokenizer: the model's tokenizer, which is saved with it. Only "gguf" requires one.
+        tokenizer: the model's tokenizer, which is saved with it.
         files: more files to copy to the folder, such as those of a processor of images.
-        dtype: the data type of the weights in a GGUF file. The other formats have that of the model.
+        dtype: the data type of the matrices in a GGUF file: "auto", "float32", "float16", "bfloat16" or "q8_0". The
+            other formats have that of the model.
         overwrite: whether to overwrite an earlier export.
 
     Raises:
-        InvalidConfig: the format is unknown, or `dtype` is given for a format that has that of the model.
+        InvalidConfig: the format is unknown or cannot have this data type.
         ImportError: a package is missing. The message names the extra to install.
         OutputError: `path` cannot or must not be written.
         UnsupportedModel: the format cannot hold the model. The message names the part and an alternative.
     """
     chosen = requested(format)
-    if not chosen.is_file and dtype != "auto":
-        raise InvalidConfig(f"found dtype={dtype!r}, but {format} keeps that of the model; load the model as {dtype}.")
+    known = ("auto", *(chosen.dtypes or ()))
+    if dtype not in known:
+        raise InvalidConfig(
+            f"found dtype={dtype!r}; {format} takes {', '.join(known)}. Load the model in another type."
+        )
     path = Path(path).resolve()  # the folder next to it is on the same disk
     check_path(path, chosen, overwrite=overwrite)
     with evaluation_mode(model):
-        if chosen.is_file:
-            chosen.writer()(model, tokenizer, path, dtype=dtype, overwrite=overwrite)
-            return
+        if chosen.dtypes is not None:
+            stored = {} if dtype == "auto" else {"dtype": chosen.dtypes[dtype]}
+            return chosen.writer()(model, tokenizer, path, overwrite=overwrite, **stored).notes
         work = checkpoint_of(path)
         with work.alone():
             restore_output(work.folder, path)
@@ -58,6 +64,7 @@ def export_model(
                 chosen.writer()(model, tokenizer, folder)
                 for file in files:
                     shutil.copyfile(file, folder / file.name)
+    return ()
 
 
 def requested(name: str) -> Format:

@@ -37,7 +37,18 @@ LAYERS = (
 """A module may import from earlier layers, and from its own package."""
 
 MODELING = "modeling"
-MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "loading", "hub", "export", "integration", "cli")
+MODELING_USERS = (
+    "architectures",
+    "kv_cache",
+    "methods",
+    "walk",
+    "compress",
+    "loading",
+    "hub",
+    "export",
+    "integration",
+    "cli",
+)
 """Parts that may import the compressed classes, which belong to no layer."""
 DESCRIPTION = f"{PACKAGE}.modeling.modegpt_family"
 """The description of families, which imports nothing. Every part may import it."""
