@@ -48,9 +48,7 @@ def export_model(
     chosen = requested(format)
     known = ("auto", *(chosen.dtypes or ()))
     if dtype not in known:
-        raise InvalidConfig(
-            f"found dtype={dtype!r}; {format} takes {', '.join(known)}. Load the model in another type."
-        )
+        raise InvalidConfig(f"found dtype={dtype!r}; {format} takes {', '.join(known)}. Load the model in that type.")
     path = Path(path).resolve()  # the folder next to it is on the same disk
     check_path(path, chosen, overwrite=overwrite)
     with evaluation_mode(model):

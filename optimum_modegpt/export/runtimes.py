@@ -146,7 +146,7 @@ def _without_tokens(cache: Any, model: PreTrainedModel) -> Any:
                 f"block {index} of {type(model).__name__} has a {type(layer).__name__} as its cache; expected keys and "
                 "values of all tokens. Export the model to dense."
             )
-        layer.keys, layer.values = layer.keys[:1, :, :0], layer.values[:1, :, :0]
+        layer.keys, layer.values = layer.keys[:1, :, :0].cpu(), layer.values[:1, :, :0].cpu()
     return empty
 
 

@@ -112,7 +112,7 @@ def test_a_refused_model_leaves_nothing_behind(tmp_path: Path) -> None:
             export_model(model, tmp_path / "new", "dense")
     with pytest.raises(InvalidConfig, match="expected one of dense, onnx"):
         export_model(dense("qwen3"), tmp_path / "new", "tflite")
-    with pytest.raises(InvalidConfig, match="Load the model in another type"):
+    with pytest.raises(InvalidConfig, match="Load the model in that type"):
         export_model(compressed("llama-mha"), tmp_path / "new", "dense", dtype="float16")
     assert list(tmp_path.iterdir()) == []
 
