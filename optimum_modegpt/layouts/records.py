@@ -29,7 +29,8 @@ def stock_widths(config: Any, family: Family) -> Iterator[tuple[dict[Part, int],
     """Yield the widths of the parts of every block of a stock result, and those in its record of the dense model."""
     text, dense = config.get_text_config(), config.modegpt[DENSE_WIDTHS]
     for index in range(text.num_hidden_layers):
-        heads, full = head_dim(text), dense.get("head_dim")
+        heads = head_dim(text.per_layer_config[index])
+        full = heads if family.layer_sizes else dense.get("head_dim")
         kept: dict[Part, int] = {"mlp": mlp_width(text, family, index), "qk": heads, "vo": heads}
         before = {"mlp": dense.get(family.width_name(text, index)), "qk": full, "vo": full}
         parts = family.parts(text, index)
@@ -46,4 +47,6 @@ def stock_record(record: dict[str, Any], config: Any, family: Family, mlp_widths
         mlp_widths: the width of the MLP of every block of the dense model.
     """
     widths = {family.width_name(config, index): width for index, width in enumerate(mlp_widths)}
-    return record | {DENSE_WIDTHS: {"head_dim": head_dim(config)} | widths}
+    if not family.layer_sizes:  # such heads are not cut
+        widths["head_dim"] = head_dim(config)
+    return record | {DENSE_WIDTHS: widths}

@@ -74,9 +74,9 @@ def self_check(model: PreTrainedModel, tokens: Tensor) -> SelfCheck:
     uncached = model(input_ids=ids, use_cache=False).logits
     if not uncached.isfinite().all():
         raise NumericalError("self-check: the model's logits are not finite.")
-    tolerance = max(SMALLEST_TOLERANCE, ROUNDINGS * torch.finfo(uncached.dtype).eps)
+    tolerance = tolerance_of(uncached.dtype)
     name = cache_argument(model)
-    cached = _in_steps(lambda part, **arguments: model(input_ids=part, **arguments), ids, name)
+    cached = in_steps(lambda part, **arguments: model(input_ids=part, **arguments), ids, name)
     difference = _compare(torch.cat([output.logits for output in cached], dim=1), uncached, tolerance)
     family = getattr(model.config, "family", None)
     if family is not None and uncached.dtype.itemsize < torch.float32.itemsize and _is_plain(model):
@@ -85,7 +85,7 @@ def self_check(model: PreTrainedModel, tokens: Tensor) -> SelfCheck:
     return SelfCheck(ids.shape[1], difference, tolerance, time.perf_counter() - start)
 
 
-def _in_steps(run: Callable[..., Any], inputs: Tensor, cache_name: str) -> list[Any]:
+def in_steps(run: Callable[..., Any], inputs: Tensor, cache_name: str) -> list[Any]:
     """Return the outputs of a prefill and of a cached step for each later position of `inputs` (1, length, ...)."""
     prefill = max(1, inputs.shape[1] - STEPS)
     outputs = [run(inputs[:, :prefill], use_cache=True)]
@@ -100,13 +100,25 @@ def _in_steps(run: Callable[..., Any], inputs: Tensor, cache_name: str) -> list[
     return outputs
 
 
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the largest relative difference that rounding explains in a model of this dtype."""
+    return max(SMALLEST_TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest ‖found − expected‖ / ‖expected‖ of all positions, each centred over its last dimension."""
+    found = found.float() - found.float().mean(-1, keepdim=True)
+    expected = expected.float() - expected.float().mean(-1, keepdim=True)
+    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max())
+
+
 def _compare(found: Tensor, expected: Tensor, tolerance: float) -> float:
-    """Return the largest ‖found − expected‖ / ‖expected‖ of all positions, each centred over its last dimension.
+    """Return the relative difference.
 
     Raises:
         UnsupportedModel: if it is above the tolerance.
     """
-    difference = _relative_difference(found, expected)
+    difference = relative_difference(found, expected)
     if not difference <= tolerance:
         raise UnsupportedModel(
             f"self-check: results with the key-value cache differ from those without by {difference:.1e} (relative), "
@@ -114,13 +126,6 @@ def _compare(found: Tensor, expected: Tensor, tolerance: float) -> float:
             "torch and transformers."
         )
     return difference
-
-
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
-    """Return the largest ‖found − expected‖ / ‖expected‖ of all positions, each centred over its last dimension."""
-    found = found.float() - found.float().mean(-1, keepdim=True)
-    expected = expected.float() - expected.float().mean(-1, keepdim=True)
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)).max())
 
 
 @torch.no_grad()
@@ -137,7 +142,7 @@ def check_same(stock: PreTrainedModel, compressed: PreTrainedModel, tokens: Tens
     embeddings: Any = stock.get_input_embeddings()
     ids = tokens[None, :SAME_TOKENS].to(embeddings.weight.device)
     expected = compressed(input_ids=ids, use_cache=False).logits
-    difference = _relative_difference(stock(input_ids=ids, use_cache=False).logits, expected)
+    difference = relative_difference(stock(input_ids=ids, use_cache=False).logits, expected)
     tolerance = max(SMALLEST_TOLERANCE, ROUNDINGS * torch.finfo(expected.dtype).eps)
     if not difference <= tolerance:
         raise UnsupportedModel(
@@ -173,7 +178,7 @@ def _check_in_float32(base: Any, embedded: Tensor, cache_name: str) -> None:
     def run(part: Tensor, **arguments: Any) -> Any:
         return functional_call(base, tensors, kwargs={"inputs_embeds": part, **arguments})
 
-    cached = torch.cat([output.last_hidden_state for output in _in_steps(run, embedded, cache_name)], dim=1)
+    cached = torch.cat([output.last_hidden_state for output in in_steps(run, embedded, cache_name)], dim=1)
     _compare(cached, run(embedded, use_cache=False).last_hidden_state, SMALLEST_TOLERANCE)
 
 
