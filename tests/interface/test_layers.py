@@ -30,7 +30,7 @@ LAYERS = (
     ("loading",),
     ("hub",),
     ("integration",),
-    ("cli",),
+    ("cli", "serving"),
     ("__init__", "__main__"),
 )
 """A module may import from earlier layers, and from its own package."""
