@@ -232,8 +232,8 @@ class ModeGPTAttentionMixin(Dense):
             return least
         if kernel.num_heads != heads:
             raise ValueError(
-                f"vLLM has {kernel.num_heads} heads for layer {self.layer_idx}, which computes {heads}: compressed models "
-                "do not support tensor parallelism. Set tensor_parallel_size=1."
+                f"vLLM has {kernel.num_heads} heads for layer {self.layer_idx}, which computes {heads}: compressed "
+                "models do not support tensor parallelism. Set tensor_parallel_size=1."
             )
         if kernel.head_size < least:
             raise ValueError(
@@ -253,9 +253,8 @@ class ModeGPTAttentionMixin(Dense):
                 name for name, value in self.score_arguments().items() if value is not None and name not in IN_MASK
             ]
             raise ValueError(f"SGLang ignores {names} of layer {self.layer_idx}, so its output would be wrong.")
-        window = self.score_arguments().get("sliding_window")
-        types = getattr(self.config, "layer_types", None) or ()
-        if window is not None and types[self.layer_idx : self.layer_idx + 1] != ["sliding_attention"]:
+        window, types = self.score_arguments().get("sliding_window"), getattr(self.config, "layer_types", None)
+        if window is not None and (types is None or types[self.layer_idx] != "sliding_attention"):
             raise ValueError(
                 f"Layer {self.layer_idx} has a window of {window} tokens, which SGLang ignores because config.json has "
                 "no layer_types; its output would be wrong after as many tokens."

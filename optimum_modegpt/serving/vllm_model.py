@@ -1,4 +1,4 @@
-"""The vLLM model that serves compressed models: vLLM's Transformers backend with checks and head dims of its kernels."""
+"""The vLLM model that serves compressed models: vLLM's Transformers backend with more checks."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ class ModeGPTForCausalLM(TransformersForCausalLM):
             )
         widen_heads(vllm_config.model_config.model_arch_config, kernel_head_dims())
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        divisor = self.config.family.head.divisor
+        if divisor is not None and self.pp_group.is_last_rank:  # vLLM applies a scale and a cap only
+            self.logits_processor.scale /= getattr(self.config, divisor)
 
     def recursive_replace(self) -> None:
         """Replace modules by those of vLLM, except norms with a weight for each head, which vLLM does not have."""

@@ -1,4 +1,4 @@
-"""Test the plugins of vLLM and SGLang by the rules of these engines, which cannot be installed beside this package."""
+"""Test the plugins of vLLM and SGLang by the rules of these engines, which are not installed for the tests."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ class Backend(nn.Module):
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
-        self.model = AutoModel.from_config(vllm_config.model_config.hf_config)
+        self.config = vllm_config.model_config.hf_config
+        self.model = AutoModel.from_config(self.config)
+        self.logits_processor, self.pp_group = SimpleNamespace(scale=1.0), SimpleNamespace(is_last_rank=True)
         self.recursive_replace()
 
     def recursive_replace(self) -> None:
@@ -124,6 +126,11 @@ def test_norms_with_a_weight_for_each_head_are_not_replaced(vllm: SimpleNamespac
     assert attention.q_norm.weight.shape == model.model.layers[0].self_attn.q_norm.weight.shape
     assert not isinstance(attention.q_norm, nn.RMSNorm)
     assert isinstance(served(model).model.layers[0].input_layernorm, nn.RMSNorm)
+
+
+def test_logits_are_divided_as_the_family_does(vllm: SimpleNamespace) -> None:
+    assert served(compressed("granite")).logits_processor.scale == 0.5
+    assert served(compressed("llama-mha")).logits_processor.scale == 1.0
 
 
 def test_head_dims_are_those_of_the_kernels(vllm: SimpleNamespace) -> None:
