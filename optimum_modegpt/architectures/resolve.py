@@ -19,6 +19,7 @@ from optimum_modegpt.architectures.refused import REFUSED
 from optimum_modegpt.architectures.residual import multiplier_of, topology_of
 from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
+from optimum_modegpt.layouts.records import is_narrow_stock
 from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_blocks import mlp_shape
@@ -148,8 +149,7 @@ def check_dense(config: Any) -> FamilyClasses:
         AlreadyCompressed, UnsupportedModel, ImportError: as `check_model_type`; also if a model with a text tower has
             one of another type than the family's.
     """
-    record = getattr(config, "modegpt", None)
-    if isinstance(record, dict) and record.get("recipe", {}).get("layout") == "stock":
+    if is_narrow_stock(config):
         raise AlreadyCompressed(_ALREADY.format(f"the layout stock of {config.model_type}"))
     classes = check_model_type(config.model_type)
     found, expected = config.get_text_config().model_type, classes.text_type

@@ -77,7 +77,10 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
         return found
     blocks = block_ranks(config)
     if is_stock_result(config):
-        sparsity = config.modegpt.get("achieved", {}).get("sparsity")
+        achieved = config.modegpt.get("achieved")
+        sparsity = achieved.get("sparsity") if isinstance(achieved, Mapping) else None
+        if not isinstance(sparsity, int | float):
+            raise EvaluationError("the configuration was edited: its record has no achieved sparsity.")
         return replace(found, blocks=blocks, sparsity=sparsity, record=config.modegpt)
     weights = _weights_of_blocks(config, tensors)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes
@@ -116,11 +119,11 @@ def _stock_ranks(config: Any) -> tuple[BlockRanks, ...]:
     family = classes.family
     for index in range(config.num_hidden_layers):
         name, parts = family.width_name(config, index), family.parts(config, index)
-        kept = {"mlp": mlp_width(config, family, index), "qk": head_dim(config), "vo": head_dim(config)}
-        full = {"mlp": dense.get(name), "qk": dense.get("head_dim"), "vo": dense.get("head_dim")}
+        kept: dict[str, Any] = {part: head_dim(config) for part in parts} | {"mlp": mlp_width(config, family, index)}
+        full: dict[str, Any] = {part: dense.get("head_dim") for part in parts} | {"mlp": dense.get(name)}
         if not all(isinstance(full[part], int) and full[part] >= kept[part] for part in parts):
             raise EvaluationError(f"the configuration was edited: its record has the dense widths {dict(dense)}.")
-        blocks.append(BlockRanks(index, {part: kept[part] for part in parts}, {part: full[part] for part in parts}))
+        blocks.append(BlockRanks(index, kept, full))
     return tuple(blocks)
 
 

@@ -25,6 +25,12 @@ def is_stock_result(config: Any) -> bool:
     return isinstance(record, Mapping) and isinstance(record.get(DENSE_WIDTHS), Mapping)
 
 
+def is_narrow_stock(config: Any) -> bool:
+    """Return whether a configuration is that of a stock result with narrow parts, not only with fewer experts."""
+    recipe = config.modegpt.get("recipe") if is_stock_result(config) else None
+    return isinstance(recipe, Mapping) and recipe.get("layout") == "stock" and bool(recipe.get("sparsity"))
+
+
 def stock_record(record: dict[str, Any], config: Any, family: Family, mlp_widths: list[int]) -> dict[str, Any]:
     """Return the record of a result of a stock class.
 
@@ -35,4 +41,6 @@ def stock_record(record: dict[str, Any], config: Any, family: Family, mlp_widths
         mlp_widths: the width of the MLP of every block of the dense model.
     """
     widths = {family.width_name(config, index): width for index, width in enumerate(mlp_widths)}
-    return record | {DENSE_WIDTHS: {"head_dim": head_dim(config)} | widths}
+    if any("qk" in family.parts(config, index) for index in range(len(mlp_widths))):
+        widths["head_dim"] = head_dim(config)
+    return record | {DENSE_WIDTHS: widths}
