@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from optimum_modegpt.recovery.config import RecoveryConfig
     from optimum_modegpt.recovery.recover import Recovery, recover
     from optimum_modegpt.report import Report, plot_ranks
+    from optimum_modegpt.serving.servable import Servable, check_servable
     from optimum_modegpt.walk.checkpoint import Checkpoint
 
 __version__ = version("optimum-modegpt")
@@ -71,11 +72,13 @@ __all__ = [
     "Recovery",
     "RecoveryConfig",
     "Report",
+    "Servable",
     "Thresholds",
     "UnsupportedModel",
     "UploadError",
     "__version__",
     "benchmark",
+    "check_servable",
     "compare",
     "comparison_page",
     "fidelity",
@@ -117,6 +120,7 @@ _NAMES_BY_MODULE = {
     "recovery.config": ("RecoveryConfig",),
     "recovery.recover": ("Recovery", "recover"),
     "report": ("Report", "plot_ranks"),
+    "serving.servable": ("Servable", "check_servable"),
     "walk.checkpoint": ("Checkpoint",),
 }
 """The public names by the module that defines them, for `__getattr__`; type checkers read the imports above."""

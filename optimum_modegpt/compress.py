@@ -30,7 +30,7 @@ from optimum_modegpt.walk.fewer_experts import remove_experts
 from optimum_modegpt.walk.guards import collected_warnings, evaluation_mode, retrying_on_oom
 from optimum_modegpt.walk.planning import make_plan, measure_gradients
 from optimum_modegpt.walk.prepare import prepare
-from optimum_modegpt.walk.record import make_record, make_report, parameters_around
+from optimum_modegpt.walk.record import make_record, make_report, parameters_around, reached_target
 from optimum_modegpt.walk.request import Base, Request
 from optimum_modegpt.walk.resume import finished_blocks, keep_block, keep_plan, known_plan, resuming
 from optimum_modegpt.walk.self_check import check_reloads, check_same, self_check
@@ -90,13 +90,14 @@ def compress(
     with state.clock.stage("adopt"):
         achieved = plan_sparsity(plan, request.sizes)
         parameters = parameters_around(request, state, blocks, achieved)
-        record = make_record(request, achieved, parameters)
+        target = reached_target(request, plan)
+        record = make_record(request, achieved, parameters, target)
         compressed = assemble(request, state, plan, blocks, norm, record)
     with state.clock.stage("self-check"), evaluation_mode(compressed):
         check_reloads(compressed)
         check = self_check(compressed, calibration.tokens[0])
     become(model, compressed)
-    return make_report(request, state, plan, errors, achieved, parameters, check)
+    return make_report(request, state, plan, errors, achieved, parameters, target, check)
 
 
 def embed(request: Request, state: State) -> None:
@@ -143,7 +144,7 @@ def assemble(
     only_experts = state.removed is not None and plan == Plan.dense(request.sizes)
     if only_experts or request.config.layout == "stock":
         mlps = [block.mlp_width for block in architecture.blocks]
-        record = stock_record(record, architecture.model.config, architecture.family, mlps)
+        record = stock_record(record, architecture.model.config.get_text_config(), architecture.family, mlps)
     if only_experts:
         architecture.model.config.modegpt = record
         return architecture.model

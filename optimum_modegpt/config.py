@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.recipe import IN_MEMORY, Recipe
+from optimum_modegpt.recipe import IN_MEMORY, Recipe, overridden
 
 __all__ = ["IN_MEMORY", "ModeGPTConfig", "as_config"]
 
@@ -33,7 +33,8 @@ def as_config(config: Any, **fields: Any) -> ModeGPTConfig:
         InvalidConfig: `config` is of another type, or a field is unknown.
     """
     if isinstance(config, ModeGPTConfig):
-        return dataclasses.replace(config, **fields) if fields else config
+        own = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        return type(config)(**overridden(own, fields)) if fields else config
     if isinstance(config, Mapping):
-        return ModeGPTConfig.from_dict({**config, **fields})
+        return ModeGPTConfig.from_dict(overridden(config, fields))
     raise InvalidConfig(f"expected a ModeGPTConfig or a dict of its fields, found {type(config).__name__}.")

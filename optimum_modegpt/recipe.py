@@ -14,11 +14,17 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.mixture import divide, mixture_of, with_weights
+from optimum_modegpt.quantities import read_bytes, read_count
 
 DEFAULT_ALLOCATIONS = {"default": "sensitivity", "paper": "influence"}
 """The allocation that each method uses if none is requested."""
 ALLOCATIONS = ("sensitivity", "influence", "uniform")
 LAYOUTS = ("per_layer", "mlp", "stock")
+QUANTIZATIONS = ("int8", "int4")
+SIZES = ("sparsity", "target_size", "target_parameters")
+"""The fields that set the size of the result. Exactly one of them is used."""
+TARGETS = ("target_size", "target_parameters", "target_quantization")
+DEFAULT_SPARSITY = 0.3
 LARGEST_INTEGER = 2**63 - 1
 Config = TypeVar("Config")
 IN_MEMORY = "in memory: "
@@ -50,6 +56,7 @@ class Recipe:
 
     Args:
         sparsity: fraction of the weights of the decoder blocks' projections to remove, in [0, 1). 0.3 removes 30 %.
+            `None` takes 0.3, or the sparsity that reaches the target, if there is one.
         method: `"default"`, residual-matched MoDeGPT, or `"paper"`, the algorithm as published.
         allocation: how to distribute sparsity over blocks: `"sensitivity"` (measured, per block and part),
             `"influence"` (the paper's block influence) or `"uniform"`; `None` chooses sensitivity, or influence for
@@ -83,6 +90,12 @@ class Recipe:
             per row of these matrices, they are not refitted.
         expert_sparsity: fraction of the experts of every block to remove before the widths are cut, those with the
             smallest weighted outputs, in [0, 1). With sparsity=0, the result is a model of the dense class.
+        target_size: size of all weights of the result in place of a sparsity, such as "4GB" (10^9 bytes), "1.5GiB" or
+            a number of bytes, in the data type in which they are saved. Embeddings and head count, tied ones once.
+        target_parameters: number of all parameters of the result in place of a sparsity, such as "1.2B".
+        target_quantization: lets `target_size` be the size after a later quantization of the blocks' linear layers and
+            experts: `"int8"`, with a 32-bit scale per row, or `"int4"`, with one per 64 weights. All other weights
+            keep their data type. The compression itself does not quantize.
         tokenizer: tokenizer name or object; `None` takes the model's own.
         allow_foreign_tokenizer: whether `tokenizer` may differ from the model's own in vocabulary, special tokens or
             chat template; a difference is then a warning and part of the calibration record.
@@ -91,7 +104,7 @@ class Recipe:
         InvalidConfig: a field has an invalid value. The message names the field, the value and the accepted values.
     """
 
-    sparsity: float = 0.3
+    sparsity: float = None  # pyright: ignore[reportAssignmentType] - it is a number as soon as the model is known
     method: Literal["default", "paper"] = "default"
     allocation: Literal["sensitivity", "influence", "uniform"] | None = None
     layout: Literal["per_layer", "mlp", "stock"] = "per_layer"
@@ -111,6 +124,9 @@ class Recipe:
     input_ridge: float = 0.1
     refit_iterations: int = 4
     expert_sparsity: float = 0.0
+    target_size: int | str | None = None
+    target_parameters: int | str | None = None
+    target_quantization: Literal["int8", "int4"] | None = None
     tokenizer: Any = None
     allow_foreign_tokenizer: bool = False
 
@@ -120,6 +136,7 @@ class Recipe:
         for name in ("dataset", "tokenizer"):
             if isinstance(getattr(self, name), os.PathLike):
                 setattr(self, name, os.fspath(getattr(self, name)))
+        self._check_size()
         self._check_fractions()
         self._check_choices()
         for name in ("num_samples", "refit_iterations", "seed"):
@@ -146,22 +163,43 @@ class Recipe:
                 "widths; expected allocation 'sensitivity' or 'uniform'."
             )
 
+    def _check_size(self) -> None:
+        given = [f"{name}={getattr(self, name)!r}" for name in SIZES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InvalidConfig(f"found {' and '.join(given)}; each sets the size of the result, so give only one.")
+        if not given:
+            self.sparsity = DEFAULT_SPARSITY
+        for name, read in (("target_size", read_bytes), ("target_parameters", read_count)):
+            if getattr(self, name) is not None:
+                read(name, getattr(self, name))
+        if self.target_quantization is not None:
+            _one_of("target_quantization", self.target_quantization, QUANTIZATIONS)
+            if self.target_size is None:
+                raise InvalidConfig(
+                    f"target_quantization={self.target_quantization!r} only changes the meaning of target_size; found "
+                    f"{given[0] if given else 'no target_size'}."
+                )
+
     def _check_fractions(self) -> None:
+        self.expert_sparsity = _real("expert_sparsity", self.expert_sparsity, 1.0, includes_zero=True)
+        self.max_sparsity = _real("max_sparsity", self.max_sparsity, 1.0)
+        if self.sparsity is not None:
+            self._check_sparsity()
+        for name in ("influence_temperature", "leverage_ridge", "output_ridge", "query_ridge", "input_ridge"):
+            setattr(self, name, _real(name, getattr(self, name), math.inf))
+
+    def _check_sparsity(self) -> None:
         if isinstance(self.sparsity, int | float) and 1 < self.sparsity < 100:
             raise InvalidConfig(
                 f"sparsity must be in [0, 1), found {self.sparsity}. Fractions, not percent: for {self.sparsity} % "
                 f"write sparsity={self.sparsity / 100}."
             )
         self.sparsity = _real("sparsity", self.sparsity, 1.0, includes_zero=True)
-        self.expert_sparsity = _real("expert_sparsity", self.expert_sparsity, 1.0, includes_zero=True)
-        self.max_sparsity = _real("max_sparsity", self.max_sparsity, 1.0)
         if self.sparsity > self.max_sparsity:
             raise InvalidConfig(
                 f"sparsity={self.sparsity} is above max_sparsity={self.max_sparsity}, the limit for every part; "
                 "lower sparsity or raise max_sparsity."
             )
-        for name in ("influence_temperature", "leverage_ridge", "output_ridge", "query_ridge", "input_ridge"):
-            setattr(self, name, _real(name, getattr(self, name), math.inf))
 
     def _check_optional(self) -> None:
         for name, minimum in (("sequence_length", 2), ("batch_size", 1)):
@@ -201,6 +239,10 @@ class Recipe:
         """Return the allocation to use: the field, or the default of method and layout if the field is None."""
         return self.allocation or str(default_allocation(self.method, self.layout))
 
+    def with_sparsity(self, sparsity: float) -> Any:
+        """Return a copy with this sparsity in place of its own or of a target."""
+        return dataclasses.replace(self, **dict.fromkeys(TARGETS), sparsity=sparsity)
+
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and `quant_method`, safe for JSON.
 
@@ -219,7 +261,7 @@ class Recipe:
             InvalidConfig: a key is not a field. The message suggests the closest field.
         """
         names = [field.name for field in dataclasses.fields(cls)]
-        values = {**config_dict, **{k: v for k, v in kwargs.items() if k in names}}
+        values = overridden(config_dict, {k: v for k, v in kwargs.items() if k in names})
         method = values.pop("quant_method", cls.quant_method)
         if method != cls.quant_method:
             raise InvalidConfig(f"quant_method={method!r} is not supported; expected {cls.quant_method!r}.")
@@ -232,6 +274,12 @@ def default_allocation(method: Any, layout: Any) -> str | None:
     """Return the allocation that a method uses with a layout if none is requested; None for an unknown method."""
     default = DEFAULT_ALLOCATIONS.get(method)
     return "uniform" if layout == "stock" and default == "influence" else default
+
+
+def overridden(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values`, updated by `fields`. A field that sets the size of the result removes all others that do."""
+    replaced = SIZES if any(fields.get(name) is not None for name in SIZES) else ()
+    return {**{name: value for name, value in values.items() if name not in replaced}, **fields}
 
 
 def _serialized_dataset(dataset: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.modeling.modegpt_family import PARTS, Part
 from optimum_modegpt.plot import plot_kept
+from optimum_modegpt.quantities import written_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,6 +106,9 @@ class Report:
     memory_kind: str
     """Kind of memory that `Stage.peak_memory` measures: "device memory" or "sampled resident size"."""
     device: str
+    target: dict[str, Any] = field(default_factory=dict)
+    """The requested size of the result: `field` of the configuration, `requested` value, `wanted` and `reached` bytes
+    or parameters, and the later `quantization` that they count. Empty if a sparsity was requested."""
     batch_size: int | None = None
     """Windows per forward pass, after any reduction due to out-of-memory errors."""
     streams: str | None = None
@@ -203,6 +207,8 @@ class Report:
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
             f"{seconds:.1f} s{paced}, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
         ]
+        if self.target:
+            rows.append(_target_line(self.target))
         if self.kept_experts:
             rows.append(f"kept {len(self.kept_experts[0])} experts in each of {len(self.kept_experts)} blocks")
         rows += self.uncut
@@ -229,6 +235,14 @@ class Report:
 def plot_ranks(report: Report, path: str | Path | None = None) -> Figure:
     """Plot the kept widths of a report. The same as `report.plot(path)`."""
     return report.plot(path)
+
+
+def _target_line(target: Mapping[str, Any]) -> str:
+    """Return the requested and the reached size as text."""
+    is_count = target["field"] == "target_parameters"
+    reached = f"{target['reached']:,} parameters" if is_count else written_bytes(target["reached"])
+    after = f" after quantization to {target['quantization']}" if target["quantization"] else ""
+    return f"{target['field']}={target['requested']}: {reached}{after}"
 
 
 def _cell(part: PartReport | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, plan_sparsity
 from optimum_modegpt.allocation.sensitivity import Curves, interpolate, lower_hull
@@ -40,7 +40,7 @@ def _candidates(sizes: Sizes, sparsity: float) -> list[Plan]:
     return [plan for plan, miss in zip(plans, misses, strict=True) if miss <= allowed]
 
 
-def _head_dims(sizes: Sizes) -> list[int | None]:
+def _head_dims(sizes: Sizes) -> Sequence[int | None]:
     """Return the head dims that query, key and value of all blocks may have. None if no block has heads to cut."""
     heads = [size.widths() for block in sizes for part, size in block.items() if part != "mlp"]
     return sorted(set(heads[0]).intersection(*heads), reverse=True) if heads else [None]

@@ -52,6 +52,10 @@ class Architecture:
         """The model's own list of blocks."""
         return self.model.base_model.get_submodule(self.family.blocks)  # pyright: ignore[reportReturnType]
 
+    def text_model(self, model: PreTrainedModel) -> nn.Module:
+        """Return the module of a model of this class that holds the blocks and computes the rotary tables."""
+        return model.base_model.get_submodule(self.family.blocks.rpartition(".")[0])
+
     @property
     def final_norm(self) -> Any:
         """The norm after the last block, or None if this model has none."""

@@ -10,9 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from optimum_modegpt.allocation.plan import total_weights
+from optimum_modegpt.allocation.targets import plan_from_targets
 from optimum_modegpt.architectures import check_dense, read_blocks
 from optimum_modegpt.architectures.shapes import shapes_of
+from optimum_modegpt.budget.experts import with_kept_experts
 from optimum_modegpt.budget.placement import Free, Needs, Placement, choose_placement, finished_size
+from optimum_modegpt.budget.size_target import Size, Target, plan_size, resolve_target
 from optimum_modegpt.budget.sizes import check_reachable, part_sizes
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.layouts.limits import wide_parts
@@ -30,7 +33,7 @@ class Estimate:
     """Peak bytes on one machine, and multiply-adds relative to a forward pass of the blocks over calibration tokens."""
 
     parameters: int  # tied ones count once
-    block_parameters: int  # weights of the compressible projections
+    block_parameters: int  # weights of the compressible projections, without the whole experts that are removed
     calibration_tokens: int
     processes: int  # of a distributed run on the machine
     with_accelerator: Placement  # with one accelerator per process
@@ -40,6 +43,9 @@ class Estimate:
     forward_multiply_adds: int  # of one forward pass
     forward_passes: dict[str, float]  # multiply-adds by step, in units of forward passes
     uncut: tuple[str, ...]  # sentences that name the parts that cannot be cut
+    sparsity: float  # the requested one, or the one that reaches the target
+    result: Size  # with uniform allocation; another may differ by the rounding of widths
+    target: Target | None  # the requested size of the result
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields and their sums, safe for JSON."""
@@ -71,10 +77,13 @@ def estimate(
         AlreadyCompressed, UnsupportedModel, InvalidConfig: as `compress` would.
     """
     architecture = read_blocks(model, check_dense(model.config))
-    sizes = part_sizes(architecture, config)
+    remaining, target = with_kept_experts(architecture, config), Target.of(config)
+    config, sizes = resolve_target(remaining, config), part_sizes(remaining, config)
     check_reachable(config, sizes)
     shapes, element = shapes_of(architecture), model.dtype.itemsize
-    weights, parameters = total_weights(sizes), sum(each.numel() for each in model.parameters())
+    parameters = sum(each.numel() for each in model.parameters())
+    plan = plan_from_targets([config.sparsity] * len(sizes), sizes)
+    size = plan_size(remaining, plan, target.quantization if target else None)
     host, mapped_weights = {"libraries": LIBRARIES}, parameters * element
     if not weights_mapped:
         host["weights"], mapped_weights = mapped_weights, 0
@@ -82,17 +91,18 @@ def estimate(
     place = partial(choose_placement, shapes, config, extent, held=Needs(host=host), processes=processes)
     free = Free.now(compute_device(device, torch.device("cpu")))
     forward, passes = shapes.blocks * block_forward(shapes, extent.windows, sequence_length), {}
-    for steps in work_of(shapes, config, extent).values():
+    if config.expert_sparsity:
+        passes["experts"] = 1.0
+    for steps in work_of(shapes_of(remaining), config, extent).values():
         for name, work in steps.items():
             passes[name] = sum(work.values()) / forward
     streams = method_of(config).streams * extent.tokens * shapes.d_model * element
-    result = int((parameters - config.sparsity * weights) * element)
-    disk = finished_size(shapes, config, element)
+    disk = finished_size(shapes_of(remaining), config, element)
     # New streams are written before the previous ones are deleted.
-    disk |= {"residual streams": streams, "result, or the next streams": max(result, streams)}
+    disk |= {"residual streams": streams, "result, or the next streams": max(size.bytes, streams)}
     return Estimate(
         parameters=parameters,
-        block_parameters=weights,
+        block_parameters=total_weights(sizes),
         calibration_tokens=extent.tokens,
         processes=processes,
         with_accelerator=place(accelerated=True, free=free),
@@ -102,6 +112,9 @@ def estimate(
         forward_multiply_adds=int(forward),
         forward_passes=passes,
         uncut=uncut_sentences(wide_parts(architecture, config.layout)),
+        sparsity=config.sparsity,
+        result=size,
+        target=target,
     )
 
 

@@ -11,10 +11,11 @@ import dataclasses
 import inspect as introspection
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from optimum_modegpt.recipe import ALLOCATIONS, DEFAULT_ALLOCATIONS, LAYOUTS, Recipe
+from optimum_modegpt.recipe import ALLOCATIONS, DEFAULT_ALLOCATIONS, LAYOUTS, QUANTIZATIONS, SIZES, Recipe
 from optimum_modegpt.recovery.config import RecoveryConfig
 
 BROKEN = 1
@@ -28,6 +29,8 @@ COMMAND_LINE_TEXTS = {
     "or chat template, with a warning.",
 }
 """Descriptions of the fields that accept more in Python than on the command line."""
+SERVABLE_FIELDS = ("sparsity", "expert_sparsity", "layout")
+"""The fields on which it depends which engines run a result."""
 
 
 class Mixture(argparse.Action):
@@ -176,6 +179,14 @@ def estimate(commands: Any) -> None:
     _add_device(parser)
 
 
+def servable(commands: Any) -> None:
+    text = "Show which serving engines run MODEL, and how, without loading its weights."
+    parser = _command(commands, "servable", text)
+    _add_json(parser)
+    text = "Given any of these, MODEL is dense, and the table is about the model that compress would make of it."
+    _add_configuration(parser, SERVABLE_FIELDS, text)
+
+
 def demo(commands: Any) -> None:
     parser = commands.add_parser("demo", help="Compress the embedded model, reload it, evaluate it and generate text.")
     parser.set_defaults(model="demo", revision=None, token=None, trust_remote_code=False)
@@ -188,7 +199,7 @@ def demo(commands: Any) -> None:
     _add_debug(parser)
 
 
-COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, estimate, demo)
+COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, servable, estimate, demo)
 """The commands, in the order in which the help lists them."""
 
 
@@ -247,9 +258,10 @@ def _add_tokenizer(parser: Any, default: str) -> None:
     parser.add_argument("--allow-foreign-tokenizer", action="store_true", help=text)
 
 
-def _add_configuration(parser: Any) -> None:
-    """Add a flag for every field of `ModeGPTConfig`, with its name, type and description."""
-    group = parser.add_argument_group("configuration", "Flags override --config, which overrides the defaults.")
+def _add_configuration(parser: Any, names: Collection[str] | None = None, text: str = "") -> None:
+    """Add a flag for every field of `ModeGPTConfig`, or for those of `names`, with its name, type and description."""
+    text = f"{text} Flags override --config, which overrides the defaults.".strip()
+    group = parser.add_argument_group("configuration", text)
     group.add_argument("--config", type=path, metavar="FILE", help="JSON file with any of these fields")
     texts = field_texts()
     kinds: dict[str, dict[str, Any]] = {
@@ -259,18 +271,27 @@ def _add_configuration(parser: Any) -> None:
         "method": {"choices": tuple(DEFAULT_ALLOCATIONS)},
         "allocation": {"choices": ALLOCATIONS},
         "layout": {"choices": LAYOUTS},
+        "target_size": {"metavar": "SIZE"},
+        "target_parameters": {"metavar": "N"},
+        "target_quantization": {"choices": QUANTIZATIONS},
         "round_to": {"type": _integer_or_word, "metavar": "N|auto"},
         "dataset": {"nargs": "+", "action": Mixture, "metavar": "NAME[=WEIGHT]"},
     }
+    one_size = group.add_mutually_exclusive_group()
     for field in dataclasses.fields(Recipe):
+        if names is not None and field.name not in names:
+            continue
         text = texts[field.name]
         if field.default is not None and field.default is not False:
             default = " ".join(field.default) if isinstance(field.default, tuple) else field.default
             text += f" Default: {default}."
         kind = str(field.type).removesuffix(" | None")
         options = kinds.get(field.name) or kinds.get(kind) or {"metavar": "NAME"}
-        flag = f"--{field.name.replace('_', '-')}"
-        group.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
+        flags = [f"--{field.name.replace('_', '-')}"]
+        if field.name == "target_quantization":
+            flags.append("--quantize")
+        add = (one_size if field.name in SIZES else group).add_argument
+        add(*flags, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **options)
 
 
 def field_texts() -> dict[str, str]:

@@ -11,10 +11,13 @@ from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, 
 from optimum_modegpt.evaluation.inspection import Inspection
 from optimum_modegpt.hub.result import sanitized
 from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.quantities import written_bytes
 
 if TYPE_CHECKING:
     from optimum_modegpt.budget.estimate import Estimate
     from optimum_modegpt.evaluation.speed import Benchmark, Row, Speed, Spread
+    from optimum_modegpt.serving.servable import Servable
+    from optimum_modegpt.serving.shape import Shape
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 """Names of data types in torch, by their names in safetensors."""
@@ -196,6 +199,7 @@ def estimate_table(found: Estimate) -> str:
     lines = [
         "ESTIMATE from shapes alone; the report of a compression has the measured values.",
         f"{found.parameters:,} parameters, {found.block_parameters:,} of them in the blocks' projections",
+        _result_line(found),
         f"{found.calibration_tokens:,} calibration tokens",
         *found.uncut,
     ]
@@ -218,6 +222,18 @@ def estimate_table(found: Estimate) -> str:
     return "\n".join(lines)
 
 
+def _result_line(found: Estimate) -> str:
+    """Return the sparsity and the size of the result as text, with the target that they reach, if any."""
+    result, target = found.result, found.target
+    size = f"{result.parameters:,} parameters, {written_bytes(result.bytes)} of weights"
+    if target is None:
+        return f"result of sparsity {found.sparsity:.4g}: {size}"
+    if target.quantization is not None:
+        size += f", {written_bytes(result.quantized_bytes)} after quantization to {target.quantization}"
+    verb = "comes nearest to" if target.is_missed(result) else "reaches"
+    return f"sparsity {found.sparsity:.4g} {verb} {target.field}={target.requested}: {size}"
+
+
 def _byte_lines(title: str, needs: dict[str, int]) -> list[str]:
     if not needs:
         return []
@@ -229,6 +245,24 @@ def _byte_lines(title: str, needs: dict[str, int]) -> list[str]:
 
 def _bytes(size: float) -> str:
     return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
+
+
+def servable_table(shape: Shape, found: Sequence[Servable]) -> str:
+    """Return the shape of a model, whether each engine runs it and why, and the commands of those that do, as text."""
+    rows = [["engine", "works", "known from", "why"]]
+    rows += [[each.engine, each.works, each.checked, each.reason] for each in found]
+    commands = [[f"  {each.engine}", each.command] for each in found if each.command is not None]
+    return "\n".join([shape.to_text(), aligned(rows, left=4), "commands", aligned(commands, left=2)])
+
+
+def servable_line(found: Sequence[Servable]) -> str:
+    """Return in one line which engines run a model, which do not, and of which it is not known."""
+    titles = {"Served by": ("yes", "with package"), "not by": ("no",), "not known": ("unknown",)}
+    parts = []
+    for title, values in titles.items():
+        if names := [each.engine for each in found if each.works in values]:
+            parts.append(f"{title}: {', '.join(names)}")
+    return "; ".join(parts)
 
 
 def benchmark_table(found: Benchmark) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 
 from optimum_modegpt.architectures.families import family_of
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.layouts.records import DENSE_WIDTHS, is_result, is_stock_result
-from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
+from optimum_modegpt.layouts.records import is_result, is_stock_result, stock_widths
 from optimum_modegpt.modeling.modegpt_family import Family, Part
 from optimum_modegpt.report import uncut_sentences
 
@@ -113,17 +112,13 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
 
 def _stock_ranks(config: Any) -> tuple[BlockRanks, ...]:
     """Return kept and dense widths of every block of a stock model, the dense ones from its record."""
-    classes, dense, blocks = family_of(config.model_type), config.modegpt[DENSE_WIDTHS], []
-    if classes is None:
+    if (classes := family_of(config.model_type)) is None:
         raise EvaluationError(f"the configuration was edited: model_type {config.model_type!r} is no known family.")
-    family = classes.family
-    for index in range(config.num_hidden_layers):
-        name, parts = family.width_name(config, index), family.parts(config, index)
-        kept: dict[str, Any] = {part: head_dim(config) for part in parts} | {"mlp": mlp_width(config, family, index)}
-        full: dict[str, Any] = {part: dense.get("head_dim") for part in parts} | {"mlp": dense.get(name)}
-        if not all(isinstance(full[part], int) and full[part] >= kept[part] for part in parts):
-            raise EvaluationError(f"the configuration was edited: its record has the dense widths {dict(dense)}.")
-        blocks.append(BlockRanks(index, kept, full))
+    blocks = []
+    for index, (kept, dense) in enumerate(stock_widths(config, classes.family)):
+        if not all(isinstance(dense[part], int) and dense[part] >= kept[part] for part in kept):
+            raise EvaluationError(f"the configuration was edited: block {index} has the widths {kept} of {dense}.")
+        blocks.append(BlockRanks(index, kept, dense))
     return tuple(blocks)
 
 

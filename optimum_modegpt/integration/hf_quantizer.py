@@ -87,8 +87,10 @@ class ModeGPTHfQuantizer(HfQuantizer):
     """The method that transformers 5.16 calls at this point instead."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from optimum_modegpt.budget.size_target import check_sizes
         from optimum_modegpt.loading.source import Source
 
+        check_sizes(model, self.quantizer.config)
         # Without the patched keyword, only the name in the configuration is known.
         self.job = running_job() or Job(self.quantizer.config, Source.of_model(model))
         # transformers builds the model on the meta device; without this, token ids would be made there too.

@@ -16,8 +16,11 @@ from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.positions import canonical_order
 from optimum_modegpt.errors import UnsupportedModel
 from optimum_modegpt.layouts.rotary_table import narrow_rope_parameters, refusal_of_tables
-from optimum_modegpt.modeling.modegpt_config import dense_values, head_dim
+from optimum_modegpt.modeling.modegpt_config import head_dim, with_text_values
 from optimum_modegpt.modeling.modegpt_family import Part
+
+HEADS: tuple[Part, ...] = ("qk", "vo")
+"""The parts whose width is that of a head."""
 
 
 def wide_parts(architecture: Architecture, layout: str) -> list[dict[Part, str]]:
@@ -26,31 +29,25 @@ def wide_parts(architecture: Architecture, layout: str) -> list[dict[Part, str]]
     Raises:
         UnsupportedModel: the layout is "stock", and no stock class holds narrow MLPs of this model.
     """
-    reasons: Mapping[Part, str] = {}
+    reasons: dict[Part, str] = {}
     if layout == "mlp":
-        reasons = dict.fromkeys(("qk", "vo"), "the layout mlp cuts MLPs only")
+        reasons = dict.fromkeys(HEADS, "the layout mlp cuts MLPs only")
     elif layout == "stock":
         check_stock(architecture)
         reason = refusal_of_narrow_heads(architecture)
-        reasons = {} if reason is None else dict.fromkeys(("qk", "vo"), f"{reason}, so layout stock keeps its heads")
-    return [
-        own | {part: reason for part, reason in reasons.items() if part not in own} for own in architecture.dense_parts
-    ]
+        if reason is not None:
+            reasons = dict.fromkeys(HEADS, f"{reason}, so layout stock keeps its heads")
+    return [reasons | own for own in architecture.dense_parts]
 
 
 def check_stock(architecture: Architecture) -> None:
     """Check that the stock class of a model can have MLPs of a smaller width.
 
     Raises:
-        UnsupportedModel: the model has a text tower, or the width of its MLPs is not in the configuration, or is also
-            that of other modules.
+        UnsupportedModel: the width of its MLPs is not in the configuration, or is also that of other modules.
     """
     name, advice = type(architecture.model).__name__, "use layout='per_layer' or layout='mlp'."
-    if architecture.model.config.get_text_config() is not architecture.model.config:
-        raise UnsupportedModel(
-            f"layout='stock' is not supported for {name}, whose language model is a part of another model; {advice}"
-        )
-    family, config = architecture.family, architecture.model.config
+    family, config = architecture.family, architecture.model.config.get_text_config()
     widths = {family.width_name(config, block.index): block.mlp_width // 2 for block in architecture.blocks}
     narrow = _empty(architecture, widths)
     for block, path in zip(architecture.blocks, architecture.block_paths, strict=True):
@@ -78,19 +75,20 @@ def _mlp_paths(block: Block) -> tuple[str, ...]:
 
 def refusal_of_narrow_heads(architecture: Architecture) -> str | None:
     """Return the reason why the stock class cannot have heads of a smaller width, or None if it can."""
-    family, config, blocks = architecture.family, architecture.model.config, architecture.blocks
+    family, blocks = architecture.family, architecture.blocks
+    config: Any = architecture.model.config.get_text_config()
     name = type(architecture.model).__name__
     if any(not block.attends or block.uncut for block in blocks) or family.layer_sizes:
         return f"{name} has blocks whose heads cannot be cut alike"
     if not any(block.rotary for block in blocks):
         return f"{name} derives the width of a head from other sizes"
-    if family.stock is not None and set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        return f"{name} has layers with a sliding window, which a {family.stock.model_type} model has not"
+    if family.stock is not None and getattr(config, "sliding_window", None) is not None:
+        return f"{name} has a sliding window, which a {family.stock.model_type} model has not"
     if family.attention.positions.query_factor:
         return f"{name} computes a factor of the queries from its rotary parameters"
     if any(canonical_order(block.attention, family) is not None for block in blocks if block.rotary):
         return f"{name} rotates adjacent coordinates, or a part of a head"
-    if (reason := refusal_of_tables(architecture.model, config)) is not None:
+    if (reason := refusal_of_tables(architecture.text_model(architecture.model), config)) is not None:
         return reason
     return None if _takes_head_dim(architecture) else f"{name} derives the width of a head from other sizes"
 
@@ -99,7 +97,7 @@ def _takes_head_dim(architecture: Architecture) -> bool:
     """Return whether the heads of the stock class have the width `head_dim` of the configuration."""
     if architecture.family.stock is not None:
         return True
-    block, config = architecture.blocks[0], architecture.model.config
+    block, config = architecture.blocks[0], architecture.model.config.get_text_config()
     if isinstance(getattr(type(config), "head_dim", None), property):
         return False
     width = head_dim(config) // 2
@@ -141,6 +139,6 @@ def _size(module: nn.Module) -> int:
 
 def _empty(architecture: Architecture, values: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model of the stock class on the meta device, with some values of its configuration replaced."""
-    config = type(architecture.model.config)(**dense_values(architecture.model.config) | dict(values))
+    config = with_text_values(architecture.model.config, values)
     with torch.device("meta"):
         return architecture.classes.stock_causal_lm(config)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from optimum_modegpt.modeling.modegpt_config import head_dim
-from optimum_modegpt.modeling.modegpt_family import Family, is_compressed
+from optimum_modegpt.modeling.modegpt_config import head_dim, mlp_width
+from optimum_modegpt.modeling.modegpt_family import Family, Part, is_compressed
 
 DENSE_WIDTHS = "dense_widths"
 """Key of the record of a stock result: the widths of the dense model, by their names in the configuration."""
@@ -27,8 +27,21 @@ def is_stock_result(config: Any) -> bool:
 
 def is_narrow_stock(config: Any) -> bool:
     """Return whether a configuration is that of a stock result with narrow parts, not only with fewer experts."""
-    recipe = config.modegpt.get("recipe") if is_stock_result(config) else None
-    return isinstance(recipe, Mapping) and recipe.get("layout") == "stock" and bool(recipe.get("sparsity"))
+    record = config.modegpt if is_stock_result(config) else {}
+    recipe, achieved = record.get("recipe"), record.get("achieved")
+    is_stock = isinstance(recipe, Mapping) and recipe.get("layout") == "stock"
+    return is_stock and isinstance(achieved, Mapping) and bool(achieved.get("sparsity"))
+
+
+def stock_widths(config: Any, family: Family) -> Iterator[tuple[dict[Part, int], dict[Part, Any]]]:
+    """Yield the widths of the parts of every block of a stock result, and those in its record of the dense model."""
+    text, dense = config.get_text_config(), config.modegpt[DENSE_WIDTHS]
+    for index in range(text.num_hidden_layers):
+        parts = family.parts(text, index)  # without heads to cut, there may be no one width of them
+        kept: dict[Part, int] = {part: head_dim(text) for part in parts if part != "mlp"}
+        before: dict[Part, Any] = dict.fromkeys(kept, dense.get("head_dim"))
+        width = mlp_width(text, family, index)
+        yield {"mlp": width, **kept}, {"mlp": dense.get(family.width_name(text, index)), **before}
 
 
 def stock_record(record: dict[str, Any], config: Any, family: Family, mlp_widths: list[int]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def refusal_of_tables(model: nn.Module, config: Any) -> str | None:
             return f"the rotary type {rope['rope_type']} has frequencies that follow the length of the text"
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             return "only a part of a head rotates"
+        if "mrope_section" in rope:
+            return "the pairs of a head rotate by positions of several axes"
     return None
 
 

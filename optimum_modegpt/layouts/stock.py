@@ -14,7 +14,7 @@ from optimum_modegpt.architectures.storage import dense_tensors
 from optimum_modegpt.errors import UnsupportedModel
 from optimum_modegpt.layouts.rotary_table import kept_rope_parameters, rotary_modules
 from optimum_modegpt.modeling.adoption import built
-from optimum_modegpt.modeling.modegpt_config import dense_values
+from optimum_modegpt.modeling.modegpt_config import dense_values, with_text_values
 
 
 def stock_model(architecture: Architecture, compressed: PreTrainedModel, pairs: list[int]) -> PreTrainedModel:
@@ -38,7 +38,7 @@ def stock_model(architecture: Architecture, compressed: PreTrainedModel, pairs: 
         replacements[architecture.final_norm_path] = compressed.get_submodule(architecture.final_norm_path)
     model = built(architecture.model, model_class, config, replacements)
     if pairs:
-        _renew_rotary_tables(model)
+        _renew_rotary_tables(architecture.text_model(model), config.get_text_config())
     return model
 
 
@@ -46,28 +46,36 @@ def stock_config(
     architecture: Architecture, compressed_config: Any, pairs: list[int]
 ) -> tuple[Any, type[PreTrainedModel]]:
     """Return the configuration of the stock class with the widths of a compressed model, and the model class."""
-    family, dense = architecture.family, architecture.model.config
+    family, whole = architecture.family, architecture.model.config
+    dense: Any = whole.get_text_config()
     widths: dict[str, int] = {}
     for index, own in enumerate(compressed_config.widths()):
         name = family.width_name(dense, index)
         if widths.setdefault(name, own.mlp) != own.mlp:
             raise UnsupportedModel(f"block {index} has an MLP of width {own.mlp}; expected {widths[name]}, as others.")
-    values = dense_values(dense) | widths | {"modegpt": compressed_config.modegpt}
-    values["tie_word_embeddings"] = architecture.head_is_tied
-    if not pairs:
-        return type(dense)(**values), architecture.classes.stock_causal_lm
-    values |= {"head_dim": 2 * len(pairs), "rope_parameters": kept_rope_parameters(architecture.model, dense, pairs)}
-    if family.stock is None:
-        return type(dense)(**values), architecture.classes.stock_causal_lm
-    config_class = CONFIG_MAPPING[family.stock.model_type]
-    known = config_class().to_dict()
-    values = {name: value for name, value in values.items() if name in known or name == "modegpt"}
-    return config_class(**values | dict(family.stock.values)), MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    values: dict[str, Any] = dict(widths)
+    if pairs:
+        rope = kept_rope_parameters(architecture.text_model(architecture.model), dense, pairs)
+        values |= {"head_dim": 2 * len(pairs), "rope_parameters": rope}
+    if pairs and family.stock is not None:
+        config_class = CONFIG_MAPPING[family.stock.model_type]
+        known = config_class().to_dict().keys()
+        values = {name: value for name, value in (dense_values(dense) | values).items() if name in known}
+        config = config_class(**values | dict(family.stock.values))
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    else:
+        config, model_class = with_text_values(whole, values), architecture.classes.stock_causal_lm
+    config.modegpt = compressed_config.modegpt
+    config.tie_word_embeddings = architecture.head_is_tied
+    return config, model_class
 
 
 def _stock_block(block: Block, compressed: nn.Module, empty: nn.Module) -> nn.Module:
     """Fill a block of the stock class, on the meta device, with the tensors of a compressed one."""
-    tensors = dense_tensors(compressed, block.family, block.config, block.parts)
+    if type(empty) is type(block.module):
+        tensors = dense_tensors(compressed, block.family, block.config, block.parts)
+    else:  # a class that stores the projections as compressed blocks do
+        tensors = {name: each for name, each in compressed.state_dict().items() if not name.endswith("rope_index")}
     if block.attends:
         path = block.family.attention.module
         attention: Any = compressed.get_submodule(path)
@@ -76,7 +84,7 @@ def _stock_block(block: Block, compressed: nn.Module, empty: nn.Module) -> nn.Mo
             _share_gains(tensors, block)
             _scale_queries(tensors, block, attention.scaling / stock.scaling)
     for name, parameter in empty.named_parameters():
-        if name.endswith("bias") and name not in tensors and block.family.stock is not None:
+        if name.endswith("bias") and name not in tensors and type(empty) is not type(block.module):
             tensors[name] = next(iter(tensors.values())).new_zeros(parameter.shape)
     try:
         empty.load_state_dict(tensors, strict=True, assign=True)
@@ -112,10 +120,10 @@ def _scale_queries(tensors: dict[str, Tensor], block: Block, ratio: float) -> No
         tensors[name] = (tensors[name] + offset) * ratio - offset
 
 
-def _renew_rotary_tables(model: PreTrainedModel) -> None:
-    """Compute the rotary tables of the model from its configuration. Those of the dense model have more pairs."""
+def _renew_rotary_tables(model: nn.Module, config: Any) -> None:
+    """Compute the rotary tables of a text model from its configuration. Those of the dense model have more pairs."""
     for path in rotary_modules(model):
         dense: Any = model.get_submodule(path)
         with torch.device("cpu"):
-            new = type(dense)(model.config)
+            new = type(dense)(config)
         model.set_submodule(path, new.to(next(iter(dense.buffers())).device))

@@ -235,6 +235,15 @@ def dense_values(dense: Any) -> dict[str, Any]:
     return values
 
 
+def with_text_values(config: Any, values: Mapping[str, Any]) -> Any:
+    """Return a copy of a dense configuration with some values of its text model replaced."""
+    text = config.get_text_config()
+    if text is config:
+        return type(config)(**dense_values(config) | dict(values))
+    new = dense_values(text) | dict(values) | {"model_type": text.model_type}
+    return type(config)(**dense_values(config) | {"text_config": new})
+
+
 def _refuse_foreign(names: Collection[str]) -> None:
     if names:
         raise ValueError(f"config.json has {sorted(names)}, which no compressed model has. Save or download it again.")

@@ -15,7 +15,7 @@ from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_blocks import ModeGPTMLPMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import MLP, Attention, Family, Positions, Storage
+from .modegpt_family import MLP, Attention, Family, Positions, StockClass, Storage
 
 FAMILY = Family(
     "phi3",
@@ -25,6 +25,7 @@ FAMILY = Family(
         score_arguments=(("sliding_window", "config.sliding_window"),),
     ),
     mlp=MLP(storage=Storage("stacked", "mlp.gate_up_proj"), activation="mlp.activation_fn"),
+    stock=StockClass("llama"),
 )
 
 

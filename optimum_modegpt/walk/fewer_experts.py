@@ -15,9 +15,10 @@ from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block, resolve
 from optimum_modegpt.architectures.experts import routed
 from optimum_modegpt.architectures.shapes import shapes_of
+from optimum_modegpt.budget.experts import count_kept_experts
 from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.calibration.streams import check_dense, map_stream
-from optimum_modegpt.errors import InvalidConfig, naming
+from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.whole_experts import ExpertUse, ExpertUseSum, kept_experts, select_experts_of
 from optimum_modegpt.modeling.adoption import built
 from optimum_modegpt.progress import bar
@@ -33,7 +34,7 @@ def remove_experts(request: Request, state: State) -> Request:
     Raises:
         InvalidConfig: the model has no experts, or too few would be left.
     """
-    kept = count_kept(request)
+    kept = count_kept_experts(request.architecture, request.config)
     with evaluation_mode(request.architecture.model):
         uses = measure_use(request, state)
     chosen = distributed.broadcast_object([one.tolist() for one in kept_experts(uses, kept)])
@@ -48,31 +49,6 @@ def remove_experts(request: Request, state: State) -> Request:
         sizes=part_sizes(architecture, request.config),
         shapes=shapes_of(architecture),
     )
-
-
-def count_kept(request: Request) -> int:
-    """Return the number of experts that every block keeps.
-
-    Raises:
-        InvalidConfig: the model has no experts, or a router that cannot lose some, or too few would be left.
-    """
-    described, config = request.architecture.family.mlp.experts, request.architecture.model.config
-    wanted = request.config.expert_sparsity
-    if described is None:
-        raise InvalidConfig(f"expert_sparsity={wanted}, but the blocks of this model have no experts; expected 0.")
-    if described.groups is not None and getattr(config, described.groups) > 1:
-        raise InvalidConfig(
-            f"expert_sparsity={wanted}, but the router of this model chooses groups of experts "
-            f"({described.groups}={getattr(config, described.groups)}), which must stay complete; expected 0."
-        )
-    count, least = getattr(config, described.count), getattr(config, described.chosen)
-    kept = round(count * (1 - wanted))
-    if kept < least:
-        raise InvalidConfig(
-            f"expert_sparsity={wanted} leaves {kept} of {count} experts, but the router chooses {least} for a token; "
-            f"expected at most {1 - least / count:.3f}."
-        )
-    return kept
 
 
 def measure_use(request: Request, state: State) -> list[ExpertUse]:

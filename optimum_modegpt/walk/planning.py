@@ -13,6 +13,7 @@ from optimum_modegpt.allocation.plan import Plan, plan_sparsity
 from optimum_modegpt.allocation.sensitivity import plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.architectures import Block
+from optimum_modegpt.budget.size_target import plan_size
 from optimum_modegpt.budget.sizes import SPARSITY_TOLERANCE
 from optimum_modegpt.calibration.gradients import output_gradients
 from optimum_modegpt.calibration.influence import InfluenceSum
@@ -27,7 +28,7 @@ from optimum_modegpt.walk.state import State
 
 
 def make_plan(request: Request, state: State) -> Plan:
-    """Choose the widths by the configuration's allocation. A miss of the requested sparsity is a warning."""
+    """Choose the widths by the configuration's allocation. A miss of the requested size is a warning."""
     config, sizes = request.config, request.sizes
     if config.sparsity == 0:
         return Plan.dense(sizes)
@@ -49,13 +50,25 @@ def make_plan(request: Request, state: State) -> Plan:
         plan = plan_from_targets(targets, sizes)
     else:
         plan = plan_from_targets([config.sparsity] * len(sizes), sizes)
-    achieved = plan_sparsity(plan, sizes)
-    if abs(achieved - config.sparsity) > SPARSITY_TOLERANCE:
+    warn_of_miss(request, state, plan)
+    return plan
+
+
+def warn_of_miss(request: Request, state: State, plan: Plan) -> None:
+    """Warn if a plan misses the requested size or sparsity."""
+    config, target, achieved = request.config, request.target, plan_sparsity(plan, request.sizes)
+    if target is not None:
+        size = plan_size(request.architecture, plan, target.quantization)
+        if target.is_missed(size):
+            state.warn(
+                f"the widths allowed by round_to={config.round_to!r} give {target.written(size)}, not the requested "
+                f"{target}."
+            )
+    elif abs(achieved - config.sparsity) > SPARSITY_TOLERANCE:
         state.warn(
             f"the widths allowed by round_to={config.round_to!r} give a sparsity of {achieved:.4f}, "
             f"not the requested {config.sparsity:.4f}."
         )
-    return plan
 
 
 def measure_sensitivities(request: Request, state: State) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from transformers import PreTrainedModel
 
 from optimum_modegpt.allocation.plan import Plan, plan_sparsity
 from optimum_modegpt.architectures import resolve
 from optimum_modegpt.architectures.shapes import shapes_of
+from optimum_modegpt.budget.experts import with_kept_experts
+from optimum_modegpt.budget.size_target import Target, resolve_target
 from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
@@ -31,18 +31,22 @@ def prepare(
     checkpoint: Checkpoint | None,
     progress: bool,
 ) -> Request:
-    """Resolve the model's family, and validate its tensors and the plan."""
+    """Resolve the model's family and the target of the size, and validate the tensors and the plan."""
     architecture = resolve(model)
     check_tensors(architecture)
     sizes = part_sizes(architecture, config)
-    if plan is not None:
+    target, remaining = Target.of(config), with_kept_experts(architecture, config)
+    if plan is None:
+        config = resolve_target(remaining, config)
+    else:
         check_plan(plan, sizes)
         if config.layout == "stock":
             check_equal_widths(plan, architecture)
-        config = dataclasses.replace(config, sparsity=plan_sparsity(plan, sizes))
+        target, config = None, config.with_sparsity(plan_sparsity(plan, sizes))
     return Request(
         architecture=architecture,
         config=config,
+        target=target,
         calibration=calibration,
         sizes=sizes,
         uncut=uncut_sentences(wide_parts(architecture, config.layout)),

@@ -10,6 +10,7 @@ from torch import nn
 
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.plan import Plan, total_weights
+from optimum_modegpt.budget.size_target import plan_size
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.methods.cost import Extent, product_seconds
 from optimum_modegpt.methods.registry import work_of
@@ -32,13 +33,24 @@ def parameters_around(request: Request, state: State, blocks: list[nn.Module], a
     return Parameters(weights, round(weights * (1 - achieved)), before + removed, after)
 
 
-def make_record(request: Request, achieved: float, parameters: Parameters) -> dict[str, Any]:
+def reached_target(request: Request, plan: Plan) -> dict[str, Any]:
+    """Return the requested size of the result and the one that `plan` reaches; an empty dict if none was requested.
+
+    The model must still be the dense one.
+    """
+    if (target := request.target) is None:
+        return {}
+    return target.record(plan_size(request.architecture, plan, target.quantization))
+
+
+def make_record(request: Request, achieved: float, parameters: Parameters, target: dict[str, Any]) -> dict[str, Any]:
     """Return the record of the compression for config.json."""
     return {
         "format_version": FORMAT_VERSION,
         "base_model": request.base.model,
         "base_revision": request.base.revision,
         "recipe": portable(request.config),
+        **({"target": target} if target else {}),
         "dtype": str(request.architecture.model.dtype).removeprefix("torch."),
         "calibration": dict(request.calibration.record),
         "achieved": {"sparsity": achieved, "parameters": dataclasses.asdict(parameters)},
@@ -52,6 +64,7 @@ def make_report(
     errors: list[dict[str, float]],
     achieved: float,
     parameters: Parameters,
+    target: dict[str, Any],
     check: SelfCheck,
 ) -> Report:
     """Return the report of a finished compression."""
@@ -62,6 +75,7 @@ def make_report(
         config=portable(request.config),
         requested_sparsity=request.config.sparsity,
         achieved_sparsity=achieved,
+        target=target,
         parameters=parameters,
         blocks=tuple(_block_report(index, request, plan, error) for index, error in enumerate(errors)),
         calibration=dict(request.calibration.record),

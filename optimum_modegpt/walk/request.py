@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.allocation.plan import Plan, Sizes
 from optimum_modegpt.architectures import Architecture
 from optimum_modegpt.architectures.shapes import Shapes
+from optimum_modegpt.budget.size_target import Target
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.walk.checkpoint import Checkpoint
@@ -43,7 +44,8 @@ class Request:
 
     Attributes:
         architecture: the dense model and its blocks.
-        config: the settings. Their sparsity is that of `plan`, if there is a plan.
+        config: the settings. Their sparsity is that of `plan`, if there is a plan, or reaches the `target`.
+        target: the requested size of the result, or None if a sparsity or a plan was requested.
         calibration: the calibration windows of all ranks.
         sizes: dense width and allowed widths of every part.
         uncut: sentences that name the parts that stay at full width, and why.
@@ -57,6 +59,7 @@ class Request:
 
     architecture: Architecture
     config: ModeGPTConfig
+    target: Target | None
     calibration: TokenWindows
     sizes: Sizes
     uncut: tuple[str, ...]

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from optimum_modegpt import ModeGPTConfig, demo, perplexity
+from optimum_modegpt.allocation.equal import equal_plan_from_curves
 from optimum_modegpt.allocation.plan import Plan, total_weights
 from optimum_modegpt.allocation.sensitivity import plan_from_curves
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
@@ -56,8 +57,11 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "default uniform": {"allocation": "uniform"},
     "default influence": {"allocation": "influence"},
     "default, no refit": {"refit_iterations": 0},
+    "default, layout mlp": {"layout": "mlp"},
+    "default, layout stock": {"layout": "stock"},
 }
-"""The paper's method on the MLPs only; the default with other allocations, and without the refit of gate and up."""
+"""The paper's method on the MLPs only; the default with other allocations, without the refit of gate and up, and in the
+other layouts."""
 RECIPES = MAIN | ABLATIONS
 FEW = ("stories260k", "shakespeare-opt-postln")
 ABLATION_RATIO = 0.3
@@ -224,7 +228,8 @@ def plan_of(recipe: str, model: Any, config: ModeGPTConfig, curves: Mapping[str,
     for key, curve in measured.sensitivities.items():
         block, part = key.split(".")
         by_part[int(block), part] = [(sparsity, divergence) for sparsity, divergence in curve]
-    return plan_from_curves(by_part, sizes, config.sparsity)
+    choose = equal_plan_from_curves if config.layout == "stock" else plan_from_curves
+    return choose(by_part, sizes, config.sparsity)
 
 
 def mlp_only(model: Any, config: ModeGPTConfig) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from optimum_modegpt import InvalidConfig, ModeGPTConfig, ModeGPTQuantizer, UnsupportedModel, demo
+from optimum_modegpt.allocation.plan import Plan
+from optimum_modegpt.architectures import resolve
+from optimum_modegpt.budget.size_target import plan_size
 from optimum_modegpt.modeling.modegpt_family import Widths
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install bitsandbytes)")
@@ -110,6 +113,20 @@ def test_quantised_model_is_close_to_the_original_and_reloads_exactly(name: str,
     for key, buffer in original.named_buffers():
         if key.endswith("rope_index"):
             assert torch.equal(again.get_buffer(key), buffer)
+
+
+@pytest.mark.parametrize(("method", "quantization"), [("int8", "int8"), ("nf4", "int4")])
+def test_the_size_of_a_target_is_that_of_the_quantised_weights(
+    method: str, quantization: Literal["int8", "int4"], tmp_path: Path
+) -> None:
+    original, _ = saved(method, "llama-mqa-biases", tmp_path)
+    sizes = {name: getattr(original.config, name) for name in ("hidden_size", "intermediate_size")}
+    architecture = resolve(dense("llama-mqa-biases", **sizes))
+    size = plan_size(architecture, Plan(tuple(original.config.widths())), quantization)
+    stored = load_file(tmp_path / "model.safetensors")
+    constant = ("weight_format", "quant_map", "bitsandbytes__nf4")  # about 200 bytes per matrix of any size
+    found = sum(tensor.nbytes for name, tensor in stored.items() if not name.endswith(constant))
+    assert size.quantized_bytes == pytest.approx(found, rel=1e-3)
 
 
 def test_quantised_models_load_without_the_package(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import RECIPE, save_dense, save_text
@@ -62,10 +63,15 @@ def test_the_next_step_reads_the_models_as_this_run_did(words: list[str], expect
 def test_the_next_step_runs_as_printed(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, text = tmp_path / "small model", save_text(tmp_path / "text.txt")
     assert cli.main(["compress", str(checkpoint), "--output", str(output), "--dataset", str(text), *FLAGS]) == 0
-    last = capsys.readouterr().out.splitlines()[-1].partition(": ")[2]
-    words = shlex.split(last.replace("<your-text.txt>", str(text)))[3:]
+    lines = capsys.readouterr().out.splitlines()
+    step = next(line for line in lines if line.startswith("next")).partition(": ")[2]
+    words = shlex.split(step.replace("<your-text.txt>", str(text)))[3:]
     assert cli.main(words) == 0
     assert "perplexity" in capsys.readouterr().out
+    assert lines[-1].startswith("to run it with transformers: import optimum_modegpt, transformers; ")
+    names: dict[str, Any] = {}
+    exec(lines[-1].partition(": ")[2], names)
+    assert names["model"].config.model_type == "modegpt_llama"
 
 
 def test_a_revision_of_no_reference_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

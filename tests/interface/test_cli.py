@@ -120,7 +120,7 @@ def test_flags_win_over_the_file_over_the_defaults(tmp_path: Path) -> None:
     assert configuration(options) == ModeGPTConfig(sparsity=0.2, seed=7, round_to=1)
 
 
-VALUES = {"method": "paper", "allocation": "uniform", "round_to": "16", "dataset": "c4"}
+VALUES = {"method": "paper", "allocation": "uniform", "round_to": "16", "dataset": "c4", "target_quantization": "int8"}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModeGPTConfig)])
@@ -129,8 +129,10 @@ def test_every_field_is_a_flag_with_its_help(field: str, capsys: pytest.CaptureF
     value = VALUES.get(field, {"float": "0.5", "int": "3", "bool": "True"}.get(kind, "word"))
     flag, words = f"--{field.replace('_', '-')}", [] if kind == "bool" else [value]
     single = [] if field == "dataset" else ["--dataset", "c4"]  # a split or a column is for a single text
+    needed = {"target_size": "4GB"} if field == "target_quantization" else {}
+    single += [word for name, size in needed.items() for word in (f"--{name.replace('_', '-')}", size)]
     options = cli.build_parser().parse_args(["compress", "m", "--output", "o", *single, flag, *words])
-    expected = ModeGPTConfig.from_dict({"dataset": "c4", field: type(getattr(options, field))(value)})
+    expected = ModeGPTConfig.from_dict({"dataset": "c4", **needed, field: type(getattr(options, field))(value)})
     assert configuration(options) == expected
     assert str(getattr(expected, field)) == value
     with pytest.raises(SystemExit):

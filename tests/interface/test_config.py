@@ -38,6 +38,9 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "input_ridge": 0.1,
         "refit_iterations": 4,
         "expert_sparsity": 0.0,
+        "target_size": None,
+        "target_parameters": None,
+        "target_quantization": None,
         "tokenizer": None,
         "allow_foreign_tokenizer": False,
     }

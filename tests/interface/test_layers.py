@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[2] / PACKAGE
 
 LAYERS = (
     ("errors",),
-    ("mixture", "plot"),
+    ("mixture", "plot", "quantities"),
     ("recipe",),
     ("decompositions", "allocation", "config", "report"),
     ("stages", "architectures", "distributed", "kv_cache", "progress"),
+    ("layouts",),
     ("calibration",),
     ("methods",),
     ("budget",),
@@ -30,13 +31,17 @@ LAYERS = (
     ("loading",),
     ("hub",),
     ("integration",),
+    ("serving",),
     ("cli",),
     ("__init__", "__main__"),
 )
 """A module may import from earlier layers, and from its own package."""
 
 MODELING = "modeling"
-MODELING_USERS = ("architectures", "kv_cache", "methods", "walk", "compress", "loading", "hub", "integration", "cli")
+MODELING_USERS = (
+    *("architectures", "kv_cache", "layouts", "methods", "budget", "walk", "compress", "export", "loading", "hub"),
+    *("integration", "serving", "cli"),
+)
 """Parts that may import the compressed classes, which belong to no layer."""
 DESCRIPTION = f"{PACKAGE}.modeling.modegpt_family"
 """The description of families, which imports nothing. Every part may import it."""
@@ -47,7 +52,8 @@ READING = ("data", "sources", "parsing")
 ONLY = {
     "errors": (),
     "mixture": (f"{PACKAGE}.errors",),
-    "recipe": (f"{PACKAGE}.errors", f"{PACKAGE}.mixture"),
+    "quantities": (f"{PACKAGE}.errors",),
+    "recipe": (f"{PACKAGE}.errors", f"{PACKAGE}.mixture", f"{PACKAGE}.quantities"),
     "allocation": (),
     "decompositions": ("torch", f"{PACKAGE}.errors", f"{PACKAGE}.decompositions"),
     "modeling": ("torch", "transformers"),

@@ -24,6 +24,7 @@ from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.loading.calibration import check_tokenizer, tokenizer_named
 from optimum_modegpt.loading.models import load_model
 from optimum_modegpt.loading.source import Source
+from optimum_modegpt.recipe import overridden
 from optimum_modegpt.stages import compute_device
 
 if TYPE_CHECKING:
@@ -108,10 +109,9 @@ def configuration(options: Namespace) -> ModeGPTConfig:
             raise InvalidConfig(f"--config {file} cannot be read as JSON: {error}") from error
         if not isinstance(fields, dict):
             raise InvalidConfig(f"--config {file} contains a {type(fields).__name__}; expected an object of fields.")
-    for field in dataclasses.fields(ModeGPTConfig):
-        if hasattr(options, field.name):
-            fields[field.name] = getattr(options, field.name)
-    return ModeGPTConfig.from_dict(fields)
+    names = [field.name for field in dataclasses.fields(ModeGPTConfig)]
+    flagged = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    return ModeGPTConfig.from_dict(overridden(fields, flagged))
 
 
 def shows_progress() -> bool:
@@ -163,16 +163,17 @@ def existing_paths(*names: Any) -> list[Path]:
     return [Path(name) for name in names if isinstance(name, str | Path) and Path(name).exists()]
 
 
-def advised_command(options: Namespace, *words: str, **more: Any) -> str:
+def advised_command(options: Namespace, *words: str, computes: bool = True, **more: Any) -> str:
     """Return a command to run next, quoted for a shell, with the flags for access and hardware of this run.
 
     Args:
         options: the options of this run.
         words: the command and its arguments.
+        computes: whether the command has the flags for hardware.
         more: flags of the command by name; `None` leaves a flag out.
     """
     for name in ("device", "dtype"):
-        if getattr(options, name, "auto") != "auto":
+        if computes and getattr(options, name, "auto") != "auto":
             more[name] = getattr(options, name)
     if options.token is not None:
         more["token"] = YOUR_TOKEN  # the token itself is secret

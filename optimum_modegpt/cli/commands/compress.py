@@ -30,6 +30,7 @@ from optimum_modegpt.loading.models import load_config, load_model, pick_device
 from optimum_modegpt.loading.source import default_dataset
 from optimum_modegpt.mixture import names_of
 from optimum_modegpt.report import Report
+from optimum_modegpt.serving.servable import best, check_servable
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
@@ -63,6 +64,7 @@ def run(options: Namespace) -> None:
         commit = upload.push(options.output)
         print(f"uploaded: {commit.pr_url or commit.commit_url}")
     print(next_step(options, config))
+    print(serving_step(options.output))
 
 
 def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device: torch.device | None) -> Report:
@@ -78,10 +80,11 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
         report = report_in_place(checkpoint, output, request)
         distributed.broadcast_object(report is None)  # whether the other ranks take part
         if report is None:
-            check_request(job, output, options)
+            check_folder(job, output, options)
             model_config = load_config(job.source)
+            found = estimate_of(job.source, model_config, job.config, options.dtype, device)
+            warn_of_loss(found.sparsity, output)
             if not options.ignore_estimate:
-                found = estimate_of(job.source, model_config, job.config, options.dtype, device)
                 place = compute_device(device, torch.device("cpu"))
                 check_resources(found, place, output, written=checkpoint.size)  # the checkpoint is reused
             with replacing(output, overwrite=options.overwrite, work_folder=checkpoint.folder) as folder:
@@ -98,20 +101,20 @@ def compress_to(output: Path, options: Namespace, config: ModeGPTConfig, device:
     return report
 
 
-def check_request(job: Job, output: Path, options: Namespace) -> None:
-    """Refuse an output folder that must not be written, and warn of a steep loss of quality."""
+def check_folder(job: Job, output: Path, options: Namespace) -> None:
+    """Refuse an output folder that must not be written."""
     names = (job.source.path, job.config.tokenizer, options.config, *names_of(job.config.dataset))
     used = common.existing_paths(*names)
     if options.report is not None:
         used.append(options.report)
     check_output(output, overwrite=options.overwrite, used=used)
-    if job.config.sparsity > STEEP:
-        logger.warning(
-            "sparsity %g: above %g quality drops quickly. Fine-tune the result, with recover %s.",
-            job.config.sparsity,
-            STEEP,
-            output,
-        )
+
+
+def warn_of_loss(sparsity: float, output: Path) -> None:
+    """Warn of a steep loss of quality."""
+    if sparsity > STEEP:
+        text = "sparsity %.4g: above %g quality drops quickly. Fine-tune the result, with recover %s."
+        logger.warning(text, sparsity, STEEP, output)
 
 
 def compress(
@@ -205,3 +208,9 @@ def next_step(options: Namespace, config: ModeGPTConfig) -> str:
         sequence_length=config.sequence_length,
     )
     return f"{title}: {command}"
+
+
+def serving_step(output: Path) -> str:
+    """Return the command that serves the result, or the Python line that loads it."""
+    found = best(check_servable(output))
+    return f"to run it with {found.engine}: {found.command}"

@@ -11,22 +11,36 @@ from optimum_modegpt import distributed
 from optimum_modegpt.architectures import check_dense
 from optimum_modegpt.budget.estimate import Estimate, estimate, on_meta
 from optimum_modegpt.calibration.data import resolve_sequence_length
+from optimum_modegpt.cli.arguments import SERVABLE_FIELDS
 from optimum_modegpt.cli.commands import common
-from optimum_modegpt.cli.tables import estimate_table
+from optimum_modegpt.cli.tables import estimate_table, servable_line
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.evaluation.perplexity import context_of
 from optimum_modegpt.loading.models import auto_class_of, load_config, pick_device, readable
 from optimum_modegpt.loading.source import Source
+from optimum_modegpt.serving.servable import check_servable
 
 
 def run(options: Namespace) -> None:
     """Print the memory and work that a compression needs, without loading the weights."""
     common.check_file(options.json)
     source, device = common.source_of(options), pick_device(options.device)
-    config = common.configuration(options)
-    found = estimate_of(source, load_config(source), config, options.dtype, device, options.processes)
+    config, model_config = common.configuration(options), load_config(source)
+    found = estimate_of(source, model_config, config, options.dtype, device, options.processes)
     common.write_json(options.json, found.to_dict())
     print(estimate_table(found))
+    print(f"{servable_line(check_servable(model_config, config))}; details: {servable_command(options, config)}")
+
+
+def servable_command(options: Namespace, config: ModeGPTConfig) -> str:
+    """Return the command that shows which engines run the result, and how."""
+    fields = {name: getattr(options, name) for name in SERVABLE_FIELDS if hasattr(options, name)}
+    if options.config is None:
+        fields["sparsity"] = config.sparsity  # without a field, the table would be about the dense model
+    words = ("servable", options.model)
+    return common.advised_command(
+        options, *words, computes=False, revision=options.revision, config=options.config, **fields
+    )
 
 
 def estimate_of(

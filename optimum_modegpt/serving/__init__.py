@@ -1,0 +1,1 @@
+"""Serving engines: which of them run a model, and how."""
