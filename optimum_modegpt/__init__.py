@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from optimum_modegpt.evaluation.harness import harness, load_tasks
     from optimum_modegpt.evaluation.perplexity import Perplexity, perplexity
     from optimum_modegpt.evaluation.speed import Benchmark, benchmark
+    from optimum_modegpt.export.model import export_model
     from optimum_modegpt.integration.auto import ModeGPTModelForCausalLM
     from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
     from optimum_modegpt.recovery.config import RecoveryConfig
@@ -81,6 +82,7 @@ __all__ = [
     "check_servable",
     "compare",
     "comparison_page",
+    "export_model",
     "fidelity",
     "harness",
     "load_tasks",
@@ -115,6 +117,7 @@ _NAMES_BY_MODULE = {
     "evaluation.harness": ("harness", "load_tasks"),
     "evaluation.perplexity": ("Perplexity", "perplexity"),
     "evaluation.speed": ("Benchmark", "benchmark"),
+    "export.model": ("export_model",),
     "integration.auto": ("ModeGPTModelForCausalLM",),
     "integration.quantizer": ("ModeGPTQuantizer",),
     "recovery.config": ("RecoveryConfig",),

@@ -19,7 +19,6 @@ from optimum_modegpt.architectures.refused import REFUSED
 from optimum_modegpt.architectures.residual import multiplier_of, topology_of
 from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import AlreadyCompressed, UnsupportedModel
-from optimum_modegpt.layouts.records import is_narrow_stock
 from optimum_modegpt.modeling import DENSE_TYPES
 from optimum_modegpt.modeling.modegpt_attention import rotates
 from optimum_modegpt.modeling.modegpt_blocks import mlp_shape
@@ -153,7 +152,7 @@ def check_dense(config: Any) -> FamilyClasses:
         AlreadyCompressed, UnsupportedModel, ImportError: as `check_model_type`; also if a model with a text tower has
             one of another type than the family's.
     """
-    if is_narrow_stock(config):
+    if _is_narrow_stock(getattr(config, "modegpt", None)):
         raise AlreadyCompressed(_ALREADY.format(f"the layout stock of {config.model_type}"))
     classes = check_model_type(config.model_type)
     found, expected = config.get_text_config().model_type, classes.text_type
@@ -163,6 +162,16 @@ def check_dense(config: Any) -> FamilyClasses:
             f"of type {expected!r}."
         )
     return classes
+
+
+def _is_narrow_stock(record: object) -> bool:
+    """Return whether a record is of the layout stock with narrow parts, not only with fewer experts."""
+    if not isinstance(record, dict):
+        return False
+    recipe, achieved = record.get("recipe"), record.get("achieved")
+    if not isinstance(recipe, dict) or not isinstance(achieved, dict):
+        return False
+    return recipe.get("layout") == "stock" and bool(achieved.get("sparsity"))
 
 
 def resolve(model: PreTrainedModel) -> Architecture:

@@ -1,8 +1,11 @@
-"""Read the projections of a dense block, however it stores them. No other module knows how weights are stored."""
+"""Read the projections of a dense block, however it stores them, and write them back.
+
+No other module knows how weights are stored.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,53 +49,28 @@ def dense_weights(block: nn.Module, family: Family, config: Any, parts: Collecti
     return found
 
 
-def dense_tensors(block: nn.Module, family: Family, config: Any, parts: Collection[Part] = PARTS) -> dict[str, Tensor]:
-    """Return the tensors of a block as the dense class stores them, from a compressed block with one head dim.
+def stored_tensors(
+    block: nn.Module, family: Family, config: Any, tensors: Mapping[str, Tensor], parts: Collection[Part] = PARTS
+) -> dict[str, Tensor]:
+    """Return the tensors of a dense block by name, from those of a compressed block at full width.
 
-    It is the inverse of `dense_weights`: projections are stacked and transposed, and the coordinates of query and key
-    heads are in the order of the dense model. A head that is narrower than the dense one needs that order already.
+    This reverses `dense_weights` and `reorder_head_norms`. `block`, which may be on the meta device, only says how the
+    dense model stores them.
     """
-    tensors = {name: tensor for name, tensor in block.state_dict().items() if not name.endswith("rope_index")}
-    order = _order(block, family, parts)
+    found, order = dict(tensors), _order(block, family, parts)
     if order is not None:
-        _restore_order(tensors, order.argsort(), family, config)
-    stacks: dict[str, list[Projection]] = {}
+        _restore_order(found, family, config, order.argsort())
+    stored: dict[str, list[Projection]] = {}
     for projection in projections_of(block, family, parts):
-        if not projection.storage.plain:
-            stacks.setdefault(projection.dense_path, []).append(projection)
-    for path, projections in stacks.items():
+        stored.setdefault(projection.dense_path, []).append(projection)
+    for path, projections in stored.items():
         for leaf in ("weight", "bias"):
-            found = [tensors.pop(f"{each.path}.{leaf}", None) for each in projections]
-            if found[0] is not None:
-                rows = _stacked(block, family, projections, found, config)
-                tensors[f"{path}.{leaf}"] = rows.T if leaf == "weight" and projections[0].storage.transposed else rows
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _restore_order(tensors: dict[str, Tensor], order: Tensor, family: Family, config: Any) -> None:
-    """Bring query, key and their norms, if any, into another order of a head's coordinates."""
-    norms = family.attention.norms_of(config)
-    own_norms = () if norms is None else (f"{norms.query}.", f"{norms.key}.")
-    for name in tensors:
-        if name.rpartition(".")[0] in (family.attention.query, family.attention.key):
-            tensors[name] = _in_order(tensors[name], order)
-        elif name.startswith(own_norms):  # one module, or one for each head
-            tensors[name] = tensors[name].unflatten(-1, (-1, len(order)))[..., order].flatten(-2)
-
-
-def _stacked(block: nn.Module, family: Family, projections: list[Projection], rows: list[Any], config: Any) -> Tensor:
-    """Return the rows of one module that stores these projections, from the rows of each."""
-    if len(projections) == 1:
-        return rows[0]
-    if projections[0].part == "mlp":
-        return torch.cat(rows)
-    counts = count_heads(block.get_submodule(family.attention.module), family, config)
-    groups, shares = _shares(projections[0].storage, counts["heads"], counts["kv_heads"])
-    by_path = dict(zip((each.path for each in projections), rows, strict=True))
-    parts = [
-        by_path[getattr(family.attention, role)].unflatten(0, (groups, share, -1)) for role, share in shares.items()
-    ]
-    return torch.cat(parts, dim=1).flatten(0, 2)
+            rows = {each.path: found.pop(name) for each in projections if (name := f"{each.path}.{leaf}") in found}
+            if rows:
+                joined = rows[path] if path in rows else _joined(block, family, config, projections[0], rows)
+                transposed = leaf == "weight" and projections[0].storage.transposed
+                found[f"{path}.{leaf}"] = joined.T.contiguous() if transposed else joined
+    return found
 
 
 def is_separate(block: nn.Module, family: Family, parts: Collection[Part]) -> bool:
@@ -133,9 +111,8 @@ def _stored(block: nn.Module, family: Family, projection: Projection, config: An
     if projection.part == "mlp":
         inputs = family.mlp.inputs
         return stored.mapped(lambda rows: rows.chunk(len(inputs))[inputs.index(projection.path)])
-    counts = count_heads(block.get_submodule(family.attention.module), family, config)
-    groups, shares = _shares(storage, counts["heads"], counts["kv_heads"])
-    place = [getattr(family.attention, role) for role in shares].index(projection.path)
+    groups, shares = _shares(block, family, config, storage)
+    place = list(shares).index(projection.path)
 
     def share(rows: Tensor) -> Tensor:
         parts = rows.unflatten(0, (groups, sum(shares.values()), -1))  # (groups, Σ shares, rows of a share, …)
@@ -144,11 +121,29 @@ def _stored(block: nn.Module, family: Family, projection: Projection, config: An
     return stored.mapped(share)
 
 
-def _shares(storage: Storage, heads: int, kv_heads: int) -> tuple[int, dict[str, int]]:
+def _joined(
+    block: nn.Module, family: Family, config: Any, projection: Projection, rows: Mapping[str, Tensor]
+) -> Tensor:
+    """Return the rows of the module that holds a projection and others, from the rows of each by its path."""
+    if projection.part == "mlp":
+        return torch.cat([rows[path] for path in family.mlp.inputs])
+    groups, shares = _shares(block, family, config, projection.storage)
+    return torch.cat([rows[path].unflatten(0, (groups, share, -1)) for path, share in shares.items()], 1).flatten(0, 2)
+
+
+def _shares(block: nn.Module, family: Family, config: Any, storage: Storage) -> tuple[int, dict[str, int]]:
     """Return the number of equal groups of rows in a module of several projections, and their shares of a group.
 
-    The shares are by role, in the order of the rows.
+    The shares are by the path of the projection, in the order of the rows.
     """
+    counts = count_heads(block.get_submodule(family.attention.module), family, config)
+    heads, kv_heads = counts["heads"], counts["kv_heads"]
+    groups, roles = _roles(storage, heads, kv_heads)
+    return groups, {getattr(family.attention, role): share for role, share in roles.items()}
+
+
+def _roles(storage: Storage, heads: int, kv_heads: int) -> tuple[int, dict[str, int]]:
+    """Return the same with the shares by role."""
     if storage.layout == "gated":
         return heads, {"query": 1, "gate": 1}
     if storage.layout == "stacked":
@@ -161,3 +156,14 @@ def _shares(storage: Storage, heads: int, kv_heads: int) -> tuple[int, dict[str,
 def _in_order(rows: Tensor, order: Tensor) -> Tensor:
     """Return the rows (heads · head_dim, …) with the coordinates of every head in another order."""
     return rows.unflatten(0, (-1, len(order)))[:, order.to(rows.device)].flatten(0, 1)
+
+
+def _restore_order(tensors: dict[str, Tensor], family: Family, config: Any, order: Tensor) -> None:
+    """Bring query, key and their norms, among the tensors of a block by name, in the dense order of coordinates."""
+    norms = family.attention.norms_of(config)
+    normed = () if norms is None else (norms.query, norms.key)
+    for name, values in tensors.items():
+        if name.rpartition(".")[0] in (family.attention.query, family.attention.key):
+            tensors[name] = _in_order(values, order)
+        elif name.startswith(tuple(f"{path}." for path in normed)):
+            tensors[name] = values.unflatten(-1, (-1, len(order)))[..., order].flatten(-2)

@@ -15,11 +15,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from optimum_modegpt.export.formats import FORMATS, GGUF_TYPES
 from optimum_modegpt.recipe import ALLOCATIONS, DEFAULT_ALLOCATIONS, LAYOUTS, QUANTIZATIONS, SIZES, Recipe
 from optimum_modegpt.recovery.config import RecoveryConfig
 
 BROKEN = 1
 """Exit code of `compare` if a threshold is not met."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""The data types in which a model can be loaded."""
 COMMAND_LINE_TEXTS = {
     "dataset": "calibration text: wikitext2, c4, alpaca, a dataset id of the Hub, or a local .txt, .jsonl, .json or "
     ".parquet file, or a folder saved by datasets; self is text that the model writes. Several are a mixture, in equal "
@@ -169,6 +172,17 @@ def inspect(commands: Any) -> None:
     _add_json(parser)
 
 
+def export(commands: Any) -> None:
+    text = "Export MODEL to the format of another tool."
+    parser = _command(commands, "export", text)
+    formats = "; ".join(f"{each.name}: {each.text}" for each in FORMATS.values())
+    parser.add_argument("--format", choices=tuple(FORMATS), required=True, help=formats)
+    _add_output(parser, text="folder to write, or file for gguf; appears only once complete", metavar="PATH")
+    text = f"data type of the weights: {', '.join(DTYPES[1:])}, or for gguf {', '.join(GGUF_TYPES)}; auto keeps the "
+    text += "stored one, and is f16 for gguf"
+    parser.add_argument("--dtype", choices=(*DTYPES, *GGUF_TYPES), default="auto", metavar="TYPE", help=text)
+
+
 def estimate(commands: Any) -> None:
     text = "Estimate the memory and work of compressing MODEL without loading its weights."
     parser = _command(commands, "estimate", text)
@@ -199,7 +213,7 @@ def demo(commands: Any) -> None:
     _add_debug(parser)
 
 
-COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, servable, estimate, demo)
+COMMANDS = (compress, evaluate, compare, benchmark, recover, inspect, servable, export, estimate, demo)
 """The commands, in the order in which the help lists them."""
 
 
@@ -226,9 +240,15 @@ def _add_debug(parser: Any) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def _add_output(parser: Any, *, required: bool = True) -> None:
+def _add_output(
+    parser: Any,
+    *,
+    required: bool = True,
+    text: str = "folder to write; appears only once complete",
+    metavar: str = "DIR",
+) -> None:
     add = parser.add_argument
-    add("--output", type=path, required=required, metavar="DIR", help="folder to write; appears only once complete")
+    add("--output", type=path, required=required, metavar=metavar, help=text)
     add("--overwrite", action="store_true", help="overwrite an existing result once the command succeeds")
 
 
@@ -247,9 +267,8 @@ def _add_device(parser: Any, *, dtype: bool = True) -> None:
     text = "device to compute on; auto uses an accelerator if one is available"
     parser.add_argument("--device", default="auto", help=text)
     if dtype:
-        choices = ("auto", "float32", "bfloat16", "float16")
         text = "data type of the weights; auto keeps the stored one"
-        parser.add_argument("--dtype", choices=choices, default="auto", help=text)
+        parser.add_argument("--dtype", choices=DTYPES, default="auto", help=text)
 
 
 def _add_tokenizer(parser: Any, default: str) -> None:

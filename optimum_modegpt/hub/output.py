@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 
 OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jinja")
 OWN_NAMES = ("README.md", "ranks.png", ".gitattributes")
+EXPORTED = ("*.onnx", "*.onnx.data", "openvino_*.xml", "openvino_*.bin", "*.pte")
+"""Name patterns of exported programs and their weights."""
+RECORD = "modegpt"
+"""The key of config.json that a result of this package has, also if it is of a class of transformers."""
 
 
 def check_output(folder: Path, *, overwrite: bool, used: Iterable[Path] = ()) -> None:
@@ -57,7 +61,7 @@ def _check_ours(folder: Path, name: Path) -> None:
         found = f"is a model of type {values['model_type']!r}"
     except (OSError, ValueError, KeyError, TypeError):
         values, found = {}, f"has no readable {CONFIG_NAME}"
-    if not is_result(values):
+    if not is_result(values) and RECORD not in values:
         raise OutputError(f"{name} {found}; --overwrite deletes compressed models only. Choose another --output.")
     if foreign := sorted(path.name for path in folder.iterdir() if not is_own(path)):
         raise OutputError(
@@ -72,6 +76,8 @@ def is_own(path: Path) -> bool:
         return False
     if path.is_dir():
         return path.name == CHAT_TEMPLATE_DIR and all(one.suffix == ".jinja" and is_own(one) for one in path.iterdir())
+    if any(path.match(pattern) for pattern in EXPORTED):
+        return True
     return path.suffix in OWN_SUFFIXES or path.name in OWN_NAMES or path.stem == "vocab"
 
 

@@ -25,23 +25,16 @@ def is_stock_result(config: Any) -> bool:
     return isinstance(record, Mapping) and isinstance(record.get(DENSE_WIDTHS), Mapping)
 
 
-def is_narrow_stock(config: Any) -> bool:
-    """Return whether a configuration is that of a stock result with narrow parts, not only with fewer experts."""
-    record = config.modegpt if is_stock_result(config) else {}
-    recipe, achieved = record.get("recipe"), record.get("achieved")
-    is_stock = isinstance(recipe, Mapping) and recipe.get("layout") == "stock"
-    return is_stock and isinstance(achieved, Mapping) and bool(achieved.get("sparsity"))
-
-
 def stock_widths(config: Any, family: Family) -> Iterator[tuple[dict[Part, int], dict[Part, Any]]]:
     """Yield the widths of the parts of every block of a stock result, and those in its record of the dense model."""
     text, dense = config.get_text_config(), config.modegpt[DENSE_WIDTHS]
     for index in range(text.num_hidden_layers):
-        parts = family.parts(text, index)  # without heads to cut, there may be no one width of them
-        kept: dict[Part, int] = {part: head_dim(text) for part in parts if part != "mlp"}
-        before: dict[Part, Any] = dict.fromkeys(kept, dense.get("head_dim"))
-        width = mlp_width(text, family, index)
-        yield {"mlp": width, **kept}, {"mlp": dense.get(family.width_name(text, index)), **before}
+        heads = head_dim(text.per_layer_config[index])
+        full = heads if family.layer_sizes else dense.get("head_dim")
+        kept: dict[Part, int] = {"mlp": mlp_width(text, family, index), "qk": heads, "vo": heads}
+        before = {"mlp": dense.get(family.width_name(text, index)), "qk": full, "vo": full}
+        parts = family.parts(text, index)
+        yield {part: kept[part] for part in parts}, {part: before[part] for part in parts}
 
 
 def stock_record(record: dict[str, Any], config: Any, family: Family, mlp_widths: list[int]) -> dict[str, Any]:
@@ -54,6 +47,6 @@ def stock_record(record: dict[str, Any], config: Any, family: Family, mlp_widths
         mlp_widths: the width of the MLP of every block of the dense model.
     """
     widths = {family.width_name(config, index): width for index, width in enumerate(mlp_widths)}
-    if any("qk" in family.parts(config, index) for index in range(len(mlp_widths))):
+    if not family.layer_sizes:  # such heads are not cut
         widths["head_dim"] = head_dim(config)
     return record | {DENSE_WIDTHS: widths}

@@ -10,7 +10,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from optimum_modegpt.architectures import Architecture, Block
-from optimum_modegpt.architectures.storage import dense_tensors
+from optimum_modegpt.architectures.storage import stored_tensors
 from optimum_modegpt.errors import UnsupportedModel
 from optimum_modegpt.layouts.rotary_table import kept_rope_parameters, rotary_modules
 from optimum_modegpt.modeling.adoption import built
@@ -72,10 +72,9 @@ def stock_config(
 
 def _stock_block(block: Block, compressed: nn.Module, empty: nn.Module) -> nn.Module:
     """Fill a block of the stock class, on the meta device, with the tensors of a compressed one."""
-    if type(empty) is type(block.module):
-        tensors = dense_tensors(compressed, block.family, block.config, block.parts)
-    else:  # a class that stores the projections as compressed blocks do
-        tensors = {name: each for name, each in compressed.state_dict().items() if not name.endswith("rope_index")}
+    tensors = {name: each for name, each in compressed.state_dict().items() if not name.endswith("rope_index")}
+    if type(empty) is type(block.module):  # another class stores the projections as compressed blocks do
+        tensors = stored_tensors(block.module, block.family, block.config, tensors, block.parts)
     if block.attends:
         path = block.family.attention.module
         attention: Any = compressed.get_submodule(path)

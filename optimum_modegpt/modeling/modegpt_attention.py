@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .modegpt_config import Dense
-from .modegpt_contract import refuse_unread_arguments
+from .modegpt_contract import ENGINES, refuse_unread_arguments
 from .modegpt_family import Family, HeadNorms
 
 IN_MASK = {"sliding_window"}
@@ -43,6 +43,12 @@ class ModeGPTAttentionMixin(Dense):
     def dense_class(cls) -> type:
         """Return the attention class of transformers that this one derives from."""
         return cls.__bases__[-1]
+
+    @classmethod
+    def adds_to_scores(cls, config: Any) -> bool:
+        """Return whether the attention of a model adds a bias to its scores, in addition to the mask."""
+        del config
+        return False
 
     @property
     def dense_head_dim(self) -> int:
@@ -86,7 +92,7 @@ class ModeGPTAttentionMixin(Dense):
         paged = "cache" in kwargs or (cache is not None and not isinstance(cache, Cache))
         query, key, value = self.project(hidden_states, position_embeddings)
         query = self.scaled_query(query, kwargs.get("position_ids"))
-        width = self.kernel_width(implementation, paged)
+        width = self.kernel_width(implementation, paged, query.shape[1])
         dropout = attrgetter(self.family.attention.dropout)(self) if self.training else 0.0
         if paged:  # the cache itself has this width
             query, key, value = _pad(query, width), _pad(key, width), _pad(value, width)
@@ -198,17 +204,61 @@ class ModeGPTAttentionMixin(Dense):
         )
         return output.flatten(1, 2).unsqueeze(1)  # from (batch, kv_heads, heads / kv_heads, v)
 
-    def kernel_width(self, implementation: str, paged: bool) -> int | None:
+    def kernel_width(self, implementation: str, paged: bool, heads: int) -> int | None:
         """Return the head dim that query, key and value are padded to, or None if their widths may differ.
 
         Zero columns change no product. A paged cache and SGLang have one width for all blocks, that of the dense model.
-        vLLM has one per block, the `head_dim` of its `per_layer_config`; flash kernels and the fast paths of sdpa also
-        take one width for the three.
+        vLLM has one per block; flash kernels and the fast paths of sdpa also take one width for the three. `heads` is
+        the number of query heads that were computed here.
         """
-        if paged or implementation == "sglang":
+        if implementation in ENGINES:
+            return self.engine_width(implementation, heads)
+        if paged:
             return self.dense_head_dim
-        one_width = "flash" in implementation or implementation in ("sdpa", "vllm")
+        one_width = "flash" in implementation or implementation == "sdpa"
         return max(self.qk_head_dim, self.v_head_dim) if one_width else None
+
+    def engine_width(self, engine: str, heads: int) -> int:
+        """Return the head dim that a serving engine has allocated for this block.
+
+        Raises:
+            ValueError: the engine would compute something else.
+        """
+        if engine == "sglang":
+            self.check_sglang()
+            return self.dense_head_dim
+        kernel, least = getattr(self, "attn", None), max(self.qk_head_dim, self.v_head_dim)
+        if kernel is None:  # it has the width that the configuration declares
+            return least
+        if kernel.num_heads != heads:
+            raise ValueError(
+                f"vLLM has {kernel.num_heads} heads for layer {self.layer_idx}, which computes {heads}: compressed "
+                "models do not support tensor parallelism. Set tensor_parallel_size=1."
+            )
+        if kernel.head_size < least:
+            raise ValueError(
+                f"vLLM has a head dim of {kernel.head_size} for layer {self.layer_idx}; expected at least {least}. It "
+                "does not read per_layer_config: update vLLM."
+            )
+        return kernel.head_size
+
+    def check_sglang(self) -> None:
+        """Check that SGLang applies all that determines the scores of this layer.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if not self.has_plain_scores:
+            names = [
+                name for name, value in self.score_arguments().items() if value is not None and name not in IN_MASK
+            ]
+            raise ValueError(f"SGLang ignores {names} of layer {self.layer_idx}, so its output would be wrong.")
+        window, types = self.score_arguments().get("sliding_window"), getattr(self.config, "layer_types", None)
+        if window is not None and (types is None or types[self.layer_idx] != "sliding_attention"):
+            raise ValueError(
+                f"Layer {self.layer_idx} has a window of {window} tokens, which SGLang ignores because config.json has "
+                "no layer_types; its output would be wrong after as many tokens."
+            )
 
     def rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate the kept pairs: query (batch, length, heads, qk), key (batch, length, kv_heads, qk)."""

@@ -73,7 +73,9 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
     head_dim, key = attention.dense_head_dim, attention.projection("key")
     attention.set_widths(head_dim, head_dim)
     if attention.rotates:
-        pairs = torch.arange(head_dim // 2, dtype=torch.int32, device=key.weight.device)
+        # Serving engines create parameters on "meta", and buffers on the default device.
+        device = torch.get_default_device() if key.weight.is_meta else key.weight.device
+        pairs = torch.arange(head_dim // 2, dtype=torch.int32, device=device)
         install_rope_index(attention, pairs.expand(key.out_features // head_dim, -1))
 
 

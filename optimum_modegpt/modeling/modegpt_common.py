@@ -15,7 +15,7 @@ import transformers
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_blocks import ModeGPTMLPMixin, shrink_block
 from .modegpt_config import PER_LAYER, Dense
-from .modegpt_contract import check_loading, check_release
+from .modegpt_contract import check_engine, check_loading, check_parallelism, check_release
 from .modegpt_family import Family
 from .modegpt_files import one_set_of_weights, readable_weights, refuse
 
@@ -32,6 +32,8 @@ class ModeGPTModelMixin(Dense):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         check_loading()
         check_release(config.model_type, self.config_class.family.since)
+        adds_to_scores = self.attention_class is not None and self.attention_class.adds_to_scores(config)
+        check_engine(config, self.config_class.family, adds_to_scores)
         positions = self.config_class.family.attention.positions
         for index, widths in enumerate(config.widths()):  # checked here, before anything is allocated
             if positions.pairs != "none" and positions.layer_flag is None and widths.qk % 2:
@@ -60,8 +62,10 @@ class ModeGPTModelMixin(Dense):
 
         Missing tensors and wrong shapes in the base model or the language model's head are refused, as are unexpected
         tensors in the base model. A new task head may be initialised, and one that the class lacks is ignored. Weights
-        are read from safetensors only.
+        are read from safetensors only. Tensor parallelism is refused, because it would split the heads but not
+        `rope_index`.
         """
+        check_parallelism(kwargs)
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("The weights of a compressed model are safetensors; leave out use_safetensors=False.")
         wants_info = kwargs.pop("output_loading_info", False)

@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.versions import require_version
 
+from .modegpt_family import Family
+
 KNOWN_VERSIONS = ("5.16.1", "5.19.0", "5.23.0", "5.24.0")
 """Releases of transformers that the whole test suite was run on."""
 
@@ -40,6 +42,9 @@ ATTENTION_PARAMETERS = frozenset(
     }
 )
 """Parameters of a dense attention's `forward` that the compressed attention handles."""
+
+ENGINES = ("vllm", "sglang")
+"""The attention implementations of serving engines, which build and run models of transformers."""
 
 LOADING_PARAMETERS = {
     "mark_tied_weights_as_initialized": {"loading_info"},
@@ -73,6 +78,46 @@ def check_release(model_type: str, since: str | None) -> None:
     if since is not None:
         hint = f"Older releases compute the attention of model_type {model_type!r} in another way. Run: pip install"
         require_version(f"transformers>={since}", f"{hint} 'transformers>={since}'")
+
+
+def check_engine(config: Any, family: Family, adds_to_scores: bool) -> None:
+    """Check that a serving engine can run a model of this family, if the configuration is for one.
+
+    `adds_to_scores` says whether the attention adds a bias to the scores.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    engine = getattr(config.get_text_config(), "_attn_implementation", None)
+    if engine not in ENGINES:
+        return
+    reasons = {
+        "only the text part is compressed": config is not config.get_text_config(),
+        "the engine builds experts of the dense width": family.mlp.experts is not None,
+        "not all layers have the attention": family.attention.layers is not None,
+        "the engine does not add a bias to the attention scores": adds_to_scores,
+    }
+    if reason := next((reason for reason, holds in reasons.items() if holds), None):
+        raise ValueError(
+            f"{engine} cannot serve model_type {config.model_type!r}: {reason}. Use transformers, or convert the model "
+            "with: optimum-cli modegpt export MODEL --format dense"
+        )
+
+
+def check_parallelism(kwargs: Mapping[str, Any]) -> None:
+    """Check that the arguments of `from_pretrained` do not ask for tensor parallelism.
+
+    Raises:
+        ValueError: they do.
+    """
+    distributed = kwargs.get("distributed_config")
+    plans = kwargs.get("tp_plan"), getattr(distributed, "tp_plan", None)
+    sizes = kwargs.get("tp_size"), getattr(distributed, "tp_size", None)
+    if any(plans) or any(size is not None and size > 1 for size in sizes):
+        raise ValueError(
+            "Compressed models do not support tensor parallelism: leave out tp_plan and tp_size. To use several "
+            "devices, give device_map='auto'."
+        )
 
 
 def check_loading() -> None:

@@ -79,6 +79,11 @@ class ModeGPTFalconAttention(ModeGPTScoresMixin, FalconAttention):  # pyright: i
         """The dropout of the attention weights, which the dense class has only with alibi."""
         return 0.0 if self.rotates else self.attention_dropout.p
 
+    @classmethod
+    def adds_to_scores(cls, config: Any) -> bool:
+        """Return whether the model adds alibi."""
+        return config.alibi
+
     def score_bias(self, query: Tensor, key: Tensor, **kwargs: Any) -> Tensor | None:
         """Return the bias of eager attention. The mask contains alibi too, as in the dense class."""
         alibi = kwargs["alibi"]

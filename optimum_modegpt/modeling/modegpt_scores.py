@@ -28,6 +28,12 @@ class ModeGPTScoresMixin(ModeGPTAttentionMixin):
         """Return the attention function below."""
         return attention_forward
 
+    @classmethod
+    def adds_to_scores(cls, config: Any) -> bool:
+        """Return whether `score_bias` returns a bias in a model with this configuration."""
+        del config
+        return cls.score_bias is not ModeGPTScoresMixin.score_bias
+
     def score_bias(self, query: Tensor, key: Tensor, **kwargs: Any) -> Tensor | None:
         """Return a tensor that is added to the scores, or None.
 

@@ -1,1 +1,1 @@
-"""Serving engines: which of them run a model, and how."""
+"""Serving engines: which of them run a model, and the plugins that they import."""

@@ -77,9 +77,9 @@ def self_check(model: PreTrainedModel, tokens: Tensor) -> SelfCheck:
     uncached = model(input_ids=ids, use_cache=False).logits
     if not uncached.isfinite().all():
         raise NumericalError("self-check: the model's logits are not finite.")
-    tolerance = max(SMALLEST_TOLERANCE, ROUNDINGS * torch.finfo(uncached.dtype).eps)
+    tolerance = tolerance_of(uncached.dtype)
     name = cache_argument(model)
-    cached = _in_steps(lambda part, **arguments: model(input_ids=part, **arguments), ids, name)
+    cached = in_steps(lambda part, **arguments: model(input_ids=part, **arguments), ids, name)
     difference = _compare(torch.cat([output.logits for output in cached], dim=1), uncached, tolerance)
     family = getattr(model.config, "family", None)
     if family is not None and uncached.dtype.itemsize < torch.float32.itemsize and _is_plain(model):
@@ -88,7 +88,7 @@ def self_check(model: PreTrainedModel, tokens: Tensor) -> SelfCheck:
     return SelfCheck(ids.shape[1], difference, tolerance, time.perf_counter() - start)
 
 
-def _in_steps(run: Callable[..., Any], inputs: Tensor, cache_name: str) -> list[Any]:
+def in_steps(run: Callable[..., Any], inputs: Tensor, cache_name: str) -> list[Any]:
     """Return the outputs of a prefill and of a cached step for each later position of `inputs` (1, length, ...)."""
     prefill = max(1, inputs.shape[1] - STEPS)
     outputs = [run(inputs[:, :prefill], use_cache=True)]
@@ -103,23 +103,12 @@ def _in_steps(run: Callable[..., Any], inputs: Tensor, cache_name: str) -> list[
     return outputs
 
 
-def _compare(found: Tensor, expected: Tensor, tolerance: float) -> float:
-    """Return the largest ‖found − expected‖ / ‖expected‖ of all positions, each centred over its last dimension.
-
-    Raises:
-        UnsupportedModel: if it is above the tolerance.
-    """
-    difference = _relative_difference(found, expected)
-    if not difference <= tolerance:
-        raise UnsupportedModel(
-            f"self-check: results with the key-value cache differ from those without by {difference:.1e} (relative), "
-            f"allowed are {tolerance:.1e}. The model would generate nonsense. Please report this with the versions of "
-            "torch and transformers."
-        )
-    return difference
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the largest relative difference that rounding explains in a model of this dtype."""
+    return max(SMALLEST_TOLERANCE, ROUNDINGS * torch.finfo(dtype).eps)
 
 
-def _relative_difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest ‖found − expected‖ / ‖expected‖ of all positions, each centred over its last dimension."""
     return float(_relative_differences(found, expected).max())
 
@@ -129,6 +118,22 @@ def _relative_differences(found: Tensor, expected: Tensor) -> Tensor:
     found = found.float() - found.float().mean(-1, keepdim=True)
     expected = expected.float() - expected.float().mean(-1, keepdim=True)
     return (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-30)
+
+
+def _compare(found: Tensor, expected: Tensor, tolerance: float) -> float:
+    """Return the relative difference.
+
+    Raises:
+        UnsupportedModel: if it is above the tolerance.
+    """
+    difference = relative_difference(found, expected)
+    if not difference <= tolerance:
+        raise UnsupportedModel(
+            f"self-check: results with the key-value cache differ from those without by {difference:.1e} (relative), "
+            f"allowed are {tolerance:.1e}. The model would generate nonsense. Please report this with the versions of "
+            "torch and transformers."
+        )
+    return difference
 
 
 @torch.no_grad()
@@ -153,10 +158,10 @@ def check_same(stock: PreTrainedModel, compressed: PreTrainedModel, tokens: Tens
     _check_difference(stock, differences.max() if exact else differences.median(), ROUNDINGS * rounding)
     if exact:
         return
-    path, embedded = compressed.config.family.blocks, embeddings(ids).float()  # pyright: ignore[reportAttributeAccessIssue]
-    states = []
+    family: Any = compressed.config.family  # pyright: ignore[reportAttributeAccessIssue]
+    embedded, states = embeddings(ids).float(), []
     for model in (stock, compressed):
-        with _first_blocks(model.base_model, path) as base:
+        with _first_blocks(model.base_model, family.blocks) as base:
             states.append(_in_float32(base)(embedded, use_cache=False).last_hidden_state)
     _check_difference(stock, _relative_differences(*states).median(), WEIGHT_ROUNDINGS * rounding)
 
@@ -193,7 +198,7 @@ def _first_blocks(base: Any, path: str) -> Iterator[Any]:
 def _check_in_float32(base: Any, embedded: Tensor, cache_name: str) -> None:
     """Compare cached and uncached hidden states of a base model without a head, from embedded tokens."""
     run = _in_float32(base)
-    cached = torch.cat([output.last_hidden_state for output in _in_steps(run, embedded, cache_name)], dim=1)
+    cached = torch.cat([output.last_hidden_state for output in in_steps(run, embedded, cache_name)], dim=1)
     _compare(cached, run(embedded, use_cache=False).last_hidden_state, SMALLEST_TOLERANCE)
 
 

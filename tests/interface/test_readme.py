@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ import pytest
 from hub import serving
 from huggingface_hub import ModelCard
 from tiny_models import dense, tokenizer
+from transformers import AutoModelForCausalLM
+from transformers.exporters import base as exporters
 
 from optimum_modegpt.cli import main as cli
+from optimum_modegpt.export.formats import FORMATS
 from optimum_modegpt.hub.card import write_card
 from optimum_modegpt.recovery.config import RecoveryConfig
 
@@ -66,6 +71,7 @@ PYTHON = {
     "quantizer": ("python", "Compress a loaded model"),
     "checkpoint": ("large-models", "Resume"),
     "canary": ("canary", "Canary"),
+    "onnx": ("exporting", "Run an ONNX model"),
 }
 """Names of the Python blocks, with page and heading."""
 LINKING = (*FILES, *sorted((ROOT / ".github").glob("*.md")))
@@ -89,6 +95,8 @@ doc_to_text: "{{{{text}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 """
+CAN_EXPORT_ONNX = hasattr(exporters, "ExportedModel") and all(map(find_spec, FORMATS["onnx"].packages))
+"""Whether transformers can save an ONNX model, and the packages are installed."""
 ROWS = re.findall(r"^\| (\S+) +\| (\d+) % \| (.+?) \|$", RESULTS.partition("<!-- results -->")[2], re.MULTILINE)
 
 RECOVERED = re.findall(
@@ -160,11 +168,20 @@ def test_the_shell_commands_run_as_printed(folder: Path, monkeypatch: pytest.Mon
         for name in (HUB_NAME, SMALL_NAME):
             command = command.replace(name, str(folder / "dense"))
         _, _, verb, *words = command.replace("--max-kl 0.2", "").split()
+        if "onnx" in words and not CAN_EXPORT_ONNX:
+            continue
         tasks = ["--include-path", str(folder)] * ("--tasks" in words)
         assert cli.main([verb, *words, *tasks, *extra.get(verb, "").split()]) == 0, command
     names = {path.name for path in folder.iterdir()}
     assert {"qwen-small", "qwen-recovered", "compare.html"} <= names
     assert {"report.json", "evaluation.json", "README.md"} <= {path.name for path in (folder / "qwen-small").iterdir()}
+    if CAN_EXPORT_ONNX:
+        result = run([sys.executable, "-I", "-c", python("onnx")], folder, dict(os.environ))
+        small = AutoModelForCausalLM.from_pretrained(folder / "qwen-small")
+        small.generation_config.eos_token_id = None
+        ids = tokenizer()("The river", return_tensors="pt")
+        text = small.generate(**ids, do_sample=False, max_new_tokens=20)
+        assert result.stdout == tokenizer().decode(text[0], skip_special_tokens=True) + "\n"
 
 
 def test_every_python_block_is_run() -> None:

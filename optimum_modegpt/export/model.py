@@ -1,0 +1,93 @@
+"""Export a model to the format of another tool."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from optimum_modegpt.errors import InvalidConfig, OutputError
+from optimum_modegpt.export.formats import FORMATS, Format
+from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
+from optimum_modegpt.walk.guards import evaluation_mode
+
+
+def export_model(
+    model: PreTrainedModel,
+    path: str | Path,
+    format: str,
+    *,
+    tokenizer: Any = None,
+    files: Iterable[Path] = (),
+    dtype: str = "auto",
+    overwrite: bool = False,
+) -> tuple[str, ...]:
+    """Export a model to the format of another tool, and return remarks on the result, if any.
+
+    Nothing new remains at `path` if that fails.
+
+    Args:
+        model: a compressed model, or one of a stock class, with its weights in memory.
+        path: the folder to write; for "gguf", the file.
+        format: "dense", "onnx", "openvino", "executorch" or "gguf".
+        tokenizer: the model's tokenizer, which is saved with it.
+        files: more files to copy to the folder, such as those of a processor of images.
+        dtype: the data type of the matrices in a GGUF file: "auto", "f32", "f16", "bf16" or "q8_0". The other
+            formats have that of the model.
+        overwrite: whether to overwrite an earlier export.
+
+    Raises:
+        InvalidConfig: the format is unknown or cannot have this data type.
+        ImportError: a package is missing. The message names the extra to install.
+        OutputError: `path` cannot or must not be written.
+        UnsupportedModel: the format cannot hold the model. The message names the part and an alternative.
+    """
+    chosen = requested(format)
+    known = ("auto", *(chosen.dtypes or ()))
+    if dtype not in known:
+        raise InvalidConfig(f"found dtype={dtype!r}; {format} takes {', '.join(known)}. Load the model in that type.")
+    path = Path(path).resolve()  # the folder next to it is on the same disk
+    check_path(path, chosen, overwrite=overwrite)
+    with evaluation_mode(model):
+        if chosen.dtypes is not None:
+            stored = {} if dtype == "auto" else {"dtype": dtype}
+            return chosen.writer()(model, tokenizer, path, overwrite=overwrite, **stored).notes
+        work = checkpoint_of(path)
+        with work.alone():
+            restore_output(work.folder, path)
+            with replacing(path, overwrite=overwrite, work_folder=work.folder) as folder, saving(path):
+                chosen.writer()(model, tokenizer, folder)
+                for file in files:
+                    shutil.copyfile(file, folder / file.name)
+    return ()
+
+
+def requested(name: str) -> Format:
+    """Return the format of this name, after checking that its packages are installed.
+
+    Raises:
+        InvalidConfig: there is none.
+        ImportError: a package is missing.
+    """
+    if name not in FORMATS:
+        raise InvalidConfig(f"format {name!r} is unknown; expected one of {', '.join(FORMATS)}.")
+    FORMATS[name].check_installed()
+    return FORMATS[name]
+
+
+def check_path(path: Path, chosen: Format, *, overwrite: bool, used: Iterable[Path] = ()) -> None:
+    """Check that a result of a format may be written to `path`. `used` are the other paths that the run uses.
+
+    Raises:
+        OutputError: it may not.
+    """
+    if not chosen.is_file:
+        check_output(path, overwrite=overwrite, used=used)
+        return
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; expected a file as --output.")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; choose another --output, or overwrite it with --overwrite.")
