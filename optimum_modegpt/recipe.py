@@ -237,10 +237,7 @@ class Recipe:
     @property
     def resolved_allocation(self) -> str:
         """Return the allocation to use: the field, or the default of method and layout if the field is None."""
-        default = DEFAULT_ALLOCATIONS[self.method]
-        if self.layout == "stock" and default == "influence":
-            default = "uniform"
-        return self.allocation or default
+        return self.allocation or str(default_allocation(self.method, self.layout))
 
     def with_sparsity(self, sparsity: float) -> Any:
         """Return a copy with this sparsity in place of its own or of a target."""
@@ -271,6 +268,12 @@ class Recipe:
         config = cls(**values)
         unused = {k: v for k, v in kwargs.items() if k not in names}
         return (config, unused) if return_unused_kwargs else config
+
+
+def default_allocation(method: Any, layout: Any) -> str | None:
+    """Return the allocation that a method uses with a layout if none is requested; None for an unknown method."""
+    default = DEFAULT_ALLOCATIONS.get(method)
+    return "uniform" if layout == "stock" and default == "influence" else default
 
 
 def overridden(values: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:

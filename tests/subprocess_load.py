@@ -1,4 +1,4 @@
-"""Load models in a fresh process, with the package or with the remote code in their folders."""
+"""Load models in a fresh process, with the package, with the remote code in their folders, or with neither."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ import optimum_modegpt
 # Reads jobs [{folder, auto, dtype, out, save}] and writes the output of each model.
 WORKER = """
 import json, sys
-jobs, trust = json.loads(sys.argv[1]), sys.argv[2] == "remote"
-if trust:
+jobs, kind = json.loads(sys.argv[1]), sys.argv[2]
+trust = kind == "remote"
+module = {"remote": "transformers_modules.", "local": "optimum_modegpt.", "stock": "transformers."}[kind]
+if kind != "local":
     sys.modules["optimum_modegpt"] = None  # an import fails, installed or not
 else:
     sys.path.insert(0, sys.argv[3])
@@ -32,7 +34,7 @@ for job in jobs:
     model = getattr(transformers, job["auto"]).from_pretrained(
         job["folder"], dtype=getattr(torch, job["dtype"]), trust_remote_code=trust
     )
-    assert type(model).__module__.startswith("transformers_modules." if trust else "optimum_modegpt."), type(model)
+    assert type(model).__module__.startswith(module), type(model)
     with torch.no_grad():
         save_file({"out": model(ids)[0].contiguous()}, job["out"])
     if "save" in job:
@@ -48,7 +50,10 @@ if trust:
 
 
 def run_worker(jobs: list[dict[str, Any]], kind: str, cache: Path) -> None:
-    """Run the jobs in one fresh isolated process. `kind` is "remote" for the code in the folders."""
+    """Run the jobs in one fresh isolated process.
+
+    `kind` is "local" for the package, "remote" for the code in the folders, and "stock" for neither.
+    """
     package_root = str(Path(next(iter(optimum_modegpt.__path__))).parent)
     environment = os.environ | {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, plan_sparsity
@@ -48,8 +49,14 @@ def _head_dims(sizes: Sizes) -> Sequence[int | None]:
 def _with_head_dim(sizes: Sizes, sparsity: float, head_dim: int | None) -> Plan:
     """Return the plan with this head dim that comes nearest to the sparsity."""
     widest = max((block["mlp"] for block in sizes), key=lambda size: size.dense)
-    plans = (_plan(sizes, 1 - width / widest.dense, head_dim) for width in widest.widths())
-    return min(plans, key=lambda plan: abs(plan_sparsity(plan, sizes) - sparsity))
+    widths = widest.widths()
+
+    def plan(width: int) -> Plan:
+        return _plan(sizes, 1 - width / widest.dense, head_dim)
+
+    enough = bisect_left(widths, sparsity, key=lambda width: plan_sparsity(plan(width), sizes))
+    nearest = map(plan, widths[max(0, enough - 1) : enough + 1])
+    return min(nearest, key=lambda each: abs(plan_sparsity(each, sizes) - sparsity))
 
 
 def _plan(sizes: Sizes, mlp_sparsity: float, head_dim: int | None) -> Plan:

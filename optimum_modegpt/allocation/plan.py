@@ -38,8 +38,10 @@ class PartSize:
         return [self.dense, *grid]
 
     def nearest(self, width: float) -> int:
-        """Return the allowed width nearest to `width`."""
-        return min(self.widths(), key=lambda allowed: abs(allowed - width))
+        """Return the allowed width nearest to `width`, the larger of two."""
+        below = max(self.floor, int(min(width, self.dense) // self.step) * self.step)
+        near = [allowed for allowed in (self.dense, below + self.step, below) if allowed <= self.dense]
+        return min(near, key=lambda allowed: abs(allowed - width))
 
 
 Sizes = Sequence[Mapping[str, PartSize]]

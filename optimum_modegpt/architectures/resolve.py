@@ -152,8 +152,7 @@ def check_dense(config: Any) -> FamilyClasses:
         AlreadyCompressed, UnsupportedModel, ImportError: as `check_model_type`; also if a model with a text tower has
             one of another type than the family's.
     """
-    record = getattr(config, "modegpt", None)
-    if isinstance(record, dict) and record.get("recipe", {}).get("layout") == "stock":
+    if _is_narrow_stock(getattr(config, "modegpt", None)):
         raise AlreadyCompressed(_ALREADY.format(f"the layout stock of {config.model_type}"))
     classes = check_model_type(config.model_type)
     found, expected = config.get_text_config().model_type, classes.text_type
@@ -163,6 +162,16 @@ def check_dense(config: Any) -> FamilyClasses:
             f"of type {expected!r}."
         )
     return classes
+
+
+def _is_narrow_stock(record: object) -> bool:
+    """Return whether a record is of the layout stock with narrow parts, not only with fewer experts."""
+    if not isinstance(record, dict):
+        return False
+    recipe, achieved = record.get("recipe"), record.get("achieved")
+    if not isinstance(recipe, dict) or not isinstance(achieved, dict):
+        return False
+    return recipe.get("layout") == "stock" and bool(achieved.get("sparsity"))
 
 
 def resolve(model: PreTrainedModel) -> Architecture:

@@ -76,7 +76,10 @@ def inspection(config: Any, tensors: Mapping[str, TensorHeader]) -> Inspection:
         return found
     blocks = block_ranks(config)
     if is_stock_result(config):
-        sparsity = config.modegpt.get("achieved", {}).get("sparsity")
+        achieved = config.modegpt.get("achieved")
+        sparsity = achieved.get("sparsity") if isinstance(achieved, Mapping) else None
+        if not isinstance(sparsity, int | float):
+            raise EvaluationError("the configuration was edited: its record has no achieved sparsity.")
         return replace(found, blocks=blocks, sparsity=sparsity, record=config.modegpt)
     weights = _weights_of_blocks(config, tensors)
     if not getattr(config, "quantization_config", None):  # packed weights have other shapes

@@ -22,7 +22,7 @@ from optimum_modegpt.loading.safetensors_index import weight_bytes, weights_dige
 from optimum_modegpt.loading.source import CARD_FIELDS, is_repo_id
 from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.plot import plot_kept
-from optimum_modegpt.recipe import DEFAULT_ALLOCATIONS
+from optimum_modegpt.recipe import default_allocation
 from optimum_modegpt.report import Report
 
 logger = logging.get_logger(__name__)
@@ -248,7 +248,7 @@ def variables(found: Result) -> dict[str, Any]:
     return {
         "auto_class": auto_class,
         "licence": licence,
-        "allocation": recipe.get("allocation") or DEFAULT_ALLOCATIONS.get(recipe.get("method")),
+        "allocation": recipe.get("allocation") or default_allocation(recipe.get("method"), recipe.get("layout")),
         "before": before,
         "now": now,
         "dtype": str(dtype).removeprefix("torch."),

@@ -257,6 +257,16 @@ def code_of(file: Path) -> set[Path]:
 # ------------------------------------------------------------------------------------ save_pretrained and push_to_hub
 
 
+def save_result(model: PreTrainedModel, folder: Path) -> None:
+    """Save a result with its report and its card. Compressed classes write both; classes of transformers do not."""
+    model.save_pretrained(folder)
+    if not is_stock_result(model.config):
+        return
+    if KEPT_REPORT in vars(model):
+        vars(model)[KEPT_REPORT] = save_report(folder, vars(model)[KEPT_REPORT])
+    write_card(folder)
+
+
 class Companion:
     """The additions to `save_pretrained` and `push_to_hub` of compressed models: report and card."""
 

@@ -18,12 +18,10 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig, as_config
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.hub.card import save_report, write_card
 from optimum_modegpt.hub.commands import compress_commands
-from optimum_modegpt.hub.upload import KEPT_REPORT, Upload
+from optimum_modegpt.hub.upload import KEPT_REPORT, Upload, save_result
 from optimum_modegpt.loading.calibration import Calibration, calibrate, find_tokenizer
 from optimum_modegpt.loading.source import Source
-from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.report import Report
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.request import Base
@@ -132,12 +130,9 @@ class ModeGPTQuantizer:
         tokenizer = tokenizer if tokenizer is not None else self.tokenizer
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
+        save_result(model, folder)
         for file in self.processor_files:
             shutil.copyfile(file, folder / file.name)
-        if self.report is not None and not is_compressed(model.config.model_type):
-            vars(model)[KEPT_REPORT] = save_report(folder, self.report)  # a compressed class does both itself
-            write_card(folder)
 
     def push_to_hub(
         self,

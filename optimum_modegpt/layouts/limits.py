@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,7 +103,8 @@ def _takes_head_dim(architecture: Architecture) -> bool:
     width = head_dim(config) // 2
     rope = {"rope_parameters": narrow_rope_parameters(config, [1.0] * (width // 2))}
     try:
-        narrow = _empty(architecture, {"head_dim": width} | rope)
+        with _without_warnings():
+            narrow = _empty(architecture, {"head_dim": width} | rope)
     except StrictDataclassError:  # the class derives the number of rotary factors from other sizes
         return False
     module: Any = narrow.get_submodule(architecture.block_paths[0])
@@ -112,6 +115,17 @@ def _takes_head_dim(architecture: Architecture) -> bool:
     if any(_size(own) != share * _size(dense) for dense, own in norms):
         return False
     return getattr(attention, block.family.attention.head_dim) == width
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silence the warnings of transformers about rotary parameters, which are only tried here."""
+    source = logging.getLogger("transformers.modeling_rope_utils")
+    before, source.disabled = source.disabled, True
+    try:
+        yield
+    finally:
+        source.disabled = before
 
 
 def _head_norms(module: nn.Module, block: Block) -> list[nn.Module]:

@@ -55,7 +55,7 @@ def kept_rope_parameters(model: nn.Module, config: Any, pairs: Sequence[int]) ->
         kept: Tensor = getattr(module, f"{prefix}inv_freq").double().cpu()[list(pairs)]
         regular = rope["rope_theta"] ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
         scaling = float(getattr(module, f"{prefix}attention_scaling"))
-        return _longrope(rope["rope_theta"], (regular / kept).tolist(), scaling, config.max_position_embeddings)
+        return _longrope(rope, (regular / kept).tolist(), scaling, config.max_position_embeddings)
 
     return _for_layer_types(config.rope_parameters, parameters)
 
@@ -64,19 +64,21 @@ def narrow_rope_parameters(config: Any, factors: list[float]) -> dict[str, Any]:
     """Return the `rope_parameters` of a model with as many pairs as `factors`, to try whether a class takes them."""
     return _for_layer_types(
         config.rope_parameters,
-        lambda rope, _: _longrope(rope["rope_theta"], factors, 1.0, config.max_position_embeddings),
+        lambda rope, _: _longrope(rope, factors, 1.0, config.max_position_embeddings),
     )
 
 
-def _longrope(theta: float, factors: list[float], scaling: float, length: int) -> dict[str, Any]:
+def _longrope(dense: Mapping[str, Any], factors: list[float], scaling: float, length: int) -> dict[str, Any]:
     """Return LongRoPE parameters with the same `factors` for all lengths of the text.
+
+    The θ of the `dense` parameters stays. Some classes rotate a part of a head unless `partial_rotary_factor` is there.
 
     `scaling` multiplies the table. transformers reads it from `attention_factor`, engines from `short_mscale` and
     `long_mscale`, which are 1 if they are missing.
     """
     return {
         "rope_type": "longrope",
-        "rope_theta": theta,
+        **{name: dense[name] for name in ("rope_theta", "partial_rotary_factor") if name in dense},
         "short_factor": factors,
         "long_factor": factors,
         "factor": 1.0,

@@ -15,8 +15,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
+from optimum_modegpt.layouts.records import is_result
 from optimum_modegpt.loading.source import Source
-from optimum_modegpt.modeling.modegpt_family import is_compressed
 from optimum_modegpt.modeling.modegpt_files import check_sizes, refuse, weight_files
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def load_config(source: Source) -> Any:
         if Path(source.path).is_dir():
             found = "has no readable config.json"
         raise OSError(f"{source.name!r} {found}: {error}{source.cache_report()}") from error
-    if _has_widths(values) and not is_compressed(config.model_type):
+    if _has_widths(values) and not is_result(values):
         raise UnsupportedModel(
             f"{source.name!r}: config.json was edited. It has the record of a compressed model, but model_type "
             f"{config.model_type!r} instead of one that starts with modegpt_. Save or download it again."

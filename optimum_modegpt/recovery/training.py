@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from optimum_modegpt.architectures import family_of
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.evaluation.fidelity import divergence
 from optimum_modegpt.evaluation.perplexity import LOGITS_BYTES, chunks_of, logits_of, nats_of, perplexity, targets
@@ -62,8 +63,12 @@ def train(
 
 def _adapt(model: PreTrainedModel, config: RecoveryConfig) -> PeftModel:
     """Add an adapter in float32 to each projection of the model's blocks. Initially, it does not change the output."""
-    family: Any = model.config.family  # pyright: ignore[reportAttributeAccessIssue]
-    projections = [projection.path for projection in family.projections]
+    classes = family_of(model.config.model_type)  # of a stock class
+    if classes is None:
+        family: Any = model.config.family  # pyright: ignore[reportAttributeAccessIssue]
+        projections = [projection.path for projection in family.projections]
+    else:
+        projections = sorted({projection.dense_path for projection in classes.family.projections})
     adapted = get_peft_model(model, LoraConfig(r=config.lora_rank, lora_alpha=LORA_ALPHA, target_modules=projections))
     assert isinstance(adapted, PeftModel)
     return adapted

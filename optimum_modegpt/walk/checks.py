@@ -83,6 +83,21 @@ def check_plan(plan: Plan, sizes: Sizes) -> None:
                 )
 
 
+def check_equal_widths(plan: Plan, architecture: Architecture) -> None:
+    """Raise if a plan of the caller has widths that no stock class can have together."""
+    config, first = architecture.model.config, dict[str, int]()
+    for block, widths in zip(architecture.blocks, plan.widths, strict=True):
+        own = {"qk": ("head dim", widths.qk), "vo": ("head dim", widths.vo)}
+        own["mlp"] = (architecture.family.width_name(config, block.index), widths.mlp)
+        for part in block.parts:
+            name, width = own[part]
+            if first.setdefault(name, width) != width:
+                raise InvalidConfig(
+                    f"plan, block {block.index}: {part} width {width}; expected {first[name]}, because with "
+                    f"layout='stock' all blocks have one {name}, and query, key and value the same head dim."
+                )
+
+
 def check_tensors(architecture: Architecture) -> None:
     """Refuse a model whose tensors have other names or shapes than those of its class in transformers."""
     model, classes = architecture.model, architecture.classes

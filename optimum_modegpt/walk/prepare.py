@@ -17,7 +17,7 @@ from optimum_modegpt.layouts.limits import wide_parts
 from optimum_modegpt.report import uncut_sentences
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
-from optimum_modegpt.walk.checks import check_plan, check_tensors
+from optimum_modegpt.walk.checks import check_equal_widths, check_plan, check_tensors
 from optimum_modegpt.walk.request import Base, Request
 
 
@@ -40,6 +40,8 @@ def prepare(
         config = resolve_target(remaining, config)
     else:
         check_plan(plan, sizes)
+        if config.layout == "stock":
+            check_equal_widths(plan, architecture)
         target, config = None, config.with_sparsity(plan_sparsity(plan, sizes))
     return Request(
         architecture=architecture,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from optimum_modegpt import distributed
@@ -32,7 +33,10 @@ def choose_pairs(plan: Plan, request: Request, state: State) -> None:
 
 
 def measure_moments(request: Request, state: State) -> list[QueryKeyMoments]:
-    """Measure the moments of queries and keys of every block that keeps pairs, on the dense stream."""
+    """Measure the moments of queries and keys of every block that keeps pairs, on the dense stream.
+
+    Samples are left out: those of all blocks together would be large.
+    """
     measure_gradients(request, state)
     inputs, moments = state.embed(request, moment_windows(request)), []
     stream = inputs.stream
@@ -51,4 +55,4 @@ def measure_moments(request: Request, state: State) -> list[QueryKeyMoments]:
 def _moments_of(block: Block, inputs: CalibrationInputs, request: Request) -> QueryKeyMoments:
     moments = method_of(request.config).query_key_moments(block, inputs)
     assert moments is not None, "a part that stays at full width has no pairs to choose"
-    return moments
+    return replace(moments, samples=None)

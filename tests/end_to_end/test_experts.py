@@ -281,8 +281,13 @@ def test_the_commands_read_a_stock_result(tmp_path: Path, capsys: pytest.Capture
     assert main(words) == 0
     assert "kept 2 experts in each of 3 blocks" in capsys.readouterr().out
     assert main(["inspect", str(fewer)]) == 0
-    assert "This is a dense model. To compress it" in capsys.readouterr().out
-    assert main(["recover", str(fewer), *flags, str(tmp_path / "recovered")]) == FAILED
+    shown = capsys.readouterr().out
+    assert [line.split() for line in shown.splitlines()[2:5]] == [
+        [str(index), "128/128", "8/8", "8/8"] for index in range(3)
+    ]
+    assert "removed 0.00% of the block projections" in shown
+    assert "expert_sparsity = 0.5" in shown
+    assert main(["recover", str(checkpoint), *flags, str(tmp_path / "recovered")]) == FAILED
     assert "expected a compressed model, found a dense one (mixtral)" in capsys.readouterr().err
     words = ["compress", str(fewer), "--method", "paper", "--allocation", "uniform", *flags, str(tmp_path / "narrow")]
     assert main(words) == 0

@@ -49,6 +49,7 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "influence": ("llama-gqa-tied", {"allocation": "influence"}),
     "paper": ("qwen2", {"method": "paper"}),
     "paper-opt": ("opt", {"method": "paper", "allocation": "uniform"}),
+    "stock": ("qwen3", {"layout": "stock", "allocation": "uniform"}),
 }
 
 

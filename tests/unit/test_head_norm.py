@@ -89,3 +89,24 @@ def test_factors_are_positive_and_finite():
     assert (factors >= 0).all()
     assert (factors[1:] > 0).all()
     assert float(factors[1:].min() / factors[1:].max()) >= SMALLEST
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_shared_factors_are_equal_in_all_heads_and_better_than_none(rotated: bool) -> None:
+    vectors = normal(HEADS, TOKENS, DIM) * normal(1, 1, DIM, seed=1).exp()  # the coordinates have different scales
+    factors = row_factors(vectors, selection(), own, rotated=rotated, joint=False, shared=True)
+    assert torch.equal(factors, factors[:1].expand_as(factors))
+    if rotated:
+        assert torch.equal(factors[:, :3], factors[:, 3:])
+    kept = vectors @ selection().mT
+    found, none = divisor(kept * factors[:, None, :]), divisor(kept)
+    assert difference(found, divisor(vectors)) < 0.8 * difference(none, divisor(vectors))
+    for head in range(HEADS):
+        assert difference(found[head], divisor(vectors)[head]) < difference(none[head], divisor(vectors)[head])
+
+
+def test_shared_factors_of_equal_heads_are_their_own() -> None:
+    vectors = normal(1, TOKENS, DIM).expand(HEADS, -1, -1)
+    options = {"rotated": False, "joint": False}
+    shared = row_factors(vectors, selection(), own, shared=True, **options)
+    torch.testing.assert_close(shared, row_factors(vectors, selection(), own, **options))

@@ -236,3 +236,63 @@ def test_scale_of_the_moments_does_not_matter(scale):
     assert torch.equal(scaled_kept, kept)
     assert difference(scaled_errors, scale * scale * errors) < 1e-9
     assert difference(query_refit(scale * metric, kept, ridge=1e-3), query_refit(metric, kept, ridge=1e-3)) < 1e-9
+
+
+# --------------------------------------------------------------------------------------------------------- shared pairs
+
+
+ELIMINATIONS = pytest.mark.parametrize("eliminate", [eliminate_pairs, eliminate_pairs_alone])
+
+
+@ELIMINATIONS
+def test_one_group_shares_its_pairs_with_itself(eliminate):
+    metric, query = head_moments(0)[:1], head_moments(50)[:1]
+    own, shared = eliminate(metric, query, 1), eliminate(metric, query, 1, shared=True)
+    assert torch.equal(shared.order, own.order)
+    assert torch.equal(shared.costs, own.costs)
+    assert torch.equal(select_pairs(query, metric, 3, shared=True), select_pairs(query, metric, 3))
+
+
+@ELIMINATIONS
+def test_a_given_order_has_the_costs_of_the_same_choice(eliminate):
+    metric, query = head_moments(0), head_moments(50)
+    for shared in (False, True):
+        chosen = eliminate(metric, query, 1, shared=shared)
+        given = eliminate(metric, query, 1, order=chosen.order)
+        assert torch.equal(given.order, chosen.order)
+        torch.testing.assert_close(given.costs, chosen.costs)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_all_groups_lose_the_pair_of_least_total_cost(refit):
+    metric, query = head_moments(0), head_moments(50)
+    eliminate = eliminate_pairs if refit else eliminate_pairs_alone
+    found = eliminate(metric, query, PAIRS - 2, shared=True)
+    assert (found.order == found.order[:1]).all()
+    assert len(set(eliminate(metric, query, PAIRS - 1).order.flatten().tolist())) > 1, "the groups would agree anyway"
+    gone: list[int] = []
+    for step in range(2):
+        totals = []
+        for pair in range(PAIRS):
+            if pair in gone:
+                totals.append(float("inf"))
+                continue
+            kept = pair_indices(torch.tensor([each for each in range(PAIRS) if each not in (*gone, pair)]), HEAD_DIM)
+            total = 0.0
+            for own, moments in zip(metric, query, strict=True):
+                damped = damp(own[None], ROOT_RIDGE)[0]
+                pairs = kept[: len(kept) // 2][None]
+                mapping = query_refit(damped[None], pairs, ridge=0.0)[0] if refit else eye(HEAD_DIM)[kept]
+                total += refit_error(damped if refit else own, moments, mapping, kept)
+            totals.append(total)
+        gone.append(min(range(PAIRS), key=totals.__getitem__))
+        assert found.order[0, : step + 1].tolist() == gone
+        assert float(found.costs[:, : step + 1].sum()) == pytest.approx(totals[gone[-1]], rel=1e-6)
+
+
+def test_a_loud_group_does_not_choose_the_shared_pairs_alone():
+    query, key = head_moments(0), head_moments(50)
+    shared = select_pairs(query, key, 3, shared=True)
+    assert (shared == shared[:1]).all()
+    louder = torch.tensor([1e6, 1.0, 1.0], dtype=query.dtype)[:, None, None]
+    assert torch.equal(select_pairs(louder * query, key, 3, shared=True), shared)

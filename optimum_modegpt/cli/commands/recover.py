@@ -17,7 +17,7 @@ from optimum_modegpt.errors import EvaluationError, InvalidConfig
 from optimum_modegpt.hub.commands import flags
 from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.hub.result import REPORT
-from optimum_modegpt.hub.upload import KEPT_REPORT
+from optimum_modegpt.hub.upload import KEPT_REPORT, save_result
 from optimum_modegpt.loading.calibration import calibrate
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source
@@ -93,7 +93,7 @@ def recover_to(output: Path, work_folder: Path, source: Source, teacher: Source 
             vars(model)[KEPT_REPORT] = replace(report, commands=commands)
         with saving(output):
             tokenizer.save_pretrained(folder)
-            model.save_pretrained(folder)
+            save_result(model, folder)
             for processor_file in source.processor_files():
                 shutil.copyfile(processor_file, folder / processor_file.name)
     return recovery
