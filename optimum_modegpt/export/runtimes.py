@@ -8,6 +8,7 @@ values of every block have their own widths.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils.versions import require_version
 
 from optimum_modegpt.errors import ModeGPTError, UnsupportedModel
+from optimum_modegpt.evaluation.perplexity import context_of
 from optimum_modegpt.kv_cache import cache_argument
 from optimum_modegpt.walk.self_check import in_steps, relative_difference, tolerance_of
 
@@ -28,8 +30,11 @@ if TYPE_CHECKING:
 
 SINCE = "5.23"
 """The first release of transformers that saves exported models."""
-EXAMPLE = 4
-"""Tokens of the prompt with which a model is traced. Programs take prompts of any length."""
+EXAMPLE = (2, 4)
+"""The sequences, and the tokens of each, with which a model is traced. Programs take others."""
+EXECUTORCH_CONTEXT, EXECUTORCH_GROWTH = 2048, 4
+"""The most tokens of a program for ExecuTorch, which plans its memory ahead, and the quotient of that number and the
+tokens with which the model is traced."""
 CHECKED = 12
 """Tokens that a saved program must answer as the model does."""
 
@@ -51,12 +56,14 @@ def export_openvino(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Non
 
 
 def export_executorch(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Save a model in `folder` as model.pte for CPUs, with the weights in it."""
+    """Save a model in `folder` as model.pte for CPUs, with the weights in it. It takes one sequence."""
     _check_release()
     from transformers.exporters import ExecutorchConfig, ExecutorchExporter
 
+    context = min(context_of(model.config) or EXECUTORCH_CONTEXT, EXECUTORCH_CONTEXT)
     with _unchanged(model):
-        _export(model, tokenizer, folder, ExecutorchExporter(), ExecutorchConfig(dynamic=True))
+        exporter, config = ExecutorchExporter(), ExecutorchConfig(dynamic=True)
+        _export(model, tokenizer, folder, exporter, config, example=(1, context // EXECUTORCH_GROWTH))
 
 
 @contextmanager
@@ -81,14 +88,21 @@ def _check_release() -> None:
     require_version(f"transformers>={SINCE}", f"{hint} 'transformers>={SINCE}'")
 
 
-def _export(model: PreTrainedModel, tokenizer: Any, folder: Path, exporter: HfExporter, config: Any) -> None:
+def _export(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    folder: Path,
+    exporter: HfExporter,
+    config: Any,
+    example: tuple[int, int] = EXAMPLE,
+) -> None:
     """Export a model, save it in `folder`, and check that the saved program computes the same.
 
     Raises:
         UnsupportedModel: the exporter refuses the model, or the program differs from it.
     """
     with _refusing(model, f"the {config.export_format} exporter of transformers failed"):
-        step, inputs = _captured_step(model)
+        step, inputs = _captured_step(model, example)
         empty = _without_tokens(inputs[cache_argument(model)], model)
         exporter.export(step, inputs, config).save_pretrained(folder)
     if tokenizer is not None:
@@ -118,14 +132,14 @@ def _refusing(model: PreTrainedModel, reason: str) -> Iterator[None]:
         ) from error
 
 
-def _captured_step(model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
-    """Return the model and its arguments in a step of two tokens after a prompt, for two sequences of unequal length.
+def _captured_step(model: PreTrainedModel, example: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
+    """Return the model and its arguments in a step of two tokens after a prompt of these sequences and tokens.
 
-    All of these sizes may differ later.
+    A size of 1 becomes fixed; all others may differ later.
     """
     from transformers.exporters.utils import decompose_for_generation
 
-    ids = torch.arange(2 * EXAMPLE).view(2, EXAMPLE) % model.config.get_text_config().vocab_size
+    ids = torch.arange(math.prod(example)).view(example) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # otherwise the program would have no mask
     settings = GenerationConfig(do_sample=False, pad_token_id=0)
