@@ -249,10 +249,11 @@ def _bytes(size: float) -> str:
 
 def servable_table(shape: Shape, found: Sequence[Servable]) -> str:
     """Return the shape of a model, whether each engine runs it and why, and the commands of those that do, as text."""
-    rows = [["engine", "works", "known from", "why"]]
-    rows += [[each.engine, each.works, each.checked, each.reason] for each in found]
+    rows = [["engine", "works", "known from"], *([each.engine, each.works, each.checked] for each in found)]
+    reasons = [[f"  {each.engine}", each.reason] for each in found]
     commands = [[f"  {each.engine}", each.command] for each in found if each.command is not None]
-    return "\n".join([shape.to_text(), aligned(rows, left=4), "commands", aligned(commands, left=2)])
+    sections = [shape.to_text(), aligned(rows, left=3), "why", aligned(reasons, left=2)]
+    return "\n".join([*sections, "how", aligned(commands, left=2)])
 
 
 def servable_line(found: Sequence[Servable]) -> str:

@@ -54,7 +54,7 @@ LLAMA_CPP = Engine("llama.cpp", "llama-cpp-python 0.3.36")
 ONNX_RUNTIME = Engine("ONNX Runtime", "transformers 5.24.0", (Run("1.32.0", ("per_layer",), ("llama", "opt")),))
 OPENVINO = Engine("OpenVINO", "transformers 5.24.0")
 EXECUTORCH = Engine("ExecuTorch", "transformers 5.24.0")
-TENSORRT_LLM = Engine("TensorRT-LLM", "commits 0193dbd and 00547a2")
+TENSORRT_LLM = Engine("TensorRT-LLM", "0193dbd and 00547a2")
 
 VLLM_NATIVE = frozenset(
     {

@@ -71,7 +71,7 @@ class Servable:
     @property
     def checked(self) -> str:
         """The evidence and the version in words."""
-        words = {"run": "run with", "source": "source of", "inferred": "not tried, inferred from"}
+        words = {"run": "run with", "source": "source of", "inferred": "inferred from"}
         return "–" if self.works == "unknown" else f"{words[self.evidence]} {self.version}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,8 +132,8 @@ def _servable(engine: Engine, verdict: Verdict, shape: Shape, name: str) -> Serv
 def _transformers(shape: Shape) -> Verdict:
     if shape.layout == "stock":
         return Verdict("yes", "It is a checkpoint of a class of transformers.", "transformers serve {model}")
-    reason = "The class comes from this package, or with trust_remote_code=True from the folder. "
-    return Verdict("with package", reason + "Its command serve finds its own classes only.", LOAD)
+    reason = "The class comes from this package, or with trust_remote_code=True from the folder."
+    return Verdict("with package", reason, LOAD)
 
 
 def _vllm(shape: Shape) -> Verdict:
@@ -168,10 +168,10 @@ def _sglang(shape: Shape) -> Verdict:
         return Verdict("no", f"Its Transformers backend does not pass on the {name} of the attention scores.")
     if shape.one_window:
         return Verdict("no", "Its Transformers backend ignores a window that is not given by layer types.")
-    reason, command = "Through its Transformers backend.", f"{command} --model-impl transformers"
+    command += " --model-impl transformers"
     if shape.layout == "mlp":
-        return Verdict("with package", reason, command)
-    reason += " It has one head dim for all blocks, so heads are padded to the dense one, and the cache stays as large."
+        return Verdict("with package", "Through its Transformers backend.", command)
+    reason = "Through its Transformers backend, with heads padded to the dense head dim. The cache stays as large."
     return Verdict("with package", reason, command, inferred=True)
 
 
@@ -184,16 +184,16 @@ def _llama_cpp(shape: Shape) -> Verdict:
     if architecture is None or shape.experts:
         kind = "experts" if shape.experts else f"blocks of type {shape.model_type}"
         return Verdict("no", f"None of its architectures with an MLP width for each block holds {kind}.")
-    start = f"Its architecture {architecture}, with an MLP width for each block,"
+    start = f"Its architecture {architecture}"
     if architecture == "deci" and shape.window:
         return Verdict("no", f"{start} has no sliding window.")
     if architecture == "openelm" and (not shape.tied or shape.attention_bias or shape.window):
         return Verdict("no", f"{start} requires tied embeddings, and no biases and no window.")
     if architecture == "openelm" and shape.narrow_keys:
         return Verdict("no", f"{start} has one gain for all heads in the norms of queries and keys.")
-    reason = f"{start} holds it after an export."
+    reason = f"{start} has an MLP width for each block."
     if shape.layout == "per_layer":
-        reason += " Heads are padded to the dense head dim, so the cache stays as large."
+        reason += " Heads are padded to the dense head dim. The cache stays as large."
     return Verdict("with package", reason, export, inferred=True)
 
 
@@ -223,8 +223,9 @@ def _executorch(shape: Shape) -> Verdict:
 
 def _tensorrt_llm(shape: Shape) -> Verdict:
     if shape.layout != "stock":
-        reason = "Each architecture needs a class of its own there. That with MLP widths for each block takes only "
-        return Verdict("no", f"{reason}multiples of 256 in another format, one head dim and no biases.")
+        return Verdict(
+            "no", "Its PyTorch backend has no class for these widths. Its AutoDeploy has not been looked at."
+        )
     if shape.model_type not in engines.TENSORRT_LLM_NATIVE or shape.window:
         return _not_looked_up(shape)
     if shape.frequencies:

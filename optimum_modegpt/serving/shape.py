@@ -37,7 +37,7 @@ class Shape:
         experts: whether some blocks have experts.
         other_mixers: whether some blocks have a mixer other than softmax attention.
         soft_cap, sinks: whether the attention scores have them.
-        window: whether some blocks have a sliding window.
+        window: whether some blocks have a sliding window shorter than the longest text.
         one_window: whether there is one window for all blocks and no list of layer types.
         attention_bias: whether the configuration sets it.
         tied: whether the head shares the weights of the embeddings.
@@ -155,6 +155,8 @@ def _with_structure(shape: Shape, text: Any, family: Family) -> Shape:
     """Return the shape with the facts that a compression does not change."""
     positions, blocks = family.attention.positions, range(text.num_hidden_layers)
     layer_types, window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
+    if window is not None and window >= getattr(text, "max_position_embeddings", window + 1):
+        window = None  # it contains every text
     return replace(
         shape,
         rotary="partial" if positions.partial else positions.pairs,

@@ -101,6 +101,7 @@ def test_a_forecast_agrees_with_the_result(name: str) -> None:
         (LlamaConfig(**SIZES, head_dim=6, rope_parameters=KEPT, attention_bias=True), "yyyp" + "ppp?"),
         (MistralConfig(**SIZES, sliding_window=None), "yyyypppy"),
         (MistralConfig(**SIZES, sliding_window=8), "yyyyppp?"),
+        (MistralConfig(**SIZES, sliding_window=64, max_position_embeddings=64), "yyyypppy"),  # longer than any text
         (Qwen2Config(**SIZES), "yyyyppp?"),
         (Qwen2Config(**SIZES, head_dim=6), "ynyyppp?"),  # vLLM computes the head dim
         (Qwen3Config(**SIZES, head_dim=6, rope_parameters=KEPT), "y??nppp?"),  # no frequencies in llama.cpp
@@ -152,7 +153,7 @@ def test_only_runs_are_called_runs() -> None:
     llama, qwen = (check_servable(compressed_config(name, heads=True)) for name in ("llama-mha", "qwen2"))
     assert row(llama, "transformers").checked == "run with 5.24.0"
     assert row(llama, "ONNX Runtime").checked == "run with 1.32.0"
-    assert row(qwen, "ONNX Runtime").checked == "not tried, inferred from transformers 5.24.0"
+    assert row(qwen, "ONNX Runtime").checked == "inferred from transformers 5.24.0"
     runs = {engine.name for engine, _ in RULES if engine.runs}
     assert {each.engine for each in llama if each.evidence == "run"} <= runs
 
