@@ -34,7 +34,7 @@ from optimum_modegpt.walk.record import make_record, make_report, parameters_aro
 from optimum_modegpt.walk.request import Base, Request
 from optimum_modegpt.walk.resume import finished_blocks, keep_block, keep_plan, known_plan, resuming
 from optimum_modegpt.walk.self_check import check_reloads, check_same, self_check
-from optimum_modegpt.walk.shared_pairs import choose_pairs
+from optimum_modegpt.walk.shared_pairs import choose_pairs, kept_pairs
 from optimum_modegpt.walk.state import State
 
 
@@ -79,13 +79,13 @@ def compress(
         with evaluation_mode(request.architecture.model), resuming(request, state):
             retrying_on_oom("embed", embed, request, state)
             retrying_on_oom("gradients", measure_gradients, request, state)
+            if request.config.layout == "stock":
+                retrying_on_oom("rotary pairs", choose_pairs, request, state)
             plan = known_plan(request)
             if plan is None:
                 stage = f"allocate ({request.config.resolved_allocation})"
                 plan = retrying_on_oom(stage, make_plan, request, state)
                 keep_plan(request, state, plan)
-            if request.config.layout == "stock":
-                retrying_on_oom("rotary pairs", partial(choose_pairs, plan), request, state)
             blocks, norm, errors = retrying_on_oom("decompose", partial(cut_blocks, plan), request, state)
     with state.clock.stage("adopt"):
         achieved = plan_sparsity(plan, request.sizes)
@@ -112,7 +112,8 @@ def cut_blocks(
     """Return the compressed blocks, the final norm, and the relative errors by block and part."""
     measure_gradients(request, state)
     method, blocks, device = method_of(request.config), request.architecture.blocks, request.device
-    pairs = torch.tensor(state.measurements.pairs, device=device) if state.measurements.pairs else None
+    shared = kept_pairs(plan, request, state)
+    pairs = torch.tensor(shared, device=device) if shared else None
     modules, errors, streams = finished_blocks(request, state, plan)
     shown = bar(desc="decompose", unit="block", total=len(blocks), initial=len(modules), shown=request.show_progress)
     with shown:
@@ -157,7 +158,7 @@ def assemble(
     compressed = built(architecture.model, classes.causal_lm, config, replacements)
     if request.config.layout != "stock":
         return compressed
-    stock = stock_model(architecture, compressed, state.measurements.pairs)
+    stock = stock_model(architecture, compressed, kept_pairs(plan, request, state))
     with evaluation_mode(compressed), evaluation_mode(stock):
         check_same(stock, compressed, request.calibration.tokens[0])
     return stock

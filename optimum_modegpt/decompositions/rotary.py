@@ -20,17 +20,22 @@ def pair_indices(pairs: Tensor, head_dim: int) -> Tensor:
     return torch.cat((pairs, pairs + head_dim // 2), dim=-1)
 
 
-def select_pairs(query: Tensor, key: Tensor, count: int, *, shared: bool = False) -> Tensor:
+def select_pairs(query: Tensor, key: Tensor, count: int) -> Tensor:
     """Select the pairs (groups, count) of largest sqrt((Q_ii + Q_jj)(K_ii + K_jj)): CR selection (Algorithm 2).
 
     The pairs are in increasing order. `query` and `key` (groups, d, d) are second moments of the heads. The score is
-    the same before and after rotation. If `shared`, all groups select the same pairs, by the sum of their squared
-    scores relative to those of the whole group.
+    the same before and after rotation.
+    """
+    return (_pair_energies(query) * _pair_energies(key)).topk(count).indices.sort().values
+
+
+def shared_order(query: Tensor, key: Tensor) -> Tensor:
+    """Return the pairs (head_dim / 2,) of all groups by the sum of their squared scores of `select_pairs`, increasing.
+
+    The scores of a group are relative to their sum.
     """
     scores = _pair_energies(query) * _pair_energies(key)
-    if shared:
-        scores = (scores / scores.sum(1, keepdim=True)).sum(0).expand_as(scores)
-    return scores.topk(count).indices.sort().values
+    return (scores / scores.sum(1, keepdim=True)).sum(0).argsort()
 
 
 def select_coordinates(query: Tensor, key: Tensor, count: int) -> Tensor:

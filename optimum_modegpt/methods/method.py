@@ -62,6 +62,20 @@ class CutBlock:
     after: StreamPair
 
 
+@dataclass(frozen=True)
+class SharedPairs:
+    """The order in which all heads lose the same rotary pairs.
+
+    Attributes:
+        order: the pairs (steps,), the first to lose first.
+        losses: the energy that each block has lost after each step, (blocks, steps), in the unit of `PartCut.losses`;
+            None if the method does not measure it.
+    """
+
+    order: Tensor
+    losses: Tensor | None = None
+
+
 class Method(Protocol):
     """A compression method, created from a configuration: its steps and its costs.
 
@@ -91,8 +105,8 @@ class Method(Protocol):
         """Return the moments from which the pairs of the dense `block` are chosen. None if its heads stay wide."""
         ...
 
-    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> Tensor:
-        """Choose the rotary pairs (count,) that all heads of these blocks keep, from the moments of each."""
+    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> SharedPairs:
+        """Choose the order in which all heads of these blocks lose pairs, down to `count`, from the moments of each."""
         ...
 
     def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:

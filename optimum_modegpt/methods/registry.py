@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.architectures.shapes import Shapes
@@ -16,10 +16,10 @@ from optimum_modegpt.calibration.moments import QueryKeyMoments
 from optimum_modegpt.calibration.streams import check_dense
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import gram_work
-from optimum_modegpt.decompositions.rotary import eliminate_pairs, eliminate_pairs_alone, select_pairs
+from optimum_modegpt.decompositions.rotary import eliminate_pairs, eliminate_pairs_alone, shared_order
 from optimum_modegpt.methods import published, residual_matched, residual_matched_cost, sensitivity_cost
 from optimum_modegpt.methods.cost import Extent, Peak, Work, block_forward, block_memory
-from optimum_modegpt.methods.method import CalibrationInputs, CutBlock, Method, StreamPair
+from optimum_modegpt.methods.method import CalibrationInputs, CutBlock, Method, SharedPairs, StreamPair
 from optimum_modegpt.modeling.modegpt_family import Widths
 
 
@@ -59,12 +59,14 @@ class ResidualMatched:
         copied = block.compressible_copy(block.device)
         return residual_matched.observe_query_key(copied, inputs.streams.dense, metric, inputs.arguments)
 
-    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> Tensor:
+    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> SharedPairs:
         """Remove the pairs of least total cost, one at a time."""
         metric = torch.cat([each.metric for each in moments])
         query = torch.cat([each.query for each in moments])
         eliminate = eliminate_pairs_alone if blocks[0].norms_rotated else eliminate_pairs
-        return eliminate(metric, query, count, shared=True).after(count)[0][0]
+        found = eliminate(metric, query, count, shared=True)
+        by_block = found.costs.split([block.kv_heads for block in blocks])
+        return SharedPairs(found.order[0], torch.stack([costs.sum(0) for costs in by_block]).clamp_min(0).cumsum(1))
 
     def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
         """Fit a copy of the final norm to the dense model's predictions, if anything was cut."""
@@ -115,11 +117,11 @@ class Published:
         moments, _ = published.observe(block, inputs.streams.dense, inputs.arguments)
         return None if moments.attention is None else moments.attention.query_key
 
-    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> Tensor:
-        """Select the pairs of the largest scores, relative to those of their group."""
+    def shared_pairs(self, blocks: Sequence[Block], moments: Sequence[QueryKeyMoments], count: int) -> SharedPairs:
+        """Remove the pairs of the smallest scores, relative to those of their group."""
         metric = torch.cat([each.metric for each in moments])
         query = torch.cat([each.query for each in moments])
-        return select_pairs(query, metric, count, shared=True)[0]
+        return SharedPairs(shared_order(query, metric)[: blocks[0].head_dim // 2 - count])
 
     def fit_final_norm(self, architecture: Architecture, streams: StreamPair, device: torch.device) -> nn.Module | None:
         """Return a copy of the final norm."""

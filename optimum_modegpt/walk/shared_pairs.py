@@ -16,20 +16,33 @@ from optimum_modegpt.methods.registry import method_of
 from optimum_modegpt.progress import bar
 from optimum_modegpt.walk.planning import measure_gradients, moment_windows
 from optimum_modegpt.walk.request import Request
-from optimum_modegpt.walk.resume import keep_plan
+from optimum_modegpt.walk.resume import keep_plan, known_plan
 from optimum_modegpt.walk.state import State
 
 
-def choose_pairs(plan: Plan, request: Request, state: State) -> None:
-    """Choose the pairs from the moments of all blocks together, unless they are known or no pair is removed."""
+def choose_pairs(request: Request, state: State) -> None:
+    """Choose the order in which all heads lose pairs, unless it is known or no head can be cut."""
     blocks = [block for block in request.architecture.blocks if block.paired]
-    if state.measurements.pairs or all(plan.widths[block.index].qk == block.head_dim for block in blocks):
+    floors = {request.sizes[block.index]["qk"].floor for block in blocks}
+    if state.measurements.shared_pairs or floors <= {block.head_dim for block in blocks} or not request.config.sparsity:
         return
-    kept = plan.widths[blocks[0].index].qk // 2
-    moments = measure_moments(request, state)
-    pairs = method_of(request.config).shared_pairs(blocks, moments, kept)
-    state.measurements.pairs = distributed.broadcast(pairs).tolist()
-    keep_plan(request, state, plan)
+    found = method_of(request.config).shared_pairs(blocks, measure_moments(request, state), min(floors) // 2)
+    state.measurements.shared_pairs = distributed.broadcast(found.order).tolist()
+    if found.losses is not None:
+        losses = distributed.broadcast(found.losses).tolist()
+        state.measurements.pair_losses = {block.index: lost for block, lost in zip(blocks, losses, strict=True)}
+    keep_plan(request, state, known_plan(request))
+
+
+def kept_pairs(plan: Plan, request: Request, state: State) -> list[int]:
+    """Return the pairs that all heads keep, increasing; an empty list if each head keeps its own, or all of them."""
+    order = state.measurements.shared_pairs
+    widths = {plan.widths[block.index].qk for block in request.architecture.blocks if block.paired}
+    dense = request.architecture.blocks[0].head_dim
+    if not order or widths <= {dense}:
+        return []
+    (width,) = widths
+    return sorted(set(range(dense // 2)) - set(order[: (dense - width) // 2]))
 
 
 def measure_moments(request: Request, state: State) -> list[QueryKeyMoments]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optimum_modegpt import distributed
-from optimum_modegpt.allocation.sensitivity import Curve, curve_from_losses, divergences_of
+from optimum_modegpt.allocation.sensitivity import Curve, curve_from_losses, divergences_of, with_losses
 from optimum_modegpt.budget.placement import Free, Needs, Placement, Storage, choose_placement, finished_size
 from optimum_modegpt.calibration.gradients import OutputGradients
 from optimum_modegpt.calibration.streams import BlockInputs, StreamStorage, check_dense, enter, in_batches
@@ -36,20 +36,26 @@ class RemovedExperts:
 class Measurements:
     """The measurements from which a plan is made. They are empty if the allocation needs none.
 
-    `pairs` are the rotary pairs that all heads keep. They are empty if each head keeps its own.
+    `shared_pairs` is the order in which all heads lose the same rotary pairs, and `pair_losses` the energy that each
+    block has then lost, as in `SharedPairs`. They are empty if each head keeps its own pairs.
     """
 
     parts: Measured = field(default_factory=dict)
     budget: Budget | None = None
     influences: list[float] = field(default_factory=list)
-    pairs: list[int] = field(default_factory=list)
+    shared_pairs: list[int] = field(default_factory=list)
+    pair_losses: dict[int, list[float]] = field(default_factory=dict)
 
     def curves(self) -> dict[tuple[int, str], Curve]:
         """Return the divergence of every part of every block by sparsity."""
         second_orders = {key: part.second_order for key, part in self.parts.items()}
         ratios = {key: part.ratios for key, part in self.parts.items() if part.ratios}
         divergences = divergences_of(second_orders, ratios)
-        return {key: curve_from_losses(part.losses, divergences[key]) for key, part in self.parts.items()}
+        curves = {key: curve_from_losses(part.losses, divergences[key]) for key, part in self.parts.items()}
+        for index, lost in self.pair_losses.items():
+            if (part := self.parts.get((index, "qk"))) is not None:
+                curves[index, "qk"] = with_losses(curves[index, "qk"], part.losses, lost)
+        return curves
 
     def for_report(self) -> dict[str, Any]:
         """Return the fields of a report, safe for JSON."""
@@ -61,7 +67,10 @@ class Measurements:
         """Return the measurements, safe for JSON."""
         parts = {f"{block}.{part}": vars(measured) for (block, part), measured in self.parts.items()}
         budget = None if self.budget is None else vars(self.budget)
-        return {"parts": parts, "budget": budget, "influences": self.influences, "pairs": self.pairs}
+        return {"parts": parts, "budget": budget, "influences": self.influences} | {
+            "shared_pairs": self.shared_pairs,
+            "pair_losses": self.pair_losses,
+        }
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Measurements:
@@ -75,7 +84,8 @@ class Measurements:
         budget = fields["budget"]
         if budget is not None:
             budget = Budget(**{**budget, "blocks": tuple(budget["blocks"])})
-        return cls(parts, budget, fields["influences"], fields.get("pairs", []))
+        losses = {int(index): lost for index, lost in fields.get("pair_losses", {}).items()}
+        return cls(parts, budget, fields["influences"], fields.get("shared_pairs", []), losses)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from optimum_modegpt.allocation.sensitivity import (
     interpolate,
     lower_hull,
     plan_from_curves,
+    with_losses,
 )
 from optimum_modegpt.allocation.targets import influence_targets, plan_from_targets
 from optimum_modegpt.modeling.modegpt_family import Widths
@@ -482,3 +483,9 @@ def _check_widths(plan, sizes):
         for part, size in block.items():
             assert ranks[part] in size.widths()
             assert type(ranks[part]) is int
+
+
+def test_the_divergence_of_another_cut_follows_its_losses() -> None:
+    curve, losses = [(0.25, 0.1), (0.5, 0.3), (0.75, 1.0)], [(0.25, 2.0), (0.5, 4.0), (0.75, 8.0)]
+    found = with_losses([(0.0, 0.0), *curve], [(0.0, 0.0), *losses], [4.0, 6.0, 8.0])
+    assert found == [(0.0, 0.0), (0.25, 0.2), (0.5, pytest.approx(0.45)), (0.75, 1.0)]
