@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -12,14 +13,31 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
+from checkpoints import empty_picture
 
 from optimum_modegpt.decompositions.psd import row_type
+from optimum_modegpt.hub import card
 from optimum_modegpt.methods import residual_matched
 
 torch.set_num_threads(1)
 
 # A shell that starts the suite in the background makes it and its subprocesses ignore Ctrl-C. Some tests send Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt the imported modules from garbage collection. Some libraries collect after every small step."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Leave the pictures of model cards empty, except in test_card.py, because drawing takes most of a save."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.name != "test_card.py":
+            patch.setattr(card, "plot_kept", empty_picture)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,8 @@
 """Simulate an accelerator: its tensors compute on the host, and raise when combined with host tensors.
 
-As a program, compress a tiny model on the simulated device. Print as JSON the reported and the observed location of
-the residual streams, the result's tensors that are still on the device, and their largest difference from the host's.
+As a program, compress a tiny model on the simulated device in several cases. Print as JSON, for each, the reported and
+the observed location of the residual streams, the result's tensors that are still on the device, and their largest
+difference from the host's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tiny_models import dense, tokens
@@ -104,17 +106,13 @@ def _inner(value: Any) -> Any:
 
 def compressed(device: str, recipe: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Report]:
     model, config = dense("llama-gqa-tied"), ModeGPTConfig(sparsity=0.3, refit_iterations=1, batch_size=5, **recipe)
-    report = compress(model, config, TokenWindows(tokens(12, 24), {}), device=device, progress=False)
+    report = compress(model, config, TokenWindows(tokens(8, 24), {}), device=device, progress=False)
     return model.state_dict(), report
 
 
-def main(recipe: dict[str, Any], free: int | None, float64: bool) -> None:
-    residual_matched.TOKENS_PER_ROW = 0
-    _setup_privateuseone_for_python_backend(NAME)  # before autograd counts the devices, when it is first used
+def found_on_device(recipe: dict[str, Any], free: int | None, float64: bool) -> dict[str, Any]:
+    """Compress on the host and on the device, of which `free` bytes are available. Return the findings."""
     expected, _ = compressed("cpu", recipe)
-    if not float64:
-        LACKING.add(torch.float64)
-    placement.device_memory = lambda device: free
     kept, original = set(), StreamStorage.keep
 
     def keep(place: StreamStorage, tensor: torch.Tensor) -> torch.Tensor:
@@ -122,13 +120,17 @@ def main(recipe: dict[str, Any], free: int | None, float64: bool) -> None:
         kept.add(found.device.type)
         return found
 
-    StreamStorage.keep = keep
-    with Made():
+    LACKING.update(() if float64 else {torch.float64})
+    memory = patch.object(placement, "device_memory", lambda device: free)
+    with memory, patch.object(StreamStorage, "keep", keep), Made():
         found, report = compressed(f"{NAME}:0", recipe)
+    LACKING.clear()
     left = [name for name, tensor in found.items() if isinstance(tensor, Elsewhere)]
     distance = max(float((_inner(found[name]) - tensor).abs().max()) for name, tensor in expected.items())
-    print(json.dumps({"streams": report.streams, "kept": sorted(kept), "left": left, "distance": distance}))
+    return {"streams": report.streams, "kept": sorted(kept), "left": left, "distance": distance}
 
 
 if __name__ == "__main__":
-    main(*json.loads(sys.argv[1]))
+    residual_matched.TOKENS_PER_ROW = 0
+    _setup_privateuseone_for_python_backend(NAME)  # before autograd counts the devices, when it is first used
+    print(json.dumps([found_on_device(*case) for case in json.loads(sys.argv[1])]))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from forks import run_forked
 from tiny_models import tokens
 
 import optimum_modegpt
@@ -56,12 +55,6 @@ def run_worker(jobs: list[dict[str, Any]], kind: str, cache: Path) -> None:
     """
     package_root = str(Path(next(iter(optimum_modegpt.__path__))).parent)
     environment = os.environ | {"HF_HOME": str(cache), "HF_MODULES_CACHE": str(cache / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", WORKER, json.dumps(jobs), kind, package_root, json.dumps(tokens().tolist())],
-        cwd=cache,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    arguments = [json.dumps(jobs), kind, package_root, json.dumps(tokens().tolist())]
+    done = run_forked(WORKER, arguments, env=environment, cwd=cache, isolated=True)
     assert done.returncode == 0, done.stderr[-3000:]

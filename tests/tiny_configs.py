@@ -430,3 +430,8 @@ OTHERS = tuple(name for name in EVERY_VARIANT if name not in VARIANTS)
 """The other variants, which only `test_every_family.py` tests."""
 FAMILIES = tuple(REPRESENTATIVES[model_type] for model_type in TESTED if model_type in INSTALLED)
 """One variant of each of these families, for tests that cost more than a forward pass."""
+STACKS = FAMILIES if TESTED != CORE else ("gpt_neox", "llama-gqa-tied", "opt", "qwen3")
+"""The families for tests with other libraries: with and without rotary positions, biases, head norms and a tied head.
+
+To these libraries, the other families look like one of them.
+"""

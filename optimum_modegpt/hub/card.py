@@ -7,12 +7,13 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import ChainableUndefined, Environment, TemplateError
+from jinja2 import ChainableUndefined, Environment, Template, TemplateError
 from transformers.utils import logging
 
 from optimum_modegpt.evaluation.inspection import block_ranks
@@ -69,8 +70,7 @@ def _card(folder: Path, found: Result, repo_id: str | None) -> str:
         for part in PARTS:
             kept[part] = [block.ranks.get(part, math.nan) / block.dense_ranks.get(part, 1) for block in blocks]
         plot_kept(kept, found.name, picture)
-    template = Environment(undefined=ChainableUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(
+    return _template().render(
         mark=MARK,
         front_matter=front_matter(found).to_yaml(),
         found=found,
@@ -83,6 +83,11 @@ def _card(folder: Path, found: Result, repo_id: str | None) -> str:
         evaluate_commands=evaluate_commands(found),
         **variables(found),
     )
+
+
+@cache
+def _template() -> Template:
+    return Environment(undefined=ChainableUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def may_be_replaced(path: Path) -> bool:

@@ -25,23 +25,30 @@ PROGRAM = Path(__file__).parents[1] / "fake_device.py"
 pytest.importorskip("torch.utils.backend_registration", reason="this torch has no devices written in Python")
 
 
-@pytest.mark.parametrize(
-    ("recipe", "free", "streams", "float64"),
-    [
-        ({}, 2**40, "device", True),
-        ({}, None, "host", False),
-        ({"method": "paper"}, 2**40, "device", False),
-    ],
-)
-def test_no_operator_mixes_devices(recipe: dict[str, Any], free: int | None, streams: str, float64: bool) -> None:
+CASES: dict[str, tuple[dict[str, Any], int | None, bool]] = {
+    "streams on the device": ({}, 2**40, True),
+    "streams on the host, no float64": ({}, None, False),
+    "paper, no float64": ({"method": "paper"}, 2**40, False),
+}
+"""Recipe, free memory of the device, and whether it supports float64."""
+
+
+@pytest.fixture(scope="module")
+def simulated() -> dict[str, Any]:
+    """Run all cases in one process, and return its findings by case."""
     done = subprocess.run(
-        [sys.executable, str(PROGRAM), json.dumps([recipe, free, float64])],
+        [sys.executable, str(PROGRAM), json.dumps(list(CASES.values()))],
         env={**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    found = json.loads(done.stdout.splitlines()[-1])
+    return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_operator_mixes_devices(case: str, simulated: dict[str, Any]) -> None:
+    found, streams = simulated[case], "device" if CASES[case][1] else "host"
     assert found["streams"] == streams
     assert found["kept"] == (["elsewhere"] if streams == "device" else ["cpu"])
     assert found["left"] == []

@@ -6,16 +6,15 @@ import copy
 import errno
 import json
 import signal
-import subprocess
-import sys
-import time
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
+from forks import run_forked
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_configs import FAMILIES
@@ -30,6 +29,7 @@ from optimum_modegpt.errors import CheckpointError, IllConditionedWarning
 from optimum_modegpt.hub.output import restore_output
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.methods.sensitivity import Sweeps
+from optimum_modegpt.report import Report
 from optimum_modegpt.walk import checkpoint as module
 from optimum_modegpt.walk.checkpoint import REPLACED, RESULT, Checkpoint, fingerprint
 
@@ -75,11 +75,18 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert torch.equal(found[name], tensor), name
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("block", [1, 2])
+@cache
+def uninterrupted(name: str) -> tuple[dict[str, torch.Tensor], Report]:
+    """Return the weights and the report of a run that is not interrupted."""
+    model = dense(name)
+    report = run(model, None)
+    return states(model), report
+
+
+@pytest.mark.parametrize(("name", "block"), [*((name, 1) for name in FAMILIES), ("llama-gqa-tied", 2), ("opt", 2)])
 def test_resumed_run_is_bit_identical(name: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uninterrupted, first, again = dense(name), dense(name), dense(name)
-    report = run(uninterrupted, None)
+    first, again = dense(name), dense(name)
+    expected, report = uninterrupted(name)
     with monkeypatch.context() as patch:
         killed_at(block, patch)
         with pytest.raises(Killed):
@@ -96,7 +103,7 @@ def test_resumed_run_is_bit_identical(name: str, block: int, tmp_path: Path, mon
     checkpoint = Checkpoint(tmp_path / "kept")
     resumed = run(again, checkpoint)
     assert calls == list(range(block, 3))
-    assert_same(states(again), states(uninterrupted))
+    assert_same(states(again), expected)
     assert resumed.blocks == report.blocks
     assert resumed.sensitivities == report.sensitivities
     assert resumed.sensitivity_budget == report.sensitivity_budget
@@ -104,7 +111,7 @@ def test_resumed_run_is_bit_identical(name: str, block: int, tmp_path: Path, mon
     assert not any(stage.name.startswith("allocate") for stage in resumed.stages)
     checkpoint.remove()
     assert list(tmp_path.iterdir()) == []
-    assert_same(states(again), states(uninterrupted))
+    assert_same(states(again), expected)
 
 
 @pytest.mark.parametrize("recipe", [{"method": "paper"}, {"allocation": "uniform"}])
@@ -138,8 +145,7 @@ def test_finished_blocks_are_memory_mapped(tmp_path: Path, monkeypatch: pytest.M
 
 def test_blocks_without_saved_streams_are_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "STREAM_SECONDS", 3600)
-    uninterrupted, again = dense("llama-mha"), dense("llama-mha")
-    run(uninterrupted, None)
+    again = dense("llama-mha")
     with monkeypatch.context() as patch:
         killed_at(2, patch)
         with pytest.raises(Killed):
@@ -150,7 +156,7 @@ def test_blocks_without_saved_streams_are_recomputed(tmp_path: Path, monkeypatch
         "block-00001.safetensors",
     }
     run(again, Checkpoint(tmp_path / "kept"))
-    assert_same(states(again), states(uninterrupted))
+    assert_same(states(again), uninterrupted("llama-mha")[0])
 
 
 @pytest.mark.parametrize(
@@ -179,11 +185,11 @@ def test_checkpoint_of_another_compression_is_refused(
     for model, text, name in other:
         with pytest.raises(CheckpointError, match=name):
             compress(model, ModeGPTConfig(sparsity=0.3), text, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
-    fresh, uninterrupted = dense("llama-mha"), dense("llama-mha")
+    fresh, alone = dense("llama-mha"), dense("llama-mha")
     Checkpoint(tmp_path / "kept").remove()
     compress(fresh, config, windows, checkpoint=Checkpoint(tmp_path / "kept"), progress=False)
-    compress(uninterrupted, config, windows, progress=False)
-    assert_same(states(fresh), states(uninterrupted))
+    compress(alone, config, windows, progress=False)
+    assert_same(states(fresh), states(alone))
 
 
 def test_second_run_cannot_open_a_checkpoint_in_use(tmp_path: Path) -> None:
@@ -193,8 +199,7 @@ def test_second_run_cannot_open_a_checkpoint_in_use(tmp_path: Path) -> None:
 
 
 def test_full_disk_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uninterrupted, again = dense("qwen2"), dense("qwen2")
-    run(uninterrupted, None)
+    again = dense("qwen2-mixed-window")
     original = module.save_file
 
     def full(tensors: Any, path: Path) -> None:
@@ -208,18 +213,18 @@ def test_full_disk_keeps_finished_blocks(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(
             CheckpointError, match=r"No space left(.|\n)*Free some disk space and rerun the same command"
         ):
-            run(dense("qwen2"), Checkpoint(tmp_path / "kept"))
+            run(dense("qwen2-mixed-window"), Checkpoint(tmp_path / "kept"))
     assert not list((tmp_path / "kept").glob("*.partial"))
     run(again, Checkpoint(tmp_path / "kept"))
-    assert_same(states(again), states(uninterrupted))
+    assert_same(states(again), uninterrupted("qwen2-mixed-window")[0])
 
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "gpt_neox"])
 def test_sensitivities_resume_after_the_last_finished_sweep(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uninterrupted, again = dense(name), dense(name)
-    report = run(uninterrupted, None)
+    again = dense(name)
+    expected, report = uninterrupted(name)
     measure, sweeps = Sweeps._measure, []
 
     def dies_in_the_third(self: Sweeps, sweep: range, *args: Any) -> Any:
@@ -236,7 +241,7 @@ def test_sensitivities_resume_after_the_last_finished_sweep(
     resumed = run(again, Checkpoint(tmp_path / "kept"))
     assert sweeps == [range(2, 3)]
     assert resumed.sensitivities == report.sensitivities
-    assert_same(states(again), states(uninterrupted))
+    assert_same(states(again), expected)
 
 
 def test_resumed_run_reports_warnings_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,8 +320,7 @@ def test_command_killed_near_the_end_completes_when_rerun(moment: str, tmp_path:
         f"{KILLED[moment]}\n"
         f"cli.main({[*words, str(output)]!r})\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
-    assert done.returncode == -signal.SIGKILL
+    assert run_forked(script).returncode == -signal.SIGKILL
     assert output.exists() == (moment == "after the result is published")
     if output.exists():
         assert cli.main([*words, str(output), "--dtype", "float16"]) == 2, (
@@ -402,19 +406,16 @@ def test_command_resumes_after_sigkill(tmp_path: Path) -> None:
     words = ["compress", str(checkpoint), "--dataset", str(text), *FLAGS, "--output"]
     kept = tmp_path / ".small.checkpoint"
     script = (
-        "import time; from optimum_modegpt.walk import checkpoint\n"
+        "import os, signal; from optimum_modegpt.walk import checkpoint\n"
         "checkpoint.STREAM_SECONDS = 0\n"
         "keep = checkpoint.Checkpoint.keep_streams\n"
-        "checkpoint.Checkpoint.keep_streams = lambda *args: (keep(*args), time.sleep(600))\n"
+        "die = lambda: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.Checkpoint.keep_streams = lambda *args: (keep(*args), die())\n"
         "from optimum_modegpt.cli.main import main\n"
         f"main({[*words, str(tmp_path / 'small')]!r})\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE) as process:
-        until = time.monotonic() + 120
-        while not list(kept.glob("streams-*.safetensors")) and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.1)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGKILL)
+    assert run_forked(script).returncode == -signal.SIGKILL
+    assert list(kept.glob("streams-*.safetensors"))
     assert json.loads((kept / "manifest.json").read_text())["errors"]
     assert cli.main([*words, str(tmp_path / "small")]) == 0
     assert cli.main([*words, str(tmp_path / "uninterrupted")]) == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from subprocess_load import run_worker
-from tiny_configs import OTHERS
+from tiny_configs import OTHERS, REPRESENTATIVES
 from tiny_models import compressed, dense, tokenizer, tokens
 from torch import Tensor
 from twins import dense_twin
@@ -58,6 +58,8 @@ def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """Compress the models of all selected tests by both methods, save them and run them in fresh processes.
 
+    One variant of each family is allocated by sensitivity, which is the slowest allocation, the others uniformly.
+
     Return the logits by variant and process: this one, one with the package, one with the code in the folder.
     """
     root = tmp_path_factory.mktemp("families")
@@ -69,7 +71,10 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         found_sparsity = run(dense(name), sparsity=0.3, method="paper").achieved_sparsity
         assert found_sparsity == pytest.approx(0.3, abs=TOLERANCE), name
         model, folder = dense(name), root / name
-        assert run(model, sparsity=0.3).achieved_sparsity == pytest.approx(0.3, abs=TOLERANCE), name
+        allocation = None if name in REPRESENTATIVES.values() else "uniform"
+        assert run(model, sparsity=0.3, allocation=allocation).achieved_sparsity == pytest.approx(0.3, abs=TOLERANCE), (
+            name
+        )
         model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
         found[name] = {"own": logits(model, tokens())}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,14 +31,17 @@ DESCRIPTIONS = (
 )
 
 
-def trees() -> Iterator[tuple[Path, ast.Module]]:
-    for path in ROOT.rglob("*.py"):
-        yield path, ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def nodes() -> list[tuple[Path, ast.AST]]:
+    """Return all nodes of the package's code with their files."""
+    return [
+        (path, node) for path in ROOT.rglob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    ]
 
 
 @pytest.mark.parametrize("description", DESCRIPTIONS, ids=lambda each: each.__name__)
 def test_every_field_is_read(description: type) -> None:
-    read = {node.attr for _, tree in trees() for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    read = {node.attr for _, node in nodes() if isinstance(node, ast.Attribute)}
     roles = {"query", "key", "value", "output"}  # read by role too
     assert {field.name for field in dataclasses.fields(description)} - roles <= read
 
@@ -46,8 +49,7 @@ def test_every_field_is_read(description: type) -> None:
 def test_a_family_is_named_in_its_own_file_only() -> None:
     elsewhere = [
         f"{path.relative_to(ROOT)}:{node.lineno}: {node.value!r}"
-        for path, tree in trees()
-        for node in ast.walk(tree)
+        for path, node in nodes()
         if isinstance(node, ast.Constant) and node.value in DENSE_TYPES and path.stem != f"modegpt_{node.value}"
     ]
     assert elsewhere == []

@@ -67,13 +67,22 @@ WAYS: dict[str, Callable[[Any, Path], object]] = {
 }
 
 
+def check_way(name: str, way: str, folder: Path) -> None:
+    compressed(name).save_pretrained(folder / "first")
+    WAYS[way](AutoModelForCausalLM.from_pretrained(folder / "first"), folder / "second")
+    shutil.rmtree(folder / "first")
+    check_code(folder / "second", name)
+
+
 @pytest.mark.parametrize("way", WAYS)
-@FAMILY
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "opt"])
 def test_every_way_of_saving_includes_the_code(name: str, way: str, tmp_path: Path) -> None:
-    compressed(name).save_pretrained(tmp_path / "first")
-    WAYS[way](AutoModelForCausalLM.from_pretrained(tmp_path / "first"), tmp_path / "second")
-    shutil.rmtree(tmp_path / "first")
-    check_code(tmp_path / "second", name)
+    check_way(name, way, tmp_path)
+
+
+@FAMILY
+def test_a_saved_model_of_every_family_includes_the_code(name: str, tmp_path: Path) -> None:
+    check_way(name, "whole", tmp_path)
 
 
 def test_checkpoints_of_trainer_include_the_code(tmp_path: Path) -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from forks import run_forked
 from tiny_configs import FAMILIES, INSTALLED, TOO_NEW
 from tiny_models import compressed, dense, tokens
 from torch import Tensor
@@ -98,13 +96,7 @@ for work in (
 @pytest.mark.parametrize("renamed", ["declared", "hidden"])
 def test_a_renamed_cache_argument_is_refused(renamed: str, tmp_path: Path) -> None:
     compressed("llama-gqa-tied").save_pretrained(tmp_path / "small")
-    done = subprocess.run(
-        [sys.executable, "-c", RENAMED, str(tmp_path / "small"), renamed],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    done = run_forked(RENAMED, [str(tmp_path / "small"), renamed])
     assert done.returncode == 0, done.stderr[-3000:]
     first, *refusals = done.stdout.splitlines()
     assert first == "dense works"

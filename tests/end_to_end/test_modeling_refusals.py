@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import run_forked
 from peft_versions import own_adapters
 from safetensors.torch import load_file, save_file
 from tiny_configs import FAMILIES
@@ -253,12 +252,5 @@ for folder, word in zip(sys.argv[1:], ("trust_remote_code=True", "modegpt_llama"
 assert not any(name.startswith("transformers_modules.") for name in sys.modules)
 """
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", script, str(with_code), str(without_code)],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_forked(script, [str(with_code), str(without_code)], env=environment, isolated=True)
     assert done.returncode == 0, done.stderr[-3000:]

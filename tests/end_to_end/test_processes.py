@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from checkpoints import save_dense, save_text
+from checkpoints import empty_picture, save_dense, save_text
 from safetensors.torch import load_file
 from tiny_models import dense, tokens
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,6 +26,7 @@ from optimum_modegpt.calibration.self_text import script_of
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import NumericalError
+from optimum_modegpt.hub import card
 from optimum_modegpt.loading.self_text import self_windows
 from optimum_modegpt.methods import residual_matched, sensitivity
 from optimum_modegpt.walk import checkpoint as module
@@ -78,14 +79,16 @@ def work(folder: Path) -> None:
                 report.save(folder / f"{job}.json")
 
 
-def run_together(count: int, folder: Path, commands: list[list[str]]) -> list[list[tuple[int, str, str]]]:
+def run_together(
+    count: int, folder: Path, commands: list[list[str]], **environment: str
+) -> list[list[tuple[int, str, str]]]:
     """Run each command on `count` ranks; return (exit code, output, errors) of every rank of every command.
 
     The ranks are forks of one process that has imported everything, because imports take most of the time.
     """
     done = subprocess.run(
         [sys.executable, __file__, str(count), str(folder), json.dumps(commands)],
-        env={**os.environ, "PYTHONPATH": PATHS},
+        env={**os.environ, "PYTHONPATH": PATHS, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -243,31 +246,45 @@ def run_command(moment: str, failing: str, words: list[str]) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "STREAM_SECONDS", 0)
+        patch.setattr(card, "plot_kept", empty_picture)
         patch.setattr(target, name, planted)
         return cli.main(words)
 
 
+LATE_ENDS = [("after the result is published", 0), ("while rank 0 saves", 1)]
+DIFFERENT, STOPPED, SELF = ("another model", 1), ("error", 0), ("never", 0)
+"""Ranks that read different models, a run that fails early, and one whose calibration text the model writes."""
+
+Ranks = list[tuple[int, str, str]]
+
+
 @pytest.fixture(scope="module")
-def interrupted(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Any, Path]]:
-    """Return the results of each interrupted run and its folder after a rerun, by moment and failing rank."""
-    printed, folders = tmp_path_factory.mktemp("printed"), [tmp_path_factory.mktemp("output") for _ in ENDS]
-    commands = []
-    for (moment, failing), folder in zip(ENDS, folders, strict=True):
-        commands += [
-            [moment, str(failing), *words, str(folder / "small")],
-            ["never", "0", *words, str(folder / "small")],
-        ]
-    results = run_together(2, printed, commands)
-    for rerun in results[1::2]:
-        for code, _, errors in rerun:
-            assert code == 0, errors[-3000:]
-    return dict(zip(ENDS, zip(results[::2], folders, strict=True), strict=True))
+def two_ranks(
+    words: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int], tuple[Path, list[Ranks]]]:
+    """Run every case with two ranks, and those that are interrupted near or before the end again.
+
+    Return the folder of the result and the (exit code, output, errors) of each rank of each run, by case.
+    """
+    root, printed = tmp_path_factory.mktemp("cases"), tmp_path_factory.mktemp("printed")
+    cases = [*ENDS, *LATE_ENDS, DIFFERENT, STOPPED, SELF]
+    folders, commands = {case: root / str(number) for number, case in enumerate(cases)}, []
+    for (moment, failing), folder in folders.items():
+        command = [*words, str(folder / "small")]
+        if (moment, failing) == SELF:
+            command += ["--dataset", "self", "--method", "paper", "--allocation", "uniform"]
+        commands.append([moment, str(failing), *command])
+        if (moment, failing) in ENDS + LATE_ENDS:
+            commands.append(["never", "0", *command])
+    results = iter(run_together(2, printed, commands, HF_DATASETS_CACHE=str(root / "cache")))
+    runs = {case: [next(results) for _ in range(2 if case in ENDS + LATE_ENDS else 1)] for case in cases}
+    return {case: (folders[case], runs[case]) for case in cases}
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_all_ranks_exit_if_one_fails(end: tuple[str, int], interrupted: Any) -> None:
+def test_all_ranks_exit_if_one_fails(end: tuple[str, int], two_ranks: Any) -> None:
     moment, failing = end
-    for rank, (code, output, errors) in enumerate(interrupted[end][0]):
+    for rank, (code, output, errors) in enumerate(two_ranks[end][1][0]):
         assert output == ""
         if rank != failing:
             assert code == cli.FAILED
@@ -280,8 +297,10 @@ def test_all_ranks_exit_if_one_fails(end: tuple[str, int], interrupted: Any) -> 
 
 
 @pytest.mark.parametrize("end", ENDS)
-def test_rerun_resumes_and_is_bit_identical(end: tuple[str, int], interrupted: Any, launched: tuple[Path, str]) -> None:
-    folder = interrupted[end][1]
+def test_rerun_resumes_and_is_bit_identical(end: tuple[str, int], two_ranks: Any, launched: tuple[Path, str]) -> None:
+    folder, (_, again) = two_ranks[end]
+    for code, _, errors in again:
+        assert code == 0, errors[-3000:]
     assert [path.name for path in folder.iterdir()] == ["small"]
     assert Report.load(folder / "small" / "report.json").stages[0].name == "earlier runs"
     found, expected = (load_file(path / "model.safetensors") for path in (folder / "small", launched[0]))
@@ -289,52 +308,40 @@ def test_rerun_resumes_and_is_bit_identical(end: tuple[str, int], interrupted: A
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_ranks_that_read_different_models_are_refused(words: list[str], tmp_path: Path) -> None:
-    (tmp_path / "printed").mkdir()
-    command = [*words, str(tmp_path / "output" / "small")]
-    (results,) = run_together(2, tmp_path / "printed", [["another model", "1", *command]])
+def test_ranks_that_read_different_models_are_refused(two_ranks: Any) -> None:
+    folder, (results,) = two_ranks[DIFFERENT]
     assert [code for code, _, _ in results] == [cli.FAILED, cli.FAILED]
     assert "processes 1 and 2 have not read the same model" in results[0][2]
-    assert not (tmp_path / "output").exists()
+    assert not folder.exists()
 
 
 def test_ranks_share_the_text_that_the_model_writes(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], two_ranks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "printed").mkdir()
-    command = [*words, str(tmp_path / "small"), "--dataset", "self", "--method", "paper", "--allocation", "uniform"]
-    (results,) = run_together(2, tmp_path / "printed", [["never", "0", *command]])
+    folder, (results,) = two_ranks[SELF]
     assert [code for code, _, _ in results] == [0, 0], results
-    assert len(list((tmp_path / "cache" / "modegpt_self").iterdir())) == 1
+    assert len(list((folder.parent / "cache" / "modegpt_self").iterdir())) == 1
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "another")
     model, own = AutoModelForCausalLM.from_pretrained(words[1]), AutoTokenizer.from_pretrained(words[1])
     alone = self_windows(model, own, script_of(own, 32), windows=8, length=32, seed=0)
-    assert Report.load(tmp_path / "small" / "report.json").calibration["sha256"] == alone.record["sha256"]
+    assert Report.load(folder / "small" / "report.json").calibration["sha256"] == alone.record["sha256"]
 
 
 def test_checkpoint_of_another_world_size_is_refused(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], two_ranks: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "printed").mkdir()
-    command = [*words, str(tmp_path / "output" / "small")]
-    run_together(2, tmp_path / "printed", [["error", "0", *command]])
+    command = [*words, str(two_ranks[STOPPED][0] / "small")]
     assert cli.main(command) == cli.FAILED
     assert "processes was 2, now it is 1" in capsys.readouterr().err
     assert cli.main([*command, "--fresh"]) == 0
 
 
-@pytest.mark.parametrize(("moment", "failing"), [("after the result is published", 0), ("while rank 0 saves", 1)])
-def test_rerun_after_a_published_result_removes_the_checkpoint(
-    moment: str, failing: int, words: list[str], tmp_path: Path
-) -> None:
-    (tmp_path / "printed").mkdir()
-    command = [*words, str(tmp_path / "output" / "small")]
-    commands = [[moment, str(failing), *command], ["never", "0", *command]]
-    killed, again = run_together(2, tmp_path / "printed", commands)
-    assert killed[failing][0] == -signal.SIGKILL
+@pytest.mark.parametrize("end", LATE_ENDS)
+def test_rerun_after_a_published_result_removes_the_checkpoint(end: tuple[str, int], two_ranks: Any) -> None:
+    folder, (killed, again) = two_ranks[end]
+    assert killed[end[1]][0] == -signal.SIGKILL
     assert [code for code, _, _ in again] == [0, 0], again
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["small"]
+    assert [path.name for path in folder.iterdir()] == ["small"]
 
 
 def test_incomplete_launch_environment_is_refused(

@@ -11,8 +11,6 @@ import resource
 import shlex
 import shutil
 import struct
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import run_forked
 from hub import LARGE, Blob, serving
 from safetensors.torch import load_file, save_file
 from tiny_models import compressed, dense, tokenizer, tokens
@@ -495,8 +494,8 @@ def test_hostile_models_of_the_hub_are_refused(root: Path, tmp_path: Path, trace
         for name, folder in folders.items():
             files = {path.name: Blob(path.read_bytes(), path.suffix in LARGE) for path in folder.iterdir()}
             hub.create(f"user/{name}").commit("main", files)
-        words = [sys.executable, "-I", "-c", REMOTE, json.dumps([*folders]), str(tmp_path / "found.json")]
-        subprocess.run(words, env=hub.environment(tmp_path / "home"), capture_output=True, check=True, timeout=300)
+        words = [json.dumps([*folders]), str(tmp_path / "found.json")]
+        run_forked(REMOTE, words, env=hub.environment(tmp_path / "home"), isolated=True).check_returncode()
     found = json.loads((tmp_path / "found.json").read_text())
     assert found.pop("valid") == "loaded"
     for name, message in found.items():

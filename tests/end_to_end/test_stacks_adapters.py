@@ -10,21 +10,21 @@ import torch
 from peft_versions import own_adapters
 from safetensors.torch import load_file
 from subprocess_load import run_worker
-from tiny_configs import FAMILIES, VARIANTS
+from tiny_configs import STACKS, VARIANTS
 from tiny_models import SHARED_CODE, classes, compressed, fine_tune, tokenizer, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
 
-FAMILY = pytest.mark.parametrize("name", FAMILIES)
+FAMILY = pytest.mark.parametrize("name", STACKS)
 TARGETS = ["q_proj", "v_proj"]
 
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Save a compressed model of each family with its tokenizer."""
-    folders = {name: tmp_path_factory.mktemp("bases") / name for name in FAMILIES}
+    folders = {name: tmp_path_factory.mktemp("bases") / name for name in STACKS}
     for name, folder in folders.items():
         compressed(name).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
@@ -127,7 +127,7 @@ def test_adapter_of_the_model_itself(name: str, bases: dict[str, Path], tmp_path
 def test_merged_models_travel(bases: dict[str, Path], tmp_path: Path) -> None:
     """Check that a merged and saved model is an ordinary compressed model, also without PEFT and this package."""
     jobs, expected = [], []
-    for name in FAMILIES:
+    for name in STACKS:
         adapted = peft.get_peft_model(load(bases[name]), peft.LoraConfig(target_modules="all-linear"))
         fine_tune(adapted)
         unmerged = logits(adapted)

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_configs import FAMILIES
+from tiny_configs import STACKS
 from tiny_models import compressed, tokens
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (pip install accelerate)")
 
-FAMILY = pytest.mark.parametrize("name", FAMILIES)
+FAMILY = pytest.mark.parametrize("name", STACKS)
 LAYOUT = pytest.mark.parametrize("layout", ["whole", "sharded"])
 CPU = torch.device("cpu")
 
@@ -27,7 +27,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Return, by family, the folders of a compressed model in one file and in shards, and its logits."""
     root = tmp_path_factory.mktemp("placement")
     found: Saved = {}
-    for name in FAMILIES:
+    for name in STACKS:
         folders = {"whole": root / name, "sharded": root / f"{name}-sharded"}
         model = compressed(name)
         model.save_pretrained(folders["whole"])

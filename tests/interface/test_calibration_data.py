@@ -7,14 +7,13 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset_builder
+from forks import run_forked
 from tiny_models import dense
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
@@ -562,13 +561,8 @@ def test_local_text_needs_no_cache(tmp_path):
     places = write_all(tmp_path, DOCUMENTS)
     cache = tmp_path / "cache"
     cache.write_text("a file in the way of the folder")
-    run = subprocess.run(
-        [sys.executable, "-c", LOCAL, *map(str, places.values())],
-        env={**os.environ, "HF_HOME": str(cache), "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    environment = {**os.environ, "HF_HOME": str(cache), "TMPDIR": str(tmp_path)}
+    run = run_forked(LOCAL, [*map(str, places.values())], env=environment)
     assert run.returncode == 0, run.stderr
     assert len(run.stdout.split()) == len(places)
     assert not list(tmp_path.glob("tmp*"))
@@ -1139,13 +1133,9 @@ print(data.calibration_windows(ModeGPTConfig(dataset=table, num_samples=2), Lett
 
 def test_no_network(tmp_path):
     table = write_table(tmp_path, "jsonl", [{"text": TEXT}])
-    run = subprocess.run(
-        [sys.executable, "-c", OFFLINE, str(tmp_path / "cache"), str(table)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    words = [str(tmp_path / "cache"), str(table)]
+    run = run_forked(OFFLINE, words, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    run.check_returncode()
     *refusals, shape = run.stdout.splitlines()
     assert [line.split(" | ")[0] for line in refusals] == ["wikitext2", "c4", "alpaca", "someone/something"]
     for line, path in zip(refusals, ["Salesforce/wikitext", "allenai/c4", "tatsu-lab/alpaca", "someone/"], strict=True):

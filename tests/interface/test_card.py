@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 from checkpoints import RECIPE, save_dense, save_text
+from forks import run_forked
 from huggingface_hub import ModelCard
 from tiny_models import compressed, tokens
 from transformers import (
@@ -218,7 +218,7 @@ def test_the_python_runs_as_printed(place: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     check = "\nassert model.config.model_type == 'modegpt_llama' and tokenizer('a').input_ids"
     script = runnable[0] + check + "\n" + "".join(runnable[1:])
-    done = subprocess.run([sys.executable, "-c", script], cwd=here, env=environment, capture_output=True, text=True)
+    done = run_forked(script, env=environment, cwd=here)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
+from forks import run_forked
 from safetensors.torch import load_file, save_file
 from tiny_configs import FAMILIES
 from tiny_models import classes, dense, tokenizer, tokens
@@ -433,5 +432,5 @@ for loader, keyword in ((ModeGPTModelForCausalLM, "compression_config"), (LlamaF
     assert model.config.model_type == "modegpt_llama"
 """
     environment = {**os.environ, "OPTIMUM_MODEGPT_NO_PATCH": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = run_forked(code, env=environment)
     assert done.returncode == 0, done.stderr

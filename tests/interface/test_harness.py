@@ -152,7 +152,7 @@ def outside(folder: Path, small: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="module", autouse=True)
 def own_index() -> Iterator[None]:
-    """Omit lm-eval's own tasks, because listing them takes ten seconds and only one test needs them."""
+    """Omit lm-eval's own tasks, because listing them takes ten seconds. The commands of the guides use them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
         yield
@@ -297,8 +297,9 @@ def test_the_model_is_not_held(folder: Path) -> None:
 
 
 def test_unknown_task_names_close_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = TaskManager(include_path=folder)
-    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path: everything)
+    own = Path(lm_eval.tasks.__file__).with_name("hellaswag")
+    both = TaskManager(include_path=[folder, own], include_defaults=False)
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda include_path: both)
     with pytest.raises(EvaluationError, match=r"has no task 'helaswag'\. Did you mean .*\bhellaswag\b"):
         load_tasks(["pick", "helaswag"], include_path=folder)
     with pytest.raises(EvaluationError, match="`lm_eval ls tasks` lists all"):

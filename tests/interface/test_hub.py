@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
+from forks import run_forked
 from hub import Blob, Hub, serving
 from huggingface_hub import ModelCard, ModelCardData
 from peft_versions import own_adapters
@@ -193,7 +194,9 @@ class Clients:
         found, outputs = (self.root / f"{home}-{number}.{suffix}" for suffix in ("json", "safetensors"))
         files = {"found": str(found), "outputs": str(outputs)}
         arguments = {"hidden": hidden, "ids": tokens().tolist(), **files, **(given or {})}
-        done = self.run([sys.executable, "-I", "-c", COMMON + script + END, json.dumps(arguments)], home, **more)
+        environment = self.hub.environment(self.root / home, **more)
+        words = [json.dumps(arguments)]
+        done = run_forked(COMMON + script + END, words, env=environment, cwd=self.root, isolated=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(found.read_text()), load_file(outputs)
 

@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
+from forks import run_forked
 from hub import Blob, Hub, serving
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
@@ -372,13 +371,7 @@ def hub() -> Iterator[Hub]:
 
 def client(code: str, *words: Any, **environment: str) -> Any:
     """Run Python in a new process, which may use another Hub or cache."""
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}", *map(str, words)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run_forked(f"import sys\n{code}", [*map(str, words)], env=environment)
 
 
 def test_an_unknown_family_is_refused_before_its_weights_are_downloaded(hub: Hub, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
+from forks import run_forked
 from peft_versions import own_adapters
 from safetensors.torch import load_file
 from tiny_configs import FAMILIES
@@ -404,7 +404,7 @@ def test_the_command_saves_an_ordinary_compressed_model(
     record = model.config.modegpt["recovered"]
     assert (record["dataset"], record["teacher"], record["distilled"]) == (text.name, teacher.name, True)
     assert not torch.equal(logits(model), logits(before))
-    subprocess.run([sys.executable, "-c", LOAD, str(output), str(tmp_path / "logits")], check=True, timeout=300)
+    run_forked(LOAD, [str(output), str(tmp_path / "logits")]).check_returncode()
     assert torch.equal(load_file(tmp_path / "logits")["logits"], logits(model))
 
 
@@ -418,7 +418,7 @@ def stopped(words: list[str], by: signal.Signals) -> tuple[int, str]:
         "output._place = stop\n"
         f"raise SystemExit(cli.main({words!r}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, check=False, timeout=300)
+    done = run_forked(script)
     return done.returncode, done.stderr
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import transformers
 from checkpoints import RECIPE, save_dense, save_text
+from forks import run_forked
 from tiny_configs import INSTALLED
 
 import optimum_modegpt
@@ -138,6 +139,12 @@ def test_the_package_lists_its_public_names_and_has_no_others() -> None:
 # -------------------------------------------------------------------------------------------------------- registration
 
 
+def registers(code: str, **environment: str) -> None:
+    """Run code in a process that has imported neither transformers nor the package, and check that it succeeds."""
+    done = run_forked(code, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_the_light_list_of_families_is_that_of_the_families() -> None:
     for dense in INSTALLED:
         classes = family_of(dense)
@@ -171,7 +178,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
 def test_everything_is_registered_in_any_order_of_imports(order: str, folders: dict[str, str]) -> None:
     config = {"quant_method": "modegpt", "dataset": folders["text"], **RECIPE}
-    script(
+    registers(
         f"""
 {order}
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -187,7 +194,7 @@ for auto in (AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 
 def test_a_compressed_model_is_the_first_that_is_loaded(folders: dict[str, str]) -> None:
-    script(
+    registers(
         f"""
 import optimum_modegpt
 from transformers import AutoModelForCausalLM
@@ -200,7 +207,7 @@ assert type(model).companion is not None
 
 def test_the_configuration_is_registered_without_the_keyword(folders: dict[str, str]) -> None:
     config = {"dataset": folders["text"], **RECIPE}
-    script(
+    registers(
         f"""
 import optimum_modegpt
 from transformers import LlamaForCausalLM
