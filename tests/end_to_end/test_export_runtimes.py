@@ -115,6 +115,6 @@ def test_a_missing_package_names_the_extra(
 
 def test_an_old_transformers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "SINCE", "99")
-    with pytest.raises(ImportError, match=r"transformers>=99.*dense or gguf"):
+    with pytest.raises(ImportError, match=r"(?s)transformers>=99.*dense or gguf"):
         runtimes.export_onnx(compressed("llama-gqa-tied"), None, tmp_path)
     assert list(tmp_path.iterdir()) == []
