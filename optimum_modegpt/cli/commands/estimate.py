@@ -29,14 +29,14 @@ def run(options: Namespace) -> None:
     found = estimate_of(source, model_config, config, options.dtype, device, options.processes)
     common.write_json(options.json, found.to_dict())
     print(estimate_table(found))
-    print(f"{servable_line(check_servable(model_config, config))}; details: {servable_command(options, config)}")
+    print(f"{servable_line(check_servable(model_config, config))}; details: {servable_command(options, config, found)}")
 
 
-def servable_command(options: Namespace, config: ModeGPTConfig) -> str:
+def servable_command(options: Namespace, config: ModeGPTConfig, found: Estimate) -> str:
     """Return the command that shows which engines run the result, and how."""
     fields = {name: getattr(options, name) for name in SERVABLE_FIELDS if hasattr(options, name)}
     if options.config is None:
-        fields["sparsity"] = config.sparsity  # without a field, the table would be about the dense model
+        fields["sparsity"] = round(found.sparsity, 4)  # without a field, the table would be about the dense model
     words = ("servable", options.model)
     return common.advised_command(
         options, *words, computes=False, revision=options.revision, config=options.config, **fields
