@@ -1,0 +1,1 @@
+"""Export models to the formats of other engines."""
