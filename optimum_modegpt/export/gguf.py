@@ -18,8 +18,6 @@ from optimum_modegpt.export.gguf_architecture import (
     Container,
     GGUFSupport,
     check_gguf,
-    config_head_dim,
-    dense_type,
     find_container,
     is_padded,
     mlp_widths,
@@ -29,6 +27,7 @@ from optimum_modegpt.export.gguf_architecture import (
 from optimum_modegpt.export.gguf_tensors import GGUFTensor, rope_theta, tensors_of
 from optimum_modegpt.export.gguf_tokenizer import Vocabulary, read_tokenizer
 from optimum_modegpt.hub.output import saving
+from optimum_modegpt.modeling.modegpt_config import head_dim
 from optimum_modegpt.progress import bar
 from optimum_modegpt.walk.checkpoint import parents_made
 
@@ -178,7 +177,8 @@ def _umask() -> int:
 
 def _add_metadata(writer: Any, model: Any, container: Container) -> None:
     """Add the sizes of a model."""
-    config, head_dim = model.config, config_head_dim(model.config)
+    config = model.config
+    writer.add_type("model")
     writer.add_name(Path(config.name_or_path or "model").name)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -187,16 +187,14 @@ def _add_metadata(writer: Any, model: Any, container: Container) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     widths = mlp_widths(config)
     writer.add_feed_forward_length(widths if container.per_layer_mlp else widths[0])
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    writer.add_head_count(config.num_attention_heads)
     if container.name == "gemma4":
-        _add_gemma4(writer, config, heads)
+        _add_gemma4_heads(writer, config)
     else:
-        per_layer = container.per_layer_mlp
-        writer.add_head_count([heads] * config.num_hidden_layers if per_layer else heads)
-        writer.add_head_count_kv([kv_heads] * config.num_hidden_layers if per_layer else kv_heads)
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-        writer.add_rope_dimension_count(head_dim)
+        writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
+        writer.add_key_length(head_dim(config))
+        writer.add_value_length(head_dim(config))
+        writer.add_rope_dimension_count(head_dim(config))
     if container.name.startswith("gemma"):
         _add_gemma(writer, config)
     else:
@@ -209,7 +207,7 @@ def _add_gemma(writer: Any, config: Any) -> None:
     full = tables["full_attention"]
     writer.add_rope_freq_base(full["rope_theta"])
     if full.get("rope_type", "default") == "linear":
-        writer.add_key_value("gemma3.rope.scaling.type", "linear", _string_type())
+        writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(full["factor"])
     window = window_of(config)
     if window is not None:
@@ -220,15 +218,10 @@ def _add_gemma(writer: Any, config: Any) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
-def _string_type() -> Any:
-    return _package().GGUFValueType.STRING
-
-
-def _add_gemma4(writer: Any, config: Any, heads: int) -> None:
+def _add_gemma4_heads(writer: Any, config: Any) -> None:
     """Add the heads of Gemma 4, which has one head dim for each type of layers."""
     layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
     dims = {kind: layer.head_dim for kind, layer in zip(config.layer_types, layers, strict=True)}
-    writer.add_head_count(heads)
     writer.add_head_count_kv([layer.num_key_value_heads for layer in layers])
     full, sliding = dims["full_attention"], dims["sliding_attention"]
     writer.add_key_length(full)
@@ -249,21 +242,17 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list([token.encode() for token in vocabulary.tokens])
     writer.add_token_types(vocabulary.types)
-    if vocabulary.scores is not None:
-        writer.add_token_scores(vocabulary.scores)
-    if vocabulary.merges is not None:
-        writer.add_token_merges(vocabulary.merges)
     for name, index in vocabulary.special.items():
         getattr(writer, f"add_{name}_token_id")(index)
-    for name, value in vocabulary.flags.items():
-        getattr(writer, f"add_{name}")(value)
-    if vocabulary.charsmap:
-        writer.add_precompiled_charsmap(vocabulary.charsmap)
-    template = vocabulary.chat_template
-    if isinstance(template, dict):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
-        writer.add_chat_template(template)
+    optional = {
+        "token_scores": vocabulary.scores,
+        "token_merges": vocabulary.merges,
+        "precompiled_charsmap": vocabulary.charsmap,
+        "chat_template": vocabulary.chat_template or None,
+    }
+    for name, value in (optional | vocabulary.flags).items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
 
 
 def _add_file_type(gguf: Any, writer: Any, dtype: GGUFType) -> None:
@@ -289,9 +278,21 @@ def _write(gguf: Any, writer: Any, path: Path, tensors: list[GGUFTensor], dtype:
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor, kind in bar(zip(tensors, kinds, strict=True), desc="GGUF", unit="tensor", total=len(tensors)):
-            writer.write_tensor_data(gguf.quants.quantize(tensor.load().contiguous().numpy(), kind))
+            values = tensor.load().contiguous()
+            if kind.name in ("F16", "Q8_0"):  # whose scales are float16
+                _check_range(tensor.name, values)
+            writer.write_tensor_data(gguf.quants.quantize(values.numpy(), kind))
     finally:
         writer.close()
+
+
+def _check_range(name: str, values: torch.Tensor) -> None:
+    limit = torch.finfo(torch.float16).max
+    if not bool((values.abs() <= limit).all()):
+        raise UnsupportedModel(
+            f"GGUF: {name} has values up to {values.abs().max().item():g}, and float16 ends at {limit:g}; export with "
+            "dtype='bf16' or 'f32'."
+        )
 
 
 def tensor_type(tensor: GGUFTensor, dtype: GGUFType) -> str:
@@ -307,7 +308,7 @@ def _padding_notes(model: Any, tensors: list[GGUFTensor]) -> Iterator[str]:
     stored = sum(torch.Size(tensor.shape).numel() for tensor in tensors)
     own = sum(tensor.source_size for tensor in tensors)
     yield (
-        f"Attention is padded with zeros to the dense head dim {config_head_dim(model.config)}: the file has "
+        f"Attention is padded with zeros to the dense head dim {head_dim(model.config)}: the file has "
         f"{stored:,} values, the model {own:,}. It computes the same, but the narrower attention saves nothing in this "
         "format. Compress with layout='stock' to save it, or with layout='mlp' to cut the MLPs only."
     )

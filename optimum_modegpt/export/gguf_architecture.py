@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 from optimum_modegpt.modeling.modegpt_config import head_dim
 from optimum_modegpt.modeling.modegpt_family import PREFIX, is_compressed
-
-LONGEST_ROPE = ("dynamic",)
-"""Rope types whose frequencies depend on the length of the text."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +128,9 @@ def mlp_widths(config: Any) -> list[int]:
 
 def is_padded(config: Any) -> bool:
     """Return whether some heads of a model are narrower than the dense head dim."""
-    return any(width not in (0, config_head_dim(config)) for width in _attention_widths(config))
-
-
-def config_head_dim(config: Any) -> int:
-    """Return the head dim of a dense model, or of the model that was compressed."""
-    return head_dim(config)
+    if not is_compressed(config.model_type) or dense_type(config) == "gemma4_text":  # whose heads stay dense
+        return False
+    return any({widths.qk, widths.vo} != {head_dim(config)} for widths in config.widths())
 
 
 def rope_of(config: Any, layer_type: str | None = None) -> dict[str, Any]:
@@ -160,12 +153,6 @@ def window_of(config: Any) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _attention_widths(config: Any) -> set[int]:
-    if not is_compressed(config.model_type) or dense_type(config) == "gemma4_text":
-        return set()
-    return set(chain.from_iterable((widths.qk, widths.vo) for widths in config.widths()))
-
-
 def _obstacles(config: Any, family: str) -> Iterator[str]:
     """Yield the reasons why no architecture of the family holds a model."""
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
@@ -176,14 +163,7 @@ def _obstacles(config: Any, family: str) -> Iterator[str]:
         if getattr(config, name, None):
             yield f"{name} is {getattr(config, name)!r}, which llama.cpp ignores in this family. Export to ONNX."
     if family in ("qwen3", "gemma3_text") and is_compressed(config.model_type):
-        dense = config_head_dim(config)
-        narrow = [index for index, widths in enumerate(config.widths()) if widths.qk != dense]
-        if narrow:
-            yield (
-                f"queries and keys of layers {narrow[:5]} are narrower than the head dim {dense} and have a norm with "
-                "other gains for every head; the format has one gain for all heads. Compress with layout='mlp', or "
-                "export to ONNX."
-            )
+        yield from _narrow_norms(config, family)
     window = window_of(config)
     if window is not None and not family.startswith("gemma") and window < config.max_position_embeddings:
         yield (
@@ -191,12 +171,38 @@ def _obstacles(config: Any, family: str) -> Iterator[str]:
             f"{window} tokens, set sliding_window=None and max_position_embeddings={window} in config.json; for longer "
             "ones, export to ONNX."
         )
-    for rope in rope_tables(config).values():
-        if rope.get("rope_type", "default") in LONGEST_ROPE or not _one_set(rope):
+    yield from _rotary_obstacles(config, family)
+
+
+def _rotary_obstacles(config: Any, family: str) -> Iterator[str]:
+    """Yield the reasons why no architecture of the family computes the rotary embedding of a model."""
+    tables = rope_tables(config)
+    for rope in tables.values():
+        kind = rope.get("rope_type", "default")
+        if kind == "dynamic" or not _one_set(rope):
             yield (
-                f"the frequencies of rope_type {rope['rope_type']!r} depend on the length of the text; the format has "
-                "one set of frequencies. Export to ONNX."
+                f"the frequencies of rope_type {kind!r} depend on the length of the text; the format has one set of "
+                "frequencies. Export to ONNX."
             )
+        if kind != "proportional" and rope.get("partial_rotary_factor") not in (None, 1.0):
+            yield f"partial_rotary_factor is {rope['partial_rotary_factor']}; expected 1. Export to ONNX."
+    needed = {"gemma3_text": {"full_attention"}, "gemma4_text": {"full_attention", "sliding_attention"}}
+    if missing := needed.get(family, set()) - {*(config.layer_types if family.startswith("gemma") else ())}:
+        yield f"no layer has the type {sorted(missing)[0]}, and llama.cpp expects some in this family. Export to ONNX."
+    if family == "gemma4_text" and tables["sliding_attention"].get("rope_type", "default") != "default":
+        yield "layers with a sliding window have scaled frequencies, which llama.cpp ignores. Export to ONNX."
+
+
+def _narrow_norms(config: Any, family: str) -> Iterator[str]:
+    """Yield a reason if heads with norms are narrow: each has its own gains then."""
+    dense, uniform = head_dim(config), "" if family == "qwen3" else " and allocation='uniform'"
+    narrow = [index for index, widths in enumerate(config.widths()) if widths.qk != dense]
+    if narrow:
+        yield (
+            f"queries and keys of layers {narrow[:5]} are narrower than the head dim {dense} and have a norm with "
+            "other gains for every head; the format has one gain for all heads. Compress with "
+            f"layout='mlp'{uniform}, or export to ONNX."
+        )
 
 
 def _one_set(rope: dict[str, Any]) -> bool:
@@ -206,9 +212,9 @@ def _one_set(rope: dict[str, Any]) -> bool:
 def _misfit(config: Any, container: Container) -> str | None:
     """Return the reason why an architecture does not hold a model of its family, or None."""
     if not container.per_layer_mlp and len(set(mlp_widths(config))) > 1:
-        return "it has one MLP width for all layers, and these have several; compress with layout='stock'"
+        return "it has one MLP width for all layers, and these have several; compress with allocation='uniform'"
     if container.tied_only and not config.tie_word_embeddings:
-        return "it has no head of its own, and this model does; compress with layout='stock', or export to ONNX"
+        return "it has no head of its own, and this model does; compress with allocation='uniform'"
     if container.frequencies:
         return None
     for layer_type, rope in rope_tables(config).items():

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.errors import UnsupportedModel
-from optimum_modegpt.export.gguf_architecture import Container, config_head_dim, dense_type
+from optimum_modegpt.export.gguf_architecture import Container, dense_type
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
+from optimum_modegpt.modeling.modegpt_config import head_dim
 
 UNROTATED = 1e30
 """The factor of a pair that does not rotate: its frequency is divided by it."""
@@ -152,34 +153,34 @@ def _values(model: Any, container: Container, key: str, tensor: Tensor) -> Tenso
 def _gemma3_query_scale(model: Any) -> float:
     """Return the ratio of the softmax scale of a Gemma 3 model and that of llama.cpp, which depends on the depth."""
     config = model.config
-    width = config_head_dim(config) if config.num_hidden_layers != 62 else config.hidden_size // config.num_attention_heads
+    width = head_dim(config) if config.num_hidden_layers != 62 else config.hidden_size // config.num_attention_heads
     return (width / config.query_pre_attn_scalar) ** 0.5
 
 
 def _projection(model: Any, container: Container, match: re.Match[str], tensor: Tensor) -> Tensor:
     """Return the weight or bias of a projection with whole heads, in the order of coordinates of llama.cpp."""
     attention, axis = model.get_submodule(match[1]), _axis(match)
-    head_dim = attention.head_dim
+    width = attention.head_dim
     if axis is not None and isinstance(attention, ModeGPTAttentionMixin):
-        head_dim = attention.dense_head_dim
+        width = attention.dense_head_dim
         tensor = _whole_heads(attention, match[3], tensor, axis)
     if match[3] == "q" and container.frequencies and container.name != "gemma4":
         tensor = tensor * rotary_scale(model, None) ** 2  # of the queries and of the keys
     if container.consecutive and match[3] in "qk":
-        return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        return tensor.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
     return tensor
 
 
 def _whole_heads(attention: ModeGPTAttentionMixin, role: str, tensor: Tensor, axis: int) -> Tensor:
     """Place the coordinates of narrow heads at those of the dense model, along an axis, with zeros for the others."""
-    head_dim, width = attention.dense_head_dim, _width(attention, role)
+    whole, width = attention.dense_head_dim, _width(attention, role)
     heads = tensor.shape[axis] // width
     if role in "qk" and attention.rotates:
         pairs = attention.rope_index.cpu().long()
-        kept = torch.cat((pairs, pairs + head_dim // 2), dim=1).repeat_interleave(heads // len(pairs), dim=0)
+        kept = torch.cat((pairs, pairs + whole // 2), dim=1).repeat_interleave(heads // len(pairs), dim=0)
     else:
         kept = torch.arange(width).expand(heads, -1)
-    places = (kept + head_dim * torch.arange(heads)[:, None]).flatten()
+    places = (kept + whole * torch.arange(heads)[:, None]).flatten()
     shape = list(tensor.shape)
-    shape[axis] = heads * head_dim
+    shape[axis] = heads * whole
     return tensor.new_zeros(shape).index_copy_(axis, places, tensor)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import heapq
 import json
 import random
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, NoReturn
 
 from optimum_modegpt.errors import UnsupportedModel
 
@@ -15,9 +15,7 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """The character that SentencePiece writes for a space."""
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 PRE_TOKENIZERS: tuple[tuple[str, bool, tuple[dict[str, Any], ...]], ...] = (
@@ -49,7 +47,7 @@ class Vocabulary:
         flags: values such as "add_bos_token", by the end of their key.
         charsmap: the normalisation that SentencePiece compiled, if any.
         chat_template: the chat template, if any.
-        notes: what llama.cpp computes otherwise, in rare cases.
+        notes: the texts that llama.cpp tokenizes in another way.
     """
 
     model: str
@@ -95,13 +93,16 @@ def read_tokenizer(tokenizer: Any, size: int) -> Vocabulary:
         _refuse(f"its model is {kind!r}; expected BPE or Unigram")
     _add_tokens(vocabulary, tokenizer, data)
     _add_special(vocabulary, tokenizer)
-    vocabulary.chat_template = getattr(tokenizer, "chat_template", None)
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several, by name
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    vocabulary.chat_template = template
     if vocabulary.model == "llama":
         _compare(vocabulary, tokenizer)
     return vocabulary
 
 
-def _refuse(found: str) -> Any:
+def _refuse(found: str) -> NoReturn:
     raise UnsupportedModel(
         f"GGUF: llama.cpp cannot tokenize as this model does: {found}. Export without a tokenizer "
         "(export_gguf(model, None, …)) and pass token ids to llama.cpp, or export to ONNX."
@@ -128,7 +129,7 @@ def _byte_level(data: dict[str, Any], size: int) -> Vocabulary:
     for part in _parts(data["normalizer"], "normalizers"):
         if part["type"] != "NFC":
             _refuse(f"its normalizer is {part['type']}; expected none or NFC")
-        vocabulary.notes.append("llama.cpp does not normalise text: pass it in Unicode's form NFC, as almost all text is.")
+        vocabulary.notes.append("llama.cpp does not normalise text: pass it in Unicode's form NFC, as most text is.")
     parts = _parts(data["pre_tokenizer"], "pretokenizers")
     for name, ignores_merges, expected in PRE_TOKENIZERS:
         if len(parts) == len(expected) and all(map(_matches, parts, expected)):
@@ -136,7 +137,7 @@ def _byte_level(data: dict[str, Any], size: int) -> Vocabulary:
                 _refuse(f"ignore_merges is {model['ignore_merges']}; expected {ignores_merges} with this pre-tokenizer")
             vocabulary.pre = name
             return vocabulary
-    return _refuse(f"no pre-tokenizer of it is {json.dumps(data['pre_tokenizer'], ensure_ascii=False)}")
+    _refuse(f"no pre-tokenizer of it is {json.dumps(data['pre_tokenizer'], ensure_ascii=False)}")
 
 
 def _matches(part: dict[str, Any], expected: dict[str, Any]) -> bool:
@@ -170,16 +171,16 @@ def _space_prefix(data: dict[str, Any], vocabulary: Vocabulary) -> bool:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if normalizers == [{"type": "Prepend", "prepend": SPACE}, replace] and not pre_tokenizers:
         return True
-    if normalizers == [replace]:  # no text has a space then, so that a split at spaces splits nothing
-        if not pre_tokenizers or [part.get("pattern") for part in pre_tokenizers] == [{"String": " "}]:
-            return False
+    splits_nothing = [part.get("pattern") for part in pre_tokenizers] == [{"String": " "}]  # which are replaced before
+    if normalizers == [replace] and (not pre_tokenizers or splits_nothing):
+        return False
     if not normalizers and len(pre_tokenizers) == 1 and pre_tokenizers[0]["type"] == "Metaspace":
         part = pre_tokenizers[0]
         if part["replacement"] == SPACE and not part.get("split", True):
             if part["prepend_scheme"] == "first":
                 vocabulary.notes.append("llama.cpp also adds a space after each special token within a text.")
             return part["prepend_scheme"] != "never"
-    return _refuse(
+    _refuse(
         f"its normalizer is {json.dumps(data['normalizer'], ensure_ascii=False)} and its pre-tokenizer "
         f"{json.dumps(data['pre_tokenizer'], ensure_ascii=False)}"
     )
@@ -189,25 +190,40 @@ def _unigram(data: dict[str, Any], size: int) -> Vocabulary:
     model = data["model"]
     if model.get("byte_fallback"):
         _refuse("a unigram model falls back to bytes")
-    pre = _parts(data["pre_tokenizer"], "pretokenizers")
-    if [part["type"] for part in pre] not in (["Metaspace"], ["WhitespaceSplit", "Metaspace"]):
+    if model["unk_id"] is None:
+        _refuse("a unigram model has no unknown token")
+    vocabulary = Vocabulary("t5", size, special={"unk": model["unk_id"]})
+    vocabulary.flags["remove_extra_whitespaces"] = _removes_spaces(data, vocabulary)
+    prefix = _parts(data["pre_tokenizer"], "pretokenizers")[-1]["prepend_scheme"] != "never"
+    if prefix and not vocabulary.flags["remove_extra_whitespaces"]:
+        _refuse("it adds a space before a text unless there is one, and keeps repeated spaces")
+    vocabulary.flags["add_space_prefix"] = prefix
+    vocabulary.scores = [float(score) for _, score in model["vocab"][:size]]
+    vocabulary.scores += [0.0] * (size - len(vocabulary.scores))
+    vocabulary.notes.append("If two ways to split a word have the same score, llama.cpp may choose the other one.")
+    return vocabulary
+
+
+def _removes_spaces(data: dict[str, Any], vocabulary: Vocabulary) -> bool:
+    """Return whether repeated spaces count as one. Refuse other normalizers and pre-tokenizers of a unigram model."""
+    pre_tokenizers = _parts(data["pre_tokenizer"], "pretokenizers")
+    if [part["type"] for part in pre_tokenizers] not in (["Metaspace"], ["WhitespaceSplit", "Metaspace"]):
         _refuse(f"the pre-tokenizer of a unigram model is {json.dumps(data['pre_tokenizer'], ensure_ascii=False)}")
-    vocabulary = Vocabulary("t5", size)
-    vocabulary.flags["add_space_prefix"] = pre[-1]["prepend_scheme"] != "never"
-    vocabulary.flags["remove_extra_whitespaces"] = pre[0]["type"] == "WhitespaceSplit"
+    splits, strips, replaces = len(pre_tokenizers) == 2, False, False
+    if splits:
+        vocabulary.notes.append("llama.cpp does not take line breaks and tabs for spaces: replace them in texts.")
     for part in _parts(data["normalizer"], "normalizers"):
         if part["type"] == "Precompiled":
             vocabulary.charsmap = base64.b64decode(part["precompiled_charsmap"])
         elif part["type"] == "Replace" and part["pattern"] == {"Regex": " {2,}"}:
-            vocabulary.flags["remove_extra_whitespaces"] = True
-        elif part["type"] != "Strip":
-            _refuse(f"the normalizer of a unigram model has the part {part['type']}")
-    vocabulary.scores = [float(score) for _, score in model["vocab"][:size]]
-    vocabulary.scores += [0.0] * (size - len(vocabulary.scores))
-    if model["unk_id"] is None:
-        _refuse("a unigram model has no unknown token")
-    vocabulary.special["unk"] = model["unk_id"]
-    return vocabulary
+            replaces = True
+        elif part["type"] == "Strip" and part["strip_right"]:
+            strips = True
+        else:
+            _refuse(f"the normalizer of a unigram model has the part {json.dumps(part, ensure_ascii=False)}")
+    if not splits and strips != replaces:
+        _refuse("it strips spaces at the end of a text or counts repeated ones as one, and not both")
+    return splits or replaces
 
 
 def _add_tokens(vocabulary: Vocabulary, tokenizer: Any, data: dict[str, Any]) -> None:
@@ -240,13 +256,14 @@ def _type(token: str | None, added: dict[str, Any] | None, model: str) -> int:
 
 def _add_special(vocabulary: Vocabulary, tokenizer: Any) -> None:
     """Add the ids of the special tokens, and whether they surround a text."""
-    if tokenizer.eos_token_id is None:
+    eos = tokenizer.eos_token_id
+    if eos is None:
         _refuse("it has no eos_token, and llama.cpp would take another token as the end of a text")
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
             vocabulary.special.setdefault(name, index)
-    vocabulary.special.setdefault("bos", tokenizer.eos_token_id)  # it is not used then
+    vocabulary.special.setdefault("bos", eos)  # it is not used then
     plain, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     before = next((index for index in range(len(whole)) if whole[index : index + len(plain)] == plain), 0)
     outside = (whole[:before], whole[before + len(plain) :])
@@ -261,46 +278,28 @@ def _compare(vocabulary: Vocabulary, tokenizer: Any) -> None:
 
     llama.cpp merges every two symbols whose text is a token, and this tokenizer those that it lists.
     """
-    generator = random.Random(0)
+    scores, generator = vocabulary.scores or [], random.Random(0)
+    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
+    prefix = " " if vocabulary.flags["add_space_prefix"] else ""
     normal = [index for index, kind in enumerate(vocabulary.types) if kind == NORMAL]
     samples = [SAMPLE, *(tokenizer.decode(generator.choices(normal, k=20)) for _ in range(50))]
     for text in samples:
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-        found = _merge(vocabulary, text)
+        found = _merge(ids, scores, list((prefix + text).replace(" ", SPACE)))
         if expected != found:
             _refuse(f"{text!r} has the tokens {expected[:20]}…, and by scores {found[:20]}…")
 
 
-def _merge(vocabulary: Vocabulary, text: str) -> list[int]:
-    """Tokenize a text without special tokens, as llama.cpp does with the model "llama"."""
-    ids = {token: index for index, token in enumerate(vocabulary.tokens)}
-    assert vocabulary.scores is not None
-    prefix = " " if vocabulary.flags["add_space_prefix"] else ""
-    symbols: list[str] = list((prefix + text).replace(" ", SPACE))
-    following = [*range(1, len(symbols)), -1]
-    previous = list(range(-1, len(symbols) - 1))
-    queue: list[tuple[float, int, int, str]] = []
-
-    def offer(left: int, right: int) -> None:
-        if left >= 0 and right >= 0 and (index := ids.get(symbols[left] + symbols[right])) is not None:
-            heapq.heappush(queue, (-vocabulary.scores[index], left, right, symbols[left] + symbols[right]))
-
-    for left in range(len(symbols) - 1):
-        offer(left, left + 1)
-    while queue:
-        _, left, right, merged = heapq.heappop(queue)
-        if not symbols[left] or following[left] != right or symbols[left] + symbols[right] != merged:
-            continue
-        symbols[left], symbols[right] = merged, ""
-        following[left] = following[right]
-        if following[right] >= 0:
-            previous[following[right]] = left
-        offer(previous[left], left)
-        offer(left, following[left])
-    result: list[int] = []
-    for symbol in filter(None, symbols):
-        if symbol in ids:
-            result.append(ids[symbol])
-        else:
-            result += [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-    return result
+def _merge(ids: dict[str, int], scores: list[float], symbols: list[str]) -> list[int]:
+    """Merge the characters of a text without special tokens, as llama.cpp does with the model "llama"."""
+    while candidates := [
+        (-scores[ids[left + right]], index)
+        for index, (left, right) in enumerate(pairwise(symbols))
+        if left + right in ids
+    ]:
+        _, index = min(candidates)
+        symbols[index : index + 2] = [symbols[index] + symbols[index + 1]]
+    known = [
+        [ids[symbol]] if symbol in ids else [ids[f"<0x{byte:02X}>"] for byte in symbol.encode()] for symbol in symbols
+    ]
+    return [index for one in known for index in one]
