@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from optimum_modegpt.config import ModeGPTConfig, as_config
+from optimum_modegpt.export.gguf_architecture import GGUFSupport
 from optimum_modegpt.loading.models import load_config
 from optimum_modegpt.loading.source import Source
 from optimum_modegpt.serving import engines
@@ -178,6 +179,8 @@ def _sglang(shape: Shape) -> Verdict:
 def _llama_cpp(shape: Shape) -> Verdict:
     """Return the verdict on a GGUF file, which has one width for all keys, and one for all values."""
     export = f"{EXPORT} {{model}} --format gguf --output model.gguf && llama-server -m model.gguf"
+    if shape.gguf is not None:
+        return _exported_to_gguf(shape.gguf, export)
     if shape.layout == "stock":
         return _llama_cpp_stock(shape, export)
     architecture = engines.LLAMA_CPP_PER_LAYER.get(shape.model_type)
@@ -194,6 +197,16 @@ def _llama_cpp(shape: Shape) -> Verdict:
     reason = f"{start} has an MLP width for each block."
     if shape.layout == "per_layer":
         reason += " Heads are padded to the dense head dim. The cache stays as large."
+    return Verdict("with package", reason, export, inferred=True)
+
+
+def _exported_to_gguf(support: GGUFSupport, export: str) -> Verdict:
+    if support.architecture is None:
+        assert support.reason is not None
+        return Verdict("no", support.reason.removeprefix("GGUF: ").rstrip(".") + ".")
+    reason = f"Its architecture {support.architecture} holds it after an export."
+    if support.padded:
+        reason += " Heads are padded to the dense head dim, so the cache stays as large."
     return Verdict("with package", reason, export, inferred=True)
 
 

@@ -10,6 +10,7 @@ from optimum_modegpt.architectures import check_dense, family_of, read_blocks
 from optimum_modegpt.budget.estimate import on_meta
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.evaluation.inspection import block_ranks
+from optimum_modegpt.export.gguf_architecture import GGUFSupport, check_gguf
 from optimum_modegpt.layouts.limits import HEADS, wide_parts
 from optimum_modegpt.loading.models import auto_class_of
 from optimum_modegpt.modeling.modegpt_config import head_dim
@@ -42,6 +43,7 @@ class Shape:
         attention_bias: whether the configuration sets it.
         tied: whether the head shares the weights of the embeddings.
         images: whether the model has a vision tower.
+        gguf: the answer of the export to GGUF; None in a forecast, and for models that llama.cpp converts itself.
     """
 
     model_type: str
@@ -64,6 +66,7 @@ class Shape:
     attention_bias: bool = False
     tied: bool = False
     images: bool = False
+    gguf: GGUFSupport | None = None
 
     @property
     def cached_widths(self) -> tuple[int, ...]:
@@ -138,14 +141,20 @@ def shape_of(config: Any, compression: ModeGPTConfig | None = None) -> Shape:
     if is_compressed(config.model_type):
         blocks = [block.ranks for block in block_ranks(config)]
         rows = {max(block[part] for part in heads_of(block)) for block in blocks if heads_of(block)}
-        cached = tuple(sorted(rows))
-        return replace(shape, head_dim=config.dense_head_dim, widths=_distinct_widths(blocks), cached=cached)
+        return replace(
+            shape,
+            head_dim=config.dense_head_dim,
+            widths=_distinct_widths(blocks),
+            cached=tuple(sorted(rows)),
+            gguf=check_gguf(config),
+        )
     dim = head_dim(text.per_layer_config[0])
     if layout != "stock":
         return replace(shape, head_dim=dim)
     shape = replace(shape, head_dim=dim, odd_head_dim=dim * text.num_attention_heads != text.hidden_size)
     if compression is None or compression.sparsity == 0 or not _cuts_heads(config, "stock"):
-        return replace(shape, frequencies=_kept_frequencies(text))
+        kept = _kept_frequencies(text)
+        return replace(shape, frequencies=kept, gguf=check_gguf(config) if kept and compression is None else None)
     stock = classes.family.stock
     model_type = dense_type if stock is None else stock.model_type
     return replace(shape, model_type=model_type, odd_head_dim=True, frequencies=shape.rotary != "none", head_dim=0)
