@@ -105,7 +105,7 @@ def _takes_head_dim(architecture: Architecture) -> bool:
     try:
         with _without_warnings():
             narrow = _empty(architecture, {"head_dim": width} | rope)
-    except StrictDataclassError:  # the class derives the number of rotary factors from other sizes
+    except (StrictDataclassError, RuntimeError):  # the class derives the number of rotary factors from other sizes
         return False
     module: Any = narrow.get_submodule(architecture.block_paths[0])
     attention = module.get_submodule(block.family.attention.module)

@@ -86,9 +86,9 @@ def test_inspect_shows_kept_and_dense_widths(result: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dense_widths": {"head_dim": 8}}, "dense widths"),
-        ({"dense_widths": {"head_dim": "8", "intermediate_size": 48}}, "dense widths"),
-        ({"dense_widths": {"head_dim": 4, "intermediate_size": 48}}, "dense widths"),
+        ({"dense_widths": {"head_dim": 8}}, "has the widths"),
+        ({"dense_widths": {"head_dim": "8", "intermediate_size": 48}}, "has the widths"),
+        ({"dense_widths": {"head_dim": 4, "intermediate_size": 48}}, "has the widths"),
         ({"achieved": {}}, "no achieved sparsity"),
         ({"achieved": {"sparsity": "much"}}, "no achieved sparsity"),
     ],
