@@ -68,15 +68,15 @@ def row(found: list[Servable], engine: str) -> Servable:
     [
         ("llama-gqa-tied", True, "pppppppn"),
         ("llama-gqa-tied", False, "pppppppn"),
-        ("qwen2", True, "ppppppp" + "n"),
-        ("qwen2-mixed-window", False, "pppnpppn"),  # deci has no window
+        ("qwen2", True, "pnppppp" + "n"),
+        ("qwen2-mixed-window", False, "pnpnpppn"),  # deci has no window
         ("mistral-window", False, "ppnnpppn"),  # SGLang ignores a window without layer types
         ("qwen3", True, "pppnpppn"),  # the norms of narrow queries and keys have a gain for each head
         ("qwen3", False, "ppppppp" + "n"),
         ("qwen3-mixed-window-biases", False, "pppnpppn"),
-        ("opt", True, "pppnpppn"),
+        ("opt", True, "pnpnpppn"),
         ("gpt_neo", True, "pnnnpppn"),  # own scores
-        ("gemma2", True, "ppnnpppn"),  # soft cap
+        ("gemma2", True, "pnnnpppn"),  # soft cap
         ("mixtral", True, "pnnn???n"),
         ("qwen3_5_text", True, "pnnn???n"),  # layers with linear attention
     ],
