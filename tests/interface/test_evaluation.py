@@ -208,8 +208,9 @@ def test_the_estimate_counts_without_weights() -> None:
     assert found.disk == {
         "finished blocks": int(0.7 * blocks),
         "residual streams": stream,
-        "result, or the next streams": max(int(found.parameters * 4 - 0.3 * blocks), stream),
+        "result, or the next streams": max(found.result.bytes, stream),
     }
+    assert found.result.bytes == pytest.approx(found.parameters * 4 - 0.3 * blocks, rel=0.01)
     sums = found.to_dict()
     assert sums["with_accelerator_device_total"] == sum(found.with_accelerator.needs.device.values())
     assert sums["disk_total"] == sum(found.disk.values())
