@@ -9,7 +9,13 @@ from __future__ import annotations
 MODEL_CLASS = "optimum_modegpt.serving.vllm_model:ModeGPTForCausalLM"
 """The class that serves every architecture, as vLLM's registry spells it."""
 
-ARCHITECTURES = ("ModeGPTLlamaForCausalLM", "ModeGPTMistralForCausalLM", "ModeGPTQwen3ForCausalLM")
+ARCHITECTURES = (
+    "ModeGPTGemma3ForCausalLM",
+    "ModeGPTLlamaForCausalLM",
+    "ModeGPTMistralForCausalLM",
+    "ModeGPTQwen2ForCausalLM",
+    "ModeGPTQwen3ForCausalLM",
+)
 """The architectures that generated the same tokens in vLLM as in transformers."""
 
 
