@@ -219,5 +219,5 @@ def test_the_commands_print_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_plugin_of_vllm_registers_the_types_of_the_table() -> None:
-    found = {family_of(model_type) for model_type in engines.VLLM_PLUGIN}
+    found = [family_of(model_type) for model_type in engines.VLLM_PLUGIN]
     assert {classes.causal_lm.__name__ for classes in found if classes is not None} == set(ARCHITECTURES)
