@@ -21,7 +21,7 @@ from optimum_modegpt.budget import placement
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.streams import StreamStorage
 from optimum_modegpt.compress import compress
-from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods import input_refit
 
 NAME = "elsewhere"
 LACKING: set[torch.dtype] = set()
@@ -109,7 +109,7 @@ def compressed(device: str, recipe: dict[str, Any]) -> tuple[dict[str, torch.Ten
 
 
 def main(recipe: dict[str, Any], free: int | None, float64: bool) -> None:
-    residual_matched.TOKENS_PER_ROW = 0
+    input_refit.TOKENS_PER_ROW = 0
     _setup_privateuseone_for_python_backend(NAME)  # before autograd counts the devices, when it is first used
     expected, _ = compressed("cpu", recipe)
     if not float64:

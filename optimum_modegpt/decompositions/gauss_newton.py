@@ -5,7 +5,8 @@ With D fixed the output Dᵀ(φ(G y)∘(U y)) is linear in U and, linearised, in
     Σ w_t ‖target_t − Dᵀ(φ(G y_t)∘(U y_t))‖² + μ_U ‖ΔU‖² + μ_G ‖ΔG‖²
 
 by conjugate gradients, preconditioned per matrix by ((DDᵀ)∘Σ w zzᵀ + λI) ⊗ (Σ w yyᵀ / Σ w + λI), where z is the
-derivative of a hidden channel by its row: z = φ(Gy) for U, φ′(Gy)∘(Uy) for G, φ′(Wy) for a plain MLP.
+derivative of a hidden channel by its row: z = φ(Gy) for U, φ′(Gy)∘(Uy) for G, φ′(Wy) for a plain MLP. The products with
+the curvature cost most. They may be summed over a part of the tokens, while the gradient is summed over all of them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,19 @@ def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activati
     return hidden * (inputs @ rows[1].T) if len(rows) == 2 else hidden
 
 
+def spread(samples: Sequence[TokenSample], count: int, windows: int, before: int = 0) -> tuple[list[TokenSample], ...]:
+    """Divide samples into `count` at equal distances and the others.
+
+    `windows` is the number of samples of all ranks, and `before` that of earlier ranks.
+    """
+    chosen: list[TokenSample] = []
+    others: list[TokenSample] = []
+    for number, sample in enumerate(samples, before):
+        is_chosen = (number + 1) * count // windows > number * count // windows
+        (chosen if is_chosen else others).append(sample)
+    return chosen, others
+
+
 def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its computation
     rows: tuple[Tensor, ...],
     down: Tensor,
@@ -54,6 +68,7 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
     *,
     ridge: float,
     iterations: int,
+    curvature: float = 1.0,
     keep_derivatives: bool = True,
     before: int = 0,
     total: Total = complete,
@@ -71,22 +86,25 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
         activation: φ.
         ridge: damping of both factors and of the objective, as a fraction (0.1 by default in `Recipe`).
         iterations: most conjugate-gradient iterations, at least 1.
-        keep_derivatives: whether to keep z of all tokens (tokens × rows numbers) between iterations. Otherwise z is
+        curvature: share of the other windows, at least one, that JᵀJ is measured on. The gradient uses all of them.
+        keep_derivatives: whether to keep z of these windows (tokens × rows numbers) between iterations. Otherwise z is
             recomputed, which costs a third more products.
         before: number of windows of other ranks that come before `samples`.
         total: completes a sum over `samples` with the sums of other ranks.
     """
     windows = int(total(len(samples)))
-    held_back, fitted = samples, samples
+    held_out = fitted = samples
     if windows >= 4:
-        own = max(0, max(2, windows // 8) - before)
-        held_back, fitted = samples[:own], samples[own:]
-    problem = _Linearised(rows, down, fitted, activation, ridge, total, keep_derivatives)
+        count = max(2, windows // 8)
+        held_out, fitted = spread(samples, count, windows, before)
+        windows, before = windows - count, before - before * count // windows
+    measured, others = spread(fitted, max(1, round(curvature * windows)), windows, before)
+    problem = _Linearised(rows, down, measured, activation, ridge, others, total, keep_derivatives)
 
     def error(step: Sequence[Tensor], scale: float = 1.0) -> float:
-        return problem.true_error(_moved(rows, scale, step), held_back)
+        return problem.true_error(_moved(rows, scale, step), held_out)
 
-    unmoved = problem.true_error(rows, held_back)
+    unmoved = problem.true_error(rows, held_out)
     steps = problem.iterates(iterations)
     best = next(steps)
     reached = error(best)
@@ -106,22 +124,27 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
 
 
 class _Linearised:
-    """The damped least-squares problem, linearised at `rows`. Products with its matrix loop over the windows."""
+    """The damped least-squares problem, linearised at `rows`. Its sums loop over the windows.
+
+    The gradient Jᵀ r is a sum over all windows. JᵀJ is a sum over the windows `measured`, times the ratio of the
+    weights of all windows to theirs.
+    """
 
     def __init__(
         self,
         rows: tuple[Tensor, ...],
         down: Tensor,
-        samples: Sequence[TokenSample],
+        measured: Sequence[TokenSample],
         activation: Activation,
         ridge: float,
+        others: Sequence[TokenSample] = (),
         total: Total = complete,
         keep_derivatives: bool = False,
     ) -> None:
-        self.rows, self.down, self.samples, self.activation, self.total = rows, down, samples, activation, total
+        self.rows, self.down, self.measured, self.activation, self.total = rows, down, measured, activation, total
         self.keep_derivatives = keep_derivatives
         self.derivatives: list[list[Tensor]] = []
-        input_moment, output_moments = self._factor_moments()
+        input_moment, output_moments = self._sums(others)
         scale = mean_diagonal(input_moment)
         self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in output_moments]
         self.input_inverse = inverse(damp(input_moment, ridge))
@@ -130,7 +153,7 @@ class _Linearised:
     def iterates(self, iterations: int) -> Iterator[tuple[Tensor, ...]]:
         """Yield the conjugate-gradient iterates, with one tensor per matrix."""
         step = [torch.zeros_like(row) for row in self.rows]
-        residual = self._gradient()
+        residual: Sequence[Tensor] = self.gradient
         preconditioned = self._precondition(residual)
         direction, product = preconditioned, _dot(residual, preconditioned)
         for _ in range(iterations):
@@ -147,69 +170,67 @@ class _Linearised:
         """Compute Σ w ‖target − Dᵀ hidden‖² with the nonlinear hidden channels."""
         error = 0.0
         for sample in self._on_device(samples):
-            residual = self._missing(rows, sample)
+            residual = sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
             error += float((sample.weight @ residual.square()).sum())
         return float(self.total(error))
 
-    def _gradient(self) -> list[Tensor]:
-        """Compute Jᵀ r at the current rows."""
-        return self._transposed(lambda sample, _: self._missing(self.rows, sample))
-
     def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Compute (JᵀJ + μ) direction."""
-
-        def moved(sample: TokenSample, derivatives: list[Tensor]) -> Tensor:
-            hidden = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
-            return functools.reduce(torch.add, hidden) @ self.down
-
-        sums = self._transposed(moved)
-        return [each + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
-
-    def _transposed(self, outputs: Callable[[TokenSample, list[Tensor]], Tensor]) -> list[Tensor]:
-        """Compute Jᵀ v, with the rows of v (n, m) from `outputs` for every window."""
         sums = [torch.zeros_like(row) for row in self.rows]
-        for sample, derivatives in self._linearised():
-            back = (sample.weight[:, None] * outputs(sample, derivatives)) @ self.down.T
-            for gradient, z in zip(sums, derivatives, strict=True):
-                gradient += (z * back).T @ sample.inputs
-        return [self.total(each) for each in sums]
-
-    def _missing(self, rows: Sequence[Tensor], sample: TokenSample) -> Tensor:
-        return sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
-
-    def _linearised(self) -> Iterator[tuple[TokenSample, list[Tensor]]]:
-        """Yield the samples with z per matrix, which is kept from the first pass or recomputed in each pass."""
-        for index, sample in enumerate(self._on_device(self.samples)):
-            if index < len(self.derivatives):
-                yield sample, self.derivatives[index]
-                continue
-            derivatives = self._derivatives(sample.inputs)
+        for index, sample in enumerate(self._on_device(self.measured)):
             if self.keep_derivatives:
-                self.derivatives.append(derivatives)
-            yield sample, derivatives
+                derivatives = self.derivatives[index]
+            else:
+                derivatives, _ = self._derivatives(sample.inputs)
+            hidden = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
+            self._add_transposed(sums, sample, derivatives, functools.reduce(torch.add, hidden) @ self.down)
+        return [
+            self.ratio * self.total(each) + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)
+        ]
 
-    def _derivatives(self, inputs: Tensor) -> list[Tensor]:
-        """Compute z per matrix, in the order of the rows."""
-        before = inputs @ self.rows[0].T
-        value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))  # pyright: ignore[reportAssignmentType]
-        return [slope * (inputs @ self.rows[1].T), value] if len(self.rows) == 2 else [slope]
+    def _add_transposed(
+        self, sums: list[Tensor], sample: TokenSample, derivatives: list[Tensor], outputs: Tensor
+    ) -> None:
+        """Add Jᵀ v of one window, with the rows of v (n, m) from `outputs`, to `sums`."""
+        back = (sample.weight[:, None] * outputs) @ self.down.T
+        for each, z in zip(sums, derivatives, strict=True):
+            each.addmm_((z * back).T, sample.inputs)
 
-    def _factor_moments(self) -> tuple[Tensor, list[Tensor]]:
-        """Compute Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix.
+    def _sums(self, others: Sequence[TokenSample]) -> tuple[Tensor, list[Tensor]]:
+        """Sum the gradient at the current rows, and return Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix.
 
-        They are used only for preconditioning, so float32 sums suffice.
+        The moments are used only for preconditioning, so float32 sums suffice.
         """
         width, d_model = self.rows[0].shape
-        inputs, weight = self.down.new_zeros(d_model, d_model), self.down.new_zeros(())
+        gradient = [torch.zeros_like(row) for row in self.rows]
+        inputs, weights = self.down.new_zeros(d_model, d_model), self.down.new_zeros(2)
         channels = [self.down.new_zeros(width, width) for _ in self.rows]
-        for sample, derivatives in self._linearised():
+        for index, sample in enumerate(self._on_device([*self.measured, *others])):
+            derivatives, hidden = self._derivatives(sample.inputs)
+            self._add_transposed(gradient, sample, derivatives, sample.target - hidden @ self.down)
+            weights[0] += sample.weight.sum()
+            if index >= len(self.measured):
+                continue
+            weights[1] += sample.weight.sum()
             root = sample.weight.sqrt()[:, None]
             inputs += gram_matrix(root * sample.inputs)
-            weight += sample.weight.sum()
             for channel, z in zip(channels, derivatives, strict=True):
                 channel += gram_matrix(root * z)
-        metric = self.down @ self.down.T
-        return self.total(inputs) / self.total(weight), [self.total(channel).mul_(metric) for channel in channels]
+            if self.keep_derivatives:
+                self.derivatives.append(derivatives)
+        self.gradient = [self.total(each) for each in gradient]
+        every, measured = self.total(weights)
+        self.ratio, metric = every / measured, self.down @ self.down.T
+        return self.total(inputs) / measured, [self.total(each).mul_(self.ratio * metric) for each in channels]
+
+    def _derivatives(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Compute z per matrix, in the order of the rows, and the hidden channels."""
+        before = inputs @ self.rows[0].T
+        value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))  # pyright: ignore[reportAssignmentType]
+        if len(self.rows) == 1:
+            return [slope], value
+        linear = inputs @ self.rows[1].T
+        return [slope * linear, value], value * linear
 
     def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         return [

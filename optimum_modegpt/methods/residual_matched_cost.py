@@ -10,8 +10,11 @@ from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.decompositions.softmax import ITERATIONS
 from optimum_modegpt.methods import cost
 from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
-from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens, refits_inputs
+from optimum_modegpt.methods.input_refit import FINAL, HALFWAY, REFIT_TOKENS, Round, refits_inputs
+from optimum_modegpt.methods.residual_matched import gain_tokens
 
+FITTED = 7 / 8
+"""Share of the windows that gate and up are fitted to. The others are held out."""
 CONJUGATE_VECTORS = 9
 """Tensors as large as gate and up during their refit: the rows, a few steps, residuals and directions."""
 
@@ -27,26 +30,37 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
         "moments": {"moments": blocks * extent.tokens * cost.moments_work(shapes)},
         "factorisations": {"exact": blocks * cost.factorisations_work(shapes)},
     }
-    cut = []
+    refits: Work = {"raised": 0.0, "exact": 0.0}
     for width in widths:
         if (
             shapes.experts == 1
             and width < shapes.mlp
             and refits_inputs(extent.tokens, width, shapes.mlp_inputs, config)
         ):
-            cut.append(width)
-    if cut:
-        width, rounds = sum(cut) / len(cut), len(cut) * (1 + FINAL_ROUNDS)
-        # Six products per iteration of conjugate gradients, and the moments afterwards.
-        token = 6 * config.refit_iterations * d * width + (1 + shapes.mlp_inputs) * gram_work(int(width)) + d * width
-        factors = (1 + config.refit_iterations) * shapes.mlp_inputs * d * width * (width + d)
-        raised = min(extent.tokens, REFIT_TOKENS) * token + factors
-        steps["refit of gate and up"] = {"raised": rounds * raised, "exact": rounds * 2 * d * width**2}
+            for rounds, left in ((HALFWAY, (width + shapes.mlp) // 2), (FINAL, width)):
+                for each in rounds:
+                    refits["raised"] += _refit_work(shapes, config, min(extent.tokens, REFIT_TOKENS), each, left)
+                    refits["exact"] += 2 * d * left**2 + left**3 / 3
+    if refits["raised"]:
+        steps["refit of gate and up"] = refits
     if config.sparsity:
         tokens = gain_tokens(extent.windows, extent.length, shapes.vocabulary)
         # Two products with the head per iteration, and a few around them.
         steps["final gain"] = {"raised": (2 * ITERATIONS + 6) * tokens * shapes.vocabulary * d}
     return steps
+
+
+def _refit_work(shapes: Shapes, config: ModeGPTConfig, tokens: int, present: Round, width: int) -> float:
+    """Return the multiply-adds of one refit of gate and up at `width` channels, and of the moments after it."""
+    d, matrices, iterations = shapes.d_model, shapes.mlp_inputs, present.most_iterations(config)
+    used = present.tokens * tokens
+    output = (matrices + 1) * d * width  # per token, from the input to the output
+    # The gradient, and each product with the curvature, goes there and back.
+    gradient = 2 * output * FITTED
+    curvature = FITTED * present.curvature * (2 * output * iterations + matrices * gram_work(width) + gram_work(d))
+    errors = (1 - FITTED) * (1 + iterations) * output
+    factors = (1 + iterations) * matrices * d * width * (width + d) + matrices * width**3 + d**3
+    return used * (gradient + curvature + errors) + tokens * (output + gram_work(width)) + factors
 
 
 def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> list[Peak]:
@@ -73,7 +87,8 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "one window of tokens": (3 * inputs + 2) * extent.length * width * FLOAT32,
     }
     if keep_derivatives:
-        refit["derivatives of the hidden channels"] = inputs * sample * width * FLOAT32
+        share = max(each.tokens * each.curvature for each in (*HALFWAY, *FINAL))
+        refit["derivatives of the hidden channels"] = int(share * inputs * sample * width * FLOAT32)
     tokens = gain_tokens(extent.windows, extent.length, vocabulary)
     gain = {
         "normalised streams": 5 * tokens * d * FLOAT32,
