@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from optimum_modegpt.decompositions.psd import damp, gram_matrix, inverse, mean_
 
 Activation = Callable[[Tensor], Tensor]
 
-SMALLEST_STEP = 1 / 4
-"""Smallest fraction of the step that is tried. Smaller ones gain nothing measurable."""
+Item = TypeVar("Item")
+
+STRONGER, ATTEMPTS = 4.0, 4
+"""Factor between the dampings that are tried, and their largest number."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,13 @@ def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activati
     return hidden * (inputs @ rows[1].T) if len(rows) == 2 else hidden
 
 
-def spread(samples: Sequence[TokenSample], count: int, windows: int, before: int = 0) -> tuple[list[TokenSample], ...]:
-    """Divide samples into `count` at equal distances and the others.
+def spread(samples: Sequence[Item], count: int, windows: int, before: int = 0) -> tuple[list[Item], list[Item]]:
+    """Divide the items of all windows into `count` at equal distances and the others, as neighbours often are alike.
 
-    `windows` is the number of samples of all ranks, and `before` that of earlier ranks.
+    `windows` is the number of windows of all ranks, and `before` that of earlier ranks.
     """
-    chosen: list[TokenSample] = []
-    others: list[TokenSample] = []
+    chosen: list[Item] = []
+    others: list[Item] = []
     for number, sample in enumerate(samples, before):
         is_chosen = (number + 1) * count // windows > number * count // windows
         (chosen if is_chosen else others).append(sample)
@@ -72,12 +74,12 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
     keep_derivatives: bool = True,
     before: int = 0,
     total: Total = complete,
-) -> tuple[Tensor, ...]:
-    """Return the rows after the Gauss–Newton step, or `rows` itself if no step lowers the error on held-out windows.
+) -> tuple[tuple[Tensor, ...], float]:
+    """Take one Gauss–Newton step, as long as the true error on held-out windows falls.
 
-    An eighth of the windows, at least 2, is held out. The conjugate gradients stop when the true error on them no
-    longer falls. A step that does not lower this error is halved, at most down to `SMALLEST_STEP`. With fewer than 4
-    windows, none is held out, and the error is measured on all of them.
+    An eighth of the windows, at least 2, is held out. With fewer than 4 windows, none is held out, and the error is
+    measured on all of them. The conjugate gradients stop when this error no longer falls. If that is before the last
+    iteration, they start again with `STRONGER` times the damping, as long as the error falls further.
 
     Args:
         rows: (G, U) or (W,), each (k, d), in the order of `hidden_channels`.
@@ -86,72 +88,90 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
         activation: φ.
         ridge: damping of both factors and of the objective, as a fraction (0.1 by default in `Recipe`).
         iterations: most conjugate-gradient iterations, at least 1.
-        curvature: share of the other windows, at least one, that JᵀJ is measured on. The gradient uses all of them.
-        keep_derivatives: whether to keep z of these windows (tokens × rows numbers) between iterations. Otherwise z is
+        curvature: share of the tokens that JᵀJ is measured on. The gradient uses all of them.
+        keep_derivatives: whether to keep z of these tokens (tokens × rows numbers) between iterations. Otherwise z is
             recomputed, which costs a third more products.
         before: number of windows of other ranks that come before `samples`.
         total: completes a sum over `samples` with the sums of other ranks.
+
+    Returns:
+        The rows after the step, or `rows` itself if no step lowers the error; and the damping of this step.
     """
     windows = int(total(len(samples)))
     held_out = fitted = samples
     if windows >= 4:
         count = max(2, windows // 8)
         held_out, fitted = spread(samples, count, windows, before)
-        windows, before = windows - count, before - before * count // windows
-    measured, others = spread(fitted, max(1, round(curvature * windows)), windows, before)
-    problem = _Linearised(rows, down, measured, activation, ridge, others, total, keep_derivatives)
-
-    def error(step: Sequence[Tensor], scale: float = 1.0) -> float:
-        return problem.true_error(_moved(rows, scale, step), held_out)
-
+    problem = _Linearised(rows, down, fitted, activation, curvature, total, keep_derivatives)
     unmoved = problem.true_error(rows, held_out)
-    steps = problem.iterates(iterations)
-    best = next(steps)
-    reached = error(best)
-    if reached < unmoved:
-        for step in steps:
-            present = error(step)
-            if present >= reached:
+    best, lowest, used = rows, unmoved, ridge
+    for _ in range(ATTEMPTS):
+        found, reached, falls = rows, unmoved, True
+        for step in problem.iterates(iterations, ridge):
+            moved = tuple(_moved(rows, 1.0, step))
+            error = problem.true_error(moved, held_out)
+            falls = error < reached
+            if not falls:
                 break
-            best, reached = step, present
-    scale = 1.0
-    while reached >= unmoved and scale > SMALLEST_STEP:
-        scale /= 2
-        reached = error(best, scale)
-    if not reached < unmoved:
-        return rows
-    return tuple(_moved(rows, scale, best))
+            found, reached = moved, error
+        if reached < lowest:
+            best, lowest, used = found, reached, ridge
+        elif best is not rows:  # the weaker damping was better
+            break
+        if falls:
+            break
+        ridge *= STRONGER
+    return best, used
+
+
+def important(scores: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Choose about `share` of the tokens, those with a high score (n,) more often than others.
+
+    The tokens are chosen at equal distances of the cumulated probability, which is at least half of `share`.
+
+    Returns:
+        The indices of the chosen tokens, and the probabilities of these.
+    """
+    chances = share * (1 + scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)) / 2
+    chances = chances.clamp_max(1)
+    passed = (chances.double().cumsum(0) + 0.5).floor()
+    chosen = passed.diff(prepend=passed.new_zeros(1)).nonzero()[:, 0]
+    return chosen, chances[chosen]
 
 
 class _Linearised:
     """The damped least-squares problem, linearised at `rows`. Its sums loop over the windows.
 
-    The gradient Jᵀ r is a sum over all windows. JᵀJ is a sum over the windows `measured`, times the ratio of the
-    weights of all windows to theirs.
+    The gradient Jᵀ r is a sum over all tokens. JᵀJ is a sum over some tokens, each divided by the probability that it
+    was chosen. Tokens with large derivatives are chosen more often, because few of them can make up most of JᵀJ.
     """
 
     def __init__(
         self,
         rows: tuple[Tensor, ...],
         down: Tensor,
-        measured: Sequence[TokenSample],
+        samples: Sequence[TokenSample],
         activation: Activation,
-        ridge: float,
-        others: Sequence[TokenSample] = (),
+        curvature: float = 1.0,
         total: Total = complete,
         keep_derivatives: bool = False,
     ) -> None:
-        self.rows, self.down, self.measured, self.activation, self.total = rows, down, measured, activation, total
-        self.keep_derivatives = keep_derivatives
+        self.rows, self.down, self.activation, self.total = rows, down, activation, total
+        self.curvature, self.keep_derivatives = curvature, keep_derivatives
+        self.measured: list[tuple[Tensor, Tensor]] = []
         self.derivatives: list[list[Tensor]] = []
-        input_moment, output_moments = self._sums(others)
-        scale = mean_diagonal(input_moment)
-        self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in output_moments]
-        self.input_inverse = inverse(damp(input_moment, ridge))
-        self.output_inverses = [inverse(damp(moment, ridge)) for moment in output_moments]
+        self._sum(samples)
 
-    def iterates(self, iterations: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the conjugate-gradient iterates, with one tensor per matrix."""
+    def damp(self, ridge: float) -> None:
+        """Damp the objective and both factors of the preconditioner."""
+        scale = mean_diagonal(self.input_moment)
+        self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in self.output_moments]
+        self.input_inverse = inverse(damp(self.input_moment, ridge))
+        self.output_inverses = [inverse(damp(moment, ridge)) for moment in self.output_moments]
+
+    def iterates(self, iterations: int, ridge: float) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the conjugate-gradient iterates with this damping, one tensor per matrix."""
+        self.damp(ridge)
         step = [torch.zeros_like(row) for row in self.rows]
         residual: Sequence[Tensor] = self.gradient
         preconditioned = self._precondition(residual)
@@ -177,51 +197,52 @@ class _Linearised:
     def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Compute (JᵀJ + μ) direction."""
         sums = [torch.zeros_like(row) for row in self.rows]
-        for index, sample in enumerate(self._on_device(self.measured)):
-            if self.keep_derivatives:
-                derivatives = self.derivatives[index]
-            else:
-                derivatives, _ = self._derivatives(sample.inputs)
-            hidden = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
-            self._add_transposed(sums, sample, derivatives, functools.reduce(torch.add, hidden) @ self.down)
-        return [
-            self.ratio * self.total(each) + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)
-        ]
+        for index, (inputs, weight) in enumerate(self.measured):
+            derivatives = self.derivatives[index] if self.keep_derivatives else self._derivatives(inputs)[0]
+            hidden = [z * (inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
+            outputs = functools.reduce(torch.add, hidden) @ self.down
+            self._add_transposed(sums, inputs, derivatives, weight[:, None] * outputs)
+        return [self.total(each) + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
 
     def _add_transposed(
-        self, sums: list[Tensor], sample: TokenSample, derivatives: list[Tensor], outputs: Tensor
+        self, sums: list[Tensor], inputs: Tensor, derivatives: Sequence[Tensor], outputs: Tensor
     ) -> None:
-        """Add Jᵀ v of one window, with the rows of v (n, m) from `outputs`, to `sums`."""
-        back = (sample.weight[:, None] * outputs) @ self.down.T
+        """Add Jᵀ v of some tokens, with the rows of v (n, m) from `outputs`, to `sums`."""
+        back = outputs @ self.down.T
         for each, z in zip(sums, derivatives, strict=True):
-            each.addmm_((z * back).T, sample.inputs)
+            each.addmm_((z * back).T, inputs)
 
-    def _sums(self, others: Sequence[TokenSample]) -> tuple[Tensor, list[Tensor]]:
-        """Sum the gradient at the current rows, and return Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix.
+    def _sum(self, samples: Iterable[TokenSample]) -> None:
+        """Sum the gradient at the current rows, and the moments Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix.
 
         The moments are used only for preconditioning, so float32 sums suffice.
         """
         width, d_model = self.rows[0].shape
         gradient = [torch.zeros_like(row) for row in self.rows]
-        inputs, weights = self.down.new_zeros(d_model, d_model), self.down.new_zeros(2)
+        moment, weights = self.down.new_zeros(d_model, d_model), self.down.new_zeros(())
         channels = [self.down.new_zeros(width, width) for _ in self.rows]
-        for index, sample in enumerate(self._on_device([*self.measured, *others])):
-            derivatives, hidden = self._derivatives(sample.inputs)
-            self._add_transposed(gradient, sample, derivatives, sample.target - hidden @ self.down)
-            weights[0] += sample.weight.sum()
-            if index >= len(self.measured):
-                continue
-            weights[1] += sample.weight.sum()
-            root = sample.weight.sqrt()[:, None]
-            inputs += gram_matrix(root * sample.inputs)
+        norms = self.down.square().sum(1)
+        for sample in self._on_device(samples):
+            inputs, weight = sample.inputs, sample.weight
+            derivatives, hidden = self._derivatives(inputs)
+            self._add_transposed(gradient, inputs, derivatives, weight[:, None] * (sample.target - hidden @ self.down))
+            if self.curvature < 1:
+                scores = torch.stack([z.square() @ norms for z in derivatives]).sum(0)
+                chosen, chances = important(weight * inputs.square().sum(1) * scores, self.curvature)
+                inputs, weight = inputs[chosen], weight[chosen] / chances
+                derivatives = [z[chosen] for z in derivatives]
+            root = weight.sqrt()[:, None]
+            moment += gram_matrix(root * inputs)
+            weights += weight.sum()
             for channel, z in zip(channels, derivatives, strict=True):
                 channel += gram_matrix(root * z)
+            self.measured.append((inputs, weight))
             if self.keep_derivatives:
                 self.derivatives.append(derivatives)
+        metric = self.down @ self.down.T
         self.gradient = [self.total(each) for each in gradient]
-        every, measured = self.total(weights)
-        self.ratio, metric = every / measured, self.down @ self.down.T
-        return self.total(inputs) / measured, [self.total(each).mul_(self.ratio * metric) for each in channels]
+        self.input_moment = self.total(moment) / self.total(weights)
+        self.output_moments = [self.total(each).mul_(metric) for each in channels]
 
     def _derivatives(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
         """Compute z per matrix, in the order of the rows, and the hidden channels."""

@@ -1,4 +1,4 @@
-"""Cut an MLP in two halves and refit gate and up with it, or the one input matrix of a plain MLP (ours).
+"""Cut an MLP and refit its gate and up, or the one input matrix of a plain MLP (ours).
 
 Gate and up are refitted by Gauss–Newton steps with down fixed. Down is refitted after each step. The steps cost most of
 a compression, so each is computed on no more tokens than it needs.
@@ -17,7 +17,7 @@ from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import LinearMomentSum
 from optimum_modegpt.calibration.streams import Stream, store_like
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs, spread
+from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit
 from optimum_modegpt.methods.channels import eliminate_channels, without_channels
 from optimum_modegpt.methods.factors import MLPFactors
@@ -32,30 +32,11 @@ Of the loss of log-perplexity, the refit removed 1 % with 8.5 tokens per row, 8 
 """
 
 
-@dataclass(frozen=True)
-class Round:
-    """One refit of gate and up.
+ROUNDS = 3
+"""Rounds of refitting gate and up, then down."""
 
-    Attributes:
-        tokens: share of the windows that it uses.
-        curvature: share of these that the curvature uses.
-        iterations: share of the configured conjugate-gradient iterations.
-    """
-
-    tokens: float = 1.0
-    curvature: float = 1 / 4
-    iterations: float = 1.0
-
-    def most_iterations(self, config: ModeGPTConfig) -> int:
-        """Return the number of iterations."""
-        return max(1, round(self.iterations * config.refit_iterations))
-
-
-HALFWAY = (Round(tokens=1 / 2, curvature=1 / 2, iterations=1 / 2),)
-"""The round after half of the channels are removed. It only has to show which others can be removed."""
-
-FINAL = (Round(), Round())
-"""The rounds after the last elimination."""
+CURVATURE = 1 / 4
+"""Share of the tokens that the curvature is measured on."""
 
 
 @dataclass(frozen=True)
@@ -109,27 +90,23 @@ def cut_and_refit(
 ) -> MLPFactors:
     """Remove channels down to `rank`, and refit gate, up and down.
 
-    Half of the channels are removed first. The others are chosen after a refit. Down is refitted to the new hidden
-    channels after each refit of gate and up. The refits end early if one of gate and up changes nothing.
+    Down is refitted to the new hidden channels after each refit of gate and up. Each round starts with the damping that
+    was best in the round before. The rounds end early if a refit of gate and up changes nothing.
     """
-    rows, dense = student.mlp_rows(), student.input_outputs(student.down)
-    halfway, pays = (rank + moments.width) // 2, True
-    for width, rounds in ((halfway, HALFWAY), (rank, FINAL)):
-        order = eliminate_channels(dense, moments, metric, width, config).order
-        kept, dense, moments = without_channels(dense, moments, order, config)  # releases the larger moments
-        rows = tuple(row[kept] for row in rows)
+    order = eliminate_channels(student.input_outputs(student.down), moments, metric, rank, config).order
+    kept, dense, moments = without_channels(student.input_outputs(student.down), moments, order, config)
+    start = rows = tuple(row[kept] for row in student.mlp_rows())
+    ridge = config.input_ridge
+    down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
+    for _ in range(ROUNDS):
+        refitted, ridge = _refit_inputs(student, rows, down, tokens.sample, ridge, config, keep_derivatives)
+        if refitted is rows:
+            break
+        rows = refitted
+        del moments  # they are larger than everything that the refit keeps
+        moments = _hidden_moments(student, rows, tokens.sample)
         down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-        for each in rounds:
-            if not pays:
-                break
-            refitted = _refit_inputs(student, rows, down, tokens.sample, each, config, keep_derivatives)
-            pays = refitted is not rows
-            if pays:
-                rows = refitted
-                del moments  # they are larger than everything that the refit keeps
-                moments = _hidden_moments(student, rows, tokens.sample)
-                down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-    if pays and tokens.every is not None:
+    if tokens.every is not None and rows is not start:
         moments = _hidden_moments(student, rows, tokens.every())
         down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
     return MLPFactors(rows, down, moments.relative_error(down))
@@ -140,16 +117,13 @@ def _refit_inputs(
     rows: tuple[Tensor, ...],
     down: Tensor,
     samples: Sequence[TokenSample],
-    present: Round,
+    ridge: float,
     config: ModeGPTConfig,
     keep_derivatives: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[tuple[Tensor, ...], float]:
     """Take one Gauss–Newton step on gate and up with down fixed. The output bias is subtracted from the target."""
     rank = len(rows[0])
     weight, bias = down.to(rows[0]).split((rank, len(down) - rank))
-    windows = int(distributed.all_reduce(len(samples)))
-    count = max(1, round(present.tokens * windows))
-    samples, _ = spread(samples, count, windows, distributed.exclusive_sum(len(samples)))
     if len(bias):
         samples = [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
     return refit_inputs(
@@ -157,9 +131,9 @@ def _refit_inputs(
         weight,
         samples,
         block.activation,
-        ridge=config.input_ridge,
-        iterations=present.most_iterations(config),
-        curvature=present.curvature,
+        ridge=ridge,
+        iterations=config.refit_iterations,
+        curvature=CURVATURE,
         keep_derivatives=keep_derivatives,
         before=distributed.exclusive_sum(len(samples)),
         total=distributed.all_reduce,

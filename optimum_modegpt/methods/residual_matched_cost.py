@@ -10,7 +10,7 @@ from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.decompositions.softmax import ITERATIONS
 from optimum_modegpt.methods import cost
 from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
-from optimum_modegpt.methods.input_refit import FINAL, HALFWAY, REFIT_TOKENS, Round, refits_inputs
+from optimum_modegpt.methods.input_refit import CURVATURE, REFIT_TOKENS, ROUNDS, refits_inputs
 from optimum_modegpt.methods.residual_matched import gain_tokens
 
 FITTED = 7 / 8
@@ -22,7 +22,8 @@ CONJUGATE_VECTORS = 9
 def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence[int]) -> dict[str, Work]:
     """Return the multiply-adds of all blocks together, by step. `widths` are the kept widths of the MLPs.
 
-    The refit of gate and up is counted with all its rounds and iterations, although it may end early.
+    The refit of gate and up is counted with all its rounds and iterations, although it may end early, and with
+    the first damping only.
     """
     blocks, d = shapes.blocks, shapes.d_model
     steps = {
@@ -30,19 +31,22 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
         "moments": {"moments": blocks * extent.tokens * cost.moments_work(shapes)},
         "factorisations": {"exact": blocks * cost.factorisations_work(shapes)},
     }
-    refits: Work = {"raised": 0.0, "exact": 0.0}
+    cut = []
     for width in widths:
         if (
             shapes.experts == 1
             and width < shapes.mlp
             and refits_inputs(extent.tokens, width, shapes.mlp_inputs, config)
         ):
-            for rounds, left in ((HALFWAY, (width + shapes.mlp) // 2), (FINAL, width)):
-                for each in rounds:
-                    refits["raised"] += _refit_work(shapes, config, min(extent.tokens, REFIT_TOKENS), each, left)
-                    refits["exact"] += 2 * d * left**2 + left**3 / 3
-    if refits["raised"]:
-        steps["refit of gate and up"] = refits
+            cut.append(width)
+    if cut:
+        rounds = ROUNDS * len(cut)
+        width = sum(cut) // len(cut)
+        raised = _refit_work(shapes, config, min(extent.tokens, REFIT_TOKENS), width)
+        steps["refit of gate and up"] = {
+            "raised": rounds * raised,
+            "exact": rounds * (2 * d * width**2 + width**3 / 3),
+        }
     if config.sparsity:
         tokens = gain_tokens(extent.windows, extent.length, shapes.vocabulary)
         # Two products with the head per iteration, and a few around them.
@@ -50,17 +54,17 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
     return steps
 
 
-def _refit_work(shapes: Shapes, config: ModeGPTConfig, tokens: int, present: Round, width: int) -> float:
+def _refit_work(shapes: Shapes, config: ModeGPTConfig, tokens: int, width: int) -> float:
     """Return the multiply-adds of one refit of gate and up at `width` channels, and of the moments after it."""
-    d, matrices, iterations = shapes.d_model, shapes.mlp_inputs, present.most_iterations(config)
-    used = present.tokens * tokens
+    d, matrices, iterations = shapes.d_model, shapes.mlp_inputs, config.refit_iterations
     output = (matrices + 1) * d * width  # per token, from the input to the output
     # The gradient, and each product with the curvature, goes there and back.
     gradient = 2 * output * FITTED
-    curvature = FITTED * present.curvature * (2 * output * iterations + matrices * gram_work(width) + gram_work(d))
+    curvature = FITTED * CURVATURE * (2 * output * iterations + matrices * gram_work(width) + gram_work(d))
     errors = (1 - FITTED) * (1 + iterations) * output
+    moments = output + gram_work(width)
     factors = (1 + iterations) * matrices * d * width * (width + d) + matrices * width**3 + d**3
-    return used * (gradient + curvature + errors) + tokens * (output + gram_work(width)) + factors
+    return tokens * (gradient + curvature + errors + moments) + factors
 
 
 def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> list[Peak]:
@@ -74,21 +78,18 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "outputs of the heads": extent.tokens * shapes.heads * extent.element,
         "sample for the refit of gate and up": 2 * sample * d * FLOAT32,
     }
-    # The first round still has half of the removed channels. A block may lose less than the mean.
-    removed = config.sparsity
-    if config.resolved_allocation != "uniform":
-        removed /= 2
-    width = int(shapes.mlp * (1 - removed / 2))
+    # A block may lose less than the mean.
+    removed = config.sparsity if config.resolved_allocation == "uniform" else config.sparsity / 2
+    width = int(shapes.mlp * (1 - removed))
     vectors = CONJUGATE_VECTORS * inputs * FLOAT32 + 2 * FLOAT64 + FLOAT32
     refit = {
         "block, dense and compressed": 2 * shapes.weights * extent.element,
         "weights in float64 and float32": width * d * vectors,
-        "moments of its channels, inverted": inputs * width**2 * FLOAT32,
+        "moments of its channels, and their inverses": 2 * inputs * width**2 * FLOAT32,
         "one window of tokens": (3 * inputs + 2) * extent.length * width * FLOAT32,
     }
     if keep_derivatives:
-        share = max(each.tokens * each.curvature for each in (*HALFWAY, *FINAL))
-        refit["derivatives of the hidden channels"] = int(share * inputs * sample * width * FLOAT32)
+        refit["derivatives of the hidden channels"] = int(CURVATURE * inputs * sample * width * FLOAT32)
     tokens = gain_tokens(extent.windows, extent.length, vocabulary)
     gain = {
         "normalised streams": 5 * tokens * d * FLOAT32,
