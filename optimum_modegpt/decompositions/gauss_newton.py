@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import Total, complete
-from optimum_modegpt.decompositions.psd import damp, gram_matrix, inverse, mean_diagonal
+from optimum_modegpt.decompositions.psd import damp, gram_matrix, inverse, mean_diagonal, to_float64
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -134,8 +134,8 @@ def important(scores: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """
     chances = share * (1 + scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)) / 2
     chances = chances.clamp_max(1)
-    passed = (chances.double().cumsum(0) + 0.5).floor()
-    chosen = passed.diff(prepend=passed.new_zeros(1)).nonzero()[:, 0]
+    passed = (to_float64(chances).cumsum(0) + 0.5).floor()
+    chosen = passed.diff(prepend=passed.new_zeros(1)).nonzero()[:, 0].to(scores.device)
     return chosen, chances[chosen]
 
 
