@@ -26,6 +26,9 @@ Activation = Callable[[Tensor], Tensor]
 
 Item = TypeVar("Item")
 
+FEWEST_WINDOWS = 4
+"""Fewest windows of which some are held out."""
+
 STRONGER, ATTEMPTS = 4.0, 4
 """Factor between the dampings that are tried, and their largest number."""
 
@@ -49,59 +52,60 @@ def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activati
     return hidden * (inputs @ rows[1].T) if len(rows) == 2 else hidden
 
 
-def spread(samples: Sequence[Item], count: int, windows: int, before: int = 0) -> tuple[list[Item], list[Item]]:
-    """Divide the items of all windows into `count` at equal distances and the others, as neighbours often are alike.
+def hold_out(samples: Sequence[Item], windows: int, before: int = 0) -> tuple[list[Item], list[Item]]:
+    """Divide the samples into those to fit and those to hold out: an eighth, at least 2, at equal distances.
 
-    `windows` is the number of windows of all ranks, and `before` that of earlier ranks.
+    Of fewer than `FEWEST_WINDOWS`, none is held out.
+
+    Args:
+        samples: one per window.
+        windows: number of windows of all ranks.
+        before: number of windows of other ranks that come before `samples`.
     """
-    chosen: list[Item] = []
-    others: list[Item] = []
+    if windows < FEWEST_WINDOWS:
+        return list(samples), []
+    fitted: list[Item] = []
+    held_out: list[Item] = []
+    count = max(2, windows // 8)
     for number, sample in enumerate(samples, before):
-        is_chosen = (number + 1) * count // windows > number * count // windows
-        (chosen if is_chosen else others).append(sample)
-    return chosen, others
+        is_held_out = (number + 1) * count // windows > number * count // windows
+        (held_out if is_held_out else fitted).append(sample)
+    return fitted, held_out
 
 
 def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its computation
     rows: tuple[Tensor, ...],
     down: Tensor,
-    samples: Sequence[TokenSample],
+    fitted: Iterable[TokenSample],
+    held_out: Sequence[TokenSample],
     activation: Activation,
     *,
     ridge: float,
     iterations: int,
     curvature: float = 1.0,
     keep_derivatives: bool = True,
-    before: int = 0,
     total: Total = complete,
 ) -> tuple[tuple[Tensor, ...], float]:
     """Take one Gauss–Newton step, as long as the true error on held-out windows falls.
 
-    An eighth of the windows, at least 2, is held out. With fewer than 4 windows, none is held out, and the error is
-    measured on all of them. The conjugate gradients stop when this error no longer falls. If that is before the last
-    iteration, they start again with `STRONGER` times the damping, as long as the error falls further.
+    The conjugate gradients stop when this error no longer falls. If that is before the last iteration, they start again
+    with `STRONGER` times the damping, as long as the error falls further.
 
     Args:
         rows: (G, U) or (W,), each (k, d), in the order of `hidden_channels`.
-        down: D (k, m).
-        samples: one per window. They are moved to the rows' device one at a time.
+        down: D (k, m). It must not be fitted to the held-out windows, because every other MLP would seem worse on them.
+        fitted, held_out: one sample per window. They are moved to the rows' device one at a time.
         activation: φ.
         ridge: damping of both factors and of the objective, as a fraction (0.1 by default in `Recipe`).
         iterations: most conjugate-gradient iterations, at least 1.
         curvature: share of the tokens that JᵀJ is measured on. The gradient uses all of them.
         keep_derivatives: whether to keep z of these tokens (tokens × rows numbers) between iterations. Otherwise z is
             recomputed, which costs a third more products.
-        before: number of windows of other ranks that come before `samples`.
-        total: completes a sum over `samples` with the sums of other ranks.
+        total: completes a sum over samples with the sums of other ranks.
 
     Returns:
         The rows after the step, or `rows` itself if no step lowers the error; and the damping of this step.
     """
-    windows = int(total(len(samples)))
-    held_out = fitted = samples
-    if windows >= 4:
-        count = max(2, windows // 8)
-        held_out, fitted = spread(samples, count, windows, before)
     problem = _Linearised(rows, down, fitted, activation, curvature, total, keep_derivatives)
     unmoved = problem.true_error(rows, held_out)
     best, lowest, used = rows, unmoved, ridge
@@ -150,7 +154,7 @@ class _Linearised:
         self,
         rows: tuple[Tensor, ...],
         down: Tensor,
-        samples: Sequence[TokenSample],
+        samples: Iterable[TokenSample],
         activation: Activation,
         curvature: float = 1.0,
         total: Total = complete,

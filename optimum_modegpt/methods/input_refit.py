@@ -17,7 +17,13 @@ from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import LinearMomentSum
 from optimum_modegpt.calibration.streams import Stream, store_like
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
+from optimum_modegpt.decompositions.gauss_newton import (
+    FEWEST_WINDOWS,
+    TokenSample,
+    hidden_channels,
+    hold_out,
+    refit_inputs,
+)
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit
 from optimum_modegpt.methods.channels import eliminate_channels, without_channels
 from optimum_modegpt.methods.factors import MLPFactors
@@ -91,24 +97,30 @@ def cut_and_refit(
     """Remove channels down to `rank`, and refit gate, up and down.
 
     Down is refitted to the new hidden channels after each refit of gate and up. Each round starts with the damping that
-    was best in the round before. The rounds end early if a refit of gate and up changes nothing.
+    was best in the round before. The rounds end early if a refit of gate and up changes nothing. Only the last refit of
+    down uses the held-out windows.
     """
     order = eliminate_channels(student.input_outputs(student.down), moments, metric, rank, config).order
     kept, dense, moments = without_channels(student.input_outputs(student.down), moments, order, config)
     start = rows = tuple(row[kept] for row in student.mlp_rows())
-    ridge = config.input_ridge
-    down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
+    windows, ridge = int(distributed.all_reduce(len(tokens.sample))), config.input_ridge
+    fitted, held_out = hold_out(tokens.sample, windows, distributed.exclusive_sum(len(tokens.sample)))
+    if apart := windows >= FEWEST_WINDOWS:
+        moments -= _hidden_moments(student, rows, held_out)
     for _ in range(ROUNDS):
-        refitted, ridge = _refit_inputs(student, rows, down, tokens.sample, ridge, config, keep_derivatives)
+        down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
+        watched = held_out if apart else fitted
+        refitted, ridge = _refit_inputs(student, rows, down, fitted, watched, ridge, config, keep_derivatives)
         if refitted is rows:
             break
         rows = refitted
         del moments  # they are larger than everything that the refit keeps
-        moments = _hidden_moments(student, rows, tokens.sample)
-        down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-    if tokens.every is not None and rows is not start:
+        moments = _hidden_moments(student, rows, fitted)
+    if rows is not start and tokens.every is not None:
         moments = _hidden_moments(student, rows, tokens.every())
-        down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
+    elif apart:
+        moments += _hidden_moments(student, rows, held_out)
+    down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
     return MLPFactors(rows, down, moments.relative_error(down))
 
 
@@ -116,7 +128,8 @@ def _refit_inputs(
     block: Block,
     rows: tuple[Tensor, ...],
     down: Tensor,
-    samples: Sequence[TokenSample],
+    fitted: Sequence[TokenSample],
+    held_out: Sequence[TokenSample],
     ridge: float,
     config: ModeGPTConfig,
     keep_derivatives: bool,
@@ -125,17 +138,20 @@ def _refit_inputs(
     rank = len(rows[0])
     weight, bias = down.to(rows[0]).split((rank, len(down) - rank))
     if len(bias):
-        samples = [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
+        fitted, held_out = (
+            [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
+            for samples in (fitted, held_out)
+        )
     return refit_inputs(
         rows,
         weight,
-        samples,
+        fitted,
+        held_out,
         block.activation,
         ridge=ridge,
         iterations=config.refit_iterations,
         curvature=CURVATURE,
         keep_derivatives=keep_derivatives,
-        before=distributed.exclusive_sum(len(samples)),
         total=distributed.all_reduce,
     )
 

@@ -13,9 +13,9 @@ from optimum_modegpt.decompositions.gauss_newton import (
     TokenSample,
     _Linearised,
     hidden_channels,
+    hold_out,
     important,
     refit_inputs,
-    spread,
 )
 
 TOKENS, D_MODEL, WIDTH = 40, 5, 4
@@ -54,25 +54,10 @@ def error(rows, down, samples, activation) -> float:
     return total
 
 
-def refit(*arguments, **settings) -> tuple[Tensor, ...]:
-    """Return the rows after `refit_inputs`."""
-    return refit_inputs(*arguments, **settings)[0]
-
-
-def split(samples: list[TokenSample]) -> tuple[list[TokenSample], list[TokenSample]]:
-    """Return the windows that `refit_inputs` holds out, and the others."""
-    held_out, fitted = spread(samples, max(2, len(samples) // 8), len(samples))
-    return held_out, fitted
-
-
-def joined(held_out: list[TokenSample], fitted: list[TokenSample]) -> list[TokenSample]:
-    """Return windows in an order in which `refit_inputs` holds out `held_out`."""
-    windows, places = len(held_out) + len(fitted), []
-    chosen, _ = spread(range(windows), len(held_out), windows)
-    ends, others = iter(held_out), iter(fitted)
-    for place in range(windows):
-        places.append(next(ends) if place in chosen else next(others))
-    return places
+def refit(rows, down, samples, activation, **settings) -> tuple[Tensor, ...]:
+    """Return the rows after a step that holds out some of the windows, or none if there are few."""
+    fitted, held_out = hold_out(samples, len(samples))
+    return refit_inputs(rows, down, fitted, held_out or fitted, activation, **settings)[0]
 
 
 def problem(matrices: int, activation, *, seed: int = 0) -> tuple[tuple[Tensor, ...], Tensor, list[TokenSample]]:
@@ -208,7 +193,7 @@ def test_preconditioner_is_the_kronecker_product_of_the_damped_factors(matrices)
 def test_error_on_held_out_windows_never_rises(activation, matrices, seed):
     rows, down, samples = problem(matrices, activation, seed=seed)
     refitted = refit(rows, down, samples, activation, ridge=0.1, iterations=4)
-    before, after = (error(r, down, split(samples)[0], activation) for r in (rows, refitted))
+    before, after = (error(r, down, hold_out(samples, len(samples))[1], activation) for r in (rows, refitted))
     assert after <= before
     assert after < 0.95 * before  # these problems can be improved
 
@@ -233,7 +218,7 @@ def test_best_iterate_on_held_out_windows_is_returned(matrices):
         errors.append(error(moved, down, samples[:2], nn.SiLU()))
     best = min(range(20), key=errors.__getitem__)
     assert best < 19
-    refitted = refit(rows, down, joined(samples[:2], noisy), nn.SiLU(), ridge=1e-3, iterations=20)
+    refitted, _ = refit_inputs(rows, down, noisy, samples[:2], nn.SiLU(), ridge=1e-3, iterations=20)
     assert error(refitted, down, samples[:2], nn.SiLU()) <= errors[best] * (1 + 1e-9)
 
 
@@ -242,14 +227,15 @@ def test_overshooting_step_is_damped_until_it_reduces_the_error():
     # is 4.95 / (1 + r). Of 0.1, 0.4, 1.6 and 6.4, only the last gives an output below 2.
     samples = [TokenSample(*(torch.ones(1, 1).double() for _ in range(2)), torch.ones(1).double())] * 6
     rows, down = (torch.full((1, 1), 0.1).double(),), torch.ones(1, 1).double()
-    (refitted,), ridge = refit_inputs(rows, down, samples, torch.square, ridge=0.1, iterations=1)
+    (refitted,), ridge = refit_inputs(rows, down, samples, samples, torch.square, ridge=0.1, iterations=1)
     assert ridge == pytest.approx(6.4)
     assert float(refitted) == pytest.approx(0.1 + 4.95 / 7.4)
 
 
 def test_damping_that_works_at_once_is_kept():
     wanted, down = rows_of(1, seed=3), normal(WIDTH, 7, seed=1)
-    _, ridge = refit_inputs(rows_of(1), down, windows(wanted, down, identity), identity, ridge=0.1, iterations=2)
+    samples = windows(wanted, down, identity)
+    _, ridge = refit_inputs(rows_of(1), down, samples[1:], samples[:1], identity, ridge=0.1, iterations=2)
     assert ridge == 0.1
 
 
@@ -267,33 +253,44 @@ def test_conjugate_gradients_stop_when_the_held_out_error_rises(matrices, monkey
         return product(linearised, direction)
 
     monkeypatch.setattr(_Linearised, "_normal_product", noted)
-    refit(rows, down, joined(samples[:2], noisy), nn.SiLU(), ridge=1e-3, iterations=20)
+    refit_inputs(rows, down, noisy, samples[:2], nn.SiLU(), ridge=1e-3, iterations=20)
     assert 1 <= len(products) < 20
 
 
 def test_step_that_never_reduces_the_error_is_rejected():
     rows, down, samples = problem(2, nn.SiLU())
     # The held-out windows have the opposite error of the fitted ones.
-    held_out, fitted = split(samples)
+    fitted, held_out = hold_out(samples, len(samples))
     against = []
     for s in held_out:
         output = hidden_channels(rows, s.inputs, nn.SiLU()) @ down
         against.append(TokenSample(s.inputs, output - (s.target - output), s.weight))
-    refitted = refit(rows, down, joined(against, fitted), nn.SiLU(), ridge=0.1, iterations=4)
+    refitted, _ = refit_inputs(rows, down, fitted, against, nn.SiLU(), ridge=0.1, iterations=4)
     assert all(torch.equal(a, b) for a, b in zip(refitted, rows, strict=True))
 
 
-@pytest.mark.parametrize(("count", "held"), [(4, 2), (15, 2), (24, 3)])
-def test_an_eighth_of_the_windows_is_held_out(count, held):
+@pytest.mark.parametrize(("count", "held"), [(4, 2), (8, 2), (15, 2), (24, 3), (64, 8)])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_an_eighth_of_the_windows_is_held_out_at_equal_distances(count, held, ranks):
+    fitted, held_out = [], []
+    for part in torch.arange(count).tensor_split(ranks):
+        own = hold_out(part.tolist(), count, int(part[0]))
+        fitted += own[0]
+        held_out += own[1]
+    assert len(held_out) == held
+    assert sorted(fitted + held_out) == list(range(count))
+    gaps = [b - a for a, b in itertools.pairwise(held_out)]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_step_depends_on_the_fitted_windows_only():
     rows, down = rows_of(1), normal(WIDTH, D_MODEL, seed=30)
-    unmet = windows(rows_of(1, seed=3), down, identity, count=count)
-    met = windows(rows, down, identity, count=count)
-    # No step is taken if the rows meet all fitted windows, regardless of the held-out ones.
-    (same,) = refit(rows, down, joined(unmet[:held], met[held:]), identity, ridge=0.1, iterations=4)
-    assert torch.equal(same, rows[0])
-    more = joined(unmet[:held], [unmet[held], *met[held + 1 :]])
-    (moved,) = refit(rows, down, more, identity, ridge=0.1, iterations=4)
-    assert not torch.equal(moved, rows[0])
+    unmet = windows(rows_of(1, seed=3), down, identity)
+    met = windows(rows, down, identity)
+    same, _ = refit_inputs(rows, down, met, unmet, identity, ridge=0.1, iterations=4)
+    assert same is rows
+    moved, _ = refit_inputs(rows, down, [*met, *unmet], unmet, identity, ridge=0.1, iterations=4)
+    assert not torch.equal(moved[0], rows[0])
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -390,25 +387,11 @@ def test_kept_and_recomputed_derivatives_give_the_same_result(matrices):
         results.append(refit(rows, down, samples, Noted(), ridge=0.1, iterations=1, keep_derivatives=keep))
         results.append(len(calls))
     assert all(torch.equal(a, b) for a, b in zip(kept[0], again[0], strict=True))
-    fitted = len(samples) - max(2, len(samples) // 8)
-    assert again[1] - kept[1] == fitted, "expected one more pass over the fitted windows for the iteration"
+    fitted, _ = hold_out(samples, len(samples))
+    assert again[1] - kept[1] == len(fitted), "expected one more pass over the fitted windows for the iteration"
 
 
 # ------------------------------------------------------------------------------------------- curvature of some tokens
-
-
-@pytest.mark.parametrize(("windows", "count"), [(8, 2), (7, 3), (5, 5), (3, 1)])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_windows_are_chosen_at_equal_distances_whatever_the_number_of_processes(windows, count, ranks):
-    numbers, chosen, others = list(range(windows)), [], []
-    for part in torch.arange(windows).tensor_split(ranks):
-        own, left = spread(part.tolist(), count, windows, int(part[0]) if len(part) else 0)
-        chosen += own
-        others += left
-    assert len(chosen) == count
-    assert sorted(chosen + others) == numbers
-    gaps = [b - a for a, b in itertools.pairwise(chosen)]
-    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def test_tokens_with_a_high_score_are_always_chosen():
@@ -453,5 +436,5 @@ def test_gradient_is_that_of_all_tokens_also_with_the_curvature_of_some(matrices
 def test_curvature_of_some_tokens_still_reduces_the_error(matrices):
     rows, down, samples = problem(matrices, nn.SiLU())
     refitted = refit(rows, down, samples, nn.SiLU(), ridge=0.1, iterations=4, curvature=0.5)
-    held_out, _ = split(samples)
+    _, held_out = hold_out(samples, len(samples))
     assert error(refitted, down, held_out, nn.SiLU()) < 0.95 * error(rows, down, held_out, nn.SiLU())
