@@ -42,9 +42,13 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
     if cut:
         rounds = ROUNDS * len(cut)
         width = sum(cut) // len(cut)
-        raised = _refit_work(shapes, config, min(extent.tokens, REFIT_TOKENS), width)
+        tokens = min(extent.tokens, REFIT_TOKENS)
+        raised = rounds * _refit_work(shapes, config, tokens, width)
+        # The moments of the held-out windows before and after the rounds, or those of all tokens at the end.
+        last = 2 * (1 - FITTED) * tokens if extent.tokens <= REFIT_TOKENS else extent.tokens
+        raised += len(cut) * last * ((shapes.mlp_inputs + 1) * d * width + gram_work(width))
         steps["refit of gate and up"] = {
-            "raised": rounds * raised,
+            "raised": raised,
             "exact": rounds * (2 * d * width**2 + width**3 / 3),
         }
     if config.sparsity:
@@ -62,7 +66,7 @@ def _refit_work(shapes: Shapes, config: ModeGPTConfig, tokens: int, width: int) 
     gradient = 2 * output * FITTED
     curvature = FITTED * CURVATURE * (2 * output * iterations + matrices * gram_work(width) + gram_work(d))
     errors = (1 - FITTED) * (1 + iterations) * output
-    moments = output + gram_work(width)
+    moments = FITTED * (output + gram_work(width))
     factors = (1 + iterations) * matrices * d * width * (width + d) + matrices * width**3 + d**3
     return tokens * (gradient + curvature + errors + moments) + factors
 
