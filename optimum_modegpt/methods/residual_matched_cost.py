@@ -10,7 +10,7 @@ from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.decompositions.softmax import ITERATIONS
 from optimum_modegpt.methods import cost
 from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
-from optimum_modegpt.methods.input_refit import CURVATURE, REFIT_TOKENS, ROUNDS, refits_inputs
+from optimum_modegpt.methods.input_refit import CURVATURE, FINAL_ROUNDS, REFIT_TOKENS, refits_inputs
 from optimum_modegpt.methods.residual_matched import gain_tokens
 
 FITTED = 7 / 8
@@ -40,22 +40,27 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
         ):
             cut.append(width)
     if cut:
-        rounds = ROUNDS * len(cut)
-        width = sum(cut) // len(cut)
-        tokens = min(extent.tokens, REFIT_TOKENS)
-        raised = rounds * _refit_work(shapes, config, tokens, width)
-        # The moments of the held-out windows before and after the rounds, or those of all tokens at the end.
-        last = 2 * (1 - FITTED) * tokens if extent.tokens <= REFIT_TOKENS else extent.tokens
-        raised += len(cut) * last * ((shapes.mlp_inputs + 1) * d * width + gram_work(width))
-        steps["refit of gate and up"] = {
-            "raised": raised,
-            "exact": rounds * (2 * d * width**2 + width**3 / 3),
-        }
+        width, tokens = sum(cut) // len(cut), min(extent.tokens, REFIT_TOKENS)
+        halfway = (width + shapes.mlp) // 2
+        raised = exact = 0.0
+        for left in (halfway, *[width] * FINAL_ROUNDS):
+            raised += _refit_work(shapes, config, tokens, left)
+            exact += 2 * d * left**2 + left**3 / 3
+        # The held-out windows before and after the rounds, or all tokens at the end.
+        raised += (1 - FITTED) * tokens * _hidden_work(shapes, shapes.mlp)
+        last = (1 - FITTED) * tokens if extent.tokens <= REFIT_TOKENS else extent.tokens
+        raised += last * _hidden_work(shapes, width)
+        steps["refit of gate and up"] = {"raised": len(cut) * raised, "exact": len(cut) * exact}
     if config.sparsity:
         tokens = gain_tokens(extent.windows, extent.length, shapes.vocabulary)
         # Two products with the head per iteration, and a few around them.
         steps["final gain"] = {"raised": (2 * ITERATIONS + 6) * tokens * shapes.vocabulary * d}
     return steps
+
+
+def _hidden_work(shapes: Shapes, width: int) -> float:
+    """Return the multiply-adds per token of the moments of `width` hidden channels."""
+    return (shapes.mlp_inputs + 1) * shapes.d_model * width + gram_work(width)
 
 
 def _refit_work(shapes: Shapes, config: ModeGPTConfig, tokens: int, width: int) -> float:
@@ -66,7 +71,7 @@ def _refit_work(shapes: Shapes, config: ModeGPTConfig, tokens: int, width: int) 
     gradient = 2 * output * FITTED
     curvature = FITTED * CURVATURE * (2 * output * iterations + matrices * gram_work(width) + gram_work(d))
     errors = (1 - FITTED) * (1 + iterations) * output
-    moments = FITTED * (output + gram_work(width))
+    moments = FITTED * _hidden_work(shapes, width)
     factors = (1 + iterations) * matrices * d * width * (width + d) + matrices * width**3 + d**3
     return tokens * (gradient + curvature + errors + moments) + factors
 
@@ -82,9 +87,11 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "outputs of the heads": extent.tokens * shapes.heads * extent.element,
         "sample for the refit of gate and up": 2 * sample * d * FLOAT32,
     }
-    # A block may lose less than the mean.
-    removed = config.sparsity if config.resolved_allocation == "uniform" else config.sparsity / 2
-    width = int(shapes.mlp * (1 - removed))
+    # The first round still has half of the removed channels. A block may lose less than the mean.
+    removed = config.sparsity
+    if config.resolved_allocation != "uniform":
+        removed /= 2
+    width = int(shapes.mlp * (1 - removed / 2))
     vectors = CONJUGATE_VECTORS * inputs * FLOAT32 + 2 * FLOAT64 + FLOAT32
     refit = {
         "block, dense and compressed": 2 * shapes.weights * extent.element,
