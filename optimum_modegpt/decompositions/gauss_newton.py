@@ -46,6 +46,21 @@ class TokenSample:
         return TokenSample(self.inputs.to(place), self.target.to(place), self.weight.to(place))
 
 
+@dataclass(frozen=True)
+class Step:
+    """A step on the input rows.
+
+    Attributes:
+        rows: the rows after it.
+        ridge: the damping that was used.
+        gain: the share by which the error on held-out windows falls.
+    """
+
+    rows: tuple[Tensor, ...]
+    ridge: float
+    gain: float
+
+
 def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activation) -> Tensor:
     """Compute φ(G y)∘(U y) for rows (G, U), or φ(W y) for rows (W,). Rows (k, d) and `inputs` (n, d) to (n, k)."""
     hidden = activation(inputs @ rows[0].T)
@@ -85,7 +100,7 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
     curvature: float = 1.0,
     keep_derivatives: bool = True,
     total: Total = complete,
-) -> tuple[tuple[Tensor, ...], float]:
+) -> Step | None:
     """Take one Gauss–Newton step, as long as the true error on held-out windows falls.
 
     The conjugate gradients stop when this error no longer falls. If that is before the last iteration, they start again
@@ -104,11 +119,11 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
         total: completes a sum over samples with the sums of other ranks.
 
     Returns:
-        The rows after the step, or `rows` itself if no step lowers the error; and the damping of this step.
+        The step with the lowest error. None if no step lowers it.
     """
     problem = _Linearised(rows, down, fitted, activation, curvature, total, keep_derivatives)
     unmoved = problem.true_error(rows, held_out)
-    best, lowest, used = rows, unmoved, ridge
+    best, lowest = None, unmoved
     for _ in range(ATTEMPTS):
         found, reached, falls = rows, unmoved, True
         for step in problem.iterates(iterations, ridge):
@@ -119,13 +134,13 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
                 break
             found, reached = moved, error
         if reached < lowest:
-            best, lowest, used = found, reached, ridge
-        elif best is not rows:  # the weaker damping was better
+            best, lowest = Step(found, ridge, 1 - reached / unmoved), reached
+        elif best is not None:  # the weaker damping was better
             break
         if falls:
             break
         ridge *= STRONGER
-    return best, used
+    return best
 
 
 def important(scores: Tensor, share: float) -> tuple[Tensor, Tensor]:
