@@ -59,7 +59,6 @@ FORMATS = {
         Format("dense", "the stock class of transformers, padded with zeros", "dense", "export_dense"),
         Format("onnx", "ONNX Runtime", "runtimes", "export_onnx", ("onnx", "onnxscript", "onnxruntime")),
         Format("openvino", "OpenVINO", "runtimes", "export_openvino", ("openvino",)),
-        Format("executorch", "ExecuTorch", "runtimes", "export_executorch", ("executorch",)),
         Format("gguf", "llama.cpp, one file", "gguf", "export_gguf", ("gguf",), GGUF_TYPES),
     )
 }

@@ -32,7 +32,7 @@ def export_model(
     Args:
         model: a compressed model, or one of a stock class, with its weights in memory.
         path: the folder to write; for "gguf", the file.
-        format: "dense", "onnx", "openvino", "executorch" or "gguf".
+        format: "dense", "onnx", "openvino" or "gguf".
         tokenizer: the model's tokenizer, which is saved with it.
         files: more files to copy to the folder, such as those of a processor of images.
         dtype: the data type of the matrices in a GGUF file: "auto", "f32", "f16", "bf16" or "q8_0". The other

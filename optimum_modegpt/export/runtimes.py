@@ -1,4 +1,4 @@
-"""Export a model to ONNX Runtime, OpenVINO or ExecuTorch by the exporters of transformers.
+"""Export a model to ONNX Runtime or OpenVINO by the exporters of transformers.
 
 One program computes the prompt and every further token: its inputs are tokens, mask, positions and the key-value cache,
 which is empty at first, and its outputs are the logits and the longer cache. So the weights are stored once. Keys and
@@ -21,7 +21,6 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils.versions import require_version
 
 from optimum_modegpt.errors import ModeGPTError, UnsupportedModel
-from optimum_modegpt.evaluation.perplexity import context_of
 from optimum_modegpt.kv_cache import cache_argument
 from optimum_modegpt.walk.self_check import in_steps, relative_difference, tolerance_of
 
@@ -32,9 +31,6 @@ SINCE = "5.23"
 """The first release of transformers that saves exported models."""
 EXAMPLE = (2, 4)
 """The sequences, and the tokens of each, with which a model is traced. Programs take others."""
-EXECUTORCH_CONTEXT, EXECUTORCH_GROWTH = 2048, 4
-"""The most tokens of a program for ExecuTorch, which plans its memory ahead, and the quotient of that number and the
-tokens with which the model is traced."""
 CHECKED = 12
 """Tokens that a saved program must answer as the model does."""
 
@@ -55,29 +51,6 @@ def export_openvino(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Non
     _export(model, tokenizer, folder, OpenVINOExporter(), OpenVINOConfig(dynamic=True, stateful=False))
 
 
-def export_executorch(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Save a model in `folder` as model.pte for CPUs, with the weights in it. It takes one sequence."""
-    _check_release()
-    from transformers.exporters import ExecutorchConfig, ExecutorchExporter
-
-    context = min(context_of(model.config) or EXECUTORCH_CONTEXT, EXECUTORCH_CONTEXT)
-    with _unchanged(model):
-        exporter, config = ExecutorchExporter(), ExecutorchConfig(dynamic=True)
-        _export(model, tokenizer, folder, exporter, config, example=(1, context // EXECUTORCH_GROWTH))
-
-
-@contextmanager
-def _unchanged(model: PreTrainedModel) -> Iterator[None]:
-    """Restore the settings of a model that the exporter of ExecuTorch changes."""
-    trained, experts = [each for each in model.parameters() if each.requires_grad], model.config._experts_implementation
-    try:
-        yield
-    finally:
-        model.config._experts_implementation = experts
-        for each in trained:
-            each.requires_grad_(True)
-
-
 def _check_release() -> None:
     """Check that transformers can save exported models.
 
@@ -88,21 +61,14 @@ def _check_release() -> None:
     require_version(f"transformers>={SINCE}", f"{hint} 'transformers>={SINCE}'")
 
 
-def _export(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    folder: Path,
-    exporter: HfExporter,
-    config: Any,
-    example: tuple[int, int] = EXAMPLE,
-) -> None:
+def _export(model: PreTrainedModel, tokenizer: Any, folder: Path, exporter: HfExporter, config: Any) -> None:
     """Export a model, save it in `folder`, and check that the saved program computes the same.
 
     Raises:
         UnsupportedModel: the exporter refuses the model, or the program differs from it.
     """
     with _refusing(model, f"the {config.export_format} exporter of transformers failed"):
-        step, inputs = _captured_step(model, example)
+        step, inputs = _captured_step(model)
         empty = _without_tokens(inputs[cache_argument(model)], model)
         exporter.export(step, inputs, config).save_pretrained(folder)
     if tokenizer is not None:
@@ -132,14 +98,14 @@ def _refusing(model: PreTrainedModel, reason: str) -> Iterator[None]:
         ) from error
 
 
-def _captured_step(model: PreTrainedModel, example: tuple[int, int]) -> tuple[Any, dict[str, Any]]:
-    """Return the model and its arguments in a step of two tokens after a prompt of these sequences and tokens.
+def _captured_step(model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
+    """Return the model and its arguments in a step of two tokens after a prompt of `EXAMPLE`.
 
     A size of 1 becomes fixed; all others may differ later.
     """
     from transformers.exporters.utils import decompose_for_generation
 
-    ids = torch.arange(math.prod(example)).view(example) % model.config.get_text_config().vocab_size
+    ids = torch.arange(math.prod(EXAMPLE)).view(EXAMPLE) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # otherwise the program would have no mask
     settings = GenerationConfig(do_sample=False, pad_token_id=0)

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 OWN_SUFFIXES = (".json", ".safetensors", ".py", ".model", ".tiktoken", ".txt", ".jinja")
 OWN_NAMES = ("README.md", "ranks.png", ".gitattributes")
-EXPORTED = ("*.onnx", "*.onnx.data", "openvino_*.xml", "openvino_*.bin", "*.pte")
+EXPORTED = ("*.onnx", "*.onnx.data", "openvino_*.xml", "openvino_*.bin")
 """Name patterns of exported programs and their weights."""
 RECORD = "modegpt"
 """The key of config.json that a result of this package has, also if it is of a class of transformers."""
