@@ -212,7 +212,7 @@ def test_the_commands_print_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["estimate", str(folder), "--sparsity", "0.2", "--device", "cpu", *length]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("Served by: transformers, vLLM, SGLang, llama.cpp, ONNX Runtime")
-    assert "; not by: TensorRT-LLM; details: " in last
+    assert "; not by: TensorRT-LLM; not known: ExecuTorch; details: " in last
     words = last.partition("details: ")[2].split()[3:]
     assert words == ["servable", str(folder), "--sparsity", "0.2"]
     assert cli.main(words) == 0
