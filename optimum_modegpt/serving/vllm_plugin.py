@@ -11,8 +11,10 @@ MODEL_CLASS = "optimum_modegpt.serving.vllm_model:ModeGPTForCausalLM"
 
 ARCHITECTURES = (
     "ModeGPTGemma3ForCausalLM",
+    "ModeGPTGraniteForCausalLM",
     "ModeGPTLlamaForCausalLM",
     "ModeGPTMistralForCausalLM",
+    "ModeGPTPhi3ForCausalLM",
     "ModeGPTQwen2ForCausalLM",
     "ModeGPTQwen3ForCausalLM",
 )
