@@ -26,7 +26,7 @@ class ModeGPTForCausalLM(TransformersForCausalLM):
         if size > 1:
             raise UnsupportedModel(
                 f"Compressed models do not support tensor parallelism; tensor_parallel_size is {size}, expected 1. "
-                "Use pipeline_parallel_size or data_parallel_size, or a model compressed with layout='stock'."
+                "Use data_parallel_size, or a model compressed with layout='stock'."
             )
         widen_heads(vllm_config.model_config.model_arch_config, kernel_head_dims())
         super().__init__(vllm_config=vllm_config, prefix=prefix)
