@@ -5,8 +5,7 @@ With D fixed the output Dᵀ(φ(G y)∘(U y)) is linear in U and, linearised, in
     Σ w_t ‖target_t − Dᵀ(φ(G y_t)∘(U y_t))‖² + μ_U ‖ΔU‖² + μ_G ‖ΔG‖²
 
 by conjugate gradients, preconditioned per matrix by ((DDᵀ)∘Σ w zzᵀ + λI) ⊗ (Σ w yyᵀ / Σ w + λI), where z is the
-derivative of a hidden channel by its row: z = φ(Gy) for U, φ′(Gy)∘(Uy) for G, φ′(Wy) for a plain MLP. The products with
-the curvature cost most. They may be summed over a part of the tokens, while the gradient is summed over all of them.
+derivative of a hidden channel by its row: z = φ(Gy) for U, φ′(Gy)∘(Uy) for G, φ′(Wy) for a plain MLP.
 """
 
 from __future__ import annotations
@@ -14,23 +13,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import Total, complete
-from optimum_modegpt.decompositions.psd import damp, gram_matrix, inverse, mean_diagonal, to_float64
+from optimum_modegpt.decompositions.psd import damp, gram_matrix, inverse, mean_diagonal
 
 Activation = Callable[[Tensor], Tensor]
 
-Item = TypeVar("Item")
-
-FEWEST_WINDOWS = 4
-"""Fewest windows of which some are held out."""
-
-STRONGER, ATTEMPTS = 4.0, 4
-"""Factor between the dampings that are tried, and their largest number."""
+SMALLEST_STEP = 1 / 4
+"""Smallest fraction of the step that is tried. Smaller ones gain nothing measurable."""
 
 
 @dataclass(frozen=True)
@@ -46,153 +40,97 @@ class TokenSample:
         return TokenSample(self.inputs.to(place), self.target.to(place), self.weight.to(place))
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step on the input rows.
-
-    Attributes:
-        rows: the rows after it.
-        ridge: the damping that was used.
-        gain: the share by which the error on held-out windows falls.
-    """
-
-    rows: tuple[Tensor, ...]
-    ridge: float
-    gain: float
-
-
 def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activation) -> Tensor:
     """Compute φ(G y)∘(U y) for rows (G, U), or φ(W y) for rows (W,). Rows (k, d) and `inputs` (n, d) to (n, k)."""
     hidden = activation(inputs @ rows[0].T)
     return hidden * (inputs @ rows[1].T) if len(rows) == 2 else hidden
 
 
-def hold_out(samples: Sequence[Item], windows: int, before: int = 0) -> tuple[list[Item], list[Item]]:
-    """Divide the samples into those to fit and those to hold out: an eighth, at least 2, at equal distances.
-
-    Of fewer than `FEWEST_WINDOWS`, none is held out.
-
-    Args:
-        samples: one per window.
-        windows: number of windows of all ranks.
-        before: number of windows of other ranks that come before `samples`.
-    """
-    if windows < FEWEST_WINDOWS:
-        return list(samples), []
-    fitted: list[Item] = []
-    held_out: list[Item] = []
-    count = max(2, windows // 8)
-    for number, sample in enumerate(samples, before):
-        is_held_out = (number + 1) * count // windows > number * count // windows
-        (held_out if is_held_out else fitted).append(sample)
-    return fitted, held_out
-
-
 def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its computation
     rows: tuple[Tensor, ...],
     down: Tensor,
-    fitted: Iterable[TokenSample],
-    held_out: Sequence[TokenSample],
+    samples: Sequence[TokenSample],
     activation: Activation,
     *,
     ridge: float,
     iterations: int,
-    curvature: float = 1.0,
     keep_derivatives: bool = True,
+    before: int = 0,
     total: Total = complete,
-) -> Step | None:
-    """Take one Gauss–Newton step, as long as the true error on held-out windows falls.
+) -> tuple[Tensor, ...]:
+    """Return the rows after the Gauss–Newton step, or `rows` itself if no step lowers the error on held-out windows.
 
-    The conjugate gradients stop when this error no longer falls. If that is before the last iteration, they start again
-    with `STRONGER` times the damping, as long as the error falls further.
+    An eighth of the windows, at least 2, is held out. The conjugate gradients stop when the true error on them no
+    longer falls. A step that does not lower this error is halved, at most down to `SMALLEST_STEP`. With fewer than 4
+    windows, none is held out, and the error is measured on all of them.
 
     Args:
         rows: (G, U) or (W,), each (k, d), in the order of `hidden_channels`.
-        down: D (k, m). It must not be fitted to the held-out windows, because every other MLP would seem worse on them.
-        fitted, held_out: one sample per window. They are moved to the rows' device one at a time.
+        down: D (k, m).
+        samples: one per window. They are moved to the rows' device one at a time.
         activation: φ.
         ridge: damping of both factors and of the objective, as a fraction (0.1 by default in `Recipe`).
         iterations: most conjugate-gradient iterations, at least 1.
-        curvature: share of the tokens that JᵀJ is measured on. The gradient uses all of them.
-        keep_derivatives: whether to keep z of these tokens (tokens × rows numbers) between iterations. Otherwise z is
+        keep_derivatives: whether to keep z of all tokens (tokens × rows numbers) between iterations. Otherwise z is
             recomputed, which costs a third more products.
-        total: completes a sum over samples with the sums of other ranks.
-
-    Returns:
-        The step with the lowest error. None if no step lowers it.
+        before: number of windows of other ranks that come before `samples`.
+        total: completes a sum over `samples` with the sums of other ranks.
     """
-    problem = _Linearised(rows, down, fitted, activation, curvature, total, keep_derivatives)
-    unmoved = problem.true_error(rows, held_out)
-    best, lowest = None, unmoved
-    for _ in range(ATTEMPTS):
-        found, reached, falls = rows, unmoved, True
-        for step in problem.iterates(iterations, ridge):
-            moved = tuple(_moved(rows, 1.0, step))
-            error = problem.true_error(moved, held_out)
-            falls = error < reached
-            if not falls:
+    windows = int(total(len(samples)))
+    held_back, fitted = samples, samples
+    if windows >= 4:
+        own = max(0, max(2, windows // 8) - before)
+        held_back, fitted = samples[:own], samples[own:]
+    problem = _Linearised(rows, down, fitted, activation, ridge, total, keep_derivatives)
+
+    def error(step: Sequence[Tensor], scale: float = 1.0) -> float:
+        return problem.true_error(_moved(rows, scale, step), held_back)
+
+    unmoved = problem.true_error(rows, held_back)
+    steps = problem.iterates(iterations)
+    best = next(steps)
+    reached = error(best)
+    if reached < unmoved:
+        for step in steps:
+            present = error(step)
+            if present >= reached:
                 break
-            found, reached = moved, error
-        if reached < lowest:
-            best, lowest = Step(found, ridge, 1 - reached / unmoved), reached
-        elif best is not None:  # the weaker damping was better
-            break
-        if falls:
-            break
-        ridge *= STRONGER
-    return best
-
-
-def important(scores: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Choose about `share` of the tokens, those with a high score (n,) more often than others.
-
-    The tokens are chosen at equal distances of the cumulated probability, which is at least half of `share`.
-
-    Returns:
-        The indices of the chosen tokens, and the probabilities of these.
-    """
-    chances = share * (1 + scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)) / 2
-    chances = chances.clamp_max(1)
-    passed = (to_float64(chances).cumsum(0) + 0.5).floor()
-    chosen = passed.diff(prepend=passed.new_zeros(1)).nonzero()[:, 0].to(scores.device)
-    return chosen, chances[chosen]
+            best, reached = step, present
+    scale = 1.0
+    while reached >= unmoved and scale > SMALLEST_STEP:
+        scale /= 2
+        reached = error(best, scale)
+    if not reached < unmoved:
+        return rows
+    return tuple(_moved(rows, scale, best))
 
 
 class _Linearised:
-    """The damped least-squares problem, linearised at `rows`. Its sums loop over the windows.
-
-    The gradient Jᵀ r is a sum over all tokens. JᵀJ is a sum over some tokens, each divided by the probability that it
-    was chosen. Tokens with large derivatives are chosen more often, because few of them can make up most of JᵀJ.
-    """
+    """The damped least-squares problem, linearised at `rows`. Products with its matrix loop over the windows."""
 
     def __init__(
         self,
         rows: tuple[Tensor, ...],
         down: Tensor,
-        samples: Iterable[TokenSample],
+        samples: Sequence[TokenSample],
         activation: Activation,
-        curvature: float = 1.0,
+        ridge: float,
         total: Total = complete,
         keep_derivatives: bool = False,
     ) -> None:
-        self.rows, self.down, self.activation, self.total = rows, down, activation, total
-        self.curvature, self.keep_derivatives = curvature, keep_derivatives
-        self.measured: list[tuple[Tensor, Tensor]] = []
+        self.rows, self.down, self.samples, self.activation, self.total = rows, down, samples, activation, total
+        self.keep_derivatives = keep_derivatives
         self.derivatives: list[list[Tensor]] = []
-        self._sum(samples)
+        input_moment, output_moments = self._factor_moments()
+        scale = mean_diagonal(input_moment)
+        self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in output_moments]
+        self.input_inverse = inverse(damp(input_moment, ridge))
+        self.output_inverses = [inverse(damp(moment, ridge)) for moment in output_moments]
 
-    def damp(self, ridge: float) -> None:
-        """Damp the objective and both factors of the preconditioner."""
-        scale = mean_diagonal(self.input_moment)
-        self.damping = [float(ridge * mean_diagonal(moment) * scale) for moment in self.output_moments]
-        self.input_inverse = inverse(damp(self.input_moment, ridge))
-        self.output_inverses = [inverse(damp(moment, ridge)) for moment in self.output_moments]
-
-    def iterates(self, iterations: int, ridge: float) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the conjugate-gradient iterates with this damping, one tensor per matrix."""
-        self.damp(ridge)
+    def iterates(self, iterations: int) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the conjugate-gradient iterates, with one tensor per matrix."""
         step = [torch.zeros_like(row) for row in self.rows]
-        residual: Sequence[Tensor] = self.gradient
+        residual = self._gradient()
         preconditioned = self._precondition(residual)
         direction, product = preconditioned, _dot(residual, preconditioned)
         for _ in range(iterations):
@@ -209,68 +147,69 @@ class _Linearised:
         """Compute Σ w ‖target − Dᵀ hidden‖² with the nonlinear hidden channels."""
         error = 0.0
         for sample in self._on_device(samples):
-            residual = sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
+            residual = self._missing(rows, sample)
             error += float((sample.weight @ residual.square()).sum())
         return float(self.total(error))
 
+    def _gradient(self) -> list[Tensor]:
+        """Compute Jᵀ r at the current rows."""
+        return self._transposed(lambda sample, _: self._missing(self.rows, sample))
+
     def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Compute (JᵀJ + μ) direction."""
+
+        def moved(sample: TokenSample, derivatives: list[Tensor]) -> Tensor:
+            hidden = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
+            return functools.reduce(torch.add, hidden) @ self.down
+
+        sums = self._transposed(moved)
+        return [each + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
+
+    def _transposed(self, outputs: Callable[[TokenSample, list[Tensor]], Tensor]) -> list[Tensor]:
+        """Compute Jᵀ v, with the rows of v (n, m) from `outputs` for every window."""
         sums = [torch.zeros_like(row) for row in self.rows]
-        for index, (inputs, weight) in enumerate(self.measured):
-            derivatives = self.derivatives[index] if self.keep_derivatives else self._derivatives(inputs)[0]
-            hidden = [z * (inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
-            outputs = functools.reduce(torch.add, hidden) @ self.down
-            self._add_transposed(sums, inputs, derivatives, weight[:, None] * outputs)
-        return [self.total(each) + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
+        for sample, derivatives in self._linearised():
+            back = (sample.weight[:, None] * outputs(sample, derivatives)) @ self.down.T
+            for gradient, z in zip(sums, derivatives, strict=True):
+                gradient += (z * back).T @ sample.inputs
+        return [self.total(each) for each in sums]
 
-    def _add_transposed(
-        self, sums: list[Tensor], inputs: Tensor, derivatives: Sequence[Tensor], outputs: Tensor
-    ) -> None:
-        """Add Jᵀ v of some tokens, with the rows of v (n, m) from `outputs`, to `sums`."""
-        back = outputs @ self.down.T
-        for each, z in zip(sums, derivatives, strict=True):
-            each.addmm_((z * back).T, inputs)
+    def _missing(self, rows: Sequence[Tensor], sample: TokenSample) -> Tensor:
+        return sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
 
-    def _sum(self, samples: Iterable[TokenSample]) -> None:
-        """Sum the gradient at the current rows, and the moments Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix.
-
-        The moments are used only for preconditioning, so float32 sums suffice.
-        """
-        width, d_model = self.rows[0].shape
-        gradient = [torch.zeros_like(row) for row in self.rows]
-        moment, weights = self.down.new_zeros(d_model, d_model), self.down.new_zeros(())
-        channels = [self.down.new_zeros(width, width) for _ in self.rows]
-        norms = self.down.square().sum(1)
-        for sample in self._on_device(samples):
-            inputs, weight = sample.inputs, sample.weight
-            derivatives, hidden = self._derivatives(inputs)
-            self._add_transposed(gradient, inputs, derivatives, weight[:, None] * (sample.target - hidden @ self.down))
-            if self.curvature < 1:
-                scores = torch.stack([z.square() @ norms for z in derivatives]).sum(0)
-                chosen, chances = important(weight * inputs.square().sum(1) * scores, self.curvature)
-                inputs, weight = inputs[chosen], weight[chosen] / chances
-                derivatives = [z[chosen] for z in derivatives]
-            root = weight.sqrt()[:, None]
-            moment += gram_matrix(root * inputs)
-            weights += weight.sum()
-            for channel, z in zip(channels, derivatives, strict=True):
-                channel += gram_matrix(root * z)
-            self.measured.append((inputs, weight))
+    def _linearised(self) -> Iterator[tuple[TokenSample, list[Tensor]]]:
+        """Yield the samples with z per matrix, which is kept from the first pass or recomputed in each pass."""
+        for index, sample in enumerate(self._on_device(self.samples)):
+            if index < len(self.derivatives):
+                yield sample, self.derivatives[index]
+                continue
+            derivatives = self._derivatives(sample.inputs)
             if self.keep_derivatives:
                 self.derivatives.append(derivatives)
-        metric = self.down @ self.down.T
-        self.gradient = [self.total(each) for each in gradient]
-        self.input_moment = self.total(moment) / self.total(weights)
-        self.output_moments = [self.total(each).mul_(metric) for each in channels]
+            yield sample, derivatives
 
-    def _derivatives(self, inputs: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Compute z per matrix, in the order of the rows, and the hidden channels."""
+    def _derivatives(self, inputs: Tensor) -> list[Tensor]:
+        """Compute z per matrix, in the order of the rows."""
         before = inputs @ self.rows[0].T
         value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))  # pyright: ignore[reportAssignmentType]
-        if len(self.rows) == 1:
-            return [slope], value
-        linear = inputs @ self.rows[1].T
-        return [slope * linear, value], value * linear
+        return [slope * (inputs @ self.rows[1].T), value] if len(self.rows) == 2 else [slope]
+
+    def _factor_moments(self) -> tuple[Tensor, list[Tensor]]:
+        """Compute Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix.
+
+        They are used only for preconditioning, so float32 sums suffice.
+        """
+        width, d_model = self.rows[0].shape
+        inputs, weight = self.down.new_zeros(d_model, d_model), self.down.new_zeros(())
+        channels = [self.down.new_zeros(width, width) for _ in self.rows]
+        for sample, derivatives in self._linearised():
+            root = sample.weight.sqrt()[:, None]
+            inputs += gram_matrix(root * sample.inputs)
+            weight += sample.weight.sum()
+            for channel, z in zip(channels, derivatives, strict=True):
+                channel += gram_matrix(root * z)
+        metric = self.down @ self.down.T
+        return self.total(inputs) / self.total(weight), [self.total(channel).mul_(metric) for channel in channels]
 
     def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         return [

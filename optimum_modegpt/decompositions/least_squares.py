@@ -49,26 +49,6 @@ class LinearMoments:
         """Return the number of inputs without the constant."""
         return len(self.gram) - self.ones
 
-    def __add__(self, other: LinearMoments) -> LinearMoments:
-        """Return the sums over the tokens of both."""
-        return LinearMoments(
-            self.gram + other.gram,
-            self.cross + other.cross,
-            self.energy + other.energy,
-            self.tokens + other.tokens,
-            self.ones,
-        )
-
-    def __sub__(self, other: LinearMoments) -> LinearMoments:
-        """Return the sums without the tokens of `other`, which must be among these."""
-        return LinearMoments(
-            self.gram - other.gram,
-            self.cross - other.cross,
-            self.energy - other.energy,
-            self.tokens - other.tokens,
-            self.ones,
-        )
-
     def ridge(self, relative: float) -> Tensor:
         """Compute λ = `relative` · mean diagonal of the gram, without the constant."""
         return relative * mean_diagonal(self.gram[: self.width, : self.width])

@@ -22,7 +22,7 @@ from optimum_modegpt.walk.record import versions
 from optimum_modegpt.walk.request import Request
 from optimum_modegpt.walk.state import Measurements, State
 
-ALGORITHM = 3
+ALGORITHM = 2
 """Number of the algorithm. It changes when the same settings give another result."""
 
 

@@ -67,7 +67,7 @@ def every_step_helps(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def error(linearised: _Linearised, *arguments: Any) -> float:
         measured(linearised, *arguments)
-        return 2.0 ** -next(calls)
+        return -float(next(calls))
 
     monkeypatch.setattr(_Linearised, "true_error", error)
 

@@ -108,15 +108,6 @@ def test_kept_moments_are_the_moments_of_kept_inputs_and_the_constant(ones):
     assert moments.with_constant(index).tolist() == ([1, 4, WIDTH] if ones else [1, 4])
 
 
-@ONES
-def test_moments_of_two_sets_of_tokens_add_up_and_can_be_taken_apart(ones):
-    inputs, target, weight, _, both = tokens(ones=ones)
-    first = linear_moments(inputs[:20], target[:20], weight[:20], ones=ones)
-    second = linear_moments(inputs[20:], target[20:], weight[20:], ones=ones)
-    _same(first + second, both)
-    _same(both - second, first)
-
-
 def _same(actual, expected):
     assert difference(actual.gram, expected.gram) < 1e-12
     assert difference(actual.cross, expected.cross) < 1e-12
