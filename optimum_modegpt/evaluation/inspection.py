@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from optimum_modegpt.architectures.families import family_of
 from optimum_modegpt.errors import EvaluationError
 from optimum_modegpt.layouts.records import is_result, is_stock_result, stock_widths
 from optimum_modegpt.modeling.modegpt_family import Family, Part
@@ -112,6 +111,8 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
 
 def _stock_ranks(config: Any) -> tuple[BlockRanks, ...]:
     """Return kept and dense widths of every block of a stock model, the dense ones from its record."""
+    from optimum_modegpt.architectures.families import family_of  # slow: imports the code of models
+
     if (classes := family_of(config.model_type)) is None:
         raise EvaluationError(f"the configuration was edited: model_type {config.model_type!r} is no known family.")
     blocks = []

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_config import Dense, count_heads, head_dim
-from .modegpt_contract import check_attention
+from .modegpt_contract import ENGINES, check_attention
 from .modegpt_experts import experts_of, narrow_experts, packed_shape, projections_of
 from .modegpt_family import PARTS, Family, Part, Widths
 
@@ -73,8 +73,10 @@ def adopt_attention(attention: Any, attention_class: type[ModeGPTAttentionMixin]
     head_dim, key = attention.dense_head_dim, attention.projection("key")
     attention.set_widths(head_dim, head_dim)
     if attention.rotates:
-        # Serving engines create parameters on "meta", and buffers on the default device.
-        device = torch.get_default_device() if key.weight.is_meta else key.weight.device
+        device = key.weight.device
+        if attention.config._attn_implementation in ENGINES:
+            # They create parameters on "meta", and buffers on the default device.
+            device = torch.get_default_device()
         pairs = torch.arange(head_dim // 2, dtype=torch.int32, device=device)
         install_rope_index(attention, pairs.expand(key.out_features // head_dim, -1))
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import RECIPE, save_dense, save_text
 
+from optimum_modegpt import check_servable
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.cli.commands import compress as compress_command
 from optimum_modegpt.cli.commands import recover as recover_command
@@ -68,9 +69,10 @@ def test_the_next_step_runs_as_printed(checkpoint: Path, tmp_path: Path, capsys:
     words = shlex.split(step.replace("<your-text.txt>", str(text)))[3:]
     assert cli.main(words) == 0
     assert "perplexity" in capsys.readouterr().out
-    assert lines[-1].startswith("to run it with transformers: import optimum_modegpt, transformers; ")
+    assert lines[-1] == f"to run it with vLLM: vllm serve {shlex.quote(str(output))}"
+    command = next(each.command for each in check_servable(output) if each.engine == "transformers")
     names: dict[str, Any] = {}
-    exec(lines[-1].partition(": ")[2], names)
+    exec(str(command), names)
     assert names["model"].config.model_type == "modegpt_llama"
 
 

@@ -120,7 +120,14 @@ def test_flags_win_over_the_file_over_the_defaults(tmp_path: Path) -> None:
     assert configuration(options) == ModeGPTConfig(sparsity=0.2, seed=7, round_to=1)
 
 
-VALUES = {"method": "paper", "allocation": "uniform", "round_to": "16", "dataset": "c4", "target_quantization": "int8"}
+VALUES = {
+    "method": "paper",
+    "allocation": "uniform",
+    "layout": "mlp",
+    "round_to": "16",
+    "dataset": "c4",
+    "target_quantization": "int8",
+}
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ModeGPTConfig)])

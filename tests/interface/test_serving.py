@@ -263,6 +263,7 @@ def test_rotary_pairs_are_real_where_an_engine_creates_only_parameters_on_meta()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.Module, "register_parameter", on_meta)
+        patch.setattr("optimum_modegpt.modeling.modegpt_blocks.ENGINES", ("sdpa",))  # as if it were an engine's
         model = AutoModel.from_config(config)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert not any(buffer.is_meta for buffer in model.buffers())
