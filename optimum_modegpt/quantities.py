@@ -55,9 +55,10 @@ def _read(name: str, value: Any, units: Mapping[str, int], expected: str) -> int
         found = value
     if found < 1:
         raise InvalidConfig(f"{name} must be {expected}, found {value!r}.")
-    return int(found)
+    return int(found)  # pyright: ignore[reportArgumentType]
 
 
 def _written(number: float, units: Mapping[str, int], space: str) -> str:
-    unit, factor = next(((u, f) for u, f in reversed(units.items()) if number >= f), next(iter(units.items())))
+    ordered = list(units.items())
+    unit, factor = next(((u, f) for u, f in reversed(ordered) if number >= f), ordered[0])
     return f"{number / factor:.4g}{space}{unit}"

@@ -51,4 +51,4 @@ def with_kept_experts(architecture: Architecture, config: ModeGPTConfig) -> Arch
     setattr(model_config, described.count, kept)
     with torch.device("meta"):
         fewer = type(model)(model_config)
-    return read_blocks(fewer.to(model.dtype), architecture.classes)
+    return read_blocks(fewer.to(model.dtype), architecture.classes)  # pyright: ignore[reportArgumentType]

@@ -119,7 +119,7 @@ def _stock_ranks(config: Any) -> tuple[BlockRanks, ...]:
     for index, (kept, dense) in enumerate(stock_widths(config, classes.family)):
         if not all(isinstance(dense[part], int) and dense[part] >= kept[part] for part in kept):
             raise EvaluationError(f"the configuration was edited: block {index} has the widths {kept} of {dense}.")
-        blocks.append(BlockRanks(index, kept, dense))
+        blocks.append(BlockRanks(index, {**kept}, {**dense}))
     return tuple(blocks)
 
 

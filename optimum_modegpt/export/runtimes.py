@@ -25,7 +25,7 @@ from optimum_modegpt.kv_cache import cache_argument
 from optimum_modegpt.walk.self_check import in_steps, relative_difference, tolerance_of
 
 if TYPE_CHECKING:
-    from transformers.exporters import HfExporter
+    from transformers.exporters import HfExporter  # pyright: ignore[reportPrivateImportUsage]
 
 SINCE = "5.23"
 """The first release of transformers that saves exported models."""
@@ -38,7 +38,7 @@ CHECKED = 12
 def export_onnx(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Save a model in `folder` as model.onnx, with its weights in model.onnx.data."""
     _check_release()
-    from transformers.exporters import OnnxConfig, OnnxExporter
+    from transformers.exporters import OnnxConfig, OnnxExporter  # pyright: ignore[reportPrivateImportUsage]
 
     _export(model, tokenizer, folder, OnnxExporter(), OnnxConfig(dynamic=True))
 
@@ -46,7 +46,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 def export_openvino(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Save a model in `folder` as openvino_model.xml, with its weights in openvino_model.bin."""
     _check_release()
-    from transformers.exporters import OpenVINOConfig, OpenVINOExporter
+    from transformers.exporters import OpenVINOConfig, OpenVINOExporter  # pyright: ignore[reportPrivateImportUsage]
 
     _export(model, tokenizer, folder, OpenVINOExporter(), OpenVINOConfig(dynamic=True, stateful=False))
 
@@ -126,7 +126,10 @@ def _without_tokens(cache: Any, model: PreTrainedModel) -> Any:
                 f"block {index} of {type(model).__name__} has a {type(layer).__name__} as its cache; expected keys and "
                 "values of all tokens. Export the model to dense."
             )
-        layer.keys, layer.values = layer.keys[:1, :, :0].cpu(), layer.values[:1, :, :0].cpu()
+        keys, values = layer.keys, layer.values
+        assert keys is not None
+        assert values is not None
+        layer.keys, layer.values = keys[:1, :, :0].cpu(), values[:1, :, :0].cpu()
     return empty
 
 
@@ -143,7 +146,7 @@ def _expected(model: PreTrainedModel) -> Tensor:
 
 def _answers(folder: Path, model: PreTrainedModel, empty: Any) -> Tensor:
     """Return the logits of a saved program for a prompt and further tokens, one by one."""
-    from transformers.exporters import ExportedModel
+    from transformers.exporters import ExportedModel  # pyright: ignore[reportPrivateImportUsage]
 
     program, name, seen = ExportedModel.from_pretrained(folder, device="cpu"), cache_argument(model), 0
     (component,) = program.components.values()

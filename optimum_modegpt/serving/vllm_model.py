@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from vllm.config import VllmConfig
-from vllm.model_executor.models.transformers import TransformersForCausalLM
-from vllm.platforms import current_platform
+from vllm.config import VllmConfig  # pyright: ignore[reportMissingImports]
+from vllm.model_executor.models.transformers import TransformersForCausalLM  # pyright: ignore[reportMissingImports]
+from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
 from optimum_modegpt.errors import UnsupportedModel
 
@@ -59,7 +59,7 @@ def kernel_head_dims() -> list[int]:
     """Return the head dims of vLLM's attention kernels on this platform; an empty list if none is excluded."""
     if not current_platform.is_cpu():
         return []
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend  # pyright: ignore[reportMissingImports]
 
     return CPUAttentionBackend.get_supported_head_sizes()
 

@@ -23,7 +23,7 @@ ARCHITECTURES = (
 
 def register() -> None:
     """Register the architectures with vLLM; calling it again changes nothing."""
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry  # pyright: ignore[reportMissingImports]
 
     for architecture in ARCHITECTURES:
         ModelRegistry.register_model(architecture, MODEL_CLASS)

@@ -51,7 +51,9 @@ class Measurements:
         second_orders = {key: part.second_order for key, part in self.parts.items()}
         ratios = {key: part.ratios for key, part in self.parts.items() if part.ratios}
         divergences = divergences_of(second_orders, ratios)
-        curves = {key: curve_from_losses(part.losses, divergences[key]) for key, part in self.parts.items()}
+        curves: dict[tuple[int, str], Curve] = {
+            key: curve_from_losses(part.losses, divergences[key]) for key, part in self.parts.items()
+        }
         for index, lost in self.pair_losses.items():
             if (part := self.parts.get((index, "qk"))) is not None:
                 curves[index, "qk"] = with_losses(curves[index, "qk"], part.losses, lost)
