@@ -20,6 +20,7 @@ from optimum_modegpt.architectures.families import family_of
 from optimum_modegpt.architectures.resolve import read_blocks
 from optimum_modegpt.architectures.storage import stored_tensors
 from optimum_modegpt.errors import UnsupportedModel
+from optimum_modegpt.layouts.stock import share_gains
 from optimum_modegpt.modeling.adoption import built
 from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 from optimum_modegpt.modeling.modegpt_experts import channel_axis, packed_names
@@ -64,7 +65,7 @@ def padded_model(model: PreTrainedModel) -> PreTrainedModel:
     replacements: dict[str, nn.Module] = {}
     for path, block, module in zip(architecture.block_paths, architecture.blocks, narrow, strict=True):
         tensors = padded_tensors(module, block)
-        _share_gains(tensors, block, stock_class.__name__)
+        share_gains(tensors, block)
         stored = stored_tensors(block.module, block.family, block.config, tensors, block.parts)
         block.module.load_state_dict(stored, strict=True, assign=True)
         replacements[path] = block.module
@@ -195,26 +196,6 @@ def _widen_norm(tensors: dict[str, Tensor], role: str, places: Tensor, dense: Bl
     own = ((weight.view(-1, width) + offset) / ratio).expand(places.shape)
     gains = own.new_zeros(len(places), dense.head_dim).scatter(1, places.to(own.device), own) - offset
     tensors[key] = gains.flatten() if dense.norms_joint else gains
-
-
-def _share_gains(tensors: dict[str, Tensor], dense: Block, stock_class: str) -> None:
-    """Replace the gains of every head by those of one head if they are equal.
-
-    Raises:
-        UnsupportedModel: the gains of the heads differ.
-    """
-    if not dense.normalised or dense.norms_joint:
-        return
-    for role in ("query", "key"):
-        key = f"{getattr(dense.head_norms, role)}.weight"
-        gains = tensors[key]
-        if not bool((gains == gains[0]).all()):
-            raise UnsupportedModel(
-                f"block {dense.index}: each {role} head has its own gains in {key}, because the heads kept different "
-                f"pairs; {stock_class} has the same gains for all heads. Export the model as onnx or openvino, or "
-                "compress with parts of the attention that keep their full width."
-            )
-        tensors[key] = gains[0]
 
 
 def _padded_experts(narrow: nn.Module, dense: Block) -> dict[str, Tensor]:

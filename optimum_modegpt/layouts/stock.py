@@ -80,7 +80,7 @@ def _stock_block(block: Block, compressed: nn.Module, empty: nn.Module) -> nn.Mo
         attention: Any = compressed.get_submodule(path)
         if attention.qk_head_dim < block.head_dim:
             stock: Any = empty.get_submodule(path)
-            _share_gains(tensors, block)
+            share_gains(tensors, block)
             _scale_queries(tensors, block, attention.scaling / stock.scaling)
     for name, parameter in empty.named_parameters():
         if name.endswith("bias") and name not in tensors and type(empty) is not type(block.module):
@@ -92,16 +92,26 @@ def _stock_block(block: Block, compressed: nn.Module, empty: nn.Module) -> nn.Mo
     return empty
 
 
-def _share_gains(tensors: dict[str, Tensor], block: Block) -> None:
-    """Give the norms over single heads one gain for all heads, as a stock class has. The heads have equal ones."""
-    norms = block.head_norms
-    if norms is None or norms.over == "projection":
+def share_gains(tensors: dict[str, Tensor], block: Block) -> None:
+    """Give the norms over single heads one gain for all heads, as a stock class has, among the tensors of a block.
+
+    Raises:
+        UnsupportedModel: the heads have different gains.
+    """
+    if not block.normalised or block.norms_joint:
         return
-    for path in (norms.query, norms.key):
-        gains = tensors[f"{path}.weight"]
+    norms = block.head_norms
+    assert norms is not None
+    for role in ("query", "key"):
+        name = f"{getattr(norms, role)}.weight"
+        gains = tensors[name]
         if not torch.equal(gains, gains[:1].expand_as(gains)):
-            raise UnsupportedModel(f"block {block.index}: the heads have different gains of {path}.")
-        tensors[f"{path}.weight"] = gains[0].clone()
+            raise UnsupportedModel(
+                f"block {block.index}: each {role} head has its own gains in {name}, because the heads kept different "
+                "pairs; a stock class has the same gains for all heads. Export the model as onnx or openvino, or "
+                "compress with layout='stock'."
+            )
+        tensors[name] = gains[0].clone()
 
 
 def _scale_queries(tensors: dict[str, Tensor], block: Block, ratio: float) -> None:
