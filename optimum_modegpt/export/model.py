@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from optimum_modegpt.errors import InvalidConfig, OutputError
+from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.export.formats import FORMATS, Format
+from optimum_modegpt.export.gguf import check_gguf_output
 from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.walk.guards import evaluation_mode
 
@@ -87,7 +88,4 @@ def check_path(path: Path, chosen: Format, *, overwrite: bool, used: Iterable[Pa
     if not chosen.is_file:
         check_output(path, overwrite=overwrite, used=used)
         return
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; expected a file as --output.")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists; choose another --output, or overwrite it with --overwrite.")
+    check_gguf_output(path, overwrite=overwrite)
