@@ -9,7 +9,8 @@ from typing import Any
 
 from optimum_modegpt.cli.arguments import DTYPES
 from optimum_modegpt.cli.commands import common
-from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
+from optimum_modegpt.errors import CalibrationDataError, InvalidConfig, UnsupportedModel
+from optimum_modegpt.export.gguf_architecture import check_gguf
 from optimum_modegpt.export.model import check_path, export_model, requested
 from optimum_modegpt.loading.models import load_config, load_model
 from optimum_modegpt.loading.source import Source
@@ -22,7 +23,9 @@ def run(options: Namespace) -> None:
     check_path(options.output, chosen, overwrite=options.overwrite, used=used)
     if not chosen.is_file and options.dtype not in DTYPES:
         raise InvalidConfig(f"--dtype {options.dtype} is a type of GGUF files only; expected {', '.join(DTYPES)}.")
-    load_config(source)  # refuses an invalid name before the weights are read
+    config = load_config(source)  # refuses an invalid name before the weights are read
+    if chosen.is_file and (reason := check_gguf(config).reason) is not None:
+        raise UnsupportedModel(reason)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each package that is not installed
     loaded, stored = ("auto", options.dtype) if chosen.is_file else (options.dtype, "auto")
     remarks = export_model(
