@@ -26,8 +26,8 @@ from optimum_modegpt.export.gguf_architecture import (
 )
 from optimum_modegpt.export.gguf_tensors import GGUFTensor, rope_theta, tensors_of
 from optimum_modegpt.export.gguf_tokenizer import Vocabulary, read_tokenizer
-from optimum_modegpt.hub.output import saving
 from optimum_modegpt.modeling.modegpt_config import head_dim
+from optimum_modegpt.output import saving
 from optimum_modegpt.progress import bar
 from optimum_modegpt.walk.checkpoint import parents_made
 
