@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import RECIPE, save_dense, save_text
+from checkpoints import RECIPE, empty_picture, save_dense, save_text
 from forks import run_forked
 from huggingface_hub import ModelCard
 from tiny_models import compressed, tokens
@@ -26,9 +27,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from optimum_modegpt import ModeGPTQuantizer, OutputError, UnsupportedModel, check_servable
+from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, OutputError, UnsupportedModel, check_servable
+from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli.main import main
+from optimum_modegpt.compress import compress
+from optimum_modegpt.hub import card as card_module
 from optimum_modegpt.hub.card import MARK, add_evaluation, is_ours, write_card
+from optimum_modegpt.hub.upload import save_result
 from optimum_modegpt.loading.safetensors_index import weights_digest
 from optimum_modegpt.loading.source import Source
 from optimum_modegpt.serving import servable
@@ -532,6 +537,44 @@ def test_saving_succeeds_with_an_invalid_record(odd: dict[str, Any], folder: Pat
     text = (tmp_path / "place" / "README.md").read_text(encoding="utf-8")
     assert is_ours(text)
     assert "nowhere/on" not in text
+
+
+def test_only_the_version_of_the_record_is_required(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(card_module, "plot_kept", empty_picture)
+    whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))["modegpt"]
+    keys = [(key,) for key in whole if key != "format_version"]
+    keys += [(outer, inner) for outer in ("recipe", "calibration", "achieved") for inner in whole[outer]]
+    keys += [("achieved", "parameters", key) for key in whole["achieved"]["parameters"]]
+    for *outer, last in keys:
+        record = copy.deepcopy(whole)
+        inner = record
+        for key in outer:
+            inner = inner[key]
+        del inner[last]
+        edit(folder / "config.json", lambda config, record=record: config.update(modegpt=record))
+        text = write_card(folder).read_text(encoding="utf-8")
+        assert is_ours(text)
+        assert "Undefined" not in text, (*outer, last)
+        assert caplog.text == "", (*outer, last)
+
+
+def test_the_card_of_token_ids_in_memory_is_built_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = []
+    build = card_module._card
+    monkeypatch.setattr(card_module, "_card", lambda *args: built.append(args) or build(*args))
+    for layout in ("per_layer", "stock"):
+        model = AutoModelForCausalLM.from_pretrained(place / "dense")
+        config = ModeGPTConfig(**RECIPE, layout=layout)
+        windows = TokenWindows(tokens(8, 32), {"name": "mine", "windows": 8})
+        compress(model, config, windows, progress=False)
+        save_result(model, tmp_path / layout)
+        assert "8 × 32 tokens of `mine`; seed 0 |" in card(tmp_path / layout).text
+    assert len(built) == 2
+    assert "invalid values" not in caplog.text
 
 
 def test_values_do_not_break_lines(folder: Path) -> None:
