@@ -24,7 +24,7 @@ from optimum_modegpt.loading.source import CARD_FIELDS, is_repo_id
 from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.plot import plot_kept
 from optimum_modegpt.recipe import default_allocation
-from optimum_modegpt.report import Report
+from optimum_modegpt.report import Report, target_text
 
 if TYPE_CHECKING:
     from optimum_modegpt.serving.servable import Servable
@@ -258,6 +258,7 @@ def variables(found: Result) -> dict[str, Any]:
     return {
         "auto_class": auto_class,
         "licence": licence,
+        "target": target_text(found.record["target"]) if found.record.get("target") else None,
         "allocation": recipe.get("allocation") or default_allocation(recipe.get("method"), recipe.get("layout")),
         "before": before,
         "now": now,
