@@ -60,13 +60,18 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
         kept.append(widths)
     for widths, block in zip(reversed(kept), reversed(sizes), strict=True):
         widths["mlp"], carried = _absorb(block["mlp"], widths["mlp"], carried)
-    pairs = list(zip(kept, sizes, strict=True))
-    if all(widths["mlp"] in (block["mlp"].floor, block["mlp"].dense) for widths, block in pairs):
-        for widths, block in pairs:
-            for part in widths:
-                if part != "mlp":
-                    widths[part], carried = _absorb(block[part], widths[part], carried)
+    if all(
+        widths["mlp"] in (block["mlp"].floor, block["mlp"].dense) for widths, block in zip(kept, sizes, strict=True)
+    ):
+        _cut_heads(kept, sizes, carried)
     return Plan.from_list(kept)
+
+
+def _cut_heads(kept: Sequence[dict[str, int]], sizes: Sizes, carried: float) -> None:
+    """Change the head dims of blocks, one after another, until about `carried` more weights are removed."""
+    for widths, block in zip(kept, sizes, strict=True):
+        for part in [part for part in widths if part != "mlp"]:
+            widths[part], carried = _absorb(block[part], widths[part], carried)
 
 
 def _absorb(size: PartSize, width: int, weights: float) -> tuple[int, float]:

@@ -504,5 +504,5 @@ def _check_widths(plan, sizes):
 
 def test_the_divergence_of_another_cut_follows_its_losses() -> None:
     curve, losses = [(0.25, 0.1), (0.5, 0.3), (0.75, 1.0)], [(0.25, 2.0), (0.5, 4.0), (0.75, 8.0)]
-    found = with_losses([(0.0, 0.0), *curve], [(0.0, 0.0), *losses], [4.0, 6.0, 8.0])
+    found = with_losses([(0.0, 0.0), *curve], [(0.0, 0.0), *losses], [4.0, 6.0, 8.0, 9.0], step=0.25)
     assert found == [(0.0, 0.0), (0.25, 0.2), (0.5, pytest.approx(0.45)), (0.75, 1.0)]
