@@ -84,6 +84,18 @@ def uncut_sentences(reasons: Sequence[Mapping[Part, str]]) -> tuple[str, ...]:
     return tuple(sentences)
 
 
+def target_text(target: Mapping[str, Any]) -> str:
+    """Return the requested and the reached size as text; `target` is that of a `Report` or of a record.
+
+    Raises:
+        KeyError, TypeError, ValueError: the record was edited, and has no target.
+    """
+    is_count = target["field"] == "target_parameters"
+    reached = f"{target['reached']:,} parameters" if is_count else written_bytes(target["reached"])
+    after = f" after quantization to {target['quantization']}" if target.get("quantization") else ""
+    return f"{target['field']}={target['requested']}, reached {reached}{after}"
+
+
 def count_parameters(model: Any) -> int:
     """Return the number of parameters of a torch module. Tied parameters count once, and buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -200,15 +212,15 @@ class Report:
             peak = max(peak, stage.peak_memory)
         paced = f" ({seconds / floor:.1f} times its matrix products at this device's rate)" if floor else ""
         together = f", {self.processes} processes" if self.processes > 1 else ""
-        p = self.parameters
+        p, wanted = self.parameters, "for the target" if self.target else "requested"
         rows += [
-            f"removed {self.achieved_sparsity:.2%} of the block projections (requested {self.requested_sparsity:.2%}): "
+            f"removed {self.achieved_sparsity:.2%} of the block projections ({wanted} {self.requested_sparsity:.2%}): "
             f"{p.blocks_before:,} -> {p.blocks_after:,} weights",
             f"all parameters {p.total_before:,} -> {p.total_after:,} ({1 - p.total_after / p.total_before:.2%} fewer)",
             f"{seconds:.1f} s{paced}, peak {self.memory_kind} {peak / 2**20:,.0f} MiB on {self.device}{together}",
         ]
         if self.target:
-            rows.append(_target_line(self.target))
+            rows.append(target_text(self.target))
         if self.kept_experts:
             rows.append(f"kept {len(self.kept_experts[0])} experts in each of {len(self.kept_experts)} blocks")
         rows += self.uncut
@@ -235,14 +247,6 @@ class Report:
 def plot_ranks(report: Report, path: str | Path | None = None) -> Figure:
     """Plot the kept widths of a report. The same as `report.plot(path)`."""
     return report.plot(path)
-
-
-def _target_line(target: Mapping[str, Any]) -> str:
-    """Return the requested and the reached size as text."""
-    is_count = target["field"] == "target_parameters"
-    reached = f"{target['reached']:,} parameters" if is_count else written_bytes(target["reached"])
-    after = f" after quantization to {target['quantization']}" if target["quantization"] else ""
-    return f"{target['field']}={target['requested']}: {reached}{after}"
 
 
 def _cell(part: PartReport | None) -> str:

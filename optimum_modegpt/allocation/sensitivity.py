@@ -26,19 +26,20 @@ def curve_from_losses(losses: Curve, measured: Curve) -> list[tuple[float, float
     return [(sparsity, loss * _within(ratios, sparsity)) for sparsity, loss in losses]
 
 
-def with_losses(curve: Curve, losses: Curve, others: Sequence[float]) -> list[tuple[float, float]]:
+def with_losses(curve: Curve, losses: Curve, others: Sequence[float], step: float) -> list[tuple[float, float]]:
     """Return the curve of another cut of the same part, whose divergence grows in proportion to its losses.
 
     Args:
         curve: the divergence of a part by its sparsity.
         losses: the energy of the part's output that is lost at these sparsities.
-        others: the energy that the other cut has lost after each of its equal steps; without the last steps, perhaps.
+        others: the energy that the other cut has lost after each of its equal steps, at least up to the last point of
+            `curve`.
+        step: the sparsity that each of these steps adds.
     """
-    steps = len(others) / max((sparsity for sparsity, _ in curve), default=1.0)
     lost, found = dict(losses), []
     for sparsity, divergence in curve:
-        step = round(sparsity * steps)
-        ratio = others[step - 1] / lost[sparsity] if step and lost[sparsity] > 0 else 1.0
+        steps = round(sparsity / step)
+        ratio = others[steps - 1] / lost[sparsity] if steps and lost[sparsity] > 0 else 1.0
         found.append((sparsity, divergence * ratio))
     return found
 

@@ -43,8 +43,8 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
     """Choose widths from a target sparsity per block, which is equal in all parts before rounding.
 
     Head dims are rounded to the nearest allowed width, and the MLP removes the rest of the block's target. Weights that
-    a block could not remove are carried to the next block, and after the last one back through all of them. The total
-    therefore stays near its target.
+    a block could not remove are carried to the next block, and after the last one back through all of them. If then no
+    MLP can change, the head dims remove the rest. The total therefore stays near its target.
     """
     kept: list[dict[str, int]] = []
     carried = 0.0
@@ -60,10 +60,21 @@ def plan_from_targets(targets: Sequence[float], sizes: Sizes) -> Plan:
         kept.append(widths)
     for widths, block in zip(reversed(kept), reversed(sizes), strict=True):
         widths["mlp"], carried = _absorb(block["mlp"], widths["mlp"], carried)
+    if all(
+        widths["mlp"] in (block["mlp"].floor, block["mlp"].dense) for widths, block in zip(kept, sizes, strict=True)
+    ):
+        _cut_heads(kept, sizes, carried)
     return Plan.from_list(kept)
 
 
-def _absorb(mlp: PartSize, width: int, weights: float) -> tuple[int, float]:
-    """Return the MLP width after removing about `weights` more weights, and the number of them still to remove."""
-    nearest = mlp.nearest(width - weights / mlp.weights_per_unit)
-    return nearest, weights - (width - nearest) * mlp.weights_per_unit
+def _cut_heads(kept: Sequence[dict[str, int]], sizes: Sizes, carried: float) -> None:
+    """Change the head dims of blocks, one after another, until about `carried` more weights are removed."""
+    for widths, block in zip(kept, sizes, strict=True):
+        for part in [part for part in widths if part != "mlp"]:
+            widths[part], carried = _absorb(block[part], widths[part], carried)
+
+
+def _absorb(size: PartSize, width: int, weights: float) -> tuple[int, float]:
+    """Return the width of a part after removing about `weights` more weights, and the number still to remove."""
+    nearest = size.nearest(width - weights / size.weights_per_unit)
+    return nearest, weights - (width - nearest) * size.weights_per_unit

@@ -78,7 +78,8 @@ def estimate(
     """
     architecture = read_blocks(model, check_dense(model.config))
     remaining, target = with_kept_experts(architecture, config), Target.of(config)
-    config, sizes = resolve_target(remaining, config), part_sizes(remaining, config)
+    wide = wide_parts(architecture, config.layout)
+    config, sizes = resolve_target(remaining, config, wide), part_sizes(remaining, config, wide)
     check_reachable(config, sizes)
     shapes, element = shapes_of(architecture), model.dtype.itemsize
     parameters = sum(each.numel() for each in model.parameters())
@@ -111,7 +112,7 @@ def estimate(
         disk=disk,
         forward_multiply_adds=int(forward),
         forward_passes=passes,
-        uncut=uncut_sentences(wide_parts(architecture, config.layout)),
+        uncut=uncut_sentences(wide),
         sparsity=config.sparsity,
         result=size,
         target=target,

@@ -15,6 +15,7 @@ from optimum_modegpt.budget.experts import with_kept_experts
 from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.layouts.limits import WideParts
 from optimum_modegpt.modeling.modegpt_experts import experts_of
 from optimum_modegpt.quantities import read_bytes, read_count, written_bytes, written_count
 
@@ -107,17 +108,18 @@ def plan_size(architecture: Architecture, plan: Plan, quantization: str | None =
     return total
 
 
-def resolve_target(architecture: Architecture, config: ModeGPTConfig) -> ModeGPTConfig:
+def resolve_target(architecture: Architecture, config: ModeGPTConfig, wide: WideParts | None = None) -> ModeGPTConfig:
     """Return the configuration with the sparsity that reaches its target; itself if it has none.
 
-    The blocks of `architecture` may be on the meta device. They have only the experts that are kept.
+    The blocks of `architecture` may be on the meta device. They have only the experts that are kept. `wide` is as in
+    `part_sizes`.
 
     Raises:
         InvalidConfig: no allowed widths reach the target. The message names the sizes that they reach.
     """
     if (target := Target.of(config)) is None:
         return config
-    sizes = part_sizes(architecture, config)
+    sizes = part_sizes(architecture, config, wide)
     dense = plan_size(architecture, Plan.dense(sizes), target.quantization)
     floors = Plan.from_list({part: size.floor for part, size in block.items()} for block in sizes)
     smallest = plan_size(architecture, floors, target.quantization)

@@ -16,15 +16,20 @@ from optimum_modegpt.allocation.plan import (
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.layouts.limits import wide_parts
+from optimum_modegpt.layouts.limits import WideParts, wide_parts
 from optimum_modegpt.modeling.modegpt_family import Part
 
 SPARSITY_TOLERANCE = 0.005
 """A plan that misses the requested sparsity by more is a warning."""
 
 
-def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
+def part_sizes(architecture: Architecture, config: ModeGPTConfig, wide: WideParts | None = None) -> Sizes:
     """Return dense width, weights per unit of width and grid of allowed widths, by block and part.
+
+    Args:
+        architecture: the dense model.
+        config: the settings.
+        wide: the parts that stay at full width, if the caller has asked `wide_parts` for them.
 
     Raises:
         UnsupportedModel: the model has no result in the layout of the configuration.
@@ -46,7 +51,8 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig) -> Sizes:
                 parts[part] = PartSize(size.dense, size.weights_per_unit, step=size.dense, floor=size.dense)
         return parts
 
-    wide = wide_parts(architecture, config.layout)
+    if wide is None:
+        wide = wide_parts(architecture, config.layout)
     return [sizes(block, own) for block, own in zip(architecture.blocks, wide, strict=True)]
 
 

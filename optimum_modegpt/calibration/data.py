@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.calibration.parsing import encode, join, opening_token
-from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.config import IN_MEMORY, ModeGPTConfig
 from optimum_modegpt.errors import CalibrationDataError, InvalidConfig
 from optimum_modegpt.mixture import SELF, divide, interleave, mixture_of
 
@@ -38,6 +38,11 @@ FEWEST_DISTINCT = 4
 one eighth of its length, and at least two."""
 MOST_DEGENERATE = 0.5
 """A larger share of degenerate windows is an error, a smaller one a warning."""
+RECORD_KEYS = (
+    *("name", "split", "revision", "text_column", "file_sha256", "windows", "sequence_length", "tokens"),
+    *("available_windows", "first_token", "sha256"),
+)
+"""The keys that every record of token windows has."""
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,25 @@ class TokenWindows:
 
     Attributes:
         tokens: int64 on the CPU, of shape (windows, length).
-        record: safe for JSON, always with the same keys. `name`, `split`, `revision` (commit of a Hub dataset),
-            `text_column` and `file_sha256` describe the source, and are None if they do not apply. `windows`,
-            `sequence_length` and `tokens` are the size of `tokens`. `available_windows` is the number of windows in the
-            text that was read. `first_token` is the special token that begins every window, None if the tokenizer adds
-            none and for token ids. `sha256` is the digest of the shape and the token ids, both as little-endian int64.
-            The record of a mixture also has `sources`, the records of its sources. Its `name` joins their names, and
-            keys that describe a single source are None.
+        record: safe for JSON, always with the same keys; those that are not given are added. `name`, `split`,
+            `revision` (commit of a Hub dataset), `text_column` and `file_sha256` describe the source, and are None if
+            they do not apply. `windows`, `sequence_length` and `tokens` are the size of `tokens`. `available_windows`
+            is the number of windows in the text that was read. `first_token` is the special token that begins every
+            window, None if the tokenizer adds none and for token ids. `sha256` is the digest of the shape and the token
+            ids, both as little-endian int64. The record of a mixture also has `sources`, the records of its sources.
+            Its `name` joins their names, and keys that describe a single source are None.
     """
 
     tokens: Tensor
     record: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        windows, length = self.tokens.shape
+        sizes = {"windows": windows, "sequence_length": length, "tokens": self.tokens.numel()}
+        record = dict.fromkeys(RECORD_KEYS) | {"name": f"{IN_MEMORY}token ids", "available_windows": windows}
+        record |= self.record | sizes
+        record["sha256"] = record["sha256"] or digest_of(self.tokens)
+        object.__setattr__(self, "record", record)
 
 
 @dataclass(frozen=True)
@@ -171,22 +184,14 @@ def mix(parts: Sequence[Part]) -> TokenWindows:
         )
     remaining = [iter(windows.tokens) for windows in found]
     tokens = torch.stack([next(remaining[source]) for source in interleave([len(each.tokens) for each in found])])
-    return TokenWindows(tokens, _mixed_record(tokens, records))
-
-
-def _mixed_record(tokens: Tensor, records: list[dict[str, Any]]) -> dict[str, Any]:
     first_tokens = {record["first_token"] for record in records}
-    return {
-        **dict.fromkeys(("split", "revision", "text_column", "file_sha256")),
+    record = {
         "name": " + ".join(record["name"] for record in records),
-        "windows": tokens.shape[0],
-        "sequence_length": tokens.shape[1],
-        "tokens": tokens.numel(),
         "available_windows": sum(record["available_windows"] for record in records),
         "first_token": first_tokens.pop() if len(first_tokens) == 1 else None,
-        "sha256": digest_of(tokens),
         "sources": records,
     }
+    return TokenWindows(tokens, record)
 
 
 def evaluation_windows(
@@ -311,12 +316,8 @@ def with_record(tokens: Tensor, source: Source, available: int, first_token: str
         "revision": source.revision,
         "text_column": source.text_column,
         "file_sha256": source.file_sha256,
-        "windows": tokens.shape[0],
-        "sequence_length": tokens.shape[1],
-        "tokens": tokens.numel(),
         "available_windows": available,
         "first_token": first_token,
-        "sha256": digest_of(tokens),
     }
     windows = TokenWindows(tokens, record)
     if problem := describe_degenerate(windows, MOST_DEGENERATE):

@@ -12,6 +12,7 @@ from optimum_modegpt.evaluation.inspection import Inspection
 from optimum_modegpt.hub.result import sanitized
 from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.quantities import written_bytes
+from optimum_modegpt.report import target_text
 
 if TYPE_CHECKING:
     from optimum_modegpt.budget.estimate import Estimate
@@ -138,17 +139,27 @@ def _recipe_lines(record: dict[str, Any], sparsity: float) -> list[str]:
     recipe = record.get("recipe")
     if not isinstance(recipe, dict):
         recipe = {}
-    removed = f"removed {sparsity:.2%} of the block projections"
+    removed, target = f"removed {sparsity:.2%} of the block projections", _target_lines(record)
     if isinstance(recipe.get("sparsity"), float):
-        removed += f" (requested {recipe['sparsity']:.2%})"
+        removed += f" ({'for the target' if target else 'requested'} {recipe['sparsity']:.2%})"
     base = f"compressed from {one_line(record.get('base_model'))}"
     if record.get("base_revision") is not None:
         base += f" (revision {one_line(record['base_revision'])})"
-    lines = [removed, f"{base} with"]
+    lines = [removed, *target, f"{base} with"]
     for key, value in recipe.items():
         if value is not None and key != "quant_method":
             lines.append(f"  {one_line(key)} = {one_line(value)}")
     return lines
+
+
+def _target_lines(record: dict[str, Any]) -> list[str]:
+    """Return a line on the requested and the reached size; none if a sparsity was requested."""
+    if not record.get("target"):
+        return []
+    try:
+        return [one_line(target_text(record["target"]))]
+    except (KeyError, TypeError, ValueError) as error:
+        return [f"the target in the record was edited, and cannot be read: {type(error).__name__} {one_line(error)}"]
 
 
 def _calibration_lines(calibration: dict[str, Any]) -> list[str]:

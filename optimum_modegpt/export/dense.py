@@ -56,7 +56,7 @@ def padded_model(model: PreTrainedModel) -> PreTrainedModel:
     """
     _check(model)
     stock_class: Any = type(model).__bases__[-1]
-    config = stock_config(model.config)
+    config = dense_config(model.config)
     classes = family_of(config.model_type)
     assert classes is not None
     with torch.device("meta"):
@@ -88,12 +88,12 @@ def _check(model: PreTrainedModel) -> None:
         raise UnsupportedModel(f"{name} has weights outside of memory; load it without device_map and offloading.")
 
 
-def stock_config(config: Any) -> Any:
+def dense_config(config: Any) -> Any:
     """Return the configuration of the dense model, with the record of the compression, from the compressed one."""
     values = {name: value for name, value in config.to_dict().items() if name not in NOT_STOCK}
     text = getattr(config, "text_config", None)
     if text is not None:
-        values["text_config"] = stock_config(text)
+        values["text_config"] = dense_config(text)
     else:
         sizes = config.family.layer_sizes
         entries = {index: {name: entry[name] for name in sizes if name in entry} for index, entry in per_layer(config)}

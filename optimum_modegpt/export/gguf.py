@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,10 +24,9 @@ from optimum_modegpt.export.gguf_architecture import (
 )
 from optimum_modegpt.export.gguf_tensors import GGUFTensor, rope_theta, tensors_of
 from optimum_modegpt.export.gguf_tokenizer import Vocabulary, read_tokenizer
-from optimum_modegpt.hub.output import saving
 from optimum_modegpt.modeling.modegpt_config import head_dim
+from optimum_modegpt.output import replacing_file, saving
 from optimum_modegpt.progress import bar
-from optimum_modegpt.walk.checkpoint import parents_made
 
 __all__ = ["GGUFReport", "GGUFSupport", "GGUFType", "check_gguf", "check_gguf_output", "export_gguf"]
 
@@ -96,12 +93,13 @@ def export_gguf(
     vocabulary = read_tokenizer(tokenizer, model.config.vocab_size)
     names = gguf.get_tensor_name_map(_architecture(gguf, container), model.config.num_hidden_layers)
     tensors = list(tensors_of(model, container, names))
-    with parents_made(path), saving(path), _replacing(path, overwrite) as partial:
+    still_allowed = partial(check_gguf_output, path, overwrite=overwrite)
+    with saving(path), replacing_file(path, still_allowed) as unfinished:
         writer = gguf.GGUFWriter(None, container.name)
         _add_metadata(writer, model, container)
         _add_vocabulary(writer, vocabulary)
         _add_file_type(gguf, writer, dtype)
-        _write(gguf, writer, partial, tensors, dtype)
+        _write(gguf, writer, unfinished, tensors, dtype)
     notes = (*_padding_notes(model, tensors), *_type_notes(tensors, dtype), *vocabulary.notes)
     return GGUFReport(path, container.name, dtype, path.stat().st_size, notes)
 
@@ -151,28 +149,6 @@ def _check_weights(model: Any) -> None:
             raise UnsupportedModel(
                 f"GGUF: {name} is {tensor.dtype}; export the model before it is quantized, and quantize the file."
             )
-
-
-@contextmanager
-def _replacing(path: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty file in the folder of `path` that replaces `path` at the end. On an error it is deleted."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
-        yield partial
-        check_gguf_output(path, overwrite=overwrite)  # another program may have written it meanwhile
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            partial.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _add_metadata(writer: Any, model: Any, container: Container) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.export.formats import FORMATS, Format
 from optimum_modegpt.export.gguf import check_gguf_output
-from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
+from optimum_modegpt.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.walk.guards import evaluation_mode
 
 

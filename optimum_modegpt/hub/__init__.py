@@ -1,1 +1,1 @@
-"""Result folders and the Hub: atomic output, the model card, uploads."""
+"""Result folders and the Hub: reading results, the model card, uploads."""

@@ -9,7 +9,7 @@ import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCardData
@@ -24,7 +24,10 @@ from optimum_modegpt.loading.source import CARD_FIELDS, is_repo_id
 from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.plot import plot_kept
 from optimum_modegpt.recipe import default_allocation
-from optimum_modegpt.report import Report
+from optimum_modegpt.report import Report, target_text
+
+if TYPE_CHECKING:
+    from optimum_modegpt.serving.servable import Servable
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +73,7 @@ def _card(folder: Path, found: Result, repo_id: str | None) -> str:
         for part in PARTS:
             kept[part] = [block.ranks.get(part, math.nan) / block.dense_ranks.get(part, 1) for block in blocks]
         plot_kept(kept, found.name, picture)
+    name = repo_id or found.name
     return _template().render(
         mark=MARK,
         front_matter=front_matter(found).to_yaml(),
@@ -78,7 +82,8 @@ def _card(folder: Path, found: Result, repo_id: str | None) -> str:
         evaluation=found.evaluation,
         blocks=blocks,
         has_picture=picture.is_file(),
-        repo=repo_id or found.name,
+        repo=name,
+        engines=serving_engines(found, name),
         commands=commands(found),
         evaluate_commands=evaluate_commands(found),
         **variables(found),
@@ -253,6 +258,7 @@ def variables(found: Result) -> dict[str, Any]:
     return {
         "auto_class": auto_class,
         "licence": licence,
+        "target": target_text(found.record["target"]) if found.record.get("target") else None,
         "allocation": recipe.get("allocation") or default_allocation(recipe.get("method"), recipe.get("layout")),
         "before": before,
         "now": now,
@@ -262,6 +268,22 @@ def variables(found: Result) -> dict[str, Any]:
         "errors": {block["index"]: block["parts"] for block in report.get("blocks", [])},
         "settings": ", ".join(f"{name}={value!r}" for name, value in fields.items()),
     }
+
+
+def serving_engines(found: Result, name: str) -> list[Servable]:
+    """Return the engines that run the model, with their commands, except transformers, whose code the card starts with.
+
+    The list is empty for models without a language model's head and for quantized ones, on which nothing is known.
+    """
+    # slow: imports the code of models
+    from optimum_modegpt.serving.engines import TRANSFORMERS
+    from optimum_modegpt.serving.servable import servable
+    from optimum_modegpt.serving.shape import shape_of
+
+    if found.task != "text-generation" or found.quantization:
+        return []
+    rows = servable(shape_of(found.config), name)
+    return [row for row in rows if row.serves and row.engine != TRANSFORMERS.name]
 
 
 def commands(found: Result) -> list[str]:

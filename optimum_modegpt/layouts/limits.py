@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,14 @@ HEADS: tuple[Part, ...] = ("qk", "vo")
 """The parts whose width is that of a head."""
 
 
-def wide_parts(architecture: Architecture, layout: str) -> list[dict[Part, str]]:
+WideParts = Sequence[Mapping[Part, str]]
+"""The parts of every block that stay at full width, each with the reason."""
+
+
+def wide_parts(architecture: Architecture, layout: str) -> WideParts:
     """Return the parts of every block that stay at full width in a layout, each with the reason.
+
+    For the layout "stock", it builds the model of the stock class on the meta device, so ask once.
 
     Raises:
         UnsupportedModel: the layout is "stock", and no stock class holds narrow MLPs of this model.

@@ -158,7 +158,7 @@ def _vllm(shape: Shape) -> Verdict:
 
 
 def _sglang(shape: Shape) -> Verdict:
-    command = "python -m sglang.launch_server --model-path {model}"
+    command = "sglang serve --model-path {model}"
     if shape.layout == "stock":
         return _native(shape, command, native=engines.SGLANG_NATIVE, own_head_dim=engines.SGLANG_OWN_HEAD_DIM)
     if refusal := _outside_backend(shape):

@@ -6,9 +6,6 @@ Auto classes. SGLang then builds the model by its Transformers backend, so it ne
 
 from __future__ import annotations
 
-from optimum_modegpt.integration.registration import register as register_families
-
 
 def register() -> None:
-    """Register the compressed families with transformers; calling it again changes nothing."""
-    register_families()
+    """Do nothing: the import of this package has registered all that SGLang needs."""

@@ -180,7 +180,7 @@ def _with_structure(shape: Shape, text: Any, family: Family) -> Shape:
 
 
 def _cuts_heads(config: Any, layout: Layout) -> bool:
-    """Return whether a compression to a layout can narrow heads of some block of a dense model."""
+    """Return whether a compression of a dense model to a layout makes some of its heads narrower."""
     architecture = read_blocks(on_meta(auto_class_of(config), config), check_dense(config))
     return any(part not in wide for wide in wide_parts(architecture, layout) for part in HEADS)
 

@@ -46,7 +46,7 @@ def remove_experts(request: Request, state: State) -> Request:
     return dataclasses.replace(
         request,
         architecture=architecture,
-        sizes=part_sizes(architecture, request.config),
+        sizes=part_sizes(architecture, request.config, request.wide),
         shapes=shapes_of(architecture),
     )
 

@@ -14,7 +14,6 @@ from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.layouts.limits import wide_parts
-from optimum_modegpt.report import uncut_sentences
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.checks import check_equal_widths, check_plan, check_tensors
@@ -34,10 +33,11 @@ def prepare(
     """Resolve the model's family and the target of the size, and validate the tensors and the plan."""
     architecture = resolve(model)
     check_tensors(architecture)
-    sizes = part_sizes(architecture, config)
+    wide = wide_parts(architecture, config.layout)
+    sizes = part_sizes(architecture, config, wide)
     target, remaining = Target.of(config), with_kept_experts(architecture, config)
     if plan is None:
-        config = resolve_target(remaining, config)
+        config = resolve_target(remaining, config, wide)
     else:
         check_plan(plan, sizes)
         if config.layout == "stock":
@@ -49,7 +49,7 @@ def prepare(
         target=target,
         calibration=calibration,
         sizes=sizes,
-        uncut=uncut_sentences(wide_parts(architecture, config.layout)),
+        wide=wide,
         shapes=shapes_of(architecture),
         device=compute_device(device, architecture.blocks[0].device),
         base=(base or Base()).completed(model),

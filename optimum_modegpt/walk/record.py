@@ -16,7 +16,7 @@ from optimum_modegpt.methods.cost import Extent, product_seconds
 from optimum_modegpt.methods.registry import work_of
 from optimum_modegpt.mixture import without_folders
 from optimum_modegpt.modeling.modegpt_config import FORMAT_VERSION
-from optimum_modegpt.report import BlockReport, Parameters, PartReport, Report, count_parameters
+from optimum_modegpt.report import BlockReport, Parameters, PartReport, Report, count_parameters, uncut_sentences
 from optimum_modegpt.stages import product_rates
 from optimum_modegpt.walk.request import Request
 from optimum_modegpt.walk.self_check import SelfCheck
@@ -88,7 +88,7 @@ def make_report(
         **state.measurements.for_report(),
         kept_experts=() if state.removed is None else state.removed.kept,
         warnings=tuple(state.warnings),
-        uncut=request.uncut,
+        uncut=uncut_sentences(request.wide),
         self_check=dataclasses.asdict(check),
         versions=versions(),
     )

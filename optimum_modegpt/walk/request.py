@@ -15,6 +15,7 @@ from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.budget.size_target import Target
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.layouts.limits import WideParts
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
 
@@ -48,7 +49,7 @@ class Request:
         target: the requested size of the result, or None if a sparsity or a plan was requested.
         calibration: the calibration windows of all ranks.
         sizes: dense width and allowed widths of every part.
-        uncut: sentences that name the parts that stay at full width, and why.
+        wide: the parts that stay at full width, and why.
         shapes: the sizes of the dense model, taken before it changes.
         device: the compute device.
         base: the origin of the model, for the record.
@@ -62,7 +63,7 @@ class Request:
     target: Target | None
     calibration: TokenWindows
     sizes: Sizes
-    uncut: tuple[str, ...]
+    wide: WideParts
     shapes: Shapes
     device: torch.device
     base: Base

@@ -31,6 +31,7 @@ def choose_pairs(request: Request, state: State) -> None:
     if found.losses is not None:
         losses = distributed.broadcast(found.losses).tolist()
         state.measurements.pair_losses = {block.index: lost for block, lost in zip(blocks, losses, strict=True)}
+        state.measurements.pair_step = 2 / blocks[0].head_dim
     keep_plan(request, state, known_plan(request))
 
 

@@ -37,7 +37,8 @@ class Measurements:
     """The measurements from which a plan is made. They are empty if the allocation needs none.
 
     `shared_pairs` is the order in which all heads lose the same rotary pairs, and `pair_losses` the energy that each
-    block has then lost, as in `SharedPairs`. They are empty if each head keeps its own pairs.
+    block has then lost, as in `SharedPairs`. They are empty if each head keeps its own pairs. `pair_step` is the
+    sparsity that the loss of one pair adds.
     """
 
     parts: Measured = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Measurements:
     influences: list[float] = field(default_factory=list)
     shared_pairs: list[int] = field(default_factory=list)
     pair_losses: dict[int, list[float]] = field(default_factory=dict)
+    pair_step: float = 0.0
 
     def curves(self) -> dict[tuple[int, str], Curve]:
         """Return the divergence of every part of every block by sparsity."""
@@ -56,7 +58,7 @@ class Measurements:
         }
         for index, lost in self.pair_losses.items():
             if (part := self.parts.get((index, "qk"))) is not None:
-                curves[index, "qk"] = with_losses(curves[index, "qk"], part.losses, lost)
+                curves[index, "qk"] = with_losses(curves[index, "qk"], part.losses, lost, self.pair_step)
         return curves
 
     def for_report(self) -> dict[str, Any]:
@@ -72,6 +74,7 @@ class Measurements:
         return {"parts": parts, "budget": budget, "influences": self.influences} | {
             "shared_pairs": self.shared_pairs,
             "pair_losses": self.pair_losses,
+            "pair_step": self.pair_step,
         }
 
     @classmethod
@@ -86,8 +89,11 @@ class Measurements:
         budget = fields["budget"]
         if budget is not None:
             budget = Budget(**{**budget, "blocks": tuple(budget["blocks"])})
-        losses = {int(index): lost for index, lost in fields.get("pair_losses", {}).items()}
-        return cls(parts, budget, fields["influences"], fields.get("shared_pairs", []), losses)
+        found = cls(parts, budget, fields["influences"])
+        if "pair_step" in fields:  # older checkpoints have none, so their pairs are measured again
+            found.shared_pairs, found.pair_step = fields["shared_pairs"], fields["pair_step"]
+            found.pair_losses = {int(index): lost for index, lost in fields["pair_losses"].items()}
+        return found
 
 
 @dataclass

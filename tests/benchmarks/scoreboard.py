@@ -158,7 +158,7 @@ class Subject:
         tokens = torch.cat([part.tokens for part in parts])
         shas = [part.record["sha256"].encode() for part in parts]
         record = {"name": " + ".join(files), "file_sha256": None, "sha256": digest(*shas)}
-        return TokenWindows(tokens, parts[0].record | record | {"windows": len(tokens), "tokens": tokens.numel()})
+        return TokenWindows(tokens, parts[0].record | record)
 
     @cached_property
     def texts(self) -> dict[str, TokenWindows]:

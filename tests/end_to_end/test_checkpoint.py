@@ -26,9 +26,9 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import CheckpointError, IllConditionedWarning
-from optimum_modegpt.hub.output import restore_output
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.methods.sensitivity import Sweeps
+from optimum_modegpt.output import restore_output
 from optimum_modegpt.report import Report
 from optimum_modegpt.walk import checkpoint as module
 from optimum_modegpt.walk.checkpoint import REPLACED, RESULT, Checkpoint, fingerprint
@@ -314,7 +314,7 @@ def test_command_killed_near_the_end_completes_when_rerun(moment: str, tmp_path:
         "import os, signal\n"
         "from optimum_modegpt.walk import checkpoint\n"
         "from optimum_modegpt.cli import main as cli\n"
-        "from optimum_modegpt.hub import output\n"
+        "from optimum_modegpt import output\n"
         "from optimum_modegpt.integration import quantizer\n"
         "die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"{KILLED[moment]}\n"

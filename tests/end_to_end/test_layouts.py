@@ -22,7 +22,7 @@ from optimum_modegpt.calibration.streams import StreamStorage
 from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import AlreadyCompressed, InvalidConfig, UnsupportedModel
-from optimum_modegpt.layouts import stock
+from optimum_modegpt.layouts import limits, stock
 from optimum_modegpt.methods import residual_matched
 from optimum_modegpt.modeling.modegpt_config import head_dim
 from optimum_modegpt.report import Report
@@ -120,6 +120,13 @@ def keeps_heads(report: Report) -> bool:
     return all(
         part.rank == part.dense_rank for block in report.blocks for name, part in block.parts.items() if name != "mlp"
     )
+
+
+def test_the_limits_of_the_layout_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, ask = [], limits.check_stock
+    monkeypatch.setattr(limits, "check_stock", lambda architecture: asked.append(1) or ask(architecture))
+    run(dense("llama-gqa-tied"), sparsity=None, target_parameters=25_000)
+    assert len(asked) == 1
 
 
 # ------------------------------------------------------------------------------------------------- results of one class

@@ -167,6 +167,15 @@ def test_tokenizer_whose_first_token_the_model_does_not_know(text_file, bos_toke
     refused(str(text_file), bos_tokenizer, "256", "vocabulary of 256", vocab_size=256)
 
 
+def test_a_record_without_some_keys_is_completed():
+    ids = torch.arange(32).view(2, 16)
+    whole = calibrate(ids, None).record
+    assert TokenWindows(ids, {}).record == whole | {"name": "in memory: token ids"}
+    given = {"name": "mine", "windows": 7, "tokenizer": "gpt2"}
+    assert TokenWindows(ids, given).record == whole | given | {"windows": 2}
+    assert given["windows"] == 7
+
+
 def test_hash_covers_the_shape():
     wide = calibrate(torch.arange(32).view(2, 16), None).record
     narrow = calibrate(torch.arange(32).view(4, 8), None).record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import RECIPE, save_dense, save_text
+from checkpoints import RECIPE, empty_picture, save_dense, save_text
 from forks import run_forked
 from huggingface_hub import ModelCard
 from tiny_models import compressed, tokens
@@ -26,11 +27,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from optimum_modegpt import ModeGPTQuantizer, OutputError, UnsupportedModel
+from optimum_modegpt import ModeGPTConfig, ModeGPTQuantizer, OutputError, UnsupportedModel, check_servable
+from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli.main import main
+from optimum_modegpt.compress import compress
+from optimum_modegpt.hub import card as card_module
 from optimum_modegpt.hub.card import MARK, add_evaluation, is_ours, write_card
+from optimum_modegpt.hub.upload import save_result
 from optimum_modegpt.loading.safetensors_index import weights_digest
 from optimum_modegpt.loading.source import Source
+from optimum_modegpt.serving import servable
+from optimum_modegpt.serving.engines import SGLANG, VLLM
+from optimum_modegpt.serving.servable import Verdict
 
 BASE_CARD = """---
 license: other
@@ -422,6 +430,7 @@ def test_the_task_of_a_model_with_another_head(auto: Any, task: str | None, fold
     text = card(folder.parent / "head").text
     assert f"| all parameters | {sum(each.numel() for each in model.parameters()):,} |" in text
     assert "## Reproduce" not in text
+    assert "## Serving" not in text
     assert 'target_modules="all-linear"' + (f", {task})" if task else ")") in text
 
 
@@ -431,6 +440,47 @@ def test_the_card_of_a_quantised_model_mentions_no_ordinary_layers(folder: Path)
     text = write_card(folder).read_text(encoding="utf-8")
     assert "ordinary `nn.Linear` modules" not in text
     assert "| all parameters |" not in text
+    assert "## Serving" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------- serving
+
+
+def section(folder: Path, title: str) -> str:
+    """Return a section of the card, or "" if the card has none with this title."""
+    found = re.search(rf"^## {title}\n(.*?)(?=^## )", card(folder).text, re.MULTILINE | re.DOTALL)
+    return "" if found is None else found[1]
+
+
+def test_the_engines_are_those_of_servable_with_versions_and_commands(folder: Path) -> None:
+    name, text = named(folder), section(folder, "Serving")
+    rows = {row.engine: row for row in check_servable(folder, name=name) if row.serves}
+    del rows["transformers"]  # the code at the top
+    assert {"vLLM", "SGLang", "llama.cpp", "ONNX Runtime", "OpenVINO"} == rows.keys()
+    shown = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
+    assert shown == [[row.engine, row.works, row.checked, row.reason] for row in rows.values()]
+    commands = re.findall(r"^# (.*)\n(.*)$", text, re.MULTILINE)
+    assert commands == [(row.engine, row.command) for row in rows.values()]
+    assert f"| vLLM | with package | run with {VLLM.runs[0].version} |" in text
+    assert f"\nvllm serve {name}\n" in text
+
+
+def test_the_commands_have_the_name_on_the_hub(folder: Path) -> None:
+    write_card(folder, "me/small")
+    assert "\nvllm serve me/small\n" in section(folder, "Serving")
+
+
+def test_an_engine_that_does_not_run_the_model_is_not_shown(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = {"vLLM": Verdict("no", "It is too new."), "SGLang": Verdict("unknown", "Nobody has looked.")}
+    rules = [(engine, lambda shape, engine=engine: verdicts[engine.name]) for engine in (VLLM, SGLANG)]
+    monkeypatch.setattr(servable, "RULES", rules)
+    write_card(folder)
+    assert section(folder, "Serving") == ""
+    verdicts["vLLM"] = Verdict("yes", "It has a class.", "serve {model}")
+    write_card(folder)
+    text = section(folder, "Serving")
+    assert f"| vLLM | yes | run with {VLLM.runs[0].version} | It has a class. |" in text
+    assert "SGLang" not in text
 
 
 # ------------------------------------------------------------------------------------------- a save that never fails
@@ -487,6 +537,44 @@ def test_saving_succeeds_with_an_invalid_record(odd: dict[str, Any], folder: Pat
     text = (tmp_path / "place" / "README.md").read_text(encoding="utf-8")
     assert is_ours(text)
     assert "nowhere/on" not in text
+
+
+def test_only_the_version_of_the_record_is_required(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(card_module, "plot_kept", empty_picture)
+    whole = json.loads((folder / "config.json").read_text(encoding="utf-8"))["modegpt"]
+    keys = [(key,) for key in whole if key != "format_version"]
+    keys += [(outer, inner) for outer in ("recipe", "calibration", "achieved") for inner in whole[outer]]
+    keys += [("achieved", "parameters", key) for key in whole["achieved"]["parameters"]]
+    for *outer, last in keys:
+        record = copy.deepcopy(whole)
+        inner = record
+        for key in outer:
+            inner = inner[key]
+        del inner[last]
+        edit(folder / "config.json", lambda config, record=record: config.update(modegpt=record))
+        text = write_card(folder).read_text(encoding="utf-8")
+        assert is_ours(text)
+        assert "Undefined" not in text, (*outer, last)
+        assert caplog.text == "", (*outer, last)
+
+
+def test_the_card_of_token_ids_in_memory_is_built_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    built = []
+    build = card_module._card
+    monkeypatch.setattr(card_module, "_card", lambda *args: built.append(args) or build(*args))
+    for layout in ("per_layer", "stock"):
+        model = AutoModelForCausalLM.from_pretrained(place / "dense")
+        config = ModeGPTConfig(**RECIPE, layout=layout)
+        windows = TokenWindows(tokens(8, 32), {"name": "mine", "windows": 8})
+        compress(model, config, windows, progress=False)
+        save_result(model, tmp_path / layout)
+        assert "8 × 32 tokens of `mine`; seed 0 |" in card(tmp_path / layout).text
+    assert len(built) == 2
+    assert "invalid values" not in caplog.text
 
 
 def test_values_do_not_break_lines(folder: Path) -> None:

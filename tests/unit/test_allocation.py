@@ -232,6 +232,23 @@ def test_total_is_met_within_half_a_step(sparsity, step, mlp_step, temperature):
         assert plan == Plan.dense(sizes)
 
 
+@pytest.mark.parametrize("heads", [True, False])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.98, 1.0])
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_total_is_met_up_to_the_largest_sparsity_with_and_without_heads(heads, share, temperature):
+    sizes = block_sizes(5, step=16, mlp_step=4)
+    if not heads:  # as in layout mlp
+        wide = {part: PartSize(64, 4 * 128, 64, 64) for part in ("qk", "vo")}
+        sizes = [{**block, **wide} for block in sizes]
+    sparsity = share * largest_sparsity(sizes)
+    plan = plan_from_targets(
+        influence_targets(INFLUENCES["falling"], sparsity, temperature=temperature, cap=0.95), sizes
+    )
+    half = max(size.step * size.weights_per_unit for part, size in sizes[0].items() if heads or part == "mlp") / 2
+    assert abs(plan_sparsity(plan, sizes) - sparsity) <= half / total_weights(sizes) + 1e-12
+    _check_widths(plan, sizes)
+
+
 def test_every_part_gets_the_target_of_its_block():
     plan = plan_from_targets([0.25, 0.5], block_sizes(2, step=1, mlp_step=1))
     assert plan.to_list() == [{"qk": 48, "vo": 48, "mlp": 264}, {"qk": 32, "vo": 32, "mlp": 176}]
@@ -487,5 +504,5 @@ def _check_widths(plan, sizes):
 
 def test_the_divergence_of_another_cut_follows_its_losses() -> None:
     curve, losses = [(0.25, 0.1), (0.5, 0.3), (0.75, 1.0)], [(0.25, 2.0), (0.5, 4.0), (0.75, 8.0)]
-    found = with_losses([(0.0, 0.0), *curve], [(0.0, 0.0), *losses], [4.0, 6.0, 8.0])
+    found = with_losses([(0.0, 0.0), *curve], [(0.0, 0.0), *losses], [4.0, 6.0, 8.0, 9.0], step=0.25)
     assert found == [(0.0, 0.0), (0.25, 0.2), (0.5, pytest.approx(0.45)), (0.75, 1.0)]

@@ -21,7 +21,6 @@ from optimum_modegpt.cli.commands import common
 from optimum_modegpt.cli.commands.estimate import estimate_of
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
-from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import Upload
 from optimum_modegpt.integration.job import Job
@@ -29,6 +28,7 @@ from optimum_modegpt.integration.quantizer import ModeGPTQuantizer
 from optimum_modegpt.loading.models import load_config, load_model, pick_device
 from optimum_modegpt.loading.source import default_dataset
 from optimum_modegpt.mixture import names_of
+from optimum_modegpt.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.report import Report
 from optimum_modegpt.serving.servable import best, check_servable
 from optimum_modegpt.stages import compute_device

@@ -15,13 +15,13 @@ from optimum_modegpt.cli.commands import common
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import EvaluationError, InvalidConfig
 from optimum_modegpt.hub.commands import flags
-from optimum_modegpt.hub.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.hub.result import REPORT
 from optimum_modegpt.hub.upload import KEPT_REPORT, save_result
 from optimum_modegpt.loading.calibration import calibrate
 from optimum_modegpt.loading.models import load_config, pick_device
 from optimum_modegpt.loading.source import DEMO, Source
 from optimum_modegpt.mixture import SELF, names_of, without_folders
+from optimum_modegpt.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.recovery.config import RecoveryConfig
 from optimum_modegpt.recovery.recover import Recovery, check_compressed, recover
 from optimum_modegpt.report import Report

@@ -1,12 +1,14 @@
-"""Atomic writes of output folders. Only folders that hold nothing but a compressed model are overwritten."""
+"""Atomic writes of output folders and files. Only folders that hold nothing but a compressed model are overwritten."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -116,6 +118,32 @@ def replacing(folder: Path, *, overwrite: bool, work_folder: Path) -> Iterator[P
             _place(partial, folder, overwrite)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def replacing_file(path: Path, still_allowed: Callable[[], None]) -> Iterator[Path]:
+    """Yield an empty file in the folder of `path` that replaces `path` at the end. On an error it is deleted.
+
+    `still_allowed` is called before that: it raises an error if `path` must not be replaced, because another program
+    wrote it in the meantime.
+    """
+    with parents_made(path):
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+        os.close(descriptor)
+        partial = Path(name)
+        try:
+            yield partial
+            still_allowed()
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def restore_output(work_folder: Path, folder: Path) -> None:
