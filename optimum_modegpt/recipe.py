@@ -85,7 +85,8 @@ class Recipe:
         output_ridge: ridge of the refits of the output and down projections, as a fraction of the mean diagonal. A part
             that falls with the number of tokens is added to it.
         query_ridge: ridge of the query refit, as a fraction of the mean diagonal.
-        input_ridge: ridge of the refit of gate and up, as a fraction of the mean diagonals.
+        input_ridge: ridge of the refit of gate and up, as a fraction of the mean diagonals. A part that falls with the
+            number of tokens is added to it.
         refit_iterations: most conjugate-gradient iterations of the refit of gate and up; 0 disables it. With few tokens
             per row of these matrices, they are not refitted.
         expert_sparsity: fraction of the experts of every block to remove before the widths are cut, those with the

@@ -17,7 +17,7 @@ from checkpoints import empty_picture
 
 from optimum_modegpt.decompositions.psd import row_type
 from optimum_modegpt.hub import card
-from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods import input_refit
 
 torch.set_num_threads(1)
 
@@ -43,7 +43,7 @@ def empty_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def few_tokens_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let gate and up be refitted also with the few tokens of a test."""
-    monkeypatch.setattr(residual_matched, "TOKENS_PER_ROW", 0)
+    monkeypatch.setattr(input_refit, "TOKENS_PER_ROW", 0)
 
 
 class Sums(list[torch.dtype]):

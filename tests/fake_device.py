@@ -23,7 +23,7 @@ from optimum_modegpt.budget import placement
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.streams import StreamStorage
 from optimum_modegpt.compress import compress
-from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods import input_refit
 
 NAME = "elsewhere"
 LACKING: set[torch.dtype] = set()
@@ -131,6 +131,6 @@ def found_on_device(recipe: dict[str, Any], free: int | None, float64: bool) -> 
 
 
 if __name__ == "__main__":
-    residual_matched.TOKENS_PER_ROW = 0
+    input_refit.TOKENS_PER_ROW = 0
     _setup_privateuseone_for_python_backend(NAME)  # before autograd counts the devices, when it is first used
     print(json.dumps([found_on_device(*case) for case in json.loads(sys.argv[1])]))

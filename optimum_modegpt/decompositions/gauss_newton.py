@@ -26,6 +26,9 @@ Activation = Callable[[Tensor], Tensor]
 SMALLEST_STEP = 1 / 4
 """Smallest fraction of the step that is tried. Smaller ones gain nothing measurable."""
 
+SMALLEST_GAIN = 1e-3
+"""Smallest relative decrease of the held-out error for which the rows are changed."""
+
 
 @dataclass(frozen=True)
 class TokenSample:
@@ -46,47 +49,71 @@ def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activati
     return hidden * (inputs @ rows[1].T) if len(rows) == 2 else hidden
 
 
-def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its computation
-    rows: tuple[Tensor, ...],
-    down: Tensor,
-    samples: Sequence[TokenSample],
-    activation: Activation,
-    *,
-    ridge: float,
-    iterations: int,
-    keep_derivatives: bool = True,
-    before: int = 0,
-    total: Total = complete,
-) -> tuple[Tensor, ...]:
-    """Return the rows after the Gauss–Newton step, or `rows` itself if no step lowers the error on held-out windows.
+def split_windows(
+    samples: list[TokenSample], *, before: int = 0, total: Total = complete
+) -> tuple[list[TokenSample], list[TokenSample]]:
+    """Split the windows into (held out, fitted). An eighth is held out, at least 2, at equal distances.
 
-    An eighth of the windows, at least 2, is held out. The conjugate gradients stop when the true error on them no
-    longer falls. A step that does not lower this error is halved, at most down to `SMALLEST_STEP`. With fewer than 4
-    windows, none is held out, and the error is measured on all of them.
+    Windows of every text of a mixture are therefore held out. With fewer than 4 windows, both are all of them, as the
+    same list.
 
     Args:
-        rows: (G, U) or (W,), each (k, d), in the order of `hidden_channels`.
-        down: D (k, m).
-        samples: one per window. They are moved to the rows' device one at a time.
-        activation: φ.
-        ridge: damping of both factors and of the objective, as a fraction (0.1 by default in `Recipe`).
-        iterations: most conjugate-gradient iterations, at least 1.
-        keep_derivatives: whether to keep z of all tokens (tokens × rows numbers) between iterations. Otherwise z is
-            recomputed, which costs a third more products.
+        samples: one per window.
         before: number of windows of other ranks that come before `samples`.
         total: completes a sum over `samples` with the sums of other ranks.
     """
     windows = int(total(len(samples)))
-    held_back, fitted = samples, samples
-    if windows >= 4:
-        own = max(0, max(2, windows // 8) - before)
-        held_back, fitted = samples[:own], samples[own:]
-    problem = _Linearised(rows, down, fitted, activation, ridge, total, keep_derivatives)
+    if windows < 4:
+        return samples, samples
+    count = max(2, windows // 8)
+    chosen = {(2 * index + 1) * windows // (2 * count) for index in range(count)}
+    held_out, fitted = [], []
+    for index, sample in enumerate(samples, start=before):
+        (held_out if index in chosen else fitted).append(sample)
+    return held_out, fitted
+
+
+def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its computation
+    rows: tuple[Tensor, ...],
+    down: Tensor,
+    fitted: Sequence[TokenSample],
+    held_out: Sequence[TokenSample],
+    activation: Activation,
+    *,
+    ridge: float,
+    iterations: int,
+    stride: int = 1,
+    keep_derivatives: bool = True,
+    before: int = 0,
+    total: Total = complete,
+) -> tuple[Tensor, ...]:
+    """Return the rows after the Gauss–Newton step, or `rows` itself if it gains less than `SMALLEST_GAIN`.
+
+    The gain is measured by the true error on the held-out windows. The conjugate gradients stop when it no longer
+    falls. A step that gains too little is halved, at most down to `SMALLEST_STEP`.
+
+    Args:
+        rows: (G, U) or (W,), each (k, d), in the order of `hidden_channels`.
+        down: D (k, m).
+        fitted: the windows of the objective. They are moved to the rows' device one at a time.
+        held_out: the windows of the error, from `split_windows`.
+        activation: φ.
+        ridge: damping of both factors and of the objective, as a fraction.
+        iterations: most conjugate-gradient iterations, at least 1.
+        stride: every `stride`-th fitted window measures the curvature. The gradient uses all of them.
+        keep_derivatives: whether to keep z of the curvature's tokens (tokens × rows numbers) between iterations.
+            Otherwise z is recomputed, which costs a third more products.
+        before: number of fitted windows of other ranks that come before `fitted`.
+        total: completes a sum over windows with the sums of other ranks.
+    """
+    curvature = fitted[-before % stride :: stride]
+    problem = _Linearised(rows, down, fitted, curvature, activation, ridge, total, keep_derivatives)
 
     def error(step: Sequence[Tensor], scale: float = 1.0) -> float:
-        return problem.true_error(_moved(rows, scale, step), held_back)
+        return problem.true_error(_moved(rows, scale, step), held_out)
 
-    unmoved = problem.true_error(rows, held_back)
+    unmoved = problem.true_error(rows, held_out)
+    enough = (1 - SMALLEST_GAIN) * unmoved
     steps = problem.iterates(iterations)
     best = next(steps)
     reached = error(best)
@@ -97,28 +124,34 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
                 break
             best, reached = step, present
     scale = 1.0
-    while reached >= unmoved and scale > SMALLEST_STEP:
+    while reached >= enough and scale > SMALLEST_STEP:
         scale /= 2
         reached = error(best, scale)
-    if not reached < unmoved:
+    if not reached < enough:
         return rows
     return tuple(_moved(rows, scale, best))
 
 
 class _Linearised:
-    """The damped least-squares problem, linearised at `rows`. Products with its matrix loop over the windows."""
+    """The damped least-squares problem, linearised at `rows`. Products with its matrix loop over the windows.
+
+    The matrix is measured on the windows `curvature`, some of `samples`, and scaled to the weight of all of them.
+    """
 
     def __init__(
         self,
         rows: tuple[Tensor, ...],
         down: Tensor,
         samples: Sequence[TokenSample],
+        curvature: Sequence[TokenSample],
         activation: Activation,
         ridge: float,
         total: Total = complete,
         keep_derivatives: bool = False,
     ) -> None:
-        self.rows, self.down, self.samples, self.activation, self.total = rows, down, samples, activation, total
+        self.rows, self.down, self.activation, self.total = rows, down, activation, total
+        self.samples, self.curvature = samples, curvature
+        self.share = self._weight(samples) / self._weight(curvature)
         self.keep_derivatives = keep_derivatives
         self.derivatives: list[list[Tensor]] = []
         input_moment, output_moments = self._factor_moments()
@@ -153,46 +186,55 @@ class _Linearised:
 
     def _gradient(self) -> list[Tensor]:
         """Compute Jᵀ r at the current rows."""
-        return self._transposed(lambda sample, _: self._missing(self.rows, sample))
+        sums = [torch.zeros_like(row) for row in self.rows]
+        for sample in self._on_device(self.samples):
+            hidden, derivatives = self._hidden(sample.inputs)
+            self._add_transposed(sums, sample, derivatives, sample.target - hidden @ self.down)
+        return [self.total(each) for each in sums]
 
     def _normal_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Compute (JᵀJ + μ) direction."""
-
-        def moved(sample: TokenSample, derivatives: list[Tensor]) -> Tensor:
-            hidden = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
-            return functools.reduce(torch.add, hidden) @ self.down
-
-        sums = self._transposed(moved)
-        return [each + mu * d for each, mu, d in zip(sums, self.damping, direction, strict=True)]
-
-    def _transposed(self, outputs: Callable[[TokenSample, list[Tensor]], Tensor]) -> list[Tensor]:
-        """Compute Jᵀ v, with the rows of v (n, m) from `outputs` for every window."""
         sums = [torch.zeros_like(row) for row in self.rows]
         for sample, derivatives in self._linearised():
-            back = (sample.weight[:, None] * outputs(sample, derivatives)) @ self.down.T
-            for gradient, z in zip(sums, derivatives, strict=True):
-                gradient += (z * back).T @ sample.inputs
-        return [self.total(each) for each in sums]
+            hidden = [z * (sample.inputs @ d.T) for z, d in zip(derivatives, direction, strict=True)]
+            self._add_transposed(sums, sample, derivatives, functools.reduce(torch.add, hidden) @ self.down)
+        products = [self.share * self.total(each) for each in sums]
+        return [each + mu * d for each, mu, d in zip(products, self.damping, direction, strict=True)]
+
+    def _add_transposed(
+        self, sums: list[Tensor], sample: TokenSample, derivatives: list[Tensor], outputs: Tensor
+    ) -> None:
+        """Add Jᵀ v of one window to `sums`, for the rows of v (n, m) in `outputs`."""
+        back = (sample.weight[:, None] * outputs) @ self.down.T
+        for each, z in zip(sums, derivatives, strict=True):
+            each += (z * back).T @ sample.inputs
 
     def _missing(self, rows: Sequence[Tensor], sample: TokenSample) -> Tensor:
         return sample.target - hidden_channels(rows, sample.inputs, self.activation) @ self.down
 
     def _linearised(self) -> Iterator[tuple[TokenSample, list[Tensor]]]:
-        """Yield the samples with z per matrix, which is kept from the first pass or recomputed in each pass."""
-        for index, sample in enumerate(self._on_device(self.samples)):
+        """Yield the curvature's windows with z per matrix, kept from the first pass or recomputed in each pass."""
+        for index, sample in enumerate(self._on_device(self.curvature)):
             if index < len(self.derivatives):
                 yield sample, self.derivatives[index]
                 continue
-            derivatives = self._derivatives(sample.inputs)
+            _, derivatives = self._hidden(sample.inputs)
             if self.keep_derivatives:
                 self.derivatives.append(derivatives)
             yield sample, derivatives
 
-    def _derivatives(self, inputs: Tensor) -> list[Tensor]:
-        """Compute z per matrix, in the order of the rows."""
+    def _hidden(self, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Compute the hidden channels, and z per matrix in the order of the rows."""
         before = inputs @ self.rows[0].T
         value, slope = torch.func.jvp(self.activation, (before,), (torch.ones_like(before),))  # pyright: ignore[reportAssignmentType]
-        return [slope * (inputs @ self.rows[1].T), value] if len(self.rows) == 2 else [slope]
+        if len(self.rows) == 1:
+            return value, [slope]
+        up = inputs @ self.rows[1].T
+        return value * up, [slope * up, value]
+
+    def _weight(self, samples: Sequence[TokenSample]) -> float:
+        """Return the sum of the tokens' weights over all ranks."""
+        return float(self.total(sum(float(sample.weight.sum()) for sample in samples)))
 
     def _factor_moments(self) -> tuple[Tensor, list[Tensor]]:
         """Compute Σ w yyᵀ / Σ w, and (DDᵀ)∘Σ w zzᵀ per matrix.
@@ -200,16 +242,16 @@ class _Linearised:
         They are used only for preconditioning, so float32 sums suffice.
         """
         width, d_model = self.rows[0].shape
-        inputs, weight = self.down.new_zeros(d_model, d_model), self.down.new_zeros(())
+        inputs = self.down.new_zeros(d_model, d_model)
         channels = [self.down.new_zeros(width, width) for _ in self.rows]
         for sample, derivatives in self._linearised():
             root = sample.weight.sqrt()[:, None]
             inputs += gram_matrix(root * sample.inputs)
-            weight += sample.weight.sum()
             for channel, z in zip(channels, derivatives, strict=True):
                 channel += gram_matrix(root * z)
-        metric = self.down @ self.down.T
-        return self.total(inputs) / self.total(weight), [self.total(channel).mul_(metric) for channel in channels]
+        metric = self.share * (self.down @ self.down.T)
+        weight = self._weight(self.curvature)
+        return self.total(inputs) / weight, [self.total(channel).mul_(metric) for channel in channels]
 
     def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         return [

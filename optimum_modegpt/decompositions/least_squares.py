@@ -72,6 +72,20 @@ class LinearMoments:
         index = self.with_constant(index)
         return LinearMoments(self.gram[index][:, index], self.cross[index], self.energy, self.tokens, self.ones)
 
+    def joined(self, other: LinearMoments) -> LinearMoments:
+        """Return the moments over the tokens of both."""
+        return LinearMoments(
+            self.gram + other.gram,
+            self.cross + other.cross,
+            self.energy + other.energy,
+            self.tokens + other.tokens,
+            self.ones,
+        )
+
+    def without(self, part: LinearMoments) -> LinearMoments:
+        """Return the moments over the tokens that are not in `part`, which are some of the tokens of these moments."""
+        return self.joined(LinearMoments(-part.gram, -part.cross, -part.energy, -part.tokens, part.ones))
+
     def with_constant(self, index: Tensor) -> Tensor:
         """Return `index` extended by the index of the constant, if `ones`."""
         return torch.cat((index, index.new_tensor([self.width]))) if self.ones else index

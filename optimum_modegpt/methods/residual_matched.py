@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, s
 from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.coordinates import CoordinateElimination, eliminate_coordinates, selection
-from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs
+from optimum_modegpt.decompositions.gauss_newton import TokenSample
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
 from optimum_modegpt.decompositions.nystrom import Elimination, remaining
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, mean_diagonal
@@ -53,24 +53,13 @@ from optimum_modegpt.methods.channels import eliminate_channels, refit_to_dense,
 from optimum_modegpt.methods.experts import ExpertMoments, cut_experts
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.head_norms import narrow_query_key
+from optimum_modegpt.methods.input_refit import hidden_moments, refit_rows, refit_windows, refits_inputs
 from optimum_modegpt.methods.method import CalibrationInputs
 from optimum_modegpt.methods.output_norm import before_norm
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
-REFIT_TOKENS = 65_536
-"""Maximum number of tokens for the refit of gate and up."""
-
 GAIN_TOKENS, LOGITS = 8192, 2**27
 """Maximum number of tokens for the fit of the final gain, and of entries in their distributions."""
-
-TOKENS_PER_ROW = 10
-"""Fewest tokens per row of gate and up for which they are refitted.
-
-Of the loss of log-perplexity, the refit removed 1 % with 8.5 tokens per row, 8 % with 17 and 26 % with 137.
-"""
-
-FINAL_ROUNDS = 2
-"""Rounds of refitting gate and up, then down, after the last elimination."""
 
 
 @dataclass(frozen=True)
@@ -533,83 +522,30 @@ def refit_mlp(
     *,
     keep_derivatives: bool,
 ) -> MLPFactors:
-    """Cut the MLP as `cut_mlp` does, and also refit gate and up if channels are removed and there are enough tokens.
-
-    Half of the channels are removed first. The others are chosen after a refit. Down is refitted to the new hidden
-    channels after each refit of gate and up. The second half ends with two rounds of both. The rounds end early if a
-    refit of gate and up changes nothing.
-    """
+    """Cut the MLP as `cut_mlp` does. If channels are removed and there are enough tokens, also refit gate and up."""
     moments = observe_mlp(student, streams, targets)
+    order = eliminate_mlp(student, moments, metric, rank, config).order
     if rank == moments.width or not refits_inputs(moments.tokens, rank, len(student.mlp_inputs), config):
-        return cut_mlp(student, moments, eliminate_mlp(student, moments, metric, rank, config).order, config)
-    own = sum(map(len, streams.middle))
-    windows = max(1, REFIT_TOKENS // streams.middle[0].shape[1])
+        return cut_mlp(student, moments, order, config)
+    own, windows = sum(map(len, streams.middle)), refit_windows(streams.middle[0].shape[1])
     sample = itertools.islice(
         _token_samples(student, streams, targets), max(0, windows - distributed.exclusive_sum(own))
     )
     samples = _kept_samples(sample, streams.middle)
-    rows, dense = student.mlp_rows(), student.input_outputs(student.down)
-    halfway, pays = (rank + moments.width) // 2, True
-    for width, rounds in ((halfway, 1), (rank, FINAL_ROUNDS)):
-        order = eliminate_channels(dense, moments, metric, width, config).order
-        kept, dense, moments = without_channels(dense, moments, order, config)  # releases the larger moments
-        rows = tuple(row[kept] for row in rows)
-        down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-        for _ in range(rounds):
-            if not pays:
-                break
-            refitted = _refit_inputs(student, rows, down, samples, config, keep_derivatives=keep_derivatives)
-            pays = refitted is not rows
-            if pays:
-                rows = refitted
-                del moments  # they are larger than everything that the refit keeps
-                moments = _hidden_moments(student, rows, samples)
-                down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-    if pays and windows < distributed.all_reduce(own):
-        moments = _hidden_moments(student, rows, _token_samples(student, streams, targets))
-        down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-    return MLPFactors(rows, down, moments.relative_error(down))
-
-
-def refits_inputs(tokens: int, rank: int, matrices: int, config: ModeGPTConfig) -> bool:
-    """Return whether gate and up are refitted: with enough tokens for their rows, if the configuration allows it."""
-    return bool(config.refit_iterations) and min(tokens, REFIT_TOKENS) >= TOKENS_PER_ROW * matrices * rank
-
-
-def _refit_inputs(
-    block: Block,
-    rows: tuple[Tensor, ...],
-    down: Tensor,
-    samples: list[TokenSample],
-    config: ModeGPTConfig,
-    *,
-    keep_derivatives: bool,
-) -> tuple[Tensor, ...]:
-    """Take one Gauss–Newton step on gate and up with down fixed. The output bias is subtracted from the target."""
-    rank = len(rows[0])
-    weight, bias = down.to(rows[0]).split((rank, len(down) - rank))
-    if len(bias):
-        samples = [replace(sample, target=sample.target - bias[0].to(sample.target)) for sample in samples]
-    return refit_inputs(
-        rows,
-        weight,
+    kept, dense, moments = without_channels(student.input_outputs(student.down), moments, order, config)
+    rows, moments = refit_rows(
+        student,
+        tuple(row[kept] for row in student.mlp_rows()),
+        dense,
+        moments,
         samples,
-        block.activation,
-        ridge=config.input_ridge,
-        iterations=config.refit_iterations,
+        config,
         keep_derivatives=keep_derivatives,
-        before=distributed.exclusive_sum(len(samples)),
-        total=distributed.all_reduce,
     )
-
-
-def _hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[TokenSample]) -> LinearMoments:
-    """Compute moments of the hidden channels of `rows`, with the samples' targets."""
-    moments = LinearMomentSum(ones=block.down.bias is not None)
-    for sample in samples:
-        arrived = sample.to(rows[0].device)
-        moments.add(hidden_channels(rows, arrived.inputs, block.activation), arrived.target, arrived.weight)
-    return moments.value()
+    if windows < distributed.all_reduce(own):
+        moments = hidden_moments(student, rows, _token_samples(student, streams, targets))
+    down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
+    return MLPFactors(rows, down, moments.relative_error(down))
 
 
 def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> Iterator[TokenSample]:

@@ -10,7 +10,8 @@ from optimum_modegpt.decompositions.psd import gram_work
 from optimum_modegpt.decompositions.softmax import ITERATIONS
 from optimum_modegpt.methods import cost
 from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
-from optimum_modegpt.methods.residual_matched import FINAL_ROUNDS, REFIT_TOKENS, gain_tokens, refits_inputs
+from optimum_modegpt.methods.input_refit import REFIT_TOKENS, ROUNDS, curvature_stride, refits_inputs
+from optimum_modegpt.methods.residual_matched import gain_tokens
 
 CONJUGATE_VECTORS = 9
 """Tensors as large as gate and up during their refit: the rows, a few steps, residuals and directions."""
@@ -36,11 +37,13 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
         ):
             cut.append(width)
     if cut:
-        width, rounds = sum(cut) / len(cut), len(cut) * (1 + FINAL_ROUNDS)
-        # Six products per iteration of conjugate gradients, and the moments afterwards.
-        token = 6 * config.refit_iterations * d * width + (1 + shapes.mlp_inputs) * gram_work(int(width)) + d * width
+        width, rounds = sum(cut) / len(cut), len(cut) * ROUNDS
+        tokens = min(extent.tokens, REFIT_TOKENS)
+        # The gradient and the moments afterwards; six products per iteration of conjugate gradients.
+        token = (5 * shapes.mlp_inputs // 2 + 2) * d * width + gram_work(int(width))
+        curved = 6 * config.refit_iterations * d * width + shapes.mlp_inputs * (d * width + gram_work(int(width)))
         factors = (1 + config.refit_iterations) * shapes.mlp_inputs * d * width * (width + d)
-        raised = min(extent.tokens, REFIT_TOKENS) * token + factors
+        raised = tokens * token + tokens / curvature_stride(tokens) * curved + factors
         steps["refit of gate and up"] = {"raised": rounds * raised, "exact": rounds * 2 * d * width**2}
     if config.sparsity:
         tokens = gain_tokens(extent.windows, extent.length, shapes.vocabulary)
@@ -60,11 +63,11 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "outputs of the heads": extent.tokens * shapes.heads * extent.element,
         "sample for the refit of gate and up": 2 * sample * d * FLOAT32,
     }
-    # The first round still has half of the removed channels. A block may lose less than the mean.
+    # A block may lose less than the mean.
     removed = config.sparsity
     if config.resolved_allocation != "uniform":
         removed /= 2
-    width = int(shapes.mlp * (1 - removed / 2))
+    width = int(shapes.mlp * (1 - removed))
     vectors = CONJUGATE_VECTORS * inputs * FLOAT32 + 2 * FLOAT64 + FLOAT32
     refit = {
         "block, dense and compressed": 2 * shapes.weights * extent.element,
@@ -73,7 +76,7 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "one window of tokens": (3 * inputs + 2) * extent.length * width * FLOAT32,
     }
     if keep_derivatives:
-        refit["derivatives of the hidden channels"] = inputs * sample * width * FLOAT32
+        refit["derivatives of the hidden channels"] = inputs * sample / curvature_stride(sample) * width * FLOAT32
     tokens = gain_tokens(extent.windows, extent.length, vocabulary)
     gain = {
         "normalised streams": 5 * tokens * d * FLOAT32,

@@ -218,9 +218,9 @@ def test_modes_and_frozen_parameters_are_kept() -> None:
 
 
 def test_the_refit_may_see_a_part_of_the_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    from optimum_modegpt.methods import residual_matched
+    from optimum_modegpt.methods import input_refit
 
-    monkeypatch.setattr(residual_matched, "REFIT_TOKENS", 5 * LENGTH)
+    monkeypatch.setattr(input_refit, "REFIT_TOKENS", 5 * LENGTH)
     report = run(dense("llama-mqa-biases"), sparsity=0.3, allocation="uniform")
     whole = run(dense("llama-mqa-biases"), sparsity=0.3, allocation="uniform")
     assert report.blocks[0].parts["mlp"].relative_error == pytest.approx(

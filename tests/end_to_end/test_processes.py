@@ -28,7 +28,7 @@ from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import NumericalError
 from optimum_modegpt.hub import card
 from optimum_modegpt.loading.self_text import self_windows
-from optimum_modegpt.methods import residual_matched, sensitivity
+from optimum_modegpt.methods import input_refit, residual_matched, sensitivity
 from optimum_modegpt.walk import checkpoint as module
 from optimum_modegpt.walk import resume
 from optimum_modegpt.walk.checkpoint import Checkpoint
@@ -61,8 +61,8 @@ def run(job: str) -> tuple[Any, Report]:
     config = ModeGPTConfig(sparsity=0.3, batch_size=2, **recipe)
     windows = TokenWindows(tokens(WINDOWS, LENGTH), {})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(residual_matched, "REFIT_TOKENS", 7 * LENGTH)
-        patch.setattr(residual_matched, "TOKENS_PER_ROW", 0)
+        patch.setattr(input_refit, "REFIT_TOKENS", 7 * LENGTH)
+        patch.setattr(input_refit, "TOKENS_PER_ROW", 0)
         patch.setattr(residual_matched, "GAIN_TOKENS", 3 * WINDOWS)
         patch.setattr(sensitivity, "SHALLOW_BUDGET", 0)
         patch.setattr(sensitivity, "GRADIENT_WINDOWS", 2 if name == "opt" else 5)
@@ -187,7 +187,7 @@ def launched(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_rank_0_saves_and_prints(
     words: list[str], launched: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residual_matched, "TOKENS_PER_ROW", 10)  # as in the launched processes
+    monkeypatch.setattr(input_refit, "TOKENS_PER_ROW", 10)  # as in the launched processes
     output, printed = launched
     assert printed.count("saved in") == 1
     assert "on cpu, 2 processes" in printed

@@ -15,7 +15,7 @@ from optimum_modegpt.architectures import Block, resolve
 from optimum_modegpt.calibration.gradients import output_gradients
 from optimum_modegpt.calibration.streams import StreamStorage, calls_of, enter
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.methods import published, residual_matched
+from optimum_modegpt.methods import input_refit, published, residual_matched
 from optimum_modegpt.methods.method import CalibrationInputs, StreamPair
 from optimum_modegpt.methods.residual_matched import OutputMetrics
 
@@ -324,9 +324,9 @@ def test_dense_block_is_left_as_it_was(name, method):
 
 @pytest.mark.parametrize(("tokens", "rank", "matrices"), [(960, 48, 2), (480, 48, 1), (480, 24, 2)])
 def test_gate_and_up_are_refitted_if_there_are_enough_tokens_for_their_rows(tokens, rank, matrices, monkeypatch):
-    monkeypatch.setattr(residual_matched, "TOKENS_PER_ROW", 10)
-    assert residual_matched.refits_inputs(tokens, rank, matrices, ModeGPTConfig())
-    assert not residual_matched.refits_inputs(tokens - 1, rank, matrices, ModeGPTConfig())
-    assert not residual_matched.refits_inputs(tokens, rank, matrices, CONFIG)
-    monkeypatch.setattr(residual_matched, "REFIT_TOKENS", tokens - 1)
-    assert not residual_matched.refits_inputs(10 * tokens, rank, matrices, ModeGPTConfig())
+    monkeypatch.setattr(input_refit, "TOKENS_PER_ROW", 10)
+    assert input_refit.refits_inputs(tokens, rank, matrices, ModeGPTConfig())
+    assert not input_refit.refits_inputs(tokens - 1, rank, matrices, ModeGPTConfig())
+    assert not input_refit.refits_inputs(tokens, rank, matrices, CONFIG)
+    monkeypatch.setattr(input_refit, "REFIT_TOKENS", tokens - 1)
+    assert not input_refit.refits_inputs(10 * tokens, rank, matrices, ModeGPTConfig())

@@ -114,3 +114,16 @@ def _same(actual, expected):
     assert actual.energy == pytest.approx(float(expected.energy))
     assert actual.ones == expected.ones
     assert actual.width == expected.width
+
+
+@ONES
+def test_moments_of_two_parts_are_joined_and_separated(ones):
+    inputs, target, weight, _, whole = tokens(ones=ones)
+    first, second = (
+        linear_moments(inputs[part], target[part], weight[part], ones=ones) for part in (slice(20), slice(20, None))
+    )
+    for found, expected in ((first.joined(second), whole), (whole.without(first), second)):
+        assert found.tokens == expected.tokens
+        assert found.ones == ones
+        for name in ("gram", "cross", "energy"):
+            assert difference(getattr(found, name), getattr(expected, name)) < 1e-12
