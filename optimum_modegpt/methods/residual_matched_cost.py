@@ -76,7 +76,7 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "one window of tokens": (3 * inputs + 2) * extent.length * width * FLOAT32,
     }
     if keep_derivatives:
-        refit["derivatives of the hidden channels"] = inputs * sample / curvature_stride(sample) * width * FLOAT32
+        refit["derivatives of the hidden channels"] = inputs * (sample // curvature_stride(sample)) * width * FLOAT32
     tokens = gain_tokens(extent.windows, extent.length, vocabulary)
     gain = {
         "normalised streams": 5 * tokens * d * FLOAT32,
