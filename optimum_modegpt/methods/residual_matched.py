@@ -533,16 +533,17 @@ def refit_mlp(
     )
     samples = _kept_samples(sample, streams.middle)
     kept, dense, moments = without_channels(student.input_outputs(student.down), moments, order, config)
+    dense_rows = tuple(row[kept] for row in student.mlp_rows())
     rows, moments = refit_rows(
         student,
-        tuple(row[kept] for row in student.mlp_rows()),
+        dense_rows,
         dense,
         moments,
         samples,
         config,
         keep_derivatives=keep_derivatives,
     )
-    if windows < distributed.all_reduce(own):
+    if rows is not dense_rows and windows < distributed.all_reduce(own):
         moments = hidden_moments(student, rows, _token_samples(student, streams, targets))
     down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
     return MLPFactors(rows, down, moments.relative_error(down))
