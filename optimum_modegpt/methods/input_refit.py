@@ -31,9 +31,8 @@ ROUNDS = 4
 """Most rounds of refitting gate and up, then down."""
 
 INPUT_NOISE = 20.0
-"""Part of the ridge of gate and up that falls with the number of tokens per input. Chosen on held-out text: the best of
-three ridges was 0.1 for 64 to 128 inputs, and between 0.3 and 1 for the 576 inputs of SmolLM2-135M, with 16,384 to
-32,768 tokens."""
+"""c of the ridge of gate and up, `input_ridge` + c · inputs / tokens. Chosen on held-out text: the best of three ridges
+was 0.1 for 64 to 128 inputs, and between 0.3 and 1 for the 576 inputs of SmolLM2-135M, with 16,384 to 32,768 tokens."""
 
 
 def refits_inputs(tokens: int, rank: int, matrices: int, config: ModeGPTConfig) -> bool:
@@ -65,7 +64,7 @@ def refit_rows(
 
     Args:
         rows: of gate and up, (k, d) each.
-        dense: the down (k, m) that every refit of down starts from.
+        dense: the dense down (k, m), which every refit of down stays close to.
         moments: of the hidden channels of `rows`.
         samples: the windows of this rank.
         keep_derivatives: as for `refit_inputs`.
