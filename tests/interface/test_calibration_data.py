@@ -201,7 +201,7 @@ def test_global_random_state_is_left_alone(text_file, tokenizer):
 
 def test_no_warning_about_the_context_and_none_lost_for_others(text_file, caplog):
     tokenizer = make_tokenizer()  # each warns only once
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="transformers"):
         logging.getLogger("transformers").addHandler(caplog.handler)
         try:
             calibrate(str(text_file), tokenizer)
