@@ -146,19 +146,10 @@ class Subject:
 
     @cached_property
     def calibration(self) -> TokenWindows:
-        """Windows of all calibration files, in equal numbers."""
-        files = self.options.calibration
-        parts = []
-        for index, file in enumerate(files):
-            share = (self.options.num_samples + index) // len(files)
-            config = ModeGPTConfig(dataset=str(self.options.texts / file), num_samples=share)
-            parts.append(calibration_windows(config, self.tokenizer, sequence_length=self.length))
-        if len(parts) == 1:
-            return parts[0]
-        tokens = torch.cat([part.tokens for part in parts])
-        shas = [part.record["sha256"].encode() for part in parts]
-        record = {"name": " + ".join(files), "file_sha256": None, "sha256": digest(*shas)}
-        return TokenWindows(tokens, parts[0].record | record)
+        """Windows of all calibration files, in equal numbers and alternating, as a user's mixture has them."""
+        files = [str(self.options.texts / file) for file in self.options.calibration]
+        config = ModeGPTConfig(dataset=files, num_samples=self.options.num_samples)
+        return calibration_windows(config, self.tokenizer, sequence_length=self.length)
 
     @cached_property
     def texts(self) -> dict[str, TokenWindows]:
