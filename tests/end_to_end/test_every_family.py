@@ -22,7 +22,11 @@ from optimum_modegpt.compress import compress
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.report import Report
 
-EVERY = pytest.mark.parametrize("name", OTHERS)
+FIRST = set(REPRESENTATIVES.values())
+EVERY = pytest.mark.parametrize(
+    "name", [name if name in FIRST else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+)
+"""One variant of each family, and the further variants in the full matrix."""
 METHOD = pytest.mark.parametrize("method", ["default", "paper"])
 NEW = 6
 TOLERANCE = 0.015
@@ -58,7 +62,7 @@ def test_nothing_removed_is_the_dense_model(name: str, method: str) -> None:
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
     """Compress the models of all selected tests by both methods, save them and run them in fresh processes.
 
-    One variant of each family is allocated by sensitivity, which is the slowest allocation, the others uniformly.
+    The first variant of each family is allocated by sensitivity, which is the slowest allocation, the others uniformly.
 
     Return the logits by variant and process: this one, one with the package, one with the code in the folder.
     """
@@ -71,7 +75,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         found_sparsity = run(dense(name), sparsity=0.3, method="paper").achieved_sparsity
         assert found_sparsity == pytest.approx(0.3, abs=TOLERANCE), name
         model, folder = dense(name), root / name
-        allocation = None if name in REPRESENTATIVES.values() else "uniform"
+        allocation = None if name in FIRST else "uniform"
         assert run(model, sparsity=0.3, allocation=allocation).achieved_sparsity == pytest.approx(0.3, abs=TOLERANCE), (
             name
         )
