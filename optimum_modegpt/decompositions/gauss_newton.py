@@ -151,7 +151,8 @@ class _Linearised:
     ) -> None:
         self.rows, self.down, self.activation, self.total = rows, down, activation, total
         self.samples, self.curvature = samples, curvature
-        self.share = self._weight(samples) / self._weight(curvature)
+        self.curvature_weight = self._weight(curvature)
+        self.share = self._weight(samples) / self.curvature_weight
         self.keep_derivatives = keep_derivatives
         self.derivatives: list[list[Tensor]] = []
         input_moment, output_moments = self._factor_moments()
@@ -250,8 +251,7 @@ class _Linearised:
             for channel, z in zip(channels, derivatives, strict=True):
                 channel += gram_matrix(root * z)
         metric = self.share * (self.down @ self.down.T)
-        weight = self._weight(self.curvature)
-        return self.total(inputs) / weight, [self.total(channel).mul_(metric) for channel in channels]
+        return self.total(inputs) / self.curvature_weight, [self.total(channel).mul_(metric) for channel in channels]
 
     def _precondition(self, gradient: Sequence[Tensor]) -> list[Tensor]:
         return [
