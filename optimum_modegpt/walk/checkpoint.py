@@ -116,6 +116,10 @@ class Checkpoint:
                 raise CheckpointError(message) from None
             except OSError as error:
                 raise OutputError(f"{self.folder} cannot be written: {error}") from error
+            except KeyboardInterrupt:  # the file may exist already, and a release would leave it
+                with suppress(Timeout, OSError), self._lock.acquire(timeout=0):
+                    Path(self._lock.lock_file).unlink(missing_ok=True)
+                raise
             try:
                 yield
             finally:

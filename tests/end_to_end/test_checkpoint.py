@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
+from filelock import BaseFileLock
 from forks import run_forked
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -242,6 +243,23 @@ def test_sensitivities_resume_after_the_last_finished_sweep(
     assert sweeps == [range(2, 3)]
     assert resumed.sensitivities == report.sensitivities
     assert_same(states(again), expected)
+
+
+def test_interrupt_while_the_lock_is_acquired_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire = BaseFileLock.acquire
+    interrupts = iter([KeyboardInterrupt()])
+
+    def interrupted(lock: BaseFileLock, **arguments: Any) -> Any:
+        proxy = acquire(lock, **arguments)
+        for interrupt in interrupts:
+            lock.release()  # as filelock does if it is interrupted
+            raise interrupt
+        return proxy
+
+    monkeypatch.setattr(BaseFileLock, "acquire", interrupted)
+    with pytest.raises(KeyboardInterrupt), Checkpoint(tmp_path / "new" / "place" / "kept").alone():
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_resumed_run_reports_warnings_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
