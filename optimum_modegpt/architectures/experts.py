@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_modegpt.decompositions.psd import to_float64
-from optimum_modegpt.modeling.modegpt_experts import channel_axis, install_packed, packed_names, packed_shape
+from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
+from optimum_modegpt.modeling.modegpt_experts import install_packed, packed_shape
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,19 @@ class PackedExperts:
 
     def _gates_by_channel(self) -> bool:
         """Return whether every hidden channel depends on no other rows of gate and up than its own, on random rows."""
-        rows = torch.randn(1, 2 * self.width, generator=torch.Generator().manual_seed(0))
-        kept = torch.arange(0, self.width, 2)
-        found = self.module._apply_gate(rows[:, self._gate_and_up(kept)])
-        return torch.allclose(found, self.module._apply_gate(rows)[:, kept])
+        gate, up = torch.randn(2, self.width, generator=torch.Generator().manual_seed(0))
+        found = self.module._apply_gate(self._packed(gate[::2], up[::2])[None])
+        return torch.allclose(found, self.module._apply_gate(self._packed(gate, up)[None])[:, ::2])
+
+    @property
+    def activation(self) -> Any | None:
+        """The activation φ if the hidden channels are φ(gate) · up, or None. Random numbers decide."""
+        gate, up = 10 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+        activation = getattr(self.module, "act_fn", None)
+        if activation is None:
+            return None
+        found = self.module._apply_gate(self._packed(gate, up)[None])[0]
+        return activation if torch.allclose(found, activation(gate) * up) else None
 
     def hidden(self, expert: int, inputs: Tensor) -> Tensor:
         """Return the hidden channels of an expert, (tokens, width), for inputs (tokens, d_model)."""
@@ -95,6 +104,19 @@ class PackedExperts:
             return weight
         return torch.cat((weight, to_float64(self.module.down_proj_bias[expert].detach())[None]))
 
+    def rows(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of an expert's gate and up, (width, d_model [+ 1]) each, in at least float32.
+
+        The last column is the bias if the experts have biases.
+        """
+        weight = at_least_float32(self.module.gate_up_proj[expert].detach())
+        both = weight.T if self.module.is_transposed else weight
+        if self.has_bias:
+            both = torch.cat((both, at_least_float32(self.module.gate_up_proj_bias[expert].detach())[:, None]), dim=1)
+        if self.module.is_concatenated:
+            return both[: self.width], both[self.width :]
+        return both[::2], both[1::2]
+
     def combined(self, routing: Routing) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs, (tokens, d_model)."""
         total = torch.zeros_like(routing.inputs)
@@ -104,31 +126,27 @@ class PackedExperts:
             total.index_add_(0, tokens, (output * weights[:, None]).to(total))
         return total
 
-    def install(self, kept: Sequence[Tensor], downs: Sequence[Tensor]) -> None:
-        """Keep the hidden channels `kept` (rank,) of every expert, and replace its output by `downs` (rank [+ 1], d).
+    def install(self, rows: Sequence[tuple[Tensor, Tensor]], downs: Sequence[Tensor]) -> None:
+        """Replace every expert by gate and up (rank, d_model [+ 1]) each, and down (rank [+ 1], d_model).
 
-        A down projection has the bias as last row if the experts have biases.
+        Biases are the last column of gate and up, and the last row of down.
         """
-        module, rank = self.module, len(kept[0])
-        both = [self._gate_and_up(channels) for channels in kept]
-        for name in packed_names(module):
-            if not name.startswith("gate_up"):
-                continue
-            axis = channel_axis(module, name) - 1  # of one expert
-            narrowed = [
-                one.detach().index_select(axis, rows) for one, rows in zip(getattr(module, name), both, strict=True)
-            ]
-            install_packed(module, name, torch.stack(narrowed))
+        module, d_model = self.module, downs[0].shape[1]
+        rank = len(rows[0][0])
+        both = torch.stack([self._packed(gate, up) for gate, up in rows])
+        weights = both[..., :d_model]
+        install_packed(module, "gate_up_proj", (weights.mT if module.is_transposed else weights).contiguous())
         weights = torch.stack([down[:rank] for down in downs])  # (experts, rank, d_model)
         install_packed(module, "down_proj", (weights if module.is_transposed else weights.mT).contiguous())
         if self.has_bias:
+            install_packed(module, "gate_up_proj_bias", both[..., d_model].contiguous())
             install_packed(module, "down_proj_bias", torch.stack([down[rank] for down in downs]))
 
-    def _gate_and_up(self, channels: Tensor) -> Tensor:
-        """Return the rows of the packed gate and up projections of these channels, (2 · rank,)."""
+    def _packed(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return rows of gate and up in the order of the packed projection."""
         if self.module.is_concatenated:
-            return torch.cat((channels, channels + self.width))
-        return torch.stack((2 * channels, 2 * channels + 1), dim=1).flatten()
+            return torch.cat((gate, up))
+        return torch.stack((gate, up), dim=1).flatten(0, 1)
 
 
 @contextmanager

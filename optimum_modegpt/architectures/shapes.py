@@ -23,6 +23,7 @@ class Shapes:
     eager: bool = False  # whether the attention is "eager", which holds the scores of a batch
     experts: int = 1  # number of experts; `mlp` is the width of each
     chosen: int = 1  # number of experts that a token passes
+    separable: bool = True  # whether the hidden channels of the experts, if any, are φ(gate) · up
 
     @property
     def passed_weights(self) -> float:
@@ -52,4 +53,5 @@ def shapes_of(architecture: Architecture) -> Shapes:
         eager=model.config._attn_implementation == "eager",
         experts=1 if experts is None else experts.count,
         chosen=chosen,
+        separable=experts is None or experts.activation is not None,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,60 @@ from torch import Tensor, nn
 
 from optimum_modegpt.architectures import Block
 from optimum_modegpt.architectures.experts import PackedExperts, Routing
-from optimum_modegpt.calibration.moments import LinearMomentSum
+from optimum_modegpt.calibration.moments import LinearMomentSum, with_ones
 from optimum_modegpt.config import ModeGPTConfig
+from optimum_modegpt.decompositions.gauss_newton import TokenSample
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit
 from optimum_modegpt.decompositions.nystrom import Elimination, nystrom_refit, select_by_leverage
 from optimum_modegpt.decompositions.psd import at_least_float32
 from optimum_modegpt.errors import IllConditionedWarning
 from optimum_modegpt.methods.channels import eliminate_channels, without_channels
 from optimum_modegpt.methods.factors import ExpertsFactors
+from optimum_modegpt.methods.input_refit import refit_rows, refits_inputs
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Tokens with their experts.
+
+    Attributes:
+        routing: the inputs and the experts of the tokens.
+        missing: the difference of the wanted from the present output of the MLP, (tokens, d_model), or None for 0.
+        weight: the weights of the tokens, (tokens,), or None for 1.
+    """
+
+    routing: Routing
+    missing: Tensor | None = None
+    weight: Tensor | None = None
+
+    def sample(self, experts: PackedExperts, expert: int, *, bias: bool = True) -> tuple[TokenSample, Tensor]:
+        """Return the tokens of one expert, and its hidden channels for them, on the device of the experts.
+
+        The target is the expert's output with its share of `missing`. The changes of the outputs of a token's experts
+        with the least Σ ‖Δ_e‖² and with Σ g_e Δ_e = missing are Δ_e = g_e · missing / Σ g².
+        """
+        tokens, gates = self.routing.tokens_of(expert)
+        device = experts.module.down_proj.device
+        inputs, gates = self.routing.inputs[tokens].to(device), at_least_float32(gates).to(device)
+        hidden = experts.hidden(expert, inputs)
+        target = at_least_float32(experts.output(expert, hidden, bias=bias))
+        if self.missing is not None:
+            squares = at_least_float32(self.routing.weights[tokens]).to(device).square().sum(1).clamp_min(1e-12)
+            target = target + self.missing[tokens].to(device) * (gates / squares)[:, None]
+        weight = gates.square()
+        if self.weight is not None:
+            weight = weight * self.weight[tokens].to(device)
+        return TokenSample(inputs, target, weight), hidden
+
+    def windows(self, length: int) -> Iterator[RoutedTokens]:
+        """Yield the windows of `length` tokens. There must be a missing difference and weights."""
+        assert self.missing is not None
+        assert self.weight is not None
+        routing = (self.routing.inputs, self.routing.chosen, self.routing.weights)
+        for inputs, chosen, weights, missing, weight in zip(
+            *(each.split(length) for each in (*routing, self.missing, self.weight)), strict=True
+        ):
+            yield RoutedTokens(Routing(inputs, chosen, weights), missing, weight)
 
 
 class ExpertMoments:
@@ -41,22 +87,11 @@ class ExpertMoments:
         self.experts, self.bias = experts, bias
         self.sums = [LinearMomentSum.zero(experts.width, d_model, device, ones=ones) for _ in range(experts.count)]
 
-    def add(self, routing: Routing, *, missing: Tensor | None = None, weight: Tensor | None = None) -> None:
-        """Add the tokens of `routing`, each with a `weight` (tokens,).
-
-        The experts of a token share the part that its MLP's output is `missing` (tokens, d_model). The changes of their
-        outputs with the least Σ ‖Δ_e‖² and with Σ g_e Δ_e = missing are Δ_e = g_e · missing / Σ g².
-        """
-        squares = at_least_float32(routing.weights).square().sum(1).clamp_min(1e-12)
+    def add(self, routed: RoutedTokens) -> None:
+        """Add tokens."""
         for expert, moments in enumerate(self.sums):
-            tokens, gates = routing.tokens_of(expert)
-            hidden = self.experts.hidden(expert, routing.inputs[tokens])
-            target = at_least_float32(self.experts.output(expert, hidden, bias=self.bias))
-            gates = at_least_float32(gates)
-            if missing is not None:
-                target = target + missing[tokens] * (gates / squares[tokens])[:, None]
-            gates = gates.square()
-            moments.add(hidden, target, gates if weight is None else gates * weight[tokens])
+            own, hidden = routed.sample(self.experts, expert, bias=self.bias)
+            moments.add(hidden, own.target, own.weight)
 
     def value(self) -> list[LinearMoments]:
         """Return the moments of every expert so far, over the tokens of all ranks."""
@@ -80,7 +115,7 @@ def mlp_moments(block: Block, *, bias: bool = True) -> Iterator[LinearMomentSum 
         total, module = ExpertMoments(experts, bias=bias), experts.module
 
         def record(_: nn.Module, arguments: Any, output: Any) -> None:
-            total.add(Routing(*arguments))
+            total.add(RoutedTokens(Routing(*arguments)))
 
     handle = module.register_forward_hook(record)
     try:
@@ -98,25 +133,69 @@ def eliminate_experts(
 
 
 def remove_channels(
-    block: Block, moments: Sequence[LinearMoments], orders: Sequence[Tensor], config: ModeGPTConfig
+    block: Block,
+    moments: Sequence[LinearMoments],
+    orders: Sequence[Tensor],
+    config: ModeGPTConfig,
+    windows: Sequence[RoutedTokens] | None = None,
+    *,
+    keep_derivatives: bool = False,
 ) -> ExpertsFactors:
-    """Remove the channels of `orders` from every expert, and refit its down for the others."""
-    kept, downs, left = [], [], []
-    for down, own, order in zip(_downs(block), moments, orders, strict=True):
-        channels, dense, own = without_channels(down, own, order, config)
-        kept.append(channels)
+    """Remove the channels of `orders` from every expert, and refit its down for the others.
+
+    If the `windows` of the moments are given, gate and up of each expert with enough tokens are refitted as well. All
+    ranks of a run must give theirs, or none of them.
+    """
+    experts = block.experts
+    assert experts is not None
+    rows, downs, left = [], [], []
+    for expert, (own, order) in enumerate(zip(moments, orders, strict=True)):
+        kept, dense, own = without_channels(experts.down(expert), own, order, config)
+        gate_and_up = tuple(row[kept] for row in experts.rows(expert))
+        if windows is not None and refits_inputs(own.tokens, own.width, len(gate_and_up), config):
+            samples = [_refit_sample(window, experts, expert) for window in windows]
+            gate_and_up, own = refit_rows(
+                gate_and_up, dense, own, samples, experts.activation, config, keep_derivatives=keep_derivatives
+            )
+        rows.append(gate_and_up)
         downs.append(centred_refit(own, dense, own.refit_ridge(config.output_ridge)))
         left.append(own)
-    return ExpertsFactors(kept, downs, _relative_error(left, downs))
+    return ExpertsFactors(rows, downs, _relative_error(left, downs))
+
+
+def refits_experts(block: Block, moments: Sequence[LinearMoments], rank: int, config: ModeGPTConfig) -> bool:
+    """Return whether gate and up of any expert are refitted when `rank` channels are kept.
+
+    Experts whose hidden channels are not φ(gate) · up are never refitted.
+    """
+    experts = block.experts
+    assert experts is not None
+    if rank == experts.width or experts.activation is None:
+        return False
+    return any(refits_inputs(own.tokens, rank, 2, config) for own in moments)
+
+
+def _refit_sample(window: RoutedTokens, experts: PackedExperts, expert: int) -> TokenSample:
+    """Return the tokens of an expert for `refit_rows`."""
+    sample, _ = window.sample(experts, expert)
+    inputs = at_least_float32(sample.inputs)
+    return replace(sample, inputs=with_ones(inputs) if experts.has_bias else inputs)
 
 
 def cut_experts(
-    block: Block, moments: Sequence[LinearMoments], metric: Tensor, rank: int, config: ModeGPTConfig
+    block: Block,
+    moments: Sequence[LinearMoments],
+    metric: Tensor,
+    rank: int,
+    config: ModeGPTConfig,
+    windows: Sequence[RoutedTokens] | None = None,
+    *,
+    keep_derivatives: bool = False,
 ) -> ExpertsFactors:
-    """Choose the channels that every expert keeps by backward elimination, and refit its down."""
+    """Choose the channels that every expert keeps by backward elimination, and refit it as `remove_channels` does."""
     report_rare(moments, rank)
     orders = [found.order for found in eliminate_experts(block, moments, metric, rank, config)]
-    return remove_channels(block, moments, orders, config)
+    return remove_channels(block, moments, orders, config, windows, keep_derivatives=keep_derivatives)
 
 
 def select_experts(block: Block, moments: Sequence[LinearMoments], rank: int, config: ModeGPTConfig) -> ExpertsFactors:
@@ -124,10 +203,12 @@ def select_experts(block: Block, moments: Sequence[LinearMoments], rank: int, co
 
     The moments of an expert with fewer tokens than channels are singular. Its refit is damped to the dense weights.
     """
+    experts = block.experts
+    assert experts is not None
     report_rare(moments, rank)
-    kept, downs, left = [], [], []
-    for down, own in zip(_downs(block), moments, strict=True):
-        weight, bias = down[: own.width], down[own.width :]
+    rows, downs, left = [], [], []
+    for expert, own in enumerate(moments):
+        weight, bias = experts.down(expert).split((own.width, int(experts.has_bias)))
         channels = select_by_leverage(own.gram, rank, ridge=config.leverage_ridge)
         remaining = own.kept(channels)
         if own.tokens < own.width:
@@ -135,10 +216,11 @@ def select_experts(block: Block, moments: Sequence[LinearMoments], rank: int, co
             refitted = centred_refit(own_output, weight[channels], own.refit_ridge(config.output_ridge))
         else:
             refitted = nystrom_refit(own.gram, channels, weight)
-        kept.append(channels)
+        gate, up = experts.rows(expert)
+        rows.append((gate[channels], up[channels]))
         downs.append(torch.cat((refitted, bias)))
         left.append(remaining)
-    return ExpertsFactors(kept, downs, _relative_error(left, [down[:rank] for down in downs]))
+    return ExpertsFactors(rows, downs, _relative_error(left, [down[:rank] for down in downs]))
 
 
 def report_rare(moments: Sequence[LinearMoments], rank: int) -> None:

@@ -42,16 +42,16 @@ class ValueOutputFactors:
 
 @dataclass(frozen=True)
 class ExpertsFactors:
-    """The kept channels (rank,) and down (rank [+ 1], d_model) of every expert."""
+    """Gate and up (rank, d_model [+ 1]) each, and down (rank [+ 1], d_model), of every expert."""
 
-    kept: list[Tensor]
+    rows: list[tuple[Tensor, Tensor]]
     downs: list[Tensor]
     relative_error: float
 
     def install(self, block: Block) -> None:
         """Replace the experts of a block."""
         assert block.experts is not None
-        block.experts.install(self.kept, self.downs)
+        block.experts.install(self.rows, self.downs)
 
 
 @dataclass(frozen=True)

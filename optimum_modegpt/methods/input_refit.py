@@ -12,10 +12,15 @@ from dataclasses import replace
 from torch import Tensor
 
 from optimum_modegpt import distributed
-from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.moments import LinearMomentSum
 from optimum_modegpt.config import ModeGPTConfig
-from optimum_modegpt.decompositions.gauss_newton import TokenSample, hidden_channels, refit_inputs, split_windows
+from optimum_modegpt.decompositions.gauss_newton import (
+    Activation,
+    TokenSample,
+    hidden_channels,
+    refit_inputs,
+    split_windows,
+)
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit
 
 REFIT_TOKENS = 65_536
@@ -51,11 +56,11 @@ def curvature_stride(tokens: int) -> int:
 
 
 def refit_rows(
-    block: Block,
     rows: tuple[Tensor, ...],
     dense: Tensor,
     moments: LinearMoments,
     samples: list[TokenSample],
+    activation: Activation,
     config: ModeGPTConfig,
     *,
     keep_derivatives: bool,
@@ -67,6 +72,7 @@ def refit_rows(
         dense: the dense down (k, m), which every refit of down stays close to.
         moments: of the hidden channels of `rows`.
         samples: the windows of this rank.
+        activation: φ of the MLP.
         keep_derivatives: as for `refit_inputs`.
 
     Returns:
@@ -76,35 +82,39 @@ def refit_rows(
     held_out, fitted = split_windows(samples, before=before, total=distributed.all_reduce)
     known = moments
     if held_out is not fitted:
-        known = moments.without(hidden_moments(block, rows, held_out))
+        known = moments.without(hidden_moments(rows, held_out, activation, ones=moments.ones))
     moved = rows
     for _ in range(ROUNDS):
         down = centred_refit(known, dense, known.refit_ridge(config.output_ridge))
-        refitted = _step(block, moved, down, fitted, held_out, config, keep_derivatives=keep_derivatives)
+        refitted = _step(moved, down, fitted, held_out, activation, config, keep_derivatives=keep_derivatives)
         if refitted is moved:
             break
         moved = refitted
-        known = hidden_moments(block, moved, fitted)
+        known = hidden_moments(moved, fitted, activation, ones=moments.ones)
     if moved is rows:
         return rows, moments
-    return moved, known if held_out is fitted else known.joined(hidden_moments(block, moved, held_out))
+    if held_out is not fitted:
+        known = known.joined(hidden_moments(moved, held_out, activation, ones=moments.ones))
+    return moved, known
 
 
-def hidden_moments(block: Block, rows: tuple[Tensor, ...], samples: Iterable[TokenSample]) -> LinearMoments:
-    """Compute moments of the hidden channels of `rows`, with the samples' targets."""
-    moments = LinearMomentSum(ones=block.down.bias is not None)
+def hidden_moments(
+    rows: tuple[Tensor, ...], samples: Iterable[TokenSample], activation: Activation, *, ones: bool
+) -> LinearMoments:
+    """Compute moments of the hidden channels of `rows`, with the samples' targets. `ones` is that of the moments."""
+    moments = LinearMomentSum(ones=ones)
     for sample in samples:
         arrived = sample.to(rows[0].device)
-        moments.add(hidden_channels(rows, arrived.inputs, block.activation), arrived.target, arrived.weight)
+        moments.add(hidden_channels(rows, arrived.inputs, activation), arrived.target, arrived.weight)
     return moments.value()
 
 
 def _step(
-    block: Block,
     rows: tuple[Tensor, ...],
     down: Tensor,
     fitted: list[TokenSample],
     held_out: list[TokenSample],
+    activation: Activation,
     config: ModeGPTConfig,
     *,
     keep_derivatives: bool,
@@ -123,7 +133,7 @@ def _step(
         weight,
         fitted,
         held_out,
-        block.activation,
+        activation,
         ridge=config.input_ridge + INPUT_NOISE * rows[0].shape[1] / tokens,
         iterations=config.refit_iterations,
         stride=curvature_stride(tokens),

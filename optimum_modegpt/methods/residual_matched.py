@@ -18,6 +18,7 @@ from torch import Tensor
 
 from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
+from optimum_modegpt.architectures.experts import Routing
 from optimum_modegpt.architectures.head import LinearHead
 from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
 from optimum_modegpt.calibration.gradients import OutputGradients, metric_factor, query_metric
@@ -50,8 +51,8 @@ from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax,
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.channels import eliminate_channels, refit_to_dense, without_channels
-from optimum_modegpt.methods.experts import ExpertMoments, cut_experts
-from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.methods.experts import ExpertMoments, RoutedTokens, cut_experts, refits_experts
+from optimum_modegpt.methods.factors import ExpertsFactors, MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.methods.input_refit import hidden_moments, refit_rows, refit_windows, refits_inputs
 from optimum_modegpt.methods.method import CalibrationInputs
@@ -181,7 +182,9 @@ def compress_block(
         if student.experts is None:
             mlp = refit_mlp(student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives)
         else:
-            mlp = cut_experts(student, observe_experts(student, own, targets), metrics.mlp, widths.mlp, config)
+            mlp = refit_experts(
+                student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives
+            )
     mlp.install(student)
     sums = _after_mlp(student, own)
 
@@ -474,17 +477,23 @@ def observe_mlp(block: Block, streams: MLPStreams, targets: DenseTargets) -> Lin
 
 def observe_experts(block: Block, streams: MLPStreams, targets: DenseTargets) -> list[LinearMoments]:
     """Measure moments of every expert. The target is its dense output and its share of the missing difference."""
-    experts, residual = block.experts, block.residual
-    assert experts is not None
-    device, moments = block.device, ExpertMoments(experts)
+    assert block.experts is not None
+    moments = ExpertMoments(block.experts)
+    for routed in _routed_tokens(block, streams, targets):
+        moments.add(routed)
+    return moments.value()
+
+
+def _routed_tokens(block: Block, streams: MLPStreams, targets: DenseTargets) -> Iterator[RoutedTokens]:
+    """Yield the tokens of every batch with their experts, on the block's device."""
+    device, residual = block.device, block.residual
     arrived = streams.batches(device), prefetch(targets.mlp, device)
     for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
         output, routing, _ = block.route(residual.mlp_input(read))
         wanted = residual.missing(target, middle)
         if residual.mlp_output_norm is not None:
             wanted, weight = before_norm(output, wanted, weight, residual.mlp_output_norm, block.norm)
-        moments.add(routing, missing=(wanted - output).flatten(0, 1), weight=weight.flatten())
-    return moments.value()
+        yield RoutedTokens(routing, (wanted - output).flatten(0, 1), weight.flatten())
 
 
 def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
@@ -535,18 +544,50 @@ def refit_mlp(
     kept, dense, moments = without_channels(student.input_outputs(student.down), moments, order, config)
     dense_rows = tuple(row[kept] for row in student.mlp_rows())
     rows, moments = refit_rows(
-        student,
-        dense_rows,
-        dense,
-        moments,
-        samples,
-        config,
-        keep_derivatives=keep_derivatives,
+        dense_rows, dense, moments, samples, student.activation, config, keep_derivatives=keep_derivatives
     )
     if rows is not dense_rows and windows < distributed.all_reduce(own):
-        moments = hidden_moments(student, rows, _token_samples(student, streams, targets))
+        samples_of_all = _token_samples(student, streams, targets)
+        moments = hidden_moments(rows, samples_of_all, student.activation, ones=moments.ones)
     down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
     return MLPFactors(rows, down, moments.relative_error(down))
+
+
+def refit_experts(
+    student: Block,
+    streams: MLPStreams,
+    targets: DenseTargets,
+    metric: Tensor,
+    rank: int,
+    config: ModeGPTConfig,
+    *,
+    keep_derivatives: bool,
+) -> ExpertsFactors:
+    """Cut the experts by `cut_experts`. Their tokens are stored if gate and up of any expert are refitted."""
+    moments, windows = observe_experts(student, streams, targets), None
+    if refits_experts(student, moments, rank, config):
+        windows = _kept_windows(_routed_tokens(student, streams, targets), streams.middle)
+    return cut_experts(student, moments, metric, rank, config, windows, keep_derivatives=keep_derivatives)
+
+
+def _kept_windows(batches: Iterable[RoutedTokens], stream: Stream) -> list[RoutedTokens]:
+    """Move the tokens to the storage of `stream`, window by window."""
+    others: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def parts() -> Iterator[Tensor]:
+        for batch in batches:
+            for window in batch.windows(stream[0].shape[1]):
+                assert window.missing is not None
+                assert window.weight is not None
+                others.append((window.routing.chosen, window.routing.weights, window.weight))
+                yield from (window.routing.inputs, window.missing)
+
+    both = list(store_like(parts(), stream))
+    found = []
+    for inputs, missing, small in zip(both[::2], both[1::2], others, strict=True):
+        chosen, weights, weight = (each.to(inputs.device) for each in small)
+        found.append(RoutedTokens(Routing(inputs, chosen, weights), missing, weight))
+    return found
 
 
 def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> Iterator[TokenSample]:

@@ -28,17 +28,13 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
         "moments": {"moments": blocks * extent.tokens * cost.moments_work(shapes)},
         "factorisations": {"exact": blocks * cost.factorisations_work(shapes)},
     }
+    tokens = _refit_tokens(shapes, extent)
     cut = []
     for width in widths:
-        if (
-            shapes.experts == 1
-            and width < shapes.mlp
-            and refits_inputs(extent.tokens, width, shapes.mlp_inputs, config)
-        ):
+        if shapes.separable and width < shapes.mlp and refits_inputs(tokens, width, shapes.mlp_inputs, config):
             cut.append(width)
     if cut:
-        width, rounds = sum(cut) / len(cut), len(cut) * ROUNDS
-        tokens = min(extent.tokens, REFIT_TOKENS)
+        width, rounds = sum(cut) / len(cut), len(cut) * ROUNDS * shapes.experts
         # The gradient and the moments afterwards; six products per iteration of conjugate gradients.
         token = (5 * shapes.mlp_inputs // 2 + 2) * d * width + gram_work(int(width))
         curved = 6 * config.refit_iterations * d * width + shapes.mlp_inputs * (d * width + gram_work(int(width)))
@@ -52,16 +48,24 @@ def work(shapes: Shapes, config: ModeGPTConfig, extent: Extent, widths: Sequence
     return steps
 
 
+def _refit_tokens(shapes: Shapes, extent: Extent) -> int:
+    """Return the number of tokens for the refit of gate and up; with experts, the mean number of each."""
+    if shapes.experts == 1:
+        return min(extent.tokens, REFIT_TOKENS)
+    return extent.tokens * shapes.chosen // shapes.experts
+
+
 def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivatives: bool) -> list[Peak]:
     """Return the moments that can be the peak. `keep_derivatives` is that of `Placement`."""
     d, inputs, vocabulary = shapes.d_model, shapes.mlp_inputs, shapes.vocabulary
-    refits = config.refit_iterations and shapes.experts == 1
-    sample = min(extent.tokens, REFIT_TOKENS) if refits else 0
+    refits = config.refit_iterations and shapes.separable
+    sample = _refit_tokens(shapes, extent) if refits else 0
+    stored = sample if shapes.experts == 1 or not refits else extent.tokens
     stream = extent.tokens * d * extent.element
     streams = {
         "residual streams": 7 * stream,
         "outputs of the heads": extent.tokens * shapes.heads * extent.element,
-        "sample for the refit of gate and up": 2 * sample * d * FLOAT32,
+        "sample for the refit of gate and up": 2 * stored * d * FLOAT32,
     }
     # A block may lose less than the mean.
     removed = config.sparsity
@@ -75,6 +79,10 @@ def peaks(shapes: Shapes, config: ModeGPTConfig, extent: Extent, keep_derivative
         "moments of its channels, inverted": inputs * width**2 * FLOAT32,
         "one window of tokens": (3 * inputs + 2) * extent.length * width * FLOAT32,
     }
+    if shapes.experts > 1:
+        refit["other experts, with their moments"] = (shapes.experts - 1) * (
+            (shapes.mlp**2 + shapes.mlp * d) * FLOAT64 + inputs * width * d * FLOAT32
+        )
     if keep_derivatives:
         refit["derivatives of the hidden channels"] = inputs * (sample // curvature_stride(sample)) * width * FLOAT32
     tokens = gain_tokens(extent.windows, extent.length, vocabulary)
