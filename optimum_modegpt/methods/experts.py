@@ -154,6 +154,7 @@ def remove_channels(
         gate_and_up = tuple(row[kept] for row in experts.rows(expert))
         if windows is not None and refits_inputs(own.tokens, own.width, len(gate_and_up), config):
             samples = [_refit_sample(window, experts, expert) for window in windows]
+            samples = [sample for sample in samples if len(sample.inputs)]
             gate_and_up, own = refit_rows(
                 gate_and_up, dense, own, samples, experts.activation, config, keep_derivatives=keep_derivatives
             )

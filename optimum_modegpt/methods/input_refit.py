@@ -42,7 +42,7 @@ was 0.1 for 64 to 128 inputs, and between 0.3 and 1 for the 576 inputs of SmolLM
 
 def refits_inputs(tokens: int, rank: int, matrices: int, config: ModeGPTConfig) -> bool:
     """Return whether gate and up are refitted: with enough tokens for their rows, if the configuration allows it."""
-    return bool(config.refit_iterations) and min(tokens, REFIT_TOKENS) >= TOKENS_PER_ROW * matrices * rank
+    return bool(config.refit_iterations and tokens) and min(tokens, REFIT_TOKENS) >= TOKENS_PER_ROW * matrices * rank
 
 
 def refit_windows(length: int) -> int:
