@@ -148,15 +148,17 @@ def remove_channels(
     """
     experts = block.experts
     assert experts is not None
+    activation = experts.activation
     rows, downs, left = [], [], []
     for expert, (own, order) in enumerate(zip(moments, orders, strict=True)):
         kept, dense, own = without_channels(experts.down(expert), own, order, config)
         gate_and_up = tuple(row[kept] for row in experts.rows(expert))
-        if windows is not None and refits_inputs(own.tokens, own.width, len(gate_and_up), config):
+        enough = refits_inputs(own.tokens, own.width, len(gate_and_up), config)
+        if windows is not None and activation is not None and enough:
             samples = [_refit_sample(window, experts, expert) for window in windows]
             samples = [sample for sample in samples if len(sample.inputs)]
             gate_and_up, own = refit_rows(
-                gate_and_up, dense, own, samples, experts.activation, config, keep_derivatives=keep_derivatives
+                gate_and_up, dense, own, samples, activation, config, keep_derivatives=keep_derivatives
             )
         rows.append(gate_and_up)
         downs.append(centred_refit(own, dense, own.refit_ridge(config.output_ridge)))
