@@ -74,7 +74,7 @@ class PackedExperts:
 
     @property
     def activation(self) -> Any | None:
-        """The activation φ if the hidden channels are φ(gate) · up, or None. Random numbers decide."""
+        """The activation φ if the hidden channels are φ(gate) · up, or None. It is checked on random numbers."""
         gate, up = 10 * torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
         activation = getattr(self.module, "act_fn", None)
         if activation is None:

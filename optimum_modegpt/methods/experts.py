@@ -88,7 +88,7 @@ class ExpertMoments:
         self.sums = [LinearMomentSum.zero(experts.width, d_model, device, ones=ones) for _ in range(experts.count)]
 
     def add(self, routed: RoutedTokens) -> None:
-        """Add tokens."""
+        """Add the tokens of a batch to the moments of their experts."""
         for expert, moments in enumerate(self.sums):
             own, hidden = routed.sample(self.experts, expert, bias=self.bias)
             moments.add(hidden, own.target, own.weight)
