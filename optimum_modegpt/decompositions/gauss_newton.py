@@ -20,6 +20,7 @@ from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import Total, complete
 from optimum_modegpt.decompositions.psd import damp, gram_matrix, inverse, mean_diagonal
+from optimum_modegpt.decompositions.scattered import scattered
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -52,10 +53,9 @@ def hidden_channels(rows: Sequence[Tensor], inputs: Tensor, activation: Activati
 def split_windows(
     samples: list[TokenSample], *, before: int = 0, total: Total = complete
 ) -> tuple[list[TokenSample], list[TokenSample]]:
-    """Split the windows into (held out, fitted). An eighth is held out, at least 2, at equal distances.
+    """Split the windows into (held out, fitted). An eighth is held out, at least 2, scattered over all of them.
 
-    Windows of every text of a mixture are therefore held out. With fewer than 4 windows, both are all of them, as the
-    same list.
+    With fewer than 4 windows, both are all of them, as the same list.
 
     Args:
         samples: one per window.
@@ -65,8 +65,7 @@ def split_windows(
     windows = int(total(len(samples)))
     if windows < 4:
         return samples, samples
-    count = max(2, windows // 8)
-    chosen = {(2 * index + 1) * windows // (2 * count) for index in range(count)}
+    chosen = scattered(windows, max(2, windows // 8))
     held_out, fitted = [], []
     for index, sample in enumerate(samples, start=before):
         (held_out if index in chosen else fitted).append(sample)
@@ -100,13 +99,15 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
         activation: φ.
         ridge: damping of both factors and of the objective, as a fraction.
         iterations: most conjugate-gradient iterations, at least 1.
-        stride: every `stride`-th fitted window measures the curvature. The gradient uses all of them.
+        stride: one of `stride` fitted windows measures the curvature. The gradient uses all of them.
         keep_derivatives: whether to keep z of the curvature's tokens (tokens × rows numbers) between iterations.
             Otherwise z is recomputed, which costs a third more products.
         before: number of fitted windows of other ranks that come before `fitted`.
         total: completes a sum over windows with the sums of other ranks.
     """
-    curvature = fitted[-before % stride :: stride]
+    windows = int(total(len(fitted)))
+    chosen = scattered(windows, -(-windows // stride))
+    curvature = [sample for index, sample in enumerate(fitted, start=before) if index in chosen]
     problem = _Linearised(rows, down, fitted, curvature, activation, ridge, total, keep_derivatives)
 
     def error(step: Sequence[Tensor], scale: float = 1.0) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.decompositions.least_squares import Total, complete
+from optimum_modegpt.decompositions.scattered import scattered
 
 DAMPING = 1e-3
 """Damping of the Newton step, as a fraction of the curvature's mean diagonal."""
@@ -99,15 +100,16 @@ def _conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor) -> 
 def split_sample(
     samples: Sequence[SoftmaxSample], share: int = 8, *, before: int = 0, total: Total = complete
 ) -> tuple[SoftmaxSample, SoftmaxSample]:
-    """Split samples into (fitted, held out): every `share`-th sample is held out, at least one.
+    """Split samples into (fitted, held out). One of `share` samples is held out, at least one, scattered over all.
 
     A single sample is used as both. `before` is the number of samples of other ranks that come first, and `total` sums
     the numbers of samples over ranks.
     """
-    first = -before % share
-    held, fitted = samples[first::share], list(samples)
-    del fitted[first::share]
-    if not total(len(fitted)):
+    count = int(total(len(samples)))
+    chosen = scattered(count, -(-count // share))
+    held = [sample for index, sample in enumerate(samples, start=before) if index in chosen]
+    fitted = [sample for index, sample in enumerate(samples, start=before) if index not in chosen]
+    if count == 1:
         fitted = held
     nothing = SoftmaxSample(samples[0].features[:0], samples[0].target[:0])
     return _join([nothing, *fitted]), _join([nothing, *held])

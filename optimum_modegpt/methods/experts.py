@@ -63,7 +63,7 @@ class RoutedTokens:
         return TokenSample(inputs, target, weight), hidden
 
     def windows(self, length: int) -> Iterator[RoutedTokens]:
-        """Yield the windows of `length` tokens. There must be a missing difference and weights."""
+        """Yield the windows of `length` tokens. Both `missing` and `weight` must be set."""
         assert self.missing is not None
         assert self.weight is not None
         routing = (self.routing.inputs, self.routing.chosen, self.routing.weights)
@@ -143,8 +143,8 @@ def remove_channels(
 ) -> ExpertsFactors:
     """Remove the channels of `orders` from every expert, and refit its down for the others.
 
-    If the `windows` of the moments are given, gate and up of each expert with enough tokens are refitted as well. All
-    ranks of a run must give theirs, or none of them.
+    If the `windows` of the moments are given, gate and up of each expert with enough tokens are refitted as well. In a
+    run of several ranks, either every rank gives its windows or none does.
     """
     experts = block.experts
     assert experts is not None
