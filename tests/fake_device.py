@@ -105,7 +105,8 @@ def _inner(value: Any) -> Any:
 
 
 def compressed(device: str, recipe: dict[str, Any]) -> tuple[dict[str, torch.Tensor], Report]:
-    model, config = dense("llama-gqa-tied"), ModeGPTConfig(sparsity=0.3, refit_iterations=1, batch_size=5, **recipe)
+    model = dense("llama-gqa-tied", num_hidden_layers=2)
+    config = ModeGPTConfig(sparsity=0.3, refit_iterations=1, batch_size=5, **recipe)
     report = compress(model, config, TokenWindows(tokens(8, 24), {}), device=device, progress=False)
     return model.state_dict(), report
 

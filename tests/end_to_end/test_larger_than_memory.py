@@ -70,7 +70,7 @@ print(max(samples))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status")
-@pytest.mark.parametrize("way", ["command", "python"])
+@pytest.mark.parametrize("way", ["command", pytest.param("python", marks=pytest.mark.slow)])
 def test_peak_memory_is_below_the_size_of_the_weights(way: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(SHAPE, dtype=torch.float32).save_pretrained(tmp_path / "large")

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_configs import FAMILIES
+from tiny_configs import STACKS
 from tiny_models import compressed, tokens
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-FAMILY = pytest.mark.parametrize("name", FAMILIES)
 SIZES = [(1, 31), (3, 9)]
 """Batch sizes and lengths of the test inputs; the example input has others."""
 
@@ -46,7 +45,7 @@ def exported(name: str) -> tuple[Any, ExportedProgram]:
     return model, program
 
 
-@FAMILY
+@pytest.mark.parametrize("name", STACKS)
 def test_exported_program_can_be_saved_and_reloaded(name: str, tmp_path: Path) -> None:
     model, program = exported(name)
     torch.export.save(program, tmp_path / "model.pt2")

@@ -173,9 +173,14 @@ ORDERS = {
     "quantizers first": "import optimum_modegpt, transformers.quantizers.auto\n"
     "from transformers import AutoModelForCausalLM as loader",
 }
+RARE = ("package last, after a model", "quantizers first")
+"""Orders that are tested in the full matrix only."""
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(code, id=name, marks=[pytest.mark.slow] if name in RARE else []) for name, code in ORDERS.items()],
+)
 def test_everything_is_registered_in_any_order_of_imports(order: str, folders: dict[str, str]) -> None:
     config = {"quant_method": "modegpt", "dataset": folders["text"], **RECIPE}
     registers(
