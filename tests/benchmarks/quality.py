@@ -138,7 +138,7 @@ class Subject:
     name: str
     options: argparse.Namespace
     curves: dict[str, Curves] = field(default_factory=dict)
-    """Measurements by allocation, for all ratios."""
+    """Measurements for all ratios, by `measurement`."""
 
     @property
     def source(self) -> Path:
@@ -187,7 +187,7 @@ class Subject:
         plan = plan_of(recipe, model, config, self.curves)
         report = compress(model, config, self.calibration, plan=plan, progress=False)
         if plan is None:
-            self.curves[config.resolved_allocation] = Curves(report.sensitivities, report.influences)
+            self.curves[measurement(config)] = Curves(report.sensitivities, report.influences)
         return {
             "removed": report.achieved_sparsity,
             "perplexity": perplexity(model, self.evaluation.tokens).perplexity,
@@ -211,11 +211,18 @@ class Subject:
         }
 
 
+def measurement(config: ModeGPTConfig) -> str:
+    """Return the name of the measurement that the plan is made from: the allocation, and the layout if it counts."""
+    if config.layout == "per_layer":
+        return config.resolved_allocation
+    return f"{config.resolved_allocation}, {config.layout}"
+
+
 def plan_of(recipe: str, model: Any, config: ModeGPTConfig, curves: Mapping[str, Curves]) -> Plan | None:
-    """Return the plan of a recipe from earlier measurements by allocation, or None if there are none."""
+    """Return the plan of a recipe from earlier measurements by `measurement`, or None if there are none."""
     if recipe == MLP_ONLY:
         return mlp_only(model, config)
-    measured = curves.get(config.resolved_allocation)
+    measured = curves.get(measurement(config))
     if measured is None or config.resolved_allocation == "uniform":
         return None
     sizes = part_sizes(resolve(model), config)

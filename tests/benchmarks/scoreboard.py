@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import zero_shot
 from machine import code, digest
-from quality import MAIN, MLP_ONLY, RATIOS, RECIPES, Curves, plan_of
+from quality import MAIN, MLP_ONLY, RATIOS, RECIPES, Curves, measurement, plan_of
 from rows import find, read, write
 from scoreboard_table import DENSE, tables
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -216,16 +216,16 @@ class Subject:
         recipe, samples = cell["recipe"], len(self.calibration.tokens)
         config = ModeGPTConfig(sparsity=cell["sparsity"], num_samples=samples, sequence_length=self.length)
         config = replace(config, **RECIPES[recipe])
-        source = measuring_row(record, cell, config.resolved_allocation)
+        source = measuring_row(record, cell, measurement(config))
         curves = {}
         if source is not None:
-            curves[config.resolved_allocation] = Curves(**source["curves"])
+            curves[measurement(config)] = Curves(**source["curves"])
         plan = plan_of(recipe, model, config, curves)
         report = compress(model, config, self.calibration, plan=plan, progress=False)
         found = self.measured(model) | described(report)
         if plan is None:
             curves = Curves(report.sensitivities, report.influences)
-            return found | {"allocation": config.resolved_allocation, "curves": asdict(curves)}
+            return found | {"allocation": measurement(config), "curves": asdict(curves)}
         if source is not None and recipe != MLP_ONLY:
             found["stages"] = [stage for stage in source["stages"] if is_allocation(stage)] + found["stages"]
         return found
@@ -297,10 +297,10 @@ def described(report: Report) -> dict[str, Any]:
     return {"removed": report.achieved_sparsity, "widths": widths, "stages": stages}
 
 
-def measuring_row(record: dict[str, Any], cell: dict[str, Any], allocation: str) -> dict[str, Any] | None:
+def measuring_row(record: dict[str, Any], cell: dict[str, Any], measured: str) -> dict[str, Any] | None:
     """Return the row that measured the sensitivities or influences with the same code and calibration, or None."""
     same = {key: cell[key] for key in ("weights", "calibration", "code")}
-    return find(record, same | {"allocation": allocation})
+    return find(record, same | {"allocation": measured})
 
 
 def is_allocation(stage: dict[str, Any]) -> bool:
