@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ from tiny_models import compressed, dense, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt import ModeGPTConfig, perplexity
+from optimum_modegpt.calibration.data import evaluation_windows
 from optimum_modegpt.demo import CALIBRATION_TEXT, EVALUATION_TEXT, MODEL_DIR
 from optimum_modegpt.export.gguf import export_gguf
 from optimum_modegpt.export.gguf_tokenizer import SAMPLE
@@ -22,6 +24,7 @@ from optimum_modegpt.modeling.modegpt_family import Widths
 
 pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
+gguf_files = pytest.importorskip("gguf_files")
 
 GELU_TABLE = 5e-3
 """Tolerance for Gemma: llama.cpp reads its activation from a table of 16-bit values."""
@@ -122,6 +125,26 @@ def generated(model: PreTrainedModel, ids: list[int], count: int) -> list[int]:
         eos_token_id=None,
     )
     return whole[0, len(ids) :].tolist()
+
+
+def test_the_benchmark_of_files_measures_them_and_their_quantised_copies(
+    narrow_demo: PreTrainedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    files = [tmp_path / "dense.gguf", tmp_path / "narrow.gguf"]
+    for model, path in zip((AutoModelForCausalLM.from_pretrained(MODEL_DIR), narrow_demo), files, strict=True):
+        export_gguf(model, tokenizer, path, "f32")
+    few = ("--sequence-length", 64, "--max-windows", 2, "--prompt-length", 16, "--new-tokens", 4, "--repeats", 2)
+    settings = ("--tokenizer", MODEL_DIR, "--text", EVALUATION_TEXT, "--quantize", "q4_0", *few)
+    gguf_files.main([*map(str, (*files, *settings, "--json", tmp_path / "results.json"))])
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert list(rows) == ["dense", "narrow", "dense-q4_0", "narrow-q4_0"]
+    windows = evaluation_windows(str(EVALUATION_TEXT), tokenizer, sequence_length=64, max_windows=2)
+    expected = perplexity(narrow_demo, windows.tokens).perplexity
+    assert rows["narrow"]["perplexity"] == pytest.approx(expected, rel=1e-3)
+    assert rows["narrow-q4_0"]["bytes"] < rows["narrow"]["bytes"]
+    assert rows["dense-q4_0"]["decode_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert f"| narrow | {rows['narrow']['bytes'] / 1e6:.1f} | {expected:.2f} |" in capsys.readouterr().out
 
 
 def test_llama_cpp_tokenizes_as_the_tokenizer_does(tmp_path: Path) -> None:
