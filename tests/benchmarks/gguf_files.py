@@ -2,9 +2,9 @@
 
 python tests/benchmarks/gguf_files.py DENSE.gguf SMALL.gguf … --tokenizer DIR --text FILE [--quantize q4_0]
 
-The windows of the text are those of `scoreboard.py`. The files take turns in each repeat, and a ratio is one of the two
-times in a repeat. `--quantize` writes a copy of each file by llama.cpp's own quantizer, and measures these as well.
-Needs `llama-cpp-python`.
+The windows of the text are those of `scoreboard.py`. The files take turns in each repeat, and each ratio compares two
+times of the same repeat. `--quantize` also measures copies of the files that llama.cpp's own quantizer writes. Needs
+`llama-cpp-python`.
 """
 
 from __future__ import annotations
