@@ -99,7 +99,7 @@ def refit_inputs(  # noqa: PLR0913 - each is part of the formula or of its compu
         activation: φ.
         ridge: damping of both factors and of the objective, as a fraction.
         iterations: most conjugate-gradient iterations, at least 1.
-        stride: one of `stride` fitted windows measures the curvature. The gradient uses all of them.
+        stride: one of every `stride` fitted windows measures the curvature. The gradient uses all of them.
         keep_derivatives: whether to keep z of the curvature's tokens (tokens × rows numbers) between iterations.
             Otherwise z is recomputed, which costs a third more products.
         before: number of fitted windows of other ranks that come before `fitted`.

@@ -100,7 +100,7 @@ def _conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor) -> 
 def split_sample(
     samples: Sequence[SoftmaxSample], share: int = 8, *, before: int = 0, total: Total = complete
 ) -> tuple[SoftmaxSample, SoftmaxSample]:
-    """Split samples into (fitted, held out). One of `share` samples is held out, at least one, scattered over all.
+    """Split samples into (fitted, held out). One of every `share` samples is held out, at least one.
 
     A single sample is used as both. `before` is the number of samples of other ranks that come first, and `total` sums
     the numbers of samples over ranks.

@@ -51,7 +51,7 @@ def refit_windows(length: int) -> int:
 
 
 def curvature_stride(tokens: int) -> int:
-    """Return n such that one of n windows of `tokens` measures the curvature."""
+    """Return n such that one of every n windows of `tokens` measures the curvature."""
     return max(1, -(-tokens // CURVATURE_TOKENS))
 
 

@@ -212,7 +212,7 @@ class Subject:
 
 
 def measurement(config: ModeGPTConfig) -> str:
-    """Return the name of the measurement that the plan is made from: the allocation, and the layout if it counts."""
+    """Return a name for the measurement behind a plan. It depends on the allocation and the layout."""
     if config.layout == "per_layer":
         return config.resolved_allocation
     return f"{config.resolved_allocation}, {config.layout}"
