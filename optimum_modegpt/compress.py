@@ -73,10 +73,11 @@ def compress(
     request = prepare(model, config, calibration, plan, device, base, checkpoint, progress)
     state = State.start(request)
     check_request(request, state)
-    with torch.no_grad(), products_of(model.dtype), collected_warnings(state):
+    with torch.no_grad(), products_of(state.precision.compute), collected_warnings(state):
         if config.expert_sparsity:
             request = retrying_on_oom("experts", remove_experts, request, state)
-        with evaluation_mode(request.architecture.model), resuming(request, state):
+        dense = request.architecture.model
+        with evaluation_mode(dense), resuming(request, state), state.precision.applied(dense):
             retrying_on_oom("embed", embed, request, state)
             retrying_on_oom("gradients", measure_gradients, request, state)
             if request.config.layout == "stock":
@@ -134,7 +135,10 @@ def cut_blocks(
             modules.append(keep_block(request, state, block, cut, errors))
             shown.set_postfix({part: f"{error:.3f}" for part, error in cut.errors.items()}, refresh=False)
             shown.update()
-    return modules, method.fit_final_norm(request.architecture, streams, device), errors
+    norm = method.fit_final_norm(request.architecture, streams, device)
+    if norm is not None:
+        norm = state.precision.to_stored(norm, request.architecture.final_norm_path)
+    return modules, norm, errors
 
 
 def assemble(

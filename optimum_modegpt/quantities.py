@@ -1,4 +1,7 @@
-"""Read and write sizes such as 4GB, and numbers of parameters such as 1.2B. Imports neither torch nor transformers."""
+"""Read and write sizes such as 4GB and numbers of parameters such as 1.2B, and write the names of dtypes.
+
+Imports neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
@@ -62,3 +65,8 @@ def _written(number: float, units: Mapping[str, int], space: str) -> str:
     ordered = list(units.items())
     unit, factor = next(((u, f) for u, f in reversed(ordered) if number >= f), ordered[0])
     return f"{number / factor:.4g}{space}{unit}"
+
+
+def dtype_name(dtype: Any) -> str:
+    """Return the name of a torch dtype, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

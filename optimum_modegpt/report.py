@@ -121,6 +121,8 @@ class Report:
     target: dict[str, Any] = field(default_factory=dict)
     """The requested size of the result: `field` of the configuration, `requested` value, `wanted` and `reached` bytes
     or parameters, and the later `quantization` that they count. Empty if a sparsity was requested."""
+    compute_dtype: str | None = None
+    """The dtype of all computations, which is not that of the model if the device is slow in 16 bits."""
     batch_size: int | None = None
     """Windows per forward pass, after any reduction due to out-of-memory errors."""
     streams: str | None = None

@@ -14,6 +14,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 import pytest
 import torch
 from checkpoints import empty_picture
+from rates import set_rate_in_16_bits
 
 from optimum_modegpt.decompositions.psd import row_type
 from optimum_modegpt.hub import card
@@ -44,6 +45,18 @@ def empty_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
 def few_tokens_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let gate and up be refitted also with the few tokens of a test."""
     monkeypatch.setattr(input_refit, "TOKENS_PER_ROW", 0)
+
+
+@pytest.fixture
+def fast_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let 16-bit products be as fast as those of float32, as on an accelerator."""
+    set_rate_in_16_bits(monkeypatch, 1.0)
+
+
+@pytest.fixture
+def slow_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let 16-bit products be slow, as on most CPUs."""
+    set_rate_in_16_bits(monkeypatch, 7.0)
 
 
 class Sums(list[torch.dtype]):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from optimum_modegpt.allocation.plan import total_weights
 from optimum_modegpt.allocation.targets import plan_from_targets
 from optimum_modegpt.architectures import check_dense, read_blocks
 from optimum_modegpt.architectures.shapes import shapes_of
+from optimum_modegpt.budget.compute_dtype import compute_dtype, float32_weights
 from optimum_modegpt.budget.experts import with_kept_experts
 from optimum_modegpt.budget.placement import Free, Needs, Placement, choose_placement, finished_size
 from optimum_modegpt.budget.size_target import Size, Target, plan_size, resolve_target
@@ -21,7 +21,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.layouts.limits import wide_parts
 from optimum_modegpt.methods.cost import ByteCounts, Extent, block_forward
 from optimum_modegpt.methods.registry import method_of, work_of
-from optimum_modegpt.report import uncut_sentences
+from optimum_modegpt.report import count_parameters, uncut_sentences
 from optimum_modegpt.stages import compute_device
 
 LIBRARIES = 12 * 2**20
@@ -81,24 +81,32 @@ def estimate(
     wide = wide_parts(architecture, config.layout)
     config, sizes = resolve_target(remaining, config, wide), part_sizes(remaining, config, wide)
     check_reachable(config, sizes)
-    shapes, element = shapes_of(architecture), model.dtype.itemsize
-    parameters = sum(each.numel() for each in model.parameters())
+    shapes, parameters = shapes_of(architecture), count_parameters(model)
     plan = plan_from_targets([config.sparsity] * len(sizes), sizes)
     size = plan_size(remaining, plan, target.quantization if target else None)
-    host, mapped_weights = {"libraries": LIBRARIES}, parameters * element
+    host, mapped_weights = {"libraries": LIBRARIES}, parameters * model.dtype.itemsize
     if not weights_mapped:
         host["weights"], mapped_weights = mapped_weights, 0
-    extent = Extent(config.num_samples, sequence_length, sequence_length, element)
-    place = partial(choose_placement, shapes, config, extent, held=Needs(host=host), processes=processes)
-    free = Free.now(compute_device(device, torch.device("cpu")))
+    extent = Extent(config.num_samples, sequence_length, sequence_length, model.dtype.itemsize)
+
+    def place(dtype: torch.dtype, free: Free, *, accelerated: bool) -> Placement:
+        own = replace(extent, element=dtype.itemsize)
+        held = Needs(host=host if dtype == model.dtype else host | float32_weights(model))
+        return choose_placement(shapes, config, own, accelerated=accelerated, free=free, held=held, processes=processes)
+
+    home = torch.device("cpu")
+    chosen = compute_device(device, home)
+    dtype, on_host = (compute_dtype(model, each, home, processes) for each in (chosen, home))
+    free = Free.now(chosen)
+    on_accelerator = model.dtype if chosen == home else dtype  # without one, nothing is known about it
     forward, passes = shapes.blocks * block_forward(shapes, extent.windows, sequence_length), {}
     if config.expert_sparsity:
         passes["experts"] = 1.0
     for steps in work_of(shapes_of(remaining), config, extent).values():
         for name, work in steps.items():
             passes[name] = sum(work.values()) / forward
-    streams = method_of(config).streams * extent.tokens * shapes.d_model * element
-    disk = finished_size(shapes_of(remaining), config, element)
+    streams = method_of(config).streams * extent.tokens * shapes.d_model * dtype.itemsize
+    disk = finished_size(shapes_of(remaining), config, model.dtype.itemsize)
     # New streams are written before the previous ones are deleted.
     disk |= {"residual streams": streams, "result, or the next streams": max(size.bytes, streams)}
     return Estimate(
@@ -106,8 +114,8 @@ def estimate(
         block_parameters=total_weights(sizes),
         calibration_tokens=extent.tokens,
         processes=processes,
-        with_accelerator=place(accelerated=True, free=free),
-        without=place(accelerated=False, free=Free(free.host)),
+        with_accelerator=place(on_accelerator, free, accelerated=True),
+        without=place(on_host, Free(free.host), accelerated=False),
         mapped_weights=mapped_weights,
         disk=disk,
         forward_multiply_adds=int(forward),

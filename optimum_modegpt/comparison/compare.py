@@ -35,6 +35,7 @@ from optimum_modegpt.evaluation.perplexity import (
     targets,
 )
 from optimum_modegpt.progress import bar
+from optimum_modegpt.quantities import dtype_name
 from optimum_modegpt.report import count_parameters
 
 logger = logging.getLogger(__name__)
@@ -92,9 +93,9 @@ def _setting(model: PreTrainedModel, reference: PreTrainedModel, max_new_tokens:
         "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "max_new_tokens": max_new_tokens,
         "model_device": str(model.device),
-        "model_dtype": str(model.dtype).removeprefix("torch."),
+        "model_dtype": dtype_name(model.dtype),
         "reference_device": str(reference.device),
-        "reference_dtype": str(reference.dtype).removeprefix("torch."),
+        "reference_dtype": dtype_name(reference.dtype),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -24,6 +24,7 @@ from optimum_modegpt.evaluation.fidelity import check_vocabularies
 from optimum_modegpt.evaluation.perplexity import context_of, evaluating
 from optimum_modegpt.kv_cache import cache_argument, cache_bytes, cache_of
 from optimum_modegpt.progress import bar
+from optimum_modegpt.quantities import dtype_name
 from optimum_modegpt.stages import StageClock
 
 SEED = 0
@@ -311,7 +312,7 @@ def _machine(model: PreTrainedModel) -> dict[str, Any]:
         "device": str(model.device),
         "device_name": name,
         "threads": torch.get_num_threads(),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "attention": model.config._attn_implementation,
         "python": platform.python_version(),
         "torch": torch.__version__,

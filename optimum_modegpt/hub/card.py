@@ -23,6 +23,7 @@ from optimum_modegpt.loading.safetensors_index import weight_bytes, weights_dige
 from optimum_modegpt.loading.source import CARD_FIELDS, is_repo_id
 from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.plot import plot_kept
+from optimum_modegpt.quantities import dtype_name
 from optimum_modegpt.recipe import default_allocation
 from optimum_modegpt.report import Report, target_text
 
@@ -262,7 +263,7 @@ def variables(found: Result) -> dict[str, Any]:
         "allocation": recipe.get("allocation") or default_allocation(recipe.get("method"), recipe.get("layout")),
         "before": before,
         "now": now,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "bytes_before": (before or 0) * dtype.itemsize,
         "fresh": report,
         "errors": {block["index"]: block["parts"] for block in report.get("blocks", [])},

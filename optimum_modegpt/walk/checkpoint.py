@@ -67,6 +67,8 @@ class Manifest:
     errors: list[dict[str, float]] = field(default_factory=list)
     """Relative errors by part of each finished block whose streams were written."""
     warnings: list[str] = field(default_factory=list)
+    compute_dtype: str | None = None
+    """The dtype of all computations."""
     batch_size: int | None = None
     """Windows per forward pass, after any reduction due to out-of-memory errors."""
     asked_batch_size: int | None = None

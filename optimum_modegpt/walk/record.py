@@ -16,6 +16,7 @@ from optimum_modegpt.methods.cost import Extent, product_seconds
 from optimum_modegpt.methods.registry import work_of
 from optimum_modegpt.mixture import without_folders
 from optimum_modegpt.modeling.modegpt_config import FORMAT_VERSION
+from optimum_modegpt.quantities import dtype_name
 from optimum_modegpt.report import BlockReport, Parameters, PartReport, Report, count_parameters, uncut_sentences
 from optimum_modegpt.stages import product_rates
 from optimum_modegpt.walk.request import Request
@@ -51,7 +52,7 @@ def make_record(request: Request, achieved: float, parameters: Parameters, targe
         "base_revision": request.base.revision,
         "recipe": portable(request.config),
         **({"target": target} if target else {}),
-        "dtype": str(request.architecture.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(request.architecture.model.dtype),
         "calibration": dict(request.calibration.record),
         "achieved": {"sparsity": achieved, "parameters": dataclasses.asdict(parameters)},
     }
@@ -82,6 +83,7 @@ def make_report(
         stages=tuple(dataclasses.replace(stage, floor=floor.get(stage.name, {})) for stage in state.clock.stages),
         memory_kind=state.clock.memory_kind,
         device=str(request.device),
+        compute_dtype=dtype_name(state.precision.compute),
         batch_size=state.batch_size,
         streams=state.streams,
         processes=distributed.world_size(),
@@ -106,7 +108,7 @@ def floor_seconds(request: Request, state: State, plan: Plan) -> dict[str, dict[
     """Return the least seconds of this rank's matrix products at the rate of the device, by stage and step."""
     tokens, config = request.calibration.tokens, request.config
     windows = -(-len(tokens) // distributed.world_size())
-    length, dtype = tokens.shape[1], request.architecture.model.dtype
+    length, dtype = tokens.shape[1], state.precision.compute
     extent = Extent(windows, length, state.batch_size * length, dtype.itemsize)
     rates = product_rates(request.device, dtype)
     kept = [widths.mlp for widths in plan.widths]

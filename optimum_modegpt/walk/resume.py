@@ -16,13 +16,14 @@ from optimum_modegpt.architectures import Block
 from optimum_modegpt.calibration.streams import in_batches
 from optimum_modegpt.errors import ProcessError
 from optimum_modegpt.methods.method import CutBlock, StreamPair
+from optimum_modegpt.quantities import dtype_name
 from optimum_modegpt.report import Stage
 from optimum_modegpt.walk.checkpoint import fingerprint
 from optimum_modegpt.walk.record import versions
 from optimum_modegpt.walk.request import Request
 from optimum_modegpt.walk.state import Measurements, State
 
-ALGORITHM = 2
+ALGORITHM = 3
 """Number of the algorithm. It changes when the same settings give another result."""
 
 
@@ -38,6 +39,7 @@ def resuming(request: Request, state: State) -> Iterator[None]:
             state.warn(message)
         if asked in (None, manifest.asked_batch_size):  # else the user now wants another one
             state.batch_size = manifest.batch_size or state.batch_size
+        manifest.compute_dtype = dtype_name(state.precision.compute)
         manifest.batch_size, manifest.asked_batch_size = state.batch_size, asked or manifest.asked_batch_size
         if manifest.measured:
             state.measurements = Measurements.from_dict(manifest.measured)
@@ -121,7 +123,8 @@ def keep_block(
 
     If memory is too small for the streams, it is too small for the finished blocks: they are stored in files too.
     """
-    home, module = block.device, cut.block.module
+    home, path = block.device, request.architecture.block_paths[block.index]
+    module = state.precision.to_stored(cut.block.module, path)
     if request.checkpoint is not None:
         module = request.checkpoint.keep_block(block.index, module, home)
         request.checkpoint.keep_streams(errors, state.warnings, cut.after.dense, cut.after.compressed)

@@ -12,6 +12,7 @@ import torch
 
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.sensitivity import Curve, curve_from_losses, divergences_of, with_losses
+from optimum_modegpt.budget.compute_dtype import compute_dtype, float32_weights
 from optimum_modegpt.budget.placement import Free, Needs, Placement, Storage, choose_placement, finished_size
 from optimum_modegpt.calibration.gradients import OutputGradients
 from optimum_modegpt.calibration.streams import BlockInputs, StreamStorage, check_dense, enter, in_batches
@@ -19,6 +20,7 @@ from optimum_modegpt.errors import naming
 from optimum_modegpt.methods.cost import Extent
 from optimum_modegpt.methods.sensitivity import Budget, Measured, PartMeasurement
 from optimum_modegpt.stages import StageClock
+from optimum_modegpt.walk.precision import Precision
 from optimum_modegpt.walk.request import Request
 
 logger = logging.getLogger(__name__)
@@ -102,6 +104,7 @@ class State:
 
     Attributes:
         clock: the stages so far, with time and memory.
+        precision: the dtype of all computations.
         batch_size: number of windows per forward pass. It is halved if memory runs out.
         streams: the kind of storage of the residual streams.
         storage: that storage.
@@ -113,6 +116,7 @@ class State:
     """
 
     clock: StageClock
+    precision: Precision
     batch_size: int
     streams: Storage
     storage: StreamStorage
@@ -125,8 +129,11 @@ class State:
 
     @classmethod
     def start(cls, request: Request) -> State:
-        """Choose batch size and storage by the memory that is free now. All ranks use the same batch size."""
-        placement = place(request)
+        """Choose dtype, batch size and storage by the memory that is free now. All ranks use the same dtype and batch
+        size.
+        """
+        precision = choose_precision(request)
+        placement = place(request, precision)
         host = torch.device("cpu")
         if placement.streams == "device":
             storage = StreamStorage(request.device)
@@ -136,7 +143,8 @@ class State:
             folder = tempfile.gettempdir() if request.checkpoint is None else request.checkpoint.folder
             storage = StreamStorage(host, Path(folder))
         batch_size = min(distributed.all_gather_object(placement.batch_size))
-        return cls(StageClock(request.device), batch_size, placement.streams, storage, placement.keep_derivatives)
+        clock = StageClock(request.device)
+        return cls(clock, precision, batch_size, placement.streams, storage, placement.keep_derivatives)
 
     def warn(self, message: str) -> None:
         """Log a warning, and keep it for the report. A repeated warning is ignored."""
@@ -166,24 +174,38 @@ class State:
         self.gradients = []
 
 
-def place(request: Request) -> Placement:
+def choose_precision(request: Request) -> Precision:
+    """Choose the dtype of all computations: that of the run that this one resumes, or the fastest. All ranks agree."""
+    model, checkpoint = request.architecture.model, request.checkpoint
+    known = None if checkpoint is None else checkpoint.read()
+    if known is not None and known.compute_dtype is not None:
+        own = getattr(torch, known.compute_dtype)
+    else:
+        home = request.architecture.blocks[0].device
+        own = compute_dtype(model, request.device, home, distributed.world_size())
+    chosen = distributed.all_gather_object(own)
+    return Precision.of(model, own if len(set(chosen)) == 1 else model.dtype)
+
+
+def place(request: Request, precision: Precision) -> Placement:
     """Choose the storage of the streams and the batch size by the free memory.
 
     Finished blocks are stored on the device of the dense ones. On the host, they use no memory if there is a
     checkpoint.
     """
     model, config = request.architecture.model, request.config
-    element, length = model.dtype.itemsize, request.calibration.tokens.shape[1]
+    element, length = precision.compute.itemsize, request.calibration.tokens.shape[1]
     on_host = request.architecture.blocks[0].device.type == "cpu"
+    weights = {} if precision.compute == precision.stored else float32_weights(model)
     finished = {}
     if not on_host or request.checkpoint is None:
-        finished = finished_size(request.shapes, config, element)
+        finished = finished_size(request.shapes, config, precision.stored.itemsize)
     return choose_placement(
         request.shapes,
         config,
         extent=Extent(len(request.calibration.tokens), length, length, element),
         accelerated=request.device.type != "cpu",
         free=Free.now(request.device),
-        held=Needs(files=finished) if on_host else Needs(device=finished),
+        held=Needs(host=weights, files=finished) if on_host else Needs(device=weights | finished),
         processes=distributed.world_size(),
     )

@@ -16,6 +16,7 @@ import torch
 from checkpoints import RECIPE, save_dense, save_text
 from filelock import BaseFileLock
 from forks import run_forked
+from rates import set_rate_in_16_bits
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_configs import FAMILIES
@@ -113,6 +114,22 @@ def test_resumed_run_is_bit_identical(name: str, block: int, tmp_path: Path, mon
     checkpoint.remove()
     assert list(tmp_path.iterdir()) == []
     assert_same(states(again), expected)
+
+
+def test_a_resumed_run_computes_in_the_dtype_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory and measured speeds, which decide, may differ between the runs."""
+    expected, again = (dense("llama-gqa-tied").bfloat16() for _ in range(2))
+    with monkeypatch.context() as patch:
+        set_rate_in_16_bits(patch, 7.0)
+        report = run(expected, None)
+        killed_at(1, patch)
+        with pytest.raises(Killed):
+            run(again, Checkpoint(tmp_path / "kept"))
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.bfloat16}
+    set_rate_in_16_bits(monkeypatch, 1.0)
+    resumed = run(again, Checkpoint(tmp_path / "kept"))
+    assert resumed.compute_dtype == report.compute_dtype == "float32"
+    assert_same(states(again), states(expected))
 
 
 @pytest.mark.parametrize("recipe", [{"method": "paper"}, {"allocation": "uniform"}])

@@ -37,6 +37,8 @@ from optimum_modegpt.modeling.modegpt_common import ModeGPTModelMixin
 from optimum_modegpt.modeling.modegpt_family import PARTS
 from optimum_modegpt.report import Report, count_parameters
 from optimum_modegpt.walk.checks import check_result
+from optimum_modegpt.walk.precision import Precision
+from optimum_modegpt.walk.request import Request
 
 WINDOWS, LENGTH = 10, 16
 METHODS = [("default", None), ("paper", None)]
@@ -182,6 +184,7 @@ def test_the_batch_size_does_not_matter() -> None:
 
 @pytest.mark.parametrize("method", ["default", "paper"])
 @pytest.mark.parametrize("sums", ["raised", "in 16 bits"])
+@pytest.mark.usefixtures("fast_in_16_bits")
 def test_bfloat16_stays_bfloat16_and_loses_little(method: str, sums: str, request: pytest.FixtureRequest) -> None:
     exact, rounded = dense("llama-mqa-biases"), dense("llama-mqa-biases").to(torch.bfloat16)
     calls = request.getfixturevalue("sums_in_float32") if sums == "in 16 bits" else None
@@ -195,12 +198,73 @@ def test_bfloat16_stays_bfloat16_and_loses_little(method: str, sums: str, reques
             assert ours.parts[part].relative_error == pytest.approx(theirs.parts[part].relative_error, abs=0.05)
 
 
+@pytest.mark.usefixtures("fast_in_16_bits")
 def test_float16_is_compressed_too() -> None:
     model = dense("llama-gqa-tied").half()
     report = run(model, sparsity=0.3, allocation="uniform")
     assert {p.dtype for p in model.parameters()} == {torch.float16}
     assert all(part.relative_error < 1 for block in report.blocks for part in block.parts.values())
     assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fields", [{}, {"method": "paper"}, {"layout": "stock"}])
+@pytest.mark.usefixtures("slow_in_16_bits")
+def test_a_model_of_slow_16_bits_is_computed_in_float32(dtype: torch.dtype, fields: dict[str, Any]) -> None:
+    """The result is that of the same weights in float32, rounded."""
+    model, exact = dense("llama-gqa-tied"), dense("llama-gqa-tied")
+    for own, of_exact in zip(model.parameters(), exact.parameters(), strict=True):
+        own.data = own.data.to(dtype)
+        of_exact.data = own.data.float()
+    embedded = model.get_input_embeddings().weight.data_ptr()
+    expected, found = run(exact, sparsity=0.3, **fields), run(model, sparsity=0.3, **fields)
+    assert (found.compute_dtype, expected.compute_dtype) == ("float32", "float32")
+    assert model.config.modegpt["dtype"] == str(dtype).removeprefix("torch.")
+    assert model.get_input_embeddings().weight.data_ptr() == embedded
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert found.blocks == expected.blocks
+    # The stock layout rounds its queries twice, because it scales them after they are stored.
+    rounding = 2 * torch.finfo(dtype).eps if fields.get("layout") == "stock" else 0
+    rounded = dict(model.named_parameters())
+    for name, parameter in exact.named_parameters():
+        torch.testing.assert_close(rounded[name], parameter.to(dtype), rtol=rounding, atol=0)
+
+
+@pytest.mark.usefixtures("slow_in_16_bits")
+def test_the_model_has_its_own_tensors_again_if_the_compression_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense("llama-gqa-tied").bfloat16()
+    before = {name: parameter.data for name, parameter in model.named_parameters()}
+    seen: list[torch.dtype] = []
+
+    def fails(request: Request, state: Any) -> None:
+        seen.extend(parameter.dtype for parameter in request.architecture.model.parameters())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optimum_modegpt.compress.measure_gradients", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, sparsity=0.3)
+    assert set(seen) == {torch.float32}
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype is torch.bfloat16
+        assert parameter.data_ptr() == before[name].data_ptr()
+
+
+@pytest.mark.usefixtures("slow_in_16_bits")
+def test_parameters_in_another_dtype_keep_it() -> None:
+    model = dense("mixtral").bfloat16()
+    for block in model.model.layers:
+        block.mlp.gate.weight.data = block.mlp.gate.weight.data.double()
+    precision = Precision.of(model, torch.float32)
+    with precision.applied(model):
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        block = copy.deepcopy(model.model.layers[0])
+    assert {dtypes.pop(f"model.layers.{index}.mlp.gate.weight") for index in range(len(model.model.layers))} == {
+        torch.float64
+    }
+    assert set(dtypes.values()) == {torch.float32}
+    precision.to_stored(block, "model.layers.0")
+    expected = {name: parameter.dtype for name, parameter in model.model.layers[0].named_parameters()}
+    assert {name: parameter.dtype for name, parameter in block.named_parameters()} == expected
 
 
 def test_modes_and_frozen_parameters_are_kept() -> None:

@@ -111,17 +111,6 @@ def test_dtype_is_that_of_the_weights(checkpoint: Path, text: Path, tmp_path: Pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize(("seconds", "expected"), [(7.0, ["bfloat16 takes 7 times"]), (1.5, [])])
-def test_a_slow_dtype_is_a_warning(
-    seconds: float, expected: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    times = {torch.bfloat16: seconds, torch.float32: 1.0}
-    monkeypatch.setattr(compress_command, "product_rates", lambda _, dtype: {"own": 1 / times[dtype]})
-    for dtype in times:
-        compress_command.warn_of_slow_dtype(dtype, torch.device("cpu"))
-    assert [message.partition(" as long")[0] for message in caplog.messages] == expected
-
-
 def test_flags_win_over_the_file_over_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps({"sparsity": 0.4, "seed": 7, "quant_method": "modegpt"}))

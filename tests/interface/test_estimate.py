@@ -22,7 +22,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.walk.checkpoint import Checkpoint
 from optimum_modegpt.walk.prepare import prepare
-from optimum_modegpt.walk.state import place
+from optimum_modegpt.walk.state import choose_precision, place
 
 PLENTY = 2**40
 
@@ -150,7 +150,8 @@ def test_several_processes_choose_the_predicted_placement(
     windows = TokenWindows(torch.zeros(8, 32, dtype=torch.int64), {})
     predicted = estimate(model, config, 32, device=cpu, processes=3).without
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    taken = place(prepare(model, config, windows, None, cpu, None, Checkpoint(tmp_path / "kept"), False))
+    request = prepare(model, config, windows, None, cpu, None, Checkpoint(tmp_path / "kept"), False)
+    taken = place(request, choose_precision(request))
     assert (taken.streams, taken.batch_size) == (predicted.streams, predicted.batch_size)
     assert predicted.streams == ("host" if host == PLENTY else "files")
     assert predicted.needs.host == {"libraries": 3 * LIBRARIES} | taken.needs.host

@@ -10,6 +10,13 @@ from checkpoints import save_text
 from tiny_models import tokenizer
 
 benchmark = pytest.importorskip("experts")
+RESULTS = Path(benchmark.__file__).parent / "results" / "experts.json"
+PAGE = Path(__file__).parents[2] / ".github" / "docs" / "results.md"
+
+
+def test_the_page_of_results_has_the_table() -> None:
+    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+    assert benchmark.table(rows) in PAGE.read_text(encoding="utf-8")
 
 
 def test_every_way_to_shrink_the_experts_is_measured(

@@ -31,7 +31,7 @@ from optimum_modegpt.mixture import names_of
 from optimum_modegpt.output import check_output, checkpoint_of, replacing, restore_output, saving
 from optimum_modegpt.report import Report
 from optimum_modegpt.serving.servable import best, check_servable
-from optimum_modegpt.stages import compute_device, product_rates
+from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -42,8 +42,6 @@ LEGEND = (
 )
 STEEP = 0.4
 """The sparsity above which quality drops quickly."""
-SLOW = 2
-"""A dtype is slow if its products take more than this many times as long as those of float32."""
 
 
 def run(options: Namespace) -> None:
@@ -119,16 +117,6 @@ def warn_of_loss(sparsity: float, output: Path) -> None:
         logger.warning(text, sparsity, STEEP, output)
 
 
-def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """Warn if the device computes in 16 bits much slower than in float32, as most CPUs do."""
-    if dtype.itemsize >= torch.float32.itemsize:
-        return
-    own, single = (product_rates(device, each)["own"] for each in (dtype, torch.float32))
-    if single > SLOW * own:
-        text = "%s takes %.0f times as long as float32 on %s. Use --dtype float32, which saves float32 weights."
-        logger.warning(text, str(dtype).removeprefix("torch."), single / own, device)
-
-
 def compress(
     job: Job, model_config: Any, options: Namespace, device: torch.device | None, *, progress: bool
 ) -> tuple[PreTrainedModel, ModeGPTQuantizer]:
@@ -136,7 +124,6 @@ def compress(
     quantizer = ModeGPTQuantizer(job.config)
     calibration = quantizer.prepare(model_config, None, job.source)
     model = load_model(job.source, options.dtype)
-    warn_of_slow_dtype(model.dtype, compute_device(device, model.device))
     windows = calibration.windows(model, device=device, progress=progress)
     quantizer.compress_with(
         model, windows, source=job.source, device=device, checkpoint=job.checkpoint, progress=progress
