@@ -99,10 +99,12 @@ def _for_layer_types(
 
 
 def _by_layer_type(parameters: Mapping[str, Any]) -> dict[str | None, Mapping[str, Any]]:
-    """Return the rotary parameters of each layer type, or those of all layers under None."""
-    if "rope_type" in parameters:
-        return {None: parameters}
-    return {layer_type: rope for layer_type, rope in parameters.items() if rope is not None}
+    """Return the rotary parameters of each layer type, or those of all layers under None.
+
+    transformers 5.16 adds a `rope_type` and an empty `rope_theta` to those of each layer type in a text tower.
+    """
+    own = {layer_type: rope for layer_type, rope in parameters.items() if isinstance(rope, Mapping)}
+    return own or {None: parameters}
 
 
 def _frequencies(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
