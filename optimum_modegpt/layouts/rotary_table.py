@@ -103,7 +103,9 @@ def _by_layer_type(parameters: Mapping[str, Any]) -> dict[str | None, Mapping[st
 
     transformers 5.16 adds a `rope_type` and an empty `rope_theta` to those of each layer type in a text tower.
     """
-    own = {layer_type: rope for layer_type, rope in parameters.items() if isinstance(rope, Mapping)}
+    own: dict[str | None, Mapping[str, Any]] = {
+        layer_type: rope for layer_type, rope in parameters.items() if isinstance(rope, Mapping)
+    }
     return own or {None: parameters}
 
 

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", nargs="+", default=PROMPTS, metavar="TEXT", help="default: three sentences")
     options = parser.parse_args(arguments)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     served = answer(f"{options.url}/v1/models")["data"][0]["id"]
     equal = 0
     for prompt in options.prompts:
