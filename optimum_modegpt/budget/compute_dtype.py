@@ -19,8 +19,8 @@ LARGEST = 0.5
 def compute_dtype(model: PreTrainedModel, device: torch.device, home: torch.device, processes: int = 1) -> torch.dtype:
     """Return float32 if `device` is slow in the 16 bits of `model`, as most CPUs are, else the dtype of `model`.
 
-    The float32 weights are on `home`, the device of the weights of `model`, and must fit there, those of all
-    `processes` if it is the host.
+    The float32 weights are stored on `home`, the device of `model`, and must fit in `LARGEST` of its free memory. All
+    `processes` share the memory of the host.
     """
     needed = sum(float32_weights(model).values()) * (processes if home.type == "cpu" else 1)
     if model.dtype.itemsize >= FLOAT32 or needed > LARGEST * _free(home):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from optimum_modegpt.allocation.plan import total_weights
 from optimum_modegpt.allocation.targets import plan_from_targets
 from optimum_modegpt.architectures import check_dense, read_blocks
-from optimum_modegpt.architectures.shapes import shapes_of
+from optimum_modegpt.architectures.shapes import Shapes, shapes_of
 from optimum_modegpt.budget.compute_dtype import compute_dtype, float32_weights
 from optimum_modegpt.budget.experts import with_kept_experts
 from optimum_modegpt.budget.placement import Free, Needs, Placement, choose_placement, finished_size
@@ -99,16 +99,9 @@ def estimate(
     dtype, on_host = (compute_dtype(model, each, home, processes) for each in (chosen, home))
     free = Free.now(chosen)
     on_accelerator = model.dtype if chosen == home else dtype  # without one, nothing is known about it
-    forward, passes = shapes.blocks * block_forward(shapes, extent.windows, sequence_length), {}
-    if config.expert_sparsity:
-        passes["experts"] = 1.0
-    for steps in work_of(shapes_of(remaining), config, extent).values():
-        for name, work in steps.items():
-            passes[name] = sum(work.values()) / forward
+    forward = shapes.blocks * block_forward(shapes, extent.windows, sequence_length)
     streams = method_of(config).streams * extent.tokens * shapes.d_model * dtype.itemsize
-    disk = finished_size(shapes_of(remaining), config, model.dtype.itemsize)
-    # New streams are written before the previous ones are deleted.
-    disk |= {"residual streams": streams, "result, or the next streams": max(size.bytes, streams)}
+    finished = finished_size(shapes_of(remaining), config, model.dtype.itemsize)
     return Estimate(
         parameters=parameters,
         block_parameters=total_weights(sizes),
@@ -117,14 +110,29 @@ def estimate(
         with_accelerator=place(on_accelerator, free, accelerated=True),
         without=place(on_host, Free(free.host), accelerated=False),
         mapped_weights=mapped_weights,
-        disk=disk,
+        disk=_disk(finished, streams, size.bytes),
         forward_multiply_adds=int(forward),
-        forward_passes=passes,
+        forward_passes=_forward_passes(shapes_of(remaining), config, extent, forward),
         uncut=uncut_sentences(wide),
         sparsity=config.sparsity,
         result=size,
         target=target,
     )
+
+
+def _disk(finished: ByteCounts, streams: int, result: int) -> ByteCounts:
+    """Return the bytes of the checkpoint and the result on disk."""
+    # New streams are written before the previous ones are deleted.
+    return finished | {"residual streams": streams, "result, or the next streams": max(result, streams)}
+
+
+def _forward_passes(shapes: Shapes, config: ModeGPTConfig, extent: Extent, forward: float) -> dict[str, float]:
+    """Return the multiply-adds of every step, in units of those of a `forward` pass."""
+    passes = {"experts": 1.0} if config.expert_sparsity else {}
+    for steps in work_of(shapes, config, extent).values():
+        for name, work in steps.items():
+            passes[name] = sum(work.values()) / forward
+    return passes
 
 
 def on_meta(model_class: Any, config: Any, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Compute a model of 16 bits in float32 if the device is slow in 16 bits. The result is stored in the model's dtype."""
+"""Compute a 16-bit model in float32 on a device that is slow in 16 bits, and store the result in its own dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Precision:
 
     @classmethod
     def of(cls, model: PreTrainedModel, compute: torch.dtype) -> Precision:
-        """Describe a compression of `model` that computes in `compute`."""
+        """Create the precision of a compression of `model` that computes in `compute`."""
         others = (name for name, parameter in model.named_parameters() if parameter.dtype != model.dtype)
         return cls(compute, model.dtype, frozenset(others))
 
