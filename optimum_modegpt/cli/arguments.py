@@ -181,6 +181,8 @@ def export(commands: Any) -> None:
     text = f"data type of the weights: {', '.join(DTYPES[1:])}, or for gguf {', '.join(GGUF_TYPES)}; auto keeps the "
     text += "stored one, and is f16 for gguf"
     parser.add_argument("--dtype", choices=(*DTYPES, *GGUF_TYPES), default="auto", metavar="TYPE", help=text)
+    text = "longest text of a program for executorch, in tokens; default 2048, or the context of the model if shorter"
+    parser.add_argument("--cache-length", type=count, metavar="N", help=text)
 
 
 def estimate(commands: Any) -> None:

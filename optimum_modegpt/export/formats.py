@@ -21,6 +21,8 @@ class Format:
             file atomically. Otherwise it writes into an empty folder, which is moved to its place afterwards.
         packages: the packages that the extra installs, by the names with which they are imported.
         dtypes: the data types of the matrices of a file. A folder has that of the model; then it is None.
+        fixed_cache: whether the key-value cache of a program has a fixed length, which `function` takes as
+            `cache_length`.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Format:
     function: str
     packages: tuple[str, ...] = ()
     dtypes: tuple[str, ...] | None = None
+    fixed_cache: bool = False
 
     @property
     def is_file(self) -> bool:
@@ -59,6 +62,7 @@ FORMATS = {
         Format("dense", "the stock class of transformers, padded with zeros", "dense", "export_dense"),
         Format("onnx", "ONNX Runtime", "runtimes", "export_onnx", ("onnx", "onnxscript", "onnxruntime")),
         Format("openvino", "OpenVINO", "runtimes", "export_openvino", ("openvino",)),
+        Format("executorch", "ExecuTorch on CPUs", "runtimes", "export_executorch", ("executorch",), fixed_cache=True),
         Format("gguf", "llama.cpp, one file", "gguf", "export_gguf", ("gguf",), GGUF_TYPES),
     )
 }

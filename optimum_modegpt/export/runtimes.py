@@ -1,26 +1,28 @@
-"""Export a model to ONNX Runtime or OpenVINO by the exporters of transformers.
+"""Export a model to ONNX Runtime, OpenVINO or ExecuTorch by the exporters of transformers.
 
-One program computes the prompt and every further token: its inputs are tokens, mask, positions and the key-value cache,
-which is empty at first, and its outputs are the logits and the longer cache. So the weights are stored once. Keys and
-values of every block have their own widths.
+One program computes the prompt and every further token, so the weights are stored once. Its inputs are tokens,
+positions and the key-value cache, and its outputs are the logits and the next cache. Keys and values of every block
+have their own widths. For ONNX Runtime and OpenVINO the cache grows with the text, and the mask is an input as well.
+For ExecuTorch, which plans its memory before it runs, the cache has a fixed length.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 from transformers.utils.versions import require_version
 
-from optimum_modegpt.errors import ModeGPTError, UnsupportedModel
+from optimum_modegpt.errors import InvalidConfig, ModeGPTError, UnsupportedModel
+from optimum_modegpt.evaluation.perplexity import context_of
+from optimum_modegpt.export.steps import Step, fixed_step, growing_step
 from optimum_modegpt.kv_cache import cache_argument
 from optimum_modegpt.walk.self_check import in_steps, relative_difference, tolerance_of
 
@@ -29,10 +31,12 @@ if TYPE_CHECKING:
 
 SINCE = "5.23"
 """The first release of transformers that saves exported models."""
-EXAMPLE = (2, 4)
-"""The sequences, and the tokens of each, with which a model is traced. Programs take others."""
 CHECKED = 12
 """Tokens that a saved program must answer as the model does."""
+CACHE_LENGTH = 2048
+"""The default length of the cache of a program for ExecuTorch, in tokens."""
+TOKENS_AT_ONCE = 128
+"""The most tokens that a program for ExecuTorch takes at once. Its memory has room for the logits of all of them."""
 
 
 def export_onnx(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -40,7 +44,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     _check_release()
     from transformers.exporters import OnnxConfig, OnnxExporter  # pyright: ignore[reportPrivateImportUsage]
 
-    _export(model, tokenizer, folder, OnnxExporter(), OnnxConfig(dynamic=True))
+    _export(model, tokenizer, folder, growing_step, OnnxExporter(), OnnxConfig())
 
 
 def export_openvino(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
@@ -48,7 +52,34 @@ def export_openvino(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Non
     _check_release()
     from transformers.exporters import OpenVINOConfig, OpenVINOExporter  # pyright: ignore[reportPrivateImportUsage]
 
-    _export(model, tokenizer, folder, OpenVINOExporter(), OpenVINOConfig(dynamic=True, stateful=False))
+    _export(model, tokenizer, folder, growing_step, OpenVINOExporter(), OpenVINOConfig(stateful=False))
+
+
+def export_executorch(model: PreTrainedModel, tokenizer: Any, folder: Path, cache_length: int | None = None) -> None:
+    """Save a model in `folder` as model.pte, for CPUs.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer, or None.
+        folder: an empty folder.
+        cache_length: the longest text of the program, in tokens; None takes `CACHE_LENGTH`, or the context of the model
+            if that is shorter.
+
+    Raises:
+        InvalidConfig: `cache_length` is longer than the context of the model, or too short to check the program.
+    """
+    _check_release()
+    context = context_of(model.config)
+    length = cache_length or min(context or CACHE_LENGTH, CACHE_LENGTH)
+    if length < CHECKED or (context is not None and length > context):
+        most = "any length" if context is None else context
+        raise InvalidConfig(f"found cache_length={length}; {type(model).__name__} allows {CHECKED} to {most}.")
+    from transformers.exporters import ExecutorchConfig, ExecutorchExporter  # pyright: ignore[reportPrivateImportUsage]
+
+    model = copy.deepcopy(model).cpu()  # the exporter changes the model
+    config = ExecutorchConfig(prefer_deferred_runtime_asserts_over_guards=True)
+    capture = partial(fixed_step, length=length, at_once=min(length, TOKENS_AT_ONCE))
+    _export(model, tokenizer, folder, capture, ExecutorchExporter(), config)
 
 
 def _check_release() -> None:
@@ -61,20 +92,27 @@ def _check_release() -> None:
     require_version(f"transformers>={SINCE}", f"{hint} 'transformers>={SINCE}'")
 
 
-def _export(model: PreTrainedModel, tokenizer: Any, folder: Path, exporter: HfExporter, config: Any) -> None:
+def _export(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    folder: Path,
+    capture: Callable[[PreTrainedModel], Step],
+    exporter: HfExporter,
+    config: Any,
+) -> None:
     """Export a model, save it in `folder`, and check that the saved program computes the same.
 
     Raises:
         UnsupportedModel: the exporter refuses the model, or the program differs from it.
     """
     with _refusing(model, f"the {config.export_format} exporter of transformers failed"):
-        step, inputs = _captured_step(model)
-        empty = _without_tokens(inputs[cache_argument(model)], model)
-        exporter.export(step, inputs, config).save_pretrained(folder)
+        step = capture(model)
+        config.dynamic, config.dynamic_shapes = step.shapes is None, step.shapes
+        exporter.export(step.module, step.inputs, config).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     with _refusing(model, f"{config.export_format} cannot run the program"):
-        found = _answers(folder, model, empty)
+        found = _answers(folder, model, step.empty)
     difference, tolerance = relative_difference(found, _expected(model)), tolerance_of(model.dtype)
     if not difference <= tolerance:
         raise UnsupportedModel(
@@ -96,41 +134,6 @@ def _refusing(model: PreTrainedModel, reason: str) -> Iterator[None]:
             f"{type(model).__name__} cannot be exported: {reason} ({message.splitlines()[0]}). Export it to dense, or "
             "in float32. --debug shows the whole error."
         ) from error
-
-
-def _captured_step(model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
-    """Return the model and its arguments in a step of two tokens after a prompt of `EXAMPLE`.
-
-    A size of 1 becomes fixed; all others may differ later.
-    """
-    from transformers.exporters.utils import decompose_for_generation
-
-    ids = torch.arange(math.prod(EXAMPLE)).view(EXAMPLE) % model.config.get_text_config().vocab_size
-    mask = torch.ones_like(ids)
-    mask[0, 0] = 0  # otherwise the program would have no mask
-    settings = GenerationConfig(do_sample=False, pad_token_id=0)
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
-    return decompose_for_generation(model, inputs, generation_config=settings, multi_token_decode=True)["decode"]
-
-
-def _without_tokens(cache: Any, model: PreTrainedModel) -> Any:
-    """Return a copy of a cache for one sequence and without tokens, whose keys and values have their widths.
-
-    Raises:
-        UnsupportedModel: layers without softmax attention have a state, which is not empty before the first token.
-    """
-    empty = copy.deepcopy(cache)
-    for index, layer in enumerate(empty.layers):
-        if not isinstance(layer, DynamicLayer):
-            raise UnsupportedModel(
-                f"block {index} of {type(model).__name__} has a {type(layer).__name__} as its cache; expected keys and "
-                "values of all tokens. Export the model to dense."
-            )
-        keys, values = layer.keys, layer.values
-        assert keys is not None
-        assert values is not None
-        layer.keys, layer.values = keys[:1, :, :0].cpu(), values[:1, :, :0].cpu()
-    return empty
 
 
 def _tokens(model: PreTrainedModel) -> Tensor:

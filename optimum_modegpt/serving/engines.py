@@ -67,7 +67,11 @@ LLAMA_CPP = Engine(
 )
 ONNX_RUNTIME = Engine("ONNX Runtime", "transformers 5.24.0", (Run("1.32.0", ("per_layer",), ("llama",)),))
 OPENVINO = Engine("OpenVINO", "transformers 5.24.0", (Run("2026.4.1", ("per_layer",), ("llama",)),))
-EXECUTORCH = Engine("ExecuTorch", "transformers 5.24.0")
+EXECUTORCH = Engine(
+    "ExecuTorch",
+    "transformers 5.24.0",
+    (Run("1.5.1", ("per_layer",), ("gemma3_text", "llama", "mistral", "opt", "qwen2")),),
+)
 TENSORRT_LLM = Engine("TensorRT-LLM", "0193dbd and 00547a2")
 
 VLLM_NATIVE = frozenset(

@@ -230,8 +230,7 @@ def _openvino(shape: Shape) -> Verdict:
 
 
 def _executorch(shape: Shape) -> Verdict:
-    del shape
-    return Verdict("unknown", "The exporter of transformers for it was not run to the end.")
+    return _exported(shape, "executorch")
 
 
 def _tensorrt_llm(shape: Shape) -> Verdict:

@@ -1,4 +1,4 @@
-"""Test the formats of ONNX Runtime and OpenVINO: a program generates the tokens of its model."""
+"""Test the formats of ONNX Runtime, OpenVINO and ExecuTorch: a program generates the tokens of its model."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ from tiny_models import compressed, tokens
 from transformers.exporters import base as exporters
 
 import optimum_modegpt.export.runtimes as runtimes
-from optimum_modegpt import UnsupportedModel, export_model
+from optimum_modegpt import InvalidConfig, UnsupportedModel, export_model
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.export.formats import FORMATS
 
 NEW = 8
 has_programs = pytest.mark.skipif(not hasattr(exporters, "ExportedModel"), reason="transformers is too old to save one")
+
+quiet = pytest.mark.filterwarnings("ignore")
+"""The modules of ExecuTorch call functions that are deprecated."""
 
 
 def generated(model: Any) -> list[int]:
@@ -50,6 +53,28 @@ def generated_by_onnx(file: Path) -> list[int]:
         found["logits"][..., 2] = -np.inf
         text.append(int(found["logits"][0, -1].argmax()))
         new = np.array([text[-1:]])
+    return text
+
+
+def generated_by_executorch(file: Path) -> list[int]:
+    """Generate by ExecuTorch alone, in parts: two tokens, the rest of the prompt, and then each new token."""
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(file)
+    step = program.load_method("forward")
+    inputs = [step.metadata.input_tensor_meta(index) for index in range(step.metadata.num_inputs())]
+    types = {4: torch.int64, 6: torch.float32}
+    cache = [torch.zeros(each.sizes(), dtype=types[each.dtype()]) for each in inputs[2:]]
+    text, seen, first = tokens(1, 5)[0].tolist(), 0, 2
+    while len(text) < 5 + NEW:
+        new = torch.tensor([text[seen : first or None]])
+        positions = torch.arange(seen, seen + new.shape[1])[None]
+        outputs = [each.clone() for each in step.execute([new, positions, *cache])]
+        seen, cache, logits = seen + new.shape[1], outputs[: len(cache)], outputs[len(cache)]
+        if first == 0:
+            logits[..., 2] = -torch.inf
+            text.append(int(logits[0, -1].argmax()))
+        first = 0
     return text
 
 
@@ -86,6 +111,42 @@ def test_the_program_of_openvino_answers_as_the_model(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     export_model(compressed("llama-gqa-tied"), tmp_path / "new", "openvino")
     assert any(path.suffix == ".xml" for path in (tmp_path / "new").iterdir())
+
+
+@has_programs
+@quiet
+def test_executorch_generates_the_tokens_of_the_model(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    model = compressed("llama-gqa-tied").requires_grad_(True)
+    export_model(model, tmp_path / "new", "executorch", cache_length=20)
+    assert generated_by_executorch(tmp_path / "new" / "model.pte") == generated(model)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the export changed the model"
+
+
+@has_programs
+@pytest.mark.skipif(os.environ.get("MODEGPT_TEST_FAMILIES") != "all", reason="each takes two minutes")
+@quiet
+@pytest.mark.parametrize("name", ["qwen2", "opt", "mistral-window", "gemma3_text"])
+def test_models_of_other_families_are_exported_to_executorch(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    model = compressed(name)
+    export_model(model, tmp_path / "new", "executorch")
+    assert generated_by_executorch(tmp_path / "new" / "model.pte") == generated(model)
+
+
+def test_only_executorch_takes_a_cache_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["export", "demo", "--format", "dense", "--output", str(tmp_path / "new"), "--cache-length", "64"]
+    assert cli.main(words) == 2
+    assert "found a cache length of 64; only executorch takes one, not dense." in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@has_programs
+@pytest.mark.parametrize("length", [4, 65])
+def test_a_cache_longer_than_the_context_is_refused(length: int, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfig, match=f"found cache_length={length}; .* allows 12 to 64"):
+        runtimes.export_executorch(compressed("llama-gqa-tied"), None, tmp_path, length)
+    assert list(tmp_path.iterdir()) == []
 
 
 @has_programs

@@ -72,6 +72,7 @@ PYTHON = {
     "checkpoint": ("large-models", "Resume"),
     "canary": ("canary", "Canary"),
     "onnx": ("exporting", "Run an ONNX model"),
+    "executorch": ("exporting", "Run an ExecuTorch model"),
 }
 """Names of the Python blocks, with page and heading."""
 LINKING = (*FILES, *sorted((ROOT / ".github").glob("*.md")))
@@ -95,8 +96,13 @@ doc_to_text: "{{{{text}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: answer
 """
-CAN_EXPORT_ONNX = hasattr(exporters, "ExportedModel") and all(map(find_spec, FORMATS["onnx"].packages))
-"""Whether transformers can save an ONNX model, and the packages are installed."""
+PROGRAMS = ("onnx", "executorch")
+EXPORTED = [
+    name
+    for name in PROGRAMS
+    if hasattr(exporters, "ExportedModel") and all(find_spec(package) for package in FORMATS[name].packages)
+]
+"""Those of `PROGRAMS` that transformers can save, and whose packages are installed."""
 ROWS = re.findall(r"^\| (\S+) +\| (\d+) % \| (.+?) \|$", RESULTS.partition("<!-- results -->")[2], re.MULTILINE)
 
 RECOVERED = re.findall(
@@ -168,7 +174,7 @@ def test_the_shell_commands_run_as_printed(folder: Path, monkeypatch: pytest.Mon
         for name in (HUB_NAME, SMALL_NAME):
             command = command.replace(name, str(folder / "dense"))
         _, _, verb, *words = command.replace("--max-kl 0.2", "").split()
-        if "onnx" in words and not CAN_EXPORT_ONNX:
+        if any(name in words for name in PROGRAMS if name not in EXPORTED):
             continue
         words = ["40kB" if word == "1GB" else word for word in words]  # the tiny model is smaller
         tasks = ["--include-path", str(folder)] * ("--tasks" in words)
@@ -176,8 +182,8 @@ def test_the_shell_commands_run_as_printed(folder: Path, monkeypatch: pytest.Mon
     names = {path.name for path in folder.iterdir()}
     assert {"qwen-small", "qwen-recovered", "compare.html"} <= names
     assert {"report.json", "evaluation.json", "README.md"} <= {path.name for path in (folder / "qwen-small").iterdir()}
-    if CAN_EXPORT_ONNX:
-        result = run([sys.executable, "-I", "-c", python("onnx")], folder, dict(os.environ))
+    for name in EXPORTED:
+        result = run([sys.executable, "-I", "-c", python(name)], folder, dict(os.environ))
         small = AutoModelForCausalLM.from_pretrained(folder / "qwen-small")
         small.generation_config.eos_token_id = None
         ids = tokenizer()("The river", return_tensors="pt")
