@@ -12,6 +12,8 @@ TINY_HEAD_DIM, LARGE_HEAD_DIM = 32, 128
 TINY_MLP_WIDTH = 512
 EXPERT_STEP = 8
 """Widths of experts are multiples of this, because the fast kernels read rows of a multiple of 16 bytes."""
+QUANTIZED_ROW = 32
+"""Formats such as q4_0 of llama.cpp quantize this many values of a row together, and store other rows in 16 bits."""
 MLP_STEPS = (128, 64, 32, 16, 8)
 COARSEST_STEP = 0.04
 """The largest share of an MLP width that one rounding step may be."""
@@ -75,17 +77,28 @@ def part_size(dense: int, weights_per_unit: int, step: int, max_sparsity: float)
     return PartSize(dense, weights_per_unit, step, min(floor, dense))
 
 
-def head_step(head_dim: int, round_to: int | str, *, pairs: bool, coarse: bool = False) -> int:
-    """Return the grid step of a query/key or value head dim. Rotary `pairs` need even widths.
-
-    If `coarse`, the steps of large heads are those that attention kernels of all engines have.
-    """
+def head_step(head_dim: int, round_to: int | str, *, pairs: bool) -> int:
+    """Return the grid step of a query/key or value head dim. Rotary `pairs` need even widths."""
     unit = 2 if pairs else 1
     if round_to == "auto":
-        if coarse and head_dim >= LARGE_HEAD_DIM:
-            return 16
         return 8 if head_dim >= TINY_HEAD_DIM else unit
     return math.lcm(int(round_to), unit)
+
+
+def stock_head_step(head_dim: int, heads: int, round_to: int | str) -> int:
+    """Return the grid step of the head dim of a checkpoint with one head dim for all blocks.
+
+    Steps of large heads are those that attention kernels of all engines have. Rows of the output projection, which
+    have `heads` × head dim values, stay multiples of `QUANTIZED_ROW` if they are.
+    """
+    step = head_step(head_dim, round_to, pairs=True)
+    if round_to != "auto" or head_dim < TINY_HEAD_DIM:
+        return step
+    if head_dim >= LARGE_HEAD_DIM:
+        step = 16
+    if heads * head_dim % QUANTIZED_ROW == 0:
+        step = math.lcm(step, QUANTIZED_ROW // math.gcd(heads, QUANTIZED_ROW))
+    return step
 
 
 def mlp_step(width: int, round_to: int | str) -> int:

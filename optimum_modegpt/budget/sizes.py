@@ -12,6 +12,7 @@ from optimum_modegpt.allocation.plan import (
     largest_sparsity,
     mlp_step,
     part_size,
+    stock_head_step,
 )
 from optimum_modegpt.architectures import Architecture, Block
 from optimum_modegpt.config import ModeGPTConfig
@@ -40,9 +41,10 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig, wide: WidePart
         step = (mlp_step if block.experts is None else expert_step)(dense.mlp, config.round_to)
         parts = {"mlp": part_size(dense.mlp, block.mlp_channel_weights, step, cap)}
         if block.attends:
-            one_width = config.layout == "stock"
-            qk_step = head_step(dense.qk, config.round_to, pairs=block.paired or one_width, coarse=one_width)
-            vo_step = qk_step if one_width else head_step(dense.vo, config.round_to, pairs=False)
+            qk_step = head_step(dense.qk, config.round_to, pairs=block.paired)
+            vo_step = head_step(dense.vo, config.round_to, pairs=False)
+            if config.layout == "stock":
+                qk_step = vo_step = stock_head_step(dense.qk, block.heads, config.round_to)
             parts["qk"] = part_size(dense.qk, _head_weights(block, "qk"), qk_step, cap)
             parts["vo"] = part_size(dense.vo, _head_weights(block, "vo"), vo_step, cap)
         for part in wide:

@@ -17,6 +17,7 @@ from optimum_modegpt.allocation.plan import (
     mlp_step,
     part_size,
     plan_sparsity,
+    stock_head_step,
     total_weights,
 )
 from optimum_modegpt.allocation.sensitivity import (
@@ -138,6 +139,23 @@ def test_high_temperature_gives_uniform_targets():
 )
 def test_head_step(head_dim, round_to, pairs, step):
     assert head_step(head_dim, round_to, pairs=pairs) == step
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "round_to", "step"),
+    [
+        (64, 32, "auto", 8),
+        (64, 14, "auto", 16),  # Qwen2.5-0.5B: 14 × 48 is a multiple of 32, 14 × 56 is not
+        (64, 9, "auto", 32),  # SmolLM2-135M: 9 × 32
+        (80, 9, "auto", 8),  # the dense rows are no multiple of 32 either
+        (128, 32, "auto", 16),
+        (128, 25, "auto", 32),
+        (30, 16, "auto", 2),
+        (64, 9, 4, 4),
+    ],
+)
+def test_rows_of_the_output_projection_stay_quantizable(head_dim, heads, round_to, step):
+    assert stock_head_step(head_dim, heads, round_to) == step
 
 
 @pytest.mark.parametrize(
