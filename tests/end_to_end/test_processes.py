@@ -53,6 +53,10 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "stock": ("qwen3", {"layout": "stock", "allocation": "uniform"}),
     "experts": ("mixtral", {"allocation": "uniform"}),
 }
+FURTHER_JOBS = ("gpt_neox", "llama-mqa-biases", "paper-opt")
+"""Those that are tested in the full matrix only."""
+WORK = "work"
+"""The command of a rank that runs jobs. Every other command is the moment of a failure."""
 
 
 def run(job: str) -> tuple[Any, Report]:
@@ -72,10 +76,10 @@ def run(job: str) -> tuple[Any, Report]:
         return model, compress(model, config, windows, progress=False)
 
 
-def work(folder: Path) -> None:
-    """Run every job on this rank and save the results."""
+def work(folder: Path, jobs: list[str]) -> None:
+    """Run jobs on this rank and save the results."""
     with distributed.joined(torch.device("cpu")):
-        for job in JOBS:
+        for job in jobs:
             model, report = run(job)
             torch.save(model.state_dict(), folder / f"{job}-{os.environ['RANK']}.pt")
             if distributed.is_first():
@@ -121,21 +125,31 @@ def fork_all(count: int, folder: Path, commands: list[list[str]]) -> None:
                 os.environ |= {"WORLD_SIZE": str(count), "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 for stream, kind in enumerate(KINDS, start=1):
                     os.dup2(os.open(folder / f"{number}.{rank}.{kind}", os.O_CREAT | os.O_WRONLY), stream)
-                sys.exit(run_command(words[0], words[1], words[2:]) if words else work(folder))
+                name, *rest = words
+                sys.exit(work(folder, rest) if name == WORK else run_command(name, rest[0], rest[1:]))
             children.append(child)
         codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
     print(json.dumps(codes))
 
 
+def selected(request: pytest.FixtureRequest, name: str) -> list[Any]:
+    """Return the values of a parameter in the tests of this file that are about to run."""
+    items: list[Any] = [item for item in request.session.items if item.path == request.path]
+    return [item.callspec.params[name] for item in items if hasattr(item, "callspec") and name in item.callspec.params]
+
+
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("together")
-    for code, _, errors in run_together(PROCESSES, folder, [[]])[0]:
+def together(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    folder, further = tmp_path_factory.mktemp("together"), selected(request, "job")
+    jobs = [job for job in JOBS if job not in FURTHER_JOBS or job in further]
+    for code, _, errors in run_together(PROCESSES, folder, [[WORK, *jobs]])[0]:
         assert code == 0, errors[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "job", [pytest.param(job, marks=[pytest.mark.slow] if job in FURTHER_JOBS else []) for job in JOBS]
+)
 def test_several_ranks_match_one_process(job: str, together: Path) -> None:
     model, report = run(job)
     found = Report.load(together / f"{job}.json")
@@ -223,14 +237,13 @@ MOMENTS: dict[str, tuple[Any, str, Callable[..., bool]]] = {
 }
 """The call before which a process fails, and the condition on its arguments."""
 
-ENDS = [
-    ("error", 1),
-    ("in a block", 0),
-    ("in a sweep", 1),
-    ("while streams are saved", 1),
-    ("while the manifest is saved", 0),
-]
+ENDS = [("error", 1), ("in a sweep", 1), ("while the manifest is saved", 0)]
 """The moment of the failure, and the failing rank of two."""
+FURTHER_ENDS = [("in a block", 0), ("while streams are saved", 1)]
+"""Those that are tested in the full matrix only."""
+EVERY_END = pytest.mark.parametrize(
+    "end", [*ENDS, *(pytest.param(end, marks=pytest.mark.slow) for end in FURTHER_ENDS)]
+)
 
 
 def run_command(moment: str, failing: str, words: list[str]) -> int:
@@ -263,28 +276,30 @@ Ranks = list[tuple[int, str, str]]
 
 @pytest.fixture(scope="module")
 def two_ranks(
-    words: list[str], tmp_path_factory: pytest.TempPathFactory
+    words: list[str], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> dict[tuple[str, int], tuple[Path, list[Ranks]]]:
     """Run every case with two ranks, and those that are interrupted near or before the end again.
 
     Return the folder of the result and the (exit code, output, errors) of each rank of each run, by case.
     """
     root, printed = tmp_path_factory.mktemp("cases"), tmp_path_factory.mktemp("printed")
-    cases = [*ENDS, *LATE_ENDS, DIFFERENT, STOPPED, SELF]
+    chosen = selected(request, "end")
+    interrupted = ENDS + LATE_ENDS + [end for end in FURTHER_ENDS if end in chosen]
+    cases = [*interrupted, DIFFERENT, STOPPED, SELF]
     folders, commands = {case: root / str(number) for number, case in enumerate(cases)}, []
     for (moment, failing), folder in folders.items():
         command = [*words, str(folder / "small")]
         if (moment, failing) == SELF:
             command += ["--dataset", "self", "--method", "paper", "--allocation", "uniform"]
         commands.append([moment, str(failing), *command])
-        if (moment, failing) in ENDS + LATE_ENDS:
+        if (moment, failing) in interrupted:
             commands.append(["never", "0", *command])
     results = iter(run_together(2, printed, commands, HF_DATASETS_CACHE=str(root / "cache")))
-    runs = {case: [next(results) for _ in range(2 if case in ENDS + LATE_ENDS else 1)] for case in cases}
+    runs = {case: [next(results) for _ in range(2 if case in interrupted else 1)] for case in cases}
     return {case: (folders[case], runs[case]) for case in cases}
 
 
-@pytest.mark.parametrize("end", ENDS)
+@EVERY_END
 def test_all_ranks_exit_if_one_fails(end: tuple[str, int], two_ranks: Any) -> None:
     moment, failing = end
     for rank, (code, output, errors) in enumerate(two_ranks[end][1][0]):
@@ -299,7 +314,7 @@ def test_all_ranks_exit_if_one_fails(end: tuple[str, int], two_ranks: Any) -> No
             assert code == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("end", ENDS)
+@EVERY_END
 def test_rerun_resumes_and_is_bit_identical(end: tuple[str, int], two_ranks: Any, launched: tuple[Path, str]) -> None:
     folder, (_, again) = two_ranks[end]
     for code, _, errors in again:

@@ -438,7 +438,7 @@ def test_a_run_that_was_killed_is_tidied_by_the_next(
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("by", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_leaves_nothing(by: signal.Signals, small: Path, text: Path, tmp_path: Path) -> None:
     words = ["recover", str(small), "--dataset", str(text), "--output", str(tmp_path / "new" / "out"), *QUICK]
     code, errors = stopped(words, by)
