@@ -1,4 +1,4 @@
-"""Make plans with the same widths in all blocks, for the layout "stock" (ours)."""
+"""Make plans with the same widths in all blocks, for the layout "stock", and for uniform MLPs (ours)."""
 
 from __future__ import annotations
 

@@ -49,6 +49,8 @@ CONTAINERS: dict[str, tuple[Container, ...]] = {
 }
 """The architectures that can hold a family, by the `model_type` of its dense models; the preferred one is first."""
 
+ONE_WIDTH = "compress with layout='mlp' and allocation='uniform'"
+"""How to make a model that every architecture of its family holds."""
 _OTHER_VALUES: dict[str, tuple[str, ...]] = {
     "qwen3": ("attention_bias",),
     "gemma3_text": ("attention_bias", "attn_logit_softcapping", "use_bidirectional_attention"),
@@ -212,13 +214,13 @@ def _one_set(rope: dict[str, Any]) -> bool:
 def _misfit(config: Any, container: Container) -> str | None:
     """Return the reason why an architecture does not hold a model of its family, or None."""
     if not container.per_layer_mlp and len(set(mlp_widths(config))) > 1:
-        return "it has one MLP width for all layers, and these have several; compress with allocation='uniform'"
+        return f"it has one MLP width for all layers, and these have several; {ONE_WIDTH}"
     if container.tied_only and not config.tie_word_embeddings:
-        return "it has no head of its own, and this model does; compress with allocation='uniform'"
+        return f"it has no head of its own, and this model does; {ONE_WIDTH}"
     if container.frequencies:
         return None
     for layer_type, rope in rope_tables(config).items():
         kind = rope.get("rope_type", "default")
         if kind != "default" and not (kind == "linear" and layer_type == "full_attention"):
-            return f"it computes the rotary frequencies itself, and rope_type is {kind!r}; compress with layout='mlp'"
+            return f"it computes the rotary frequencies itself, and rope_type is {kind!r}; {ONE_WIDTH}"
     return None

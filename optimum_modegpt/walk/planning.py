@@ -36,7 +36,7 @@ def make_plan(request: Request, state: State) -> Plan:
         measure_sensitivities(request, state)
         choose = equal_plan_from_curves if config.layout == "stock" else plan_from_curves
         plan = choose(state.measurements.curves(), sizes, config.sparsity)
-    elif config.layout == "stock":
+    elif config.layout == "stock" or (config.layout, config.resolved_allocation) == ("mlp", "uniform"):
         plan = equal_plan(sizes, config.sparsity)
     elif config.resolved_allocation == "influence":
         state.measurements.influences = measure_influences(request, state)

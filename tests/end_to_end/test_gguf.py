@@ -13,6 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from twins import dense_twin
 
+from optimum_modegpt import ModeGPTConfig
+from optimum_modegpt.calibration.data import TokenWindows
+from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import InvalidConfig, OutputError, UnsupportedModel
 from optimum_modegpt.export.gguf import check_gguf, export_gguf
 from optimum_modegpt.modeling.modegpt_family import Widths
@@ -156,6 +159,20 @@ def test_a_model_that_the_format_does_not_hold_is_refused_before_anything_is_wri
         export_gguf(model(), None, tmp_path / "folder" / "model.gguf")
     assert alternative in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "architecture"),
+    [("gemma3_text", {}, "gemma3"), ("qwen3", {"tie_word_embeddings": False}, "qwen3")],
+)
+@pytest.mark.parametrize("sparsity", [0.2, 0.37])
+def test_models_compressed_as_the_refusals_advise_are_exported(
+    name: str, values: dict[str, Any], architecture: str, sparsity: float, tmp_path: Path
+) -> None:
+    model = dense(name, **values)
+    config = ModeGPTConfig(sparsity=sparsity, layout="mlp", allocation="uniform", method="paper")
+    compress(model, config, TokenWindows(tokens(8, 24), {}), progress=False)
+    assert export_gguf(model, None, tmp_path / "model.gguf").architecture == architecture
 
 
 def test_the_check_needs_a_configuration_only() -> None:
