@@ -11,22 +11,27 @@ from optimum_modegpt.report import count_parameters
 from optimum_modegpt.stages import product_rates
 
 SLOW = 2
-"""16 bits are slow on a device if their products take more than this many times as long as those of float32."""
+"""How many times as long as in float32 products in 16 bits take on a device that is slow in 16 bits, at least."""
 LARGEST = 0.5
-"""The fraction of free memory that float32 weights may take."""
+"""The largest fraction of the free memory for weights in float32."""
 
 
 def compute_dtype(model: PreTrainedModel, device: torch.device, home: torch.device, processes: int = 1) -> torch.dtype:
     """Return float32 if `device` is slow in the 16 bits of `model`, as most CPUs are, else the dtype of `model`.
 
-    The float32 weights are stored on `home`, the device of `model`, and must fit in `LARGEST` of its free memory. All
-    `processes` share the memory of the host.
+    The float32 weights are stored on `home`, the device of `model`. If they need more than `LARGEST` of its free
+    memory, the dtype is that of `model`. All `processes` share the memory of the host.
     """
     needed = sum(float32_weights(model).values()) * (processes if home.type == "cpu" else 1)
-    if model.dtype.itemsize >= FLOAT32 or needed > LARGEST * _free(home):
-        return model.dtype
-    own, single = (product_rates(device, dtype)["own"] for dtype in (model.dtype, torch.float32))
-    return torch.float32 if single > SLOW * own else model.dtype
+    fits = needed <= LARGEST * _free(home)
+    return torch.float32 if fits and slowdown(device, model.dtype) > SLOW else model.dtype
+
+
+def slowdown(device: torch.device, dtype: torch.dtype) -> float:
+    """Return how many times as long as in float32 products of a 16-bit `dtype` take on `device`; 1 for wider types."""
+    if dtype.itemsize >= FLOAT32:
+        return 1.0
+    return product_rates(device, torch.float32)["own"] / product_rates(device, dtype)["own"]
 
 
 def float32_weights(model: PreTrainedModel) -> ByteCounts:

@@ -12,7 +12,7 @@ import torch
 
 from optimum_modegpt import distributed
 from optimum_modegpt.allocation.sensitivity import Curve, curve_from_losses, divergences_of, with_losses
-from optimum_modegpt.budget.compute_dtype import compute_dtype, float32_weights
+from optimum_modegpt.budget.compute_dtype import SLOW, compute_dtype, float32_weights, slowdown
 from optimum_modegpt.budget.placement import Free, Needs, Placement, Storage, choose_placement, finished_size
 from optimum_modegpt.calibration.gradients import OutputGradients
 from optimum_modegpt.calibration.streams import BlockInputs, StreamStorage, check_dense, enter, in_batches
@@ -144,7 +144,13 @@ class State:
             storage = StreamStorage(host, Path(folder))
         batch_size = min(distributed.all_gather_object(placement.batch_size))
         clock = StageClock(request.device)
-        return cls(clock, precision, batch_size, placement.streams, storage, placement.keep_derivatives)
+        state = cls(clock, precision, batch_size, placement.streams, storage, placement.keep_derivatives)
+        if (factor := slowdown(request.device, precision.compute)) > SLOW:
+            state.warn(
+                f"products in {precision.compute} take {factor:.0f} times as long as in float32 on {request.device}, "
+                "and weights in float32 do not fit in half of the free memory. Free some memory, or use another device."
+            )
+        return state
 
     def warn(self, message: str) -> None:
         """Log a warning, and keep it for the report. A repeated warning is ignored."""

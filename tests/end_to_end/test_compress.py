@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, XGLMConfig, XGL
 
 from optimum_modegpt.allocation.plan import Plan
 from optimum_modegpt.architectures import Architecture, Block, resolve
+from optimum_modegpt.budget import compute_dtype
 from optimum_modegpt.budget.sizes import part_sizes
 from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.calibration.gradients import output_gradients
@@ -228,6 +229,15 @@ def test_a_model_of_slow_16_bits_is_computed_in_float32(dtype: torch.dtype, fiel
     rounded = dict(model.named_parameters())
     for name, parameter in exact.named_parameters():
         torch.testing.assert_close(rounded[name], parameter.to(dtype), rtol=rounding, atol=0)
+
+
+@pytest.mark.usefixtures("slow_in_16_bits")
+def test_slow_16_bits_are_a_warning_if_float32_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_dtype, "LARGEST", 0)
+    report = run(dense("llama-gqa-tied").bfloat16(), sparsity=0.3, allocation="uniform")
+    assert report.compute_dtype == "bfloat16"
+    (warning,) = (each for each in report.warnings if "float32" in each)
+    assert warning.startswith("products in torch.bfloat16 take 7 times as long as in float32 on cpu, and weights in")
 
 
 @pytest.mark.usefixtures("slow_in_16_bits")
