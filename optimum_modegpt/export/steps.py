@@ -78,7 +78,7 @@ def fixed_step(model: PreTrainedModel, length: int, at_once: int) -> Step:
 
     cache, name = StaticCache(config=model.config, max_cache_len=length), cache_argument(model)
     _check_layers(model, cache.layers, StaticLayer)
-    cache.layers = [StaticLayer(length) for _ in cache.layers]
+    cache.layers[:] = [StaticLayer(length) for _ in cache.layers]
     ids = _example_tokens(model, (1, EXAMPLE[1]))
     inputs: dict[str, Any] = {"input_ids": ids}
     if "position_ids" in inspect.signature(model.forward).parameters:
