@@ -456,7 +456,7 @@ def test_the_engines_are_those_of_servable_with_versions_and_commands(folder: Pa
     name, text = named(folder), section(folder, "Serving")
     rows = {row.engine: row for row in check_servable(folder, name=name) if row.serves}
     del rows["transformers"]  # the code at the top
-    assert {"vLLM", "SGLang", "llama.cpp", "ONNX Runtime", "OpenVINO"} == rows.keys()
+    assert {"vLLM", "SGLang", "llama.cpp", "ONNX Runtime", "OpenVINO", "ExecuTorch"} == rows.keys()
     shown = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")][1:]
     assert shown == [[row.engine, row.works, row.checked, row.reason] for row in rows.values()]
     commands = re.findall(r"^# (.*)\n(.*)$", text, re.MULTILINE)
