@@ -11,7 +11,7 @@ from optimum_modegpt.report import count_parameters
 from optimum_modegpt.stages import product_rates
 
 SLOW = 2
-"""How many times as long as in float32 products in 16 bits take on a device that is slow in 16 bits, at least."""
+"""A device is slow in 16 bits if products take more than this many times as long as in float32."""
 LARGEST = 0.5
 """The largest fraction of the free memory for weights in float32."""
 
@@ -28,7 +28,7 @@ def compute_dtype(model: PreTrainedModel, device: torch.device, home: torch.devi
 
 
 def slowdown(device: torch.device, dtype: torch.dtype) -> float:
-    """Return how many times as long as in float32 products of a 16-bit `dtype` take on `device`; 1 for wider types."""
+    """Return the time of products in a 16-bit `dtype` on `device`, relative to float32; 1 for wider types."""
     if dtype.itemsize >= FLOAT32:
         return 1.0
     return product_rates(device, torch.float32)["own"] / product_rates(device, dtype)["own"]

@@ -25,11 +25,11 @@ EXAMPLE = (2, 4)
 
 @dataclass(frozen=True)
 class Step:
-    """A forward pass of a few tokens after earlier ones.
+    """A forward pass of a few tokens with a key-value cache.
 
     Attributes:
         module: the module to trace.
-        inputs: its arguments, with a cache that holds tokens.
+        inputs: its arguments, as an example. They include a cache.
         empty: the cache with which a program starts, for one sequence.
         shapes: the sizes of the inputs that may differ later, as torch.export takes them; None if all may.
     """
@@ -69,7 +69,7 @@ def growing_step(model: PreTrainedModel) -> Step:
 def fixed_step(model: PreTrainedModel, length: int, at_once: int) -> Step:
     """Return a step of up to `at_once` tokens of one sequence, with a cache of `length` tokens.
 
-    Layers with a sliding window have the whole length too: the window is in the mask, which the program computes.
+    Layers with a sliding window also get `length` tokens. The program masks the tokens outside of the window.
 
     Raises:
         UnsupportedModel: layers have another state than keys and values.

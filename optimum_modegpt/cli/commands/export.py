@@ -29,7 +29,7 @@ def run(options: Namespace) -> None:
     if chosen.is_file and (reason := check_gguf(config).reason) is not None:
         raise UnsupportedModel(reason)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns of each package that is not installed
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)  # torch.export calls itself so
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)  # torch.export uses it itself
     loaded, stored = ("auto", options.dtype) if chosen.is_file else (options.dtype, "auto")
     remarks = export_model(
         load_model(source, loaded),
