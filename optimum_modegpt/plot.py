@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-TITLES = {"mlp": "MLP", "qk": "query, key", "vo": "value, output"}
+TITLES = {"mlp": "MLP", "qk": "query, key", "vo": "value, output", "shared": "shared expert"}
 BAR = 0.28
-COLOURS = {"mlp": "#4c72b0", "qk": "#dd8452", "vo": "#55a868"}
+COLOURS = {"mlp": "#4c72b0", "qk": "#dd8452", "vo": "#55a868", "shared": "#8172b3"}
 
 
 def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path | None = None) -> Figure:
@@ -22,18 +22,18 @@ def plot_kept(kept: Mapping[str, Sequence[float]], title: str, path: str | Path 
     `path` is given, the figure is also saved there, in the format of the file extension. Raises `ImportError` if
     matplotlib is not installed.
     """
-    blocks = len(kept["mlp"])
+    blocks, width = len(kept["mlp"]), 3 * BAR / len(kept)
     figure = _figure(min(max(6.5, 0.3 * blocks + 1), 16), 3.2)
     axis = figure.subplots()
-    for place, (part, colour) in enumerate(COLOURS.items()):
-        middles = [block + (place - 1) * BAR for block in range(blocks)]
-        axis.bar(middles, kept[part], width=BAR, color=colour, label=TITLES[part])
+    for place, (part, shares) in enumerate(kept.items()):
+        middles = [block + (place - (len(kept) - 1) / 2) * width for block in range(blocks)]
+        axis.bar(middles, shares, width=width, color=COLOURS[part], label=TITLES[part])
     axis.set(xlabel="block", ylabel="kept fraction of the width", ylim=(0, 1))
     axis.locator_params(axis="x", integer=True)
     axis.margins(x=0.01)
     axis.spines[["top", "right"]].set_visible(False)
     _make_legible(axis.set_title(title, loc="left", fontsize=10, pad=22))
-    axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=len(COLOURS), frameon=False, fontsize=9)
+    axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=len(kept), frameon=False, fontsize=9)
     if path is not None:
         figure.savefig(path, dpi=120, bbox_inches="tight")
     return figure

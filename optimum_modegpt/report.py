@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_modegpt.errors import EvaluationError
-from optimum_modegpt.modeling.modegpt_family import PARTS, Part
+from optimum_modegpt.modeling.modegpt_family import Part, parts_among
 from optimum_modegpt.plot import plot_kept
 from optimum_modegpt.quantities import written_bytes
 
@@ -201,10 +201,11 @@ class Report:
 
     def summary(self) -> str:
         """Return a short table of ranks and errors per block, with the achieved sparsity, time and peak memory."""
-        rows = [f"{'block':>5}{'mlp':>22}{'qk':>22}{'vo':>22}"]
+        parts = parts_among(block.parts for block in self.blocks)
+        rows = ["block" + "".join(f"{part:>22}" for part in parts)]
         for block in self.blocks:
             row = f"{block.index:>5}"
-            for part in PARTS:
+            for part in parts:
                 row += f"{_cell(block.parts.get(part)):>22}"
             rows.append(row)
         seconds = floor = peak = 0.0
@@ -238,7 +239,7 @@ class Report:
         Raises:
             ImportError: matplotlib is not installed. The message names the extra to install.
         """
-        kept: dict[str, list[float]] = {part: [] for part in PARTS}
+        kept: dict[str, list[float]] = {part: [] for part in parts_among(block.parts for block in self.blocks)}
         for block in self.blocks:
             for part, values in kept.items():
                 found = block.parts.get(part)

@@ -92,7 +92,9 @@ def compressed(
     if widths is None:
         widths = list(map(Widths, qk, vo, mlp))
         for index, each in enumerate(widths):
-            widths[index] = replace(each, **dict.fromkeys(family.absent(dense_config, index), 0))
+            shared = family.shared_width(dense_config, index)
+            shared = shared and max(1, shared - 7 * (index + 1))
+            widths[index] = replace(each, shared=shared, **dict.fromkeys(family.absent(dense_config, index), 0))
     record = {"format_version": 1, "base_model": name}
     model = model_class(model_class.config_class.from_dense(dense_config, widths, record))
     fill(model, seed, gain=_gain(name))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from optimum_modegpt.allocation.plan import PartSize, Plan, Sizes, plan_sparsity
 from optimum_modegpt.allocation.sensitivity import Curves, interpolate, lower_hull
+from optimum_modegpt.modeling.modegpt_family import HEAD_PARTS
 
 
 def equal_plan(sizes: Sizes, sparsity: float) -> Plan:
@@ -42,7 +43,7 @@ def _candidates(sizes: Sizes, sparsity: float) -> list[Plan]:
 
 def _head_dims(sizes: Sizes) -> Sequence[int | None]:
     """Return the head dims that query, key and value of all blocks may have. None if no block has heads to cut."""
-    heads = [size.widths() for block in sizes for part, size in block.items() if part != "mlp"]
+    heads = [size.widths() for block in sizes for part, size in block.items() if part in HEAD_PARTS]
     return sorted(set(heads[0]).intersection(*heads), reverse=True) if heads else [None]
 
 
@@ -62,8 +63,10 @@ def _with_head_dim(sizes: Sizes, sparsity: float, head_dim: int | None) -> Plan:
 def _plan(sizes: Sizes, mlp_sparsity: float, head_dim: int | None) -> Plan:
     blocks = []
     for block in sizes:
-        widths = {part: head_dim for part in block if part != "mlp"}
-        blocks.append(widths | {"mlp": block["mlp"].nearest(block["mlp"].dense * (1 - mlp_sparsity))})
+        widths: dict[str, int] = {}
+        for part, size in block.items():
+            widths[part] = head_dim if part in HEAD_PARTS else size.nearest(size.dense * (1 - mlp_sparsity))
+        blocks.append(widths)
     return Plan.from_list(blocks)
 
 

@@ -67,8 +67,8 @@ class Plan:
         return cls.from_list({part: size.dense for part, size in block.items()} for block in sizes)
 
     def to_list(self) -> list[dict[str, int]]:
-        """Return one mapping part -> kept width per block, safe for JSON."""
-        return [dict(vars(widths)) for widths in self.widths]
+        """Return one mapping part -> kept width per block, safe for JSON, with the parts that a block has."""
+        return [{part: width for part, width in vars(widths).items() if width} for widths in self.widths]
 
 
 def part_size(dense: int, weights_per_unit: int, step: int, max_sparsity: float) -> PartSize:

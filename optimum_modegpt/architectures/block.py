@@ -8,14 +8,14 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from optimum_modegpt.architectures.classes import FamilyClasses
-from optimum_modegpt.architectures.experts import PackedExperts, Routing, routed
+from optimum_modegpt.architectures.experts import PackedExperts, Routing, SharedMLP, routed
 from optimum_modegpt.architectures.norms import gain, weight_of
 from optimum_modegpt.architectures.residual import ResidualProgram
 from optimum_modegpt.architectures.storage import dense_weights, is_separate, reorder_head_norms
@@ -24,6 +24,18 @@ from optimum_modegpt.modeling import modegpt_blocks
 from optimum_modegpt.modeling.modegpt_attention import ModeGPTAttentionMixin
 from optimum_modegpt.modeling.modegpt_experts import experts_of
 from optimum_modegpt.modeling.modegpt_family import Family, HeadNorms, Norm, Part, Topology, Widths
+
+
+class Channels(NamedTuple):
+    """The weights of the hidden channels of an MLP.
+
+    Attributes:
+        rows: of the input projections, (width, d_model [+ 1]) each, in at least float32.
+        down: of the output projection, (width [+ 1], d_model), in float64.
+    """
+
+    rows: tuple[Tensor, ...]
+    down: Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class Block:
     rotary: bool
     """Whether query and key are rotated by position."""
     parts: tuple[Part, ...]
-    """The parts of the block: only "mlp" if its attention, or the module in its place, stays dense."""
+    """The parts of the block. It has no "qk" and "vo" if its attention, or the module in its place, stays dense."""
     uncut: tuple[Part, ...]
     """The parts that compression leaves at their dense width. `Family.uncut` has the reasons."""
 
@@ -176,6 +188,15 @@ class Block:
         return None if module is None else PackedExperts(module)
 
     @property
+    def shared(self) -> SharedMLP | None:
+        """The shared expert, or None if the block has none."""
+        described = self.family.shared
+        if described is None or "shared" not in self.parts:
+            return None
+        gate = None if described.gate is None else self.module.get_submodule(described.gate)
+        return SharedMLP(self.module.get_submodule(described.module), gate)
+
+    @property
     def mlp_end(self) -> nn.Module:
         """The module whose output is that of the MLP."""
         experts = self.family.mlp.experts
@@ -232,7 +253,12 @@ class Block:
     @property
     def dense_widths(self) -> Widths:
         """The widths of the uncompressed block."""
-        return Widths(self.head_dim, self.head_dim, self.mlp_width)
+        return Widths(self.head_dim, self.head_dim, self.mlp_width, self.shared_width)
+
+    @property
+    def shared_width(self) -> int:
+        """The width of the shared expert; 0 if the block has none."""
+        return 0 if self.shared is None else self.shared.width
 
     def _norm(self, paths: str | tuple[str, ...] | None) -> Any:
         """Return the norm at the first of these paths that the block has, or None if it has none."""
@@ -255,9 +281,18 @@ class Block:
         gains = to_float64(gain(self.head_norm(role), self.norm)).view(-1, self.head_dim)
         return gains.expand(self.heads if role == "query" else self.kv_heads, self.head_dim)
 
-    def mlp_rows(self) -> tuple[Tensor, ...]:
-        """Return the rows of the MLP's input projections, (width, d_model [+ 1]) each, in at least float32."""
-        return tuple(_rows(linear, at_least_float32) for linear in self.mlp_inputs)
+    def mlp_channels(self) -> Channels:
+        """Return the weights of an MLP without experts."""
+        return self._channels(self.family.mlp.inputs, self.family.mlp.output)
+
+    def shared_channels(self) -> Channels:
+        """Return the weights of the shared expert."""
+        assert self.family.shared is not None
+        return self._channels(self.family.shared.inputs, self.family.shared.output)
+
+    def _channels(self, inputs: tuple[str, ...], output: str) -> Channels:
+        rows = tuple(_rows(self._linear(path), at_least_float32) for path in inputs)
+        return Channels(rows, self.input_outputs(self._linear(output)))
 
     def input_outputs(self, linear: nn.Linear) -> Tensor:
         """Return a projection's weight as (in [+ 1], out), with the bias as the last row, in float64."""
@@ -331,7 +366,10 @@ class Block:
         if (experts := self.experts) is None:
             return self.down(self.mlp_hidden(inputs))
         output, routing, combined = self.route(inputs)
-        return output + (experts.combined(routing) - combined).view_as(output)
+        composed = experts.combined(routing).view_as(output)
+        if (shared := self.shared) is None:
+            return output + (composed - combined.view_as(output))
+        return composed + shared.gates(inputs) * shared.module.down_proj(shared.hidden(inputs))
 
     # ------------------------------------------------------------------------------------------------------- install
 
@@ -393,11 +431,19 @@ class Block:
             self._install_rows(self.family.attention.gate, gate.flatten(0, 1))
         self.attention.set_widths(self.attention.qk_head_dim, value.shape[1])
 
-    def install_mlp(self, rows: tuple[Tensor, ...], down: Tensor) -> None:
-        """Replace the MLP by input rows (rank, d_model [+ 1]) each, and down (rank [+ 1], d_model)."""
-        for path, row in zip(self.family.mlp.inputs, rows, strict=True):
+    def install_mlp(self, channels: Channels) -> None:
+        """Replace an MLP without experts."""
+        self._install_channels(channels, self.family.mlp.inputs, self.family.mlp.output)
+
+    def install_shared(self, channels: Channels) -> None:
+        """Replace the shared expert."""
+        assert self.family.shared is not None
+        self._install_channels(channels, self.family.shared.inputs, self.family.shared.output)
+
+    def _install_channels(self, channels: Channels, inputs: tuple[str, ...], output: str) -> None:
+        for path, row in zip(inputs, channels.rows, strict=True):
             self._install_rows(path, row)
-        self._install_rows(self.family.mlp.output, down.T)
+        self._install_rows(output, channels.down.T)
 
     def _install_rows(self, path: str, rows: Tensor) -> None:
         if self._linear(path).bias is None:

@@ -149,6 +149,38 @@ class PackedExperts:
         return torch.stack((gate, up), dim=1).flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class SharedMLP:
+    """The shared expert of one block: a gated MLP that all tokens pass, in addition to their experts."""
+
+    module: Any
+    gate: nn.Module | None
+    """The projection (d_model -> 1) whose sigmoid multiplies the output, or None."""
+
+    @property
+    def width(self) -> int:
+        """The number of hidden channels."""
+        return self.module.down_proj.in_features
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the projections have biases."""
+        return self.module.down_proj.bias is not None
+
+    @property
+    def activation(self) -> Any:
+        """The activation φ of the hidden channels φ(gate) · up."""
+        return self.module.act_fn
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """Return the hidden channels of tokens."""
+        return self.activation(self.module.gate_proj(inputs)) * self.module.up_proj(inputs)
+
+    def gates(self, inputs: Tensor) -> Tensor:
+        """Return the weight of the output of every token, (…, 1)."""
+        return inputs.new_ones(*inputs.shape[:-1], 1) if self.gate is None else self.gate(inputs).sigmoid()
+
+
 @contextmanager
 def routed(experts: nn.Module) -> Iterator[list[tuple[Routing, Tensor]]]:
     """Record the routing and the output of every call of the experts' module within the context."""

@@ -24,6 +24,12 @@ class Shapes:
     experts: int = 1  # number of experts; `mlp` is the width of each
     chosen: int = 1  # number of experts that a token passes
     separable: bool = True  # whether the hidden channels of the experts, if any, are φ(gate) · up
+    shared: int = 0  # width of the shared expert; 0 if there is none
+
+    @property
+    def parts(self) -> int:
+        """The number of parts of a block with all of them."""
+        return 4 if self.shared else 3
 
     @property
     def passed_weights(self) -> float:
@@ -54,4 +60,5 @@ def shapes_of(architecture: Architecture) -> Shapes:
         experts=1 if experts is None else experts.count,
         chosen=chosen,
         separable=experts is None or experts.activation is not None,
+        shared=largest.shared_width,
     )

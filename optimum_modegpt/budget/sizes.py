@@ -40,6 +40,8 @@ def part_sizes(architecture: Architecture, config: ModeGPTConfig, wide: WidePart
         dense, cap = block.dense_widths, config.max_sparsity
         step = (mlp_step if block.experts is None else expert_step)(dense.mlp, config.round_to)
         parts = {"mlp": part_size(dense.mlp, block.mlp_channel_weights, step, cap)}
+        if dense.shared:
+            parts["shared"] = part_size(dense.shared, 3 * block.d_model, mlp_step(dense.shared, config.round_to), cap)
         if block.attends:
             qk_step = head_step(dense.qk, config.round_to, pairs=block.paired)
             vo_step = head_step(dense.vo, config.round_to, pairs=False)

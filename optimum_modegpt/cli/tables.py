@@ -10,7 +10,7 @@ from optimum_modegpt.cli.terminal import one_line
 from optimum_modegpt.evaluation.harness import MAIN_METRICS, Score, TaskScores, main_scores, mean_score
 from optimum_modegpt.evaluation.inspection import Inspection
 from optimum_modegpt.hub.result import sanitized
-from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.modeling.modegpt_family import parts_among
 from optimum_modegpt.quantities import written_bytes
 from optimum_modegpt.report import target_text
 
@@ -117,10 +117,11 @@ def inspection_table(found: Inspection, evaluation: dict[str, Any]) -> str:
         lines[0] += f", {TORCH_NAMES.get(found.dtype, found.dtype)}"
     if not found.blocks:
         return lines[0]
-    rows = [["block", *PARTS]]
+    parts = parts_among(block.ranks for block in found.blocks)
+    rows = [["block", *parts]]
     for block in found.blocks:
         cells = {part: f"{rank}/{block.dense_ranks[part]}" for part, rank in block.ranks.items()}
-        rows.append([str(block.index), *(cells.get(part, "–") for part in PARTS)])
+        rows.append([str(block.index), *(cells.get(part, "–") for part in parts)])
     lines.append(aligned(rows, left=0))
     lines += found.uncut
     record = found.record or {}

@@ -102,7 +102,7 @@ def block_ranks(config: Any) -> tuple[BlockRanks, ...]:
     blocks = []
     for index, widths in enumerate(widths_of_blocks):
         head_dim, mlp = config.dense_head_dim, config.dense_mlp_width(index)
-        dense = {"mlp": mlp, "qk": head_dim, "vo": head_dim}
+        dense = {"mlp": mlp, "qk": head_dim, "vo": head_dim, "shared": config.dense_shared_width(index)}
         parts = config.family.parts(config.get_text_config(), index)
         ranks = {part: getattr(widths, part) for part in parts}
         blocks.append(BlockRanks(index, ranks, {part: dense[part] for part in parts}))

@@ -126,9 +126,21 @@ def padded_tensors(narrow: nn.Module, dense: Block) -> dict[str, Tensor]:
         _spread(tensors, dense.family.mlp.output, 1, channels, dense.mlp_width)
     else:
         tensors |= _padded_experts(narrow, dense)
+        _widen_shared(tensors, dense)
     if dense.attends:
         _widen_heads(tensors, narrow.get_submodule(dense.family.attention.module), dense)
     return tensors
+
+
+def _widen_shared(tensors: dict[str, Tensor], dense: Block) -> None:
+    """Give the shared expert, if any, among the tensors of a block its full width."""
+    described = dense.family.shared
+    if described is None or dense.shared is None:
+        return
+    channels = torch.arange(tensors[f"{described.output}.weight"].shape[1])
+    for path in described.inputs:
+        _spread(tensors, path, 0, channels, dense.shared_width)
+    _spread(tensors, described.output, 1, channels, dense.shared_width)
 
 
 def _mlp_width(narrow: nn.Module, dense: Block) -> int:

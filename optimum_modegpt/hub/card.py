@@ -21,7 +21,7 @@ from optimum_modegpt.hub.commands import recipe_fields, shell_command
 from optimum_modegpt.hub.result import EVALUATION, REPORT, Result, check_evaluation, read, sanitized
 from optimum_modegpt.loading.safetensors_index import weight_bytes, weights_digest
 from optimum_modegpt.loading.source import CARD_FIELDS, is_repo_id
-from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.modeling.modegpt_family import parts_among
 from optimum_modegpt.plot import plot_kept
 from optimum_modegpt.quantities import dtype_name
 from optimum_modegpt.recipe import default_allocation
@@ -69,9 +69,10 @@ def write_card(folder: Path, repo_id: str | None = None) -> Path:
 
 def _card(folder: Path, found: Result, repo_id: str | None) -> str:
     blocks, picture = block_ranks(found.config), folder / PICTURE
+    parts = parts_among(block.ranks for block in blocks)
     if importlib.util.find_spec("matplotlib") is not None and not picture.is_dir():
         kept = {}
-        for part in PARTS:
+        for part in parts:
             kept[part] = [block.ranks.get(part, math.nan) / block.dense_ranks.get(part, 1) for block in blocks]
         plot_kept(kept, found.name, picture)
     name = repo_id or found.name
@@ -82,6 +83,7 @@ def _card(folder: Path, found: Result, repo_id: str | None) -> str:
         record=found.record,
         evaluation=found.evaluation,
         blocks=blocks,
+        parts=parts,
         has_picture=picture.is_file(),
         repo=name,
         engines=serving_engines(found, name),

@@ -17,11 +17,7 @@ from optimum_modegpt.architectures.positions import canonical_order
 from optimum_modegpt.errors import UnsupportedModel
 from optimum_modegpt.layouts.rotary_table import narrow_rope_parameters, refusal_of_tables
 from optimum_modegpt.modeling.modegpt_config import head_dim, with_text_values
-from optimum_modegpt.modeling.modegpt_family import Part
-
-HEADS: tuple[Part, ...] = ("qk", "vo")
-"""The parts whose width is that of a head."""
-
+from optimum_modegpt.modeling.modegpt_family import HEAD_PARTS, Part
 
 WideParts = Sequence[Mapping[Part, str]]
 """The parts of every block that stay at full width, each with the reason."""
@@ -37,13 +33,20 @@ def wide_parts(architecture: Architecture, layout: str) -> WideParts:
     """
     reasons: dict[Part, str] = {}
     if layout == "mlp":
-        reasons = dict.fromkeys(HEADS, "the layout mlp cuts MLPs only")
+        reasons = dict.fromkeys(HEAD_PARTS, "the layout mlp cuts MLPs only")
     elif layout == "stock":
         check_stock(architecture)
         reason = refusal_of_narrow_heads(architecture)
         if reason is not None:
-            reasons = dict.fromkeys(HEADS, f"{reason}, so layout stock keeps its heads")
-    return [reasons | own for own in architecture.dense_parts]
+            reasons = dict.fromkeys(HEAD_PARTS, f"{reason}, so layout stock keeps its heads")
+        reasons["shared"] = "the layout stock keeps shared experts"
+    return [
+        _present(reasons, block) | own for block, own in zip(architecture.blocks, architecture.dense_parts, strict=True)
+    ]
+
+
+def _present(reasons: Mapping[Part, str], block: Block) -> dict[Part, str]:
+    return {part: reason for part, reason in reasons.items() if part in block.parts}
 
 
 def check_stock(architecture: Architecture) -> None:

@@ -31,8 +31,9 @@ def stock_widths(config: Any, family: Family) -> Iterator[tuple[dict[Part, int],
     for index in range(text.num_hidden_layers):
         heads = head_dim(text.per_layer_config[index])
         full = heads if family.layer_sizes else dense.get("head_dim")
-        kept: dict[Part, int] = {"mlp": mlp_width(text, family, index), "qk": heads, "vo": heads}
-        before = {"mlp": dense.get(family.width_name(text, index)), "qk": full, "vo": full}
+        shared = family.shared_width(text, index)  # no stock result has a narrow one
+        kept: dict[Part, int] = {"mlp": mlp_width(text, family, index), "qk": heads, "vo": heads, "shared": shared}
+        before = {"mlp": dense.get(family.width_name(text, index)), "qk": full, "vo": full, "shared": shared}
         parts = family.parts(text, index)
         yield {part: kept[part] for part in parts}, {part: before[part] for part in parts}
 

@@ -46,12 +46,14 @@ def block_forward(shapes: Shapes, windows: float, length: int) -> float:
 def moments_work(shapes: Shapes) -> float:
     """Return the multiply-adds per token of the moments of the inputs of the down and the output projection."""
     mlp = shapes.chosen * (gram_work(shapes.mlp) + shapes.mlp * shapes.d_model)
+    mlp += gram_work(shapes.shared) + shapes.shared * shapes.d_model
     return mlp + gram_work(shapes.heads) + shapes.heads * shapes.d_model
 
 
 def factorisations_work(shapes: Shapes) -> float:
     """Return the multiply-adds of the elimination, and of the solves for the down and the output projection."""
     mlp = shapes.experts * (4 * shapes.mlp**3 / 3 + 4 * shapes.d_model * shapes.mlp**2)
+    mlp += 4 * shapes.shared**3 / 3 + 4 * shapes.d_model * shapes.shared**2
     return mlp + shapes.heads**3 / 3 + 2 * shapes.d_model * shapes.heads**2
 
 
@@ -65,7 +67,7 @@ def block_memory(shapes: Shapes, extent: Extent) -> list[ByteCounts]:
     d, mlp = shapes.d_model, shapes.mlp
     row = extent.element + max(extent.element, 2 * FLOAT32)
     one = mlp**2 + mlp * d
-    others = (shapes.experts - 1) * one * FLOAT64
+    others = (shapes.experts - 1) * one * FLOAT64 + (shapes.shared**2 + shapes.shared * d) * FLOAT64
     moments = {
         "moments of the MLP": one * (FLOAT64 + FLOAT32) + others,
         "one batch of tokens": extent.batch * (mlp * row + 3 * d * FLOAT32),

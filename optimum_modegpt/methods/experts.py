@@ -124,6 +124,31 @@ def mlp_moments(block: Block, *, bias: bool = True) -> Iterator[LinearMomentSum 
         handle.remove()
 
 
+@contextmanager
+def shared_moments(block: Block, *, bias: bool = True) -> Iterator[LinearMomentSum | None]:
+    """Add up the moments of the shared expert over all its calls within the context. None if the block has none.
+
+    The target is the output of its down projection; without `bias`, without its bias. A token adds g · shared(x) with
+    the weight g of its gate, so its moments count with g².
+    """
+    shared = block.shared
+    if shared is None:
+        yield None
+        return
+    total = LinearMomentSum(ones=bias and shared.has_bias)
+    removed = shared.module.down_proj.bias if shared.has_bias and not bias else 0.0
+
+    def record(_: nn.Module, arguments: Any, output: Any) -> None:
+        (inputs,) = arguments
+        total.add(shared.hidden(inputs), output - removed, at_least_float32(shared.gates(inputs)).square())
+
+    handle = shared.module.register_forward_hook(record)
+    try:
+        yield total
+    finally:
+        handle.remove()
+
+
 def eliminate_experts(
     block: Block, moments: Sequence[LinearMoments], metric: Tensor, rank: int, config: ModeGPTConfig
 ) -> list[Elimination]:

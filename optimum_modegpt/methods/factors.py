@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block
+from optimum_modegpt.architectures.block import Channels
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,11 @@ class ExpertsFactors:
 
 @dataclass(frozen=True)
 class MLPFactors:
-    """Input rows (rank, d_model [+ 1]) each, in the order of the family's layout, and down (rank [+ 1], d_model)."""
+    """The channels of an MLP without experts, or of a shared expert."""
 
-    rows: tuple[Tensor, ...]
-    down: Tensor
+    channels: Channels
     relative_error: float
 
     def install(self, block: Block) -> None:
         """Replace the MLP of a block without experts."""
-        block.install_mlp(self.rows, self.down)
+        block.install_mlp(self.channels)

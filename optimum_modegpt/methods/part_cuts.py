@@ -16,6 +16,8 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.least_squares import LinearMoments
 from optimum_modegpt.decompositions.whitened_svd import two_sided_energies, value_energies
 from optimum_modegpt.methods import experts, residual_matched
+from optimum_modegpt.methods.channels import eliminate_channels
+from optimum_modegpt.methods.mlp_refit import cut_channels
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,24 @@ def mlp_cut(
     """Return a cut that removes hidden channels of the MLP, or of every expert, for which `moments` are a list."""
     if isinstance(moments, list):
         return _experts_cut(student, moments, metric, size, config)
-    elimination = residual_matched.eliminate_mlp(student, moments, metric, size.floor, config)
+    elimination = eliminate_channels(student.mlp_channels().down, moments, metric, size.floor, config)
 
     def install(block: Block, rank: int) -> None:
-        factors = residual_matched.cut_mlp(block, moments, elimination.order[: moments.width - rank], config)
-        factors.install(block)
+        order = elimination.order[: moments.width - rank]
+        cut_channels(block.mlp_channels(), moments, order, config).install(block)
+
+    return PartCut(install, _cumulated(elimination.costs))
+
+
+def shared_cut(
+    student: Block, moments: LinearMoments, metric: Tensor, size: PartSize, config: ModeGPTConfig
+) -> PartCut:
+    """Return a cut that removes hidden channels of the shared expert."""
+    elimination = eliminate_channels(student.shared_channels().down, moments, metric, size.floor, config)
+
+    def install(block: Block, rank: int) -> None:
+        order = elimination.order[: moments.width - rank]
+        block.install_shared(cut_channels(block.shared_channels(), moments, order, config).channels)
 
     return PartCut(install, _cumulated(elimination.costs))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optimum_modegpt.architectures import Block
+from optimum_modegpt.architectures.block import Channels
 from optimum_modegpt.calibration.moments import HeadMomentSum, HeadSamples, QueryKeyMoments
 from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, token_count
 from optimum_modegpt.config import ModeGPTConfig
@@ -18,7 +19,7 @@ from optimum_modegpt.decompositions.nystrom import nystrom_refit, ridge_leverage
 from optimum_modegpt.decompositions.rotary import pair_indices, select_coordinates, select_pairs
 from optimum_modegpt.decompositions.whitened_svd import joint_value_output
 from optimum_modegpt.errors import naming
-from optimum_modegpt.methods.experts import mlp_moments, select_experts
+from optimum_modegpt.methods.experts import mlp_moments, select_experts, shared_moments
 from optimum_modegpt.methods.factors import MLPFactors, QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.head_norms import narrow_query_key
 from optimum_modegpt.modeling.modegpt_family import Widths
@@ -26,10 +27,17 @@ from optimum_modegpt.modeling.modegpt_family import Widths
 
 @dataclass(frozen=True)
 class PublishedMoments:
-    """Moments of one dense block: of the input of the down projection, and of the attention unless it stays dense."""
+    """Moments of one dense block.
 
-    mlp: LinearMoments | list[LinearMoments]  # with experts, those of each expert
+    Attributes:
+        mlp: of the input of the down projection; with experts, of each expert.
+        attention: of the attention; None if it stays dense.
+        shared: of the input of the shared expert's down projection; None if there is none.
+    """
+
+    mlp: LinearMoments | list[LinearMoments]
     attention: AttentionMoments | None
+    shared: LinearMoments | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class AttentionMomentSum:
 def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[PublishedMoments, Stream]:
     """Run the dense block over `stream`. Return its moments and the stream after it."""
     attention = AttentionMomentSum(block, token_count(stream)) if block.attends else None
-    with mlp_moments(block, bias=False) as mlp, ExitStack() as stack:
+    with mlp_moments(block, bias=False) as mlp, shared_moments(block, bias=False) as shared, ExitStack() as stack:
         modules = [] if attention is None else [block.stored_value, block.output]
         reads = [stack.enter_context(inputs_of(module)) for module in modules]
 
@@ -90,7 +98,12 @@ def observe(block: Block, stream: Stream, arguments: dict[str, Any]) -> tuple[Pu
             return output
 
         after = list(map_stream(observed, block.device, stream))
-    return PublishedMoments(mlp.value(), None if attention is None else attention.value()), after
+    moments = PublishedMoments(
+        mlp.value(),
+        None if attention is None else attention.value(),
+        None if shared is None else shared.value(),
+    )
+    return moments, after
 
 
 def compress_block(
@@ -105,11 +118,17 @@ def compress_block(
         errors = _compress_attention(student, moments.attention, widths, config, pairs)
     with naming("mlp"):
         if isinstance(moments.mlp, LinearMoments):
-            mlp = cut_mlp(student, moments.mlp, widths.mlp, config)
+            mlp = cut_channels(student.mlp_channels(), moments.mlp, widths.mlp, config)
         else:
             mlp = select_experts(student, moments.mlp, widths.mlp, config)
     mlp.install(student)
-    return errors | {"mlp": mlp.relative_error}
+    errors["mlp"] = mlp.relative_error
+    if moments.shared is not None:
+        with naming("shared"):
+            shared = cut_channels(student.shared_channels(), moments.shared, widths.shared, config)
+        student.install_shared(shared.channels)
+        errors["shared"] = shared.relative_error
+    return errors
 
 
 def _compress_attention(
@@ -208,14 +227,13 @@ def cut_value_coordinates(block: Block, moments: Tensor, rank: int, config: Mode
     return ValueOutputFactors(cut, torch.cat((*outputs, bias)), relative(lost, total), gate=gate)
 
 
-def cut_mlp(block: Block, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
+def cut_channels(channels: Channels, moments: LinearMoments, rank: int, config: ModeGPTConfig) -> MLPFactors:
     """Select the channels of largest ridge leverage, and refit down without its bias (Nyström, Algorithm 1)."""
-    down = block.input_outputs(block.down)
-    weight, bias = down[: moments.width], down[moments.width :]
+    weight, bias = channels.down[: moments.width], channels.down[moments.width :]
     kept = select_by_leverage(moments.gram, rank, ridge=config.leverage_ridge)
     refitted = nystrom_refit(moments.gram, kept, weight)
-    rows = tuple(row[kept] for row in block.mlp_rows())
-    return MLPFactors(rows, torch.cat((refitted, bias)), moments.kept(kept).relative_error(refitted))
+    kept_channels = Channels(tuple(row[kept] for row in channels.rows), torch.cat((refitted, bias)))
+    return MLPFactors(kept_channels, moments.kept(kept).relative_error(refitted))
 
 
 def _value_vectors(block: Block, inputs: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from optimum_modegpt import distributed
 from optimum_modegpt.architectures import Block
-from optimum_modegpt.architectures.experts import Routing
 from optimum_modegpt.architectures.head import LinearHead
 from optimum_modegpt.architectures.norms import gain, has_gain, set_gain
 from optimum_modegpt.calibration.gradients import OutputGradients, metric_factor, query_metric
@@ -29,16 +28,14 @@ from optimum_modegpt.calibration.moments import (
     QueryKeyMoments,
     SlopeSum,
     token_weights,
-    with_ones,
     without_gain,
 )
 from optimum_modegpt.calibration.streams import Stream, inputs_of, map_stream, store_like, token_count
 from optimum_modegpt.calibration.transfers import prefetch
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.coordinates import CoordinateElimination, eliminate_coordinates, selection
-from optimum_modegpt.decompositions.gauss_newton import TokenSample
 from optimum_modegpt.decompositions.least_squares import LinearMoments, centred_refit, relative
-from optimum_modegpt.decompositions.nystrom import Elimination, remaining
+from optimum_modegpt.decompositions.nystrom import remaining
 from optimum_modegpt.decompositions.psd import ROOT_RIDGE, add_diagonal, at_least_float32, damp, mean_diagonal
 from optimum_modegpt.decompositions.rotary import (
     PairElimination,
@@ -50,34 +47,17 @@ from optimum_modegpt.decompositions.rotary import (
 from optimum_modegpt.decompositions.softmax import SoftmaxSample, match_softmax, split_sample
 from optimum_modegpt.decompositions.whitened_svd import block_diagonal, tail_error, two_sided_basis, value_basis
 from optimum_modegpt.errors import naming
-from optimum_modegpt.methods.channels import eliminate_channels, refit_to_dense, without_channels
-from optimum_modegpt.methods.experts import ExpertMoments, RoutedTokens, cut_experts, refits_experts
-from optimum_modegpt.methods.factors import ExpertsFactors, MLPFactors, QueryKeyFactors, ValueOutputFactors
+from optimum_modegpt.methods.channels import refit_to_dense
+from optimum_modegpt.methods.factors import QueryKeyFactors, ValueOutputFactors
 from optimum_modegpt.methods.head_norms import narrow_query_key
-from optimum_modegpt.methods.input_refit import hidden_moments, refit_rows, refit_windows, refits_inputs
 from optimum_modegpt.methods.method import CalibrationInputs
+from optimum_modegpt.methods.mlp_refit import refit_experts, refit_mlp, refit_shared
 from optimum_modegpt.methods.output_norm import before_norm
+from optimum_modegpt.methods.targets import DenseTargets, MLPStreams
 from optimum_modegpt.modeling.modegpt_family import Norm, Widths
 
 GAIN_TOKENS, LOGITS = 8192, 2**27
 """Maximum number of tokens for the fit of the final gain, and of entries in their distributions."""
-
-
-@dataclass(frozen=True)
-class DenseTargets:
-    """The dense block's results on the dense stream, one tensor for each batch.
-
-    Attributes:
-        attention, mlp: the sums of stream and output of each half, before a norm of the sum.
-        attention_weights, mlp_weights: the weights of their tokens.
-        after: the stream after the block.
-    """
-
-    attention: Stream
-    mlp: Stream
-    attention_weights: list[Tensor]
-    mlp_weights: list[Tensor]
-    after: Stream
 
 
 @dataclass(frozen=True)
@@ -100,25 +80,6 @@ class OutputMetrics:
         if not block.attends:
             return cls(mlp)
         return cls(mlp, metric_factor(gradients.attention, device), query_metric(gradients.query, block, device))
-
-
-@dataclass(frozen=True)
-class MLPStreams:
-    """The compressed streams at the MLP: the one that its norm reads, and the one that its output is added to.
-
-    They are the same object unless the halves are parallel.
-    """
-
-    read: Stream
-    middle: Stream
-
-    def batches(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of both on `device`."""
-        if self.read is self.middle:
-            for batch in prefetch(self.middle, device):
-                yield batch, batch
-        else:
-            yield from zip(prefetch(self.read, device), prefetch(self.middle, device), strict=True)
 
 
 # streams
@@ -186,11 +147,18 @@ def compress_block(
                 student, own, targets, metrics.mlp, widths.mlp, config, keep_derivatives=keep_derivatives
             )
     mlp.install(student)
+    errors["mlp"] = mlp.relative_error
+    if student.shared is not None:
+        with naming("shared"):
+            shared = refit_shared(
+                student, own, targets, metrics.mlp, widths.shared, config, keep_derivatives=keep_derivatives
+            )
+        student.install_shared(shared.channels)
+        errors["shared"] = shared.relative_error
     sums = _after_mlp(student, own)
 
     for norm in residual.norms_of_output:
         match_norm(norm, student.norm, targets.mlp, sums)
-    errors["mlp"] = mlp.relative_error
     return errors, stream_after(student, sums, residual.after_mlp, changed=not residual.ends_with_sum)
 
 
@@ -458,42 +426,7 @@ def _attended(block: Block, stream: Stream, heads: Stream, bases: Tensor | None)
     return list(map_stream(total, block.device, stream, heads))
 
 
-# mlp
-
-
-def observe_mlp(block: Block, streams: MLPStreams, targets: DenseTargets) -> LinearMoments:
-    """Measure moments of the down projection's input. The target is the missing difference to the dense sum."""
-    device, residual = block.device, block.residual
-    moments = LinearMomentSum(ones=block.down.bias is not None)
-    arrived = streams.batches(device), prefetch(targets.mlp, device)
-    for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
-        hidden = block.mlp_hidden(residual.mlp_input(read))
-        wanted = residual.missing(target, middle)
-        if residual.mlp_output_norm is not None:
-            wanted, weight = before_norm(block.down(hidden), wanted, weight, residual.mlp_output_norm, block.norm)
-        moments.add(hidden, wanted, weight)
-    return moments.value()
-
-
-def observe_experts(block: Block, streams: MLPStreams, targets: DenseTargets) -> list[LinearMoments]:
-    """Measure moments of every expert. The target is its dense output and its share of the missing difference."""
-    assert block.experts is not None
-    moments = ExpertMoments(block.experts)
-    for routed in _routed_tokens(block, streams, targets):
-        moments.add(routed)
-    return moments.value()
-
-
-def _routed_tokens(block: Block, streams: MLPStreams, targets: DenseTargets) -> Iterator[RoutedTokens]:
-    """Yield the tokens of every batch with their experts, on the block's device."""
-    device, residual = block.device, block.residual
-    arrived = streams.batches(device), prefetch(targets.mlp, device)
-    for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
-        output, routing, _ = block.route(residual.mlp_input(read))
-        wanted = residual.missing(target, middle)
-        if residual.mlp_output_norm is not None:
-            wanted, weight = before_norm(output, wanted, weight, residual.mlp_output_norm, block.norm)
-        yield RoutedTokens(routing, (wanted - output).flatten(0, 1), weight.flatten())
+# helpers
 
 
 def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
@@ -505,121 +438,6 @@ def _after_mlp(block: Block, streams: MLPStreams) -> Stream:
 
     device = block.device
     return list(store_like(itertools.starmap(total, streams.batches(device)), streams.middle))
-
-
-def eliminate_mlp(
-    block: Block, moments: LinearMoments, metric: Tensor, rank: int, config: ModeGPTConfig
-) -> Elimination:
-    """Remove channels by backward elimination, down to `rank`. The costs are measured in `metric`."""
-    return eliminate_channels(block.input_outputs(block.down), moments, metric, rank, config)
-
-
-def cut_mlp(block: Block, moments: LinearMoments, order: Tensor, config: ModeGPTConfig) -> MLPFactors:
-    """Remove the channels of `order` from the MLP, and refit down for the others."""
-    kept, dense, moments = without_channels(block.input_outputs(block.down), moments, order, config)
-    down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-    return MLPFactors(tuple(row[kept] for row in block.mlp_rows()), down, moments.relative_error(down))
-
-
-def refit_mlp(
-    student: Block,
-    streams: MLPStreams,
-    targets: DenseTargets,
-    metric: Tensor,
-    rank: int,
-    config: ModeGPTConfig,
-    *,
-    keep_derivatives: bool,
-) -> MLPFactors:
-    """Cut the MLP as `cut_mlp` does. If channels are removed and there are enough tokens, also refit gate and up."""
-    moments = observe_mlp(student, streams, targets)
-    order = eliminate_mlp(student, moments, metric, rank, config).order
-    if rank == moments.width or not refits_inputs(moments.tokens, rank, len(student.mlp_inputs), config):
-        return cut_mlp(student, moments, order, config)
-    own, windows = sum(map(len, streams.middle)), refit_windows(streams.middle[0].shape[1])
-    sample = itertools.islice(
-        _token_samples(student, streams, targets), max(0, windows - distributed.exclusive_sum(own))
-    )
-    samples = _kept_samples(sample, streams.middle)
-    kept, dense, moments = without_channels(student.input_outputs(student.down), moments, order, config)
-    dense_rows = tuple(row[kept] for row in student.mlp_rows())
-    rows, moments = refit_rows(
-        dense_rows, dense, moments, samples, student.activation, config, keep_derivatives=keep_derivatives
-    )
-    if rows is not dense_rows and windows < distributed.all_reduce(own):
-        samples_of_all = _token_samples(student, streams, targets)
-        moments = hidden_moments(rows, samples_of_all, student.activation, ones=moments.ones)
-    down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
-    return MLPFactors(rows, down, moments.relative_error(down))
-
-
-def refit_experts(
-    student: Block,
-    streams: MLPStreams,
-    targets: DenseTargets,
-    metric: Tensor,
-    rank: int,
-    config: ModeGPTConfig,
-    *,
-    keep_derivatives: bool,
-) -> ExpertsFactors:
-    """Cut the experts by `cut_experts`. Their tokens are stored if gate and up of any expert are refitted."""
-    moments, windows = observe_experts(student, streams, targets), None
-    if refits_experts(student, moments, rank, config):
-        windows = _kept_windows(_routed_tokens(student, streams, targets), streams.middle)
-    return cut_experts(student, moments, metric, rank, config, windows, keep_derivatives=keep_derivatives)
-
-
-def _kept_windows(batches: Iterable[RoutedTokens], stream: Stream) -> list[RoutedTokens]:
-    """Move the tokens to the storage of `stream`, window by window."""
-    others: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def parts() -> Iterator[Tensor]:
-        for batch in batches:
-            for window in batch.windows(stream[0].shape[1]):
-                assert window.missing is not None
-                assert window.weight is not None
-                others.append((window.routing.chosen, window.routing.weights, window.weight))
-                yield from (window.routing.inputs, window.missing)
-
-    both = list(store_like(parts(), stream))
-    found = []
-    for inputs, missing, small in zip(both[::2], both[1::2], others, strict=True):
-        chosen, weights, weight = (each.to(inputs.device) for each in small)
-        found.append(RoutedTokens(Routing(inputs, chosen, weights), missing, weight))
-    return found
-
-
-def _token_samples(block: Block, streams: MLPStreams, targets: DenseTargets) -> Iterator[TokenSample]:
-    """Yield the MLP's inputs after its norm and its targets, window by window, on the block's device."""
-    biased = block.mlp_inputs[0].bias is not None
-    device, residual = block.device, block.residual
-    arrived = (streams.batches(device), prefetch(targets.mlp, device))
-    for (read, middle), target, weight in zip(*arrived, targets.mlp_weights, strict=True):
-        inputs = residual.mlp_input(read)
-        missing = residual.missing(target, middle)
-        if residual.mlp_output_norm is not None:
-            missing, weight = before_norm(block.mlp(inputs), missing, weight, residual.mlp_output_norm, block.norm)
-        for seen, wanted, own in zip(at_least_float32(inputs), missing, weight, strict=True):
-            if biased:
-                seen = with_ones(seen)
-            yield TokenSample(seen, wanted, own)
-
-
-def _kept_samples(samples: Iterable[TokenSample], stream: Stream) -> list[TokenSample]:
-    """Move the samples' inputs and targets to the storage of `stream`. Their weights are not moved."""
-    weights: list[Tensor] = []
-
-    def parts() -> Iterator[Tensor]:
-        for sample in samples:
-            weights.append(sample.weight)
-            yield from (sample.inputs, sample.target)
-
-    both = list(store_like(parts(), stream))
-    return list(map(TokenSample, both[::2], both[1::2], weights))
-
-
-# helpers
 
 
 def stream_after(block: Block, sums: Stream, function: Callable[[Tensor], Tensor], *, changed: bool) -> Stream:

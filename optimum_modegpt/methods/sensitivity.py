@@ -41,10 +41,10 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.psd import at_least_float32, to_float64
 from optimum_modegpt.errors import NumericalError, naming
 from optimum_modegpt.methods import residual_matched
-from optimum_modegpt.methods.experts import mlp_moments
-from optimum_modegpt.methods.part_cuts import PartCut, mlp_cut, query_key_cut, value_output_cut
+from optimum_modegpt.methods.experts import mlp_moments, shared_moments
+from optimum_modegpt.methods.part_cuts import PartCut, mlp_cut, query_key_cut, shared_cut, value_output_cut
 from optimum_modegpt.methods.residual_matched import OutputMetrics
-from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.modeling.modegpt_family import HEAD_PARTS
 from optimum_modegpt.progress import bar
 
 RATIOS = (0.3, 0.6, 1.0)
@@ -131,7 +131,7 @@ def later_work(shapes: Shapes, length: int) -> float:
     The copies pass on one window of `length` tokens.
     """
     head = shapes.vocabulary * shapes.d_model / (shapes.passed_weights + length * shapes.heads)
-    copies = min(shapes.blocks, MEASURED_BLOCKS) * len(PARTS) * len(RATIOS)
+    copies = min(shapes.blocks, MEASURED_BLOCKS) * shapes.parts * len(RATIOS)
     return copies * ((shapes.blocks + 1) / 2 + head)
 
 
@@ -295,14 +295,15 @@ class Sweeps:
             after.append(residual.after_mlp(residual.add_mlp(middle, output)))
         self.divergence = replace(self.divergence, stream=list(store_like(after, self.divergence.stream)))
         _check(dense, self.divergence.stream, self.divergence)
-        return {"qk": attention, "vo": attention, "mlp": mlp}
+        return {"qk": attention, "vo": attention, "mlp": mlp, "shared": mlp}
 
     def _effects(self, copied: Block, part: str, halves: Mapping[str, list[Half]]) -> Tensor:
         """Return ½ Σ (gᵀ Δ)² over the tokens of every window of this rank, (windows,). Δ is the output's change."""
         arguments = self.divergence.on(copied.index, self.device)
         effects = [to_float64(torch.zeros(0, device=self.device))]
         for half in halves[part]:
-            output = copied.mlp(half.inputs) if part == "mlp" else copied.attend(half.inputs, arguments)
+            attends = part in HEAD_PARTS
+            output = copied.attend(half.inputs, arguments) if attends else copied.mlp(half.inputs)
             change = at_least_float32(output) - at_least_float32(half.output)
             effect = (at_least_float32(half.gradient) * change).sum(-1)
             effects.append(to_float64(effect.square().sum(-1)) / 2)
@@ -331,7 +332,7 @@ class Sweeps:
         metrics = OutputMetrics.of(self.gradients[dense.index], dense, self.device)
         entering = self.moments.stream
         heads = LinearMomentSum(ones=dense.output.bias is not None) if dense.attends else None
-        with mlp_moments(dense) as mlp, ExitStack() as stack:
+        with mlp_moments(dense) as mlp, shared_moments(dense) as shared, ExitStack() as stack:
             calls = [] if heads is None else stack.enter_context(calls_of(dense.output))
 
             def observed(hidden: Tensor) -> Tensor:
@@ -344,6 +345,8 @@ class Sweeps:
         _check(dense, self.moments.stream, self.moments)
         sizes, config = self.sizes[dense.index], self.config
         cuts = {"mlp": mlp_cut(student, mlp.value(), metrics.mlp, sizes["mlp"], config)}
+        if shared is not None:
+            cuts["shared"] = shared_cut(student, shared.value(), metrics.mlp, sizes["shared"], config)
         if heads is not None and metrics.query is not None and metrics.attention is not None:
             query_key = residual_matched.observe_query_key(student, entering, metrics.query, arguments)
             cuts["qk"] = query_key_cut(student, query_key, sizes["qk"], config)

@@ -8,7 +8,6 @@ from optimum_modegpt.architectures.shapes import Shapes
 from optimum_modegpt.calibration.gradients import LOGITS_AT_ONCE
 from optimum_modegpt.methods import cost, sensitivity
 from optimum_modegpt.methods.cost import FLOAT32, FLOAT64, Extent, Peak, Work
-from optimum_modegpt.modeling.modegpt_family import PARTS
 
 
 def work(shapes: Shapes, extent: Extent) -> Work:
@@ -20,7 +19,7 @@ def work(shapes: Shapes, extent: Extent) -> Work:
     block = cost.block_forward(shapes, used.gradient_windows, used.length)
     passed = shapes.chosen * (shapes.mlp_inputs + 1) * shapes.mlp * shapes.d_model
     mlp = used.gradient_windows * used.length * passed
-    own += blocks * (block + len(sensitivity.RATIOS) * (mlp + 2 * (block - mlp)))
+    own += blocks * (block + len(sensitivity.RATIOS) * ((shapes.parts - 2) * mlp + 2 * (block - mlp)))
     own += blocks * cost.block_forward(shapes, used.moment_windows, extent.length)
     moments = blocks * used.moment_windows * extent.length * cost.moments_work(shapes)
     factorisations = blocks * (cost.factorisations_work(shapes) + cost.metrics_work(shapes))
@@ -68,7 +67,7 @@ def peaks(shapes: Shapes, extent: Extent) -> list[Peak]:
     variant = shapes.weights * extent.element
     # The blocks with copies in memory are at most those of one sweep.
     exact = min(len(used.blocks), sensitivity.sweep_length(shapes.blocks))
-    cuts = exact * len(PARTS) * len(sensitivity.RATIOS)
+    cuts = exact * shapes.parts * len(sensitivity.RATIOS)
     token = shapes.d_model * extent.element
     shorter = (2 * used.gradient_windows + cuts * used.divergence_windows) * used.length
     streams = {

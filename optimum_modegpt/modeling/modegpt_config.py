@@ -9,7 +9,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .modegpt_family import Family, Widths
+from .modegpt_family import Family, Part, Widths
 from .modegpt_files import check_sizes
 
 # The base of a mixin; at run time it is combined with a family's dense class.
@@ -20,6 +20,9 @@ else:
 
 FORMAT_VERSION = 1
 """Version of the record in config.json. A reader refuses a newer one."""
+
+SHARED_WIDTH = "shared_expert_width"
+"""Key of the width of a block's shared expert in `per_layer_config`."""
 
 
 class ModeGPTConfigMixin(Dense):
@@ -68,6 +71,8 @@ class ModeGPTConfigMixin(Dense):
                 f"{self.num_hidden_layers} blocks, so look at {sorted(strange)[:5]}."
             )
         known = {"qk_head_dim", "v_head_dim", "head_dim", *self.family.width_names, *self.family.layer_sizes}
+        if self.family.shared is not None:
+            known.add(SHARED_WIDTH)
         if foreign := {name for entry in entries.values() for name in entry} - known:
             raise ValueError(f"config.json: per_layer_config has {sorted(foreign)[:5]}; expected only {sorted(known)}.")
 
@@ -90,6 +95,8 @@ class ModeGPTConfigMixin(Dense):
             kept = {name: size for name, size in own.get(index, {}).items() if name in cls.family.layer_sizes}
             name = cls.family.width_name(dense, index)
             per_layer[index] = kept | {"qk_head_dim": width.qk, "v_head_dim": width.vo, name: width.mlp}
+            if cls.family.shared is not None:
+                per_layer[index][SHARED_WIDTH] = width.shared
             if "qk" not in cls.family.absent(dense, index):
                 # The width of a row of the key-value cache, under the name that caches and serving engines read.
                 per_layer[index]["head_dim"] = max(width.qk, width.vo)
@@ -113,6 +120,10 @@ class ModeGPTConfigMixin(Dense):
         """Return the MLP width of a block of the dense model."""
         return mlp_width(self, self.family, index)
 
+    def dense_shared_width(self, index: int) -> int:
+        """Return the width of the shared expert of a block of the dense model; 0 if it has none."""
+        return self.family.shared_width(self, index)
+
     def widths(self) -> list[Widths]:
         """Return the widths of every block.
 
@@ -127,25 +138,36 @@ class ModeGPTConfigMixin(Dense):
 
     def _widths_of(self, index: int, uncut: Collection[str]) -> Widths:
         layer, absent = self.per_layer_config[index], self.family.absent(self, index)
-        limits = {"qk_head_dim": self.dense_head_dim, "v_head_dim": self.dense_head_dim}
-        limits[self.family.width_name(self, index)] = self.dense_mlp_width(index)
-        sizes: list[Any] = [getattr(layer, name, None) for name in limits]
-        for (name, limit), size, part in zip(limits.items(), sizes, ("qk", "vo", "mlp"), strict=True):
+        widths: dict[str, int] = {}
+        for part, (name, limit) in self._limits(index).items():
+            size: Any = getattr(layer, name, None)
             limit = 0 if part in absent else limit
-            least = limit if part in (*absent, *uncut) else 1
+            least = limit if part in (*absent, *uncut) else min(1, limit)
             if type(size) is not int or not least <= size <= limit:
                 raise ValueError(
                     f"config.json: per_layer_config[{index}].{name} is {size!r}; "
                     f"expected an integer in [{least}, {limit}]."
                 )
-        qk, vo, mlp = sizes
+            widths[part] = size
+        qk, vo = widths["qk"], widths["vo"]
         cached = max(qk, vo) or self.dense_head_dim  # of a block without these parts, it is the dense one
         if "head_dim" not in self.family.layer_sizes and getattr(layer, "head_dim", cached) != cached:
             raise ValueError(
                 f"config.json: per_layer_config[{index}].head_dim is {layer.head_dim!r}; "
                 f"expected {cached}, the larger of qk_head_dim and v_head_dim, or the dense one if both are 0."
             )
-        return Widths(qk, vo, mlp)
+        return Widths(**widths)
+
+    def _limits(self, index: int) -> dict[Part, tuple[str, int]]:
+        """Return the key in `per_layer_config` of the width of every part of a block, and the dense width."""
+        limits: dict[Part, tuple[str, int]] = {
+            "qk": ("qk_head_dim", self.dense_head_dim),
+            "vo": ("v_head_dim", self.dense_head_dim),
+            "mlp": (self.family.width_name(self, index), self.dense_mlp_width(index)),
+        }
+        if self.family.shared is not None:
+            limits["shared"] = (SHARED_WIDTH, self.dense_shared_width(index))
+        return limits
 
 
 class ModeGPTCompositeConfigMixin(Dense):
@@ -190,6 +212,10 @@ class ModeGPTCompositeConfigMixin(Dense):
     def dense_mlp_width(self, index: int) -> int:
         """Return the MLP width of a block of the dense text tower."""
         return self.text_config.dense_mlp_width(index)
+
+    def dense_shared_width(self, index: int) -> int:
+        """Return the width of the shared expert of a block of the dense text tower; 0 if it has none."""
+        return self.text_config.dense_shared_width(index)
 
     def widths(self) -> list[Widths]:
         """Return the widths of every block of the text tower.

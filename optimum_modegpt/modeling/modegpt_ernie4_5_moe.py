@@ -12,13 +12,14 @@ from transformers.models.ernie4_5_moe.modeling_ernie4_5_moe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import MLP, Attention, Experts, Family, Positions
+from .modegpt_family import MLP, Attention, Experts, Family, Positions, SharedExpert
 
 FAMILY = Family(
     "ernie4_5_moe",
     attention=Attention(positions=Positions(pairs="interleaved")),
     mlp=MLP(
         experts=Experts(
+            shared=SharedExpert("mlp.shared_experts", None, "moe_intermediate_size", "moe_num_shared_experts"),
             count="moe_num_experts",
             period="moe_layer_interval",
             first="moe_layer_start_index",

@@ -6,16 +6,20 @@ This file is also remote code: it is copied next to the weights. It imports neit
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
-Part = Literal["mlp", "qk", "vo"]
+Part = Literal["mlp", "qk", "vo", "shared"]
 Topology = Literal["sequential", "parallel", "post-LN"]
 
-PARTS: tuple[Part, ...] = ("mlp", "qk", "vo")
-"""The three pairs of matrices of a decoder block, in the order of the paper (types I, II, III)."""
+PARTS: tuple[Part, ...] = ("mlp", "qk", "vo", "shared")
+"""The pairs of matrices of a decoder block: the three of the paper (types I, II, III), and those of a shared expert."""
+
+HEAD_PARTS: tuple[Part, ...] = ("qk", "vo")
+"""The parts whose width is that of a head."""
+
 
 PREFIX = "modegpt_"
 """A compressed model's `model_type` is this and that of the dense model."""
@@ -24,6 +28,12 @@ PREFIX = "modegpt_"
 def is_compressed(model_type: object) -> bool:
     """Return whether a configuration's `model_type` is that of a compressed model."""
     return str(model_type).startswith(PREFIX)
+
+
+def parts_among(blocks: Iterable[Collection[str]]) -> tuple[Part, ...]:
+    """Return the parts that some of these blocks have, in the order of `PARTS`, from the parts of every block."""
+    found = set[str]().union(*blocks)
+    return tuple(part for part in PARTS if part in found)
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,38 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class SharedExpert:
+    """A gated MLP that all tokens pass, in addition to their experts. All paths are from the block.
+
+    Attributes:
+        module: path of the MLP, whose projections are `gate_proj`, `up_proj` and `down_proj`.
+        gate: path of the projection (d_model -> 1) whose sigmoid multiplies its output; None if there is none.
+        width: name of the number of hidden channels in the configuration; of one expert if `count` is set.
+        count: name of the number of experts that are stored as one, in the configuration; None for 1.
+    """
+
+    module: str = "mlp.shared_expert"
+    gate: str | None = "mlp.shared_expert_gate"
+    width: str = "shared_expert_intermediate_size"
+    count: str | None = None
+
+    def width_in(self, config: Any) -> int:
+        """Return the number of hidden channels in a dense model; 0 if it has no shared expert."""
+        count = 1 if self.count is None else getattr(config, self.count) or 0
+        return count * getattr(config, self.width)
+
+    @property
+    def inputs(self) -> tuple[str, str]:
+        """The paths of the projections whose rows are hidden channels."""
+        return f"{self.module}.gate_proj", f"{self.module}.up_proj"
+
+    @property
+    def output(self) -> str:
+        """The path of the projection whose columns are hidden channels."""
+        return f"{self.module}.down_proj"
+
+
+@dataclass(frozen=True)
 class Experts:
     """The experts of a block. A router chooses a few of them for every token. All paths are from the block.
 
@@ -175,6 +217,7 @@ class Experts:
 
     Attributes:
         module: path of the whole MLP: the router, the experts, and a shared expert if there is one.
+        shared: the shared expert of the same blocks; None if the family has none.
         packed: path of the module that holds the weights of all experts.
         router: path of the router, whose parameters and buffers have one row for each expert.
         width: the number of hidden channels of an expert.
@@ -187,6 +230,7 @@ class Experts:
     """
 
     module: str = "mlp"
+    shared: SharedExpert | None = None
     packed: str = "mlp.experts"
     router: str = "mlp.gate"
     width: str = "moe_intermediate_size"
@@ -324,7 +368,7 @@ class Projection:
 
     Attributes:
         path: from the block of a compressed model.
-        part: "mlp", "qk" or "vo", whose width it follows.
+        part: the part whose width it follows.
         axis: axis of its weight (out, in) that is narrowed.
         unit: the narrowed axis holds this part's width for each of "heads", "kv_heads", or once: "block".
         storage: how the dense model stores it.
@@ -383,7 +427,7 @@ class Family:
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All projections that compression narrows in a block without experts."""
+        """All projections that compression narrows, in blocks without experts and in shared experts."""
         attention, mlp, own = self.attention, self.mlp, self.attention.storage
         others = Storage() if own.layout == "gated" else own
         gates = () if attention.gate is None else (Projection(attention.gate, "vo", 0, "heads", own),)
@@ -395,14 +439,28 @@ class Family:
             *gates,
             *(Projection(path, "mlp", 0, "block", mlp.storage) for path in mlp.inputs),
             Projection(mlp.output, "mlp", 1, "block", mlp.storage),
+            *self._shared_projections,
         )
+
+    @property
+    def shared(self) -> SharedExpert | None:
+        """The shared expert of blocks with experts; None if the family has none."""
+        return None if self.mlp.experts is None else self.mlp.experts.shared
+
+    @property
+    def _shared_projections(self) -> tuple[Projection, ...]:
+        if (shared := self.shared) is None:
+            return ()
+        inputs = (Projection(path, "shared", 0, "block", Storage()) for path in shared.inputs)
+        return (*inputs, Projection(shared.output, "shared", 1, "block", Storage()))
 
     def projections_of(self, parts: Collection[Part], *, experts: bool) -> tuple[Projection, ...]:
         """Return the projections of a block that has these parts, with or without experts.
 
-        Experts have none, because one parameter holds the weights of all of them.
+        Experts have none, because one parameter holds the weights of all of them. Only blocks with experts have a
+        shared one.
         """
-        linear = [part for part in parts if part != "mlp" or not experts]
+        linear = [part for part in parts if part != ("mlp" if experts else "shared")]
         return tuple(projection for projection in self.projections if projection.part in linear)
 
     def projections_in(self, config: Any, index: int) -> tuple[Projection, ...]:
@@ -418,8 +476,16 @@ class Family:
 
     def parts(self, config: Any, index: int) -> tuple[Part, ...]:
         """Return the parts of block `index` of a model."""
-        absent = self.absent(config, index)
+        absent = set[str](self.absent(config, index))
+        if not self.shared_width(config, index):
+            absent.add("shared")
         return tuple(part for part in PARTS if part not in absent)
+
+    def shared_width(self, config: Any, index: int) -> int:
+        """Return the width of the shared expert in block `index` of a dense model; 0 if it has none."""
+        if self.shared is None or not self.has_experts(config, index):
+            return 0
+        return self.shared.width_in(config)
 
     def has_experts(self, config: Any, index: int) -> bool:
         """Return whether block `index` of a model has experts."""
@@ -458,8 +524,12 @@ class Family:
 
 @dataclass(frozen=True)
 class Widths:
-    """Inner widths of one block: query/key and value head dims, MLP width. A part that a block lacks has width 0."""
+    """Inner widths of one block: query/key and value head dims, MLP width, and that of a shared expert.
+
+    A part that a block lacks has width 0.
+    """
 
     qk: int = 0
     vo: int = 0
     mlp: int = 0
+    shared: int = 0

@@ -12,12 +12,19 @@ from transformers.models.glm4_moe.modeling_glm4_moe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import MLP, Attention, Experts, Family, HeadNorms, Positions
+from .modegpt_family import MLP, Attention, Experts, Family, HeadNorms, Positions, SharedExpert
 
 FAMILY = Family(
     "glm4_moe",
     attention=Attention(positions=Positions(partial=True), head_norms=HeadNorms(flag="use_qk_norm")),
-    mlp=MLP(experts=Experts(count="n_routed_experts", groups="n_group", first="first_k_dense_replace")),
+    mlp=MLP(
+        experts=Experts(
+            shared=SharedExpert("mlp.shared_experts", None, "moe_intermediate_size", "n_shared_experts"),
+            count="n_routed_experts",
+            groups="n_group",
+            first="first_k_dense_replace",
+        )
+    ),
 )
 
 

@@ -13,11 +13,11 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import MLP, Experts, Family
+from .modegpt_family import MLP, Experts, Family, SharedExpert
 
 FAMILY = Family(
     "qwen2_moe",
-    mlp=MLP(experts=Experts(dense_layers="mlp_only_layers", period="decoder_sparse_step")),
+    mlp=MLP(experts=Experts(shared=SharedExpert(), dense_layers="mlp_only_layers", period="decoder_sparse_step")),
     sizes=("shared_expert_intermediate_size",),
 )
 

@@ -12,13 +12,13 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import MLP, Experts, Family
+from .modegpt_family import MLP, Experts, Family, SharedExpert
 from .modegpt_qwen3_5_text import FAMILY as TEXT
 
 FAMILY = Family(
     "qwen3_5_moe_text",
     attention=TEXT.attention,
-    mlp=MLP(width="moe_intermediate_size", experts=Experts()),
+    mlp=MLP(width="moe_intermediate_size", experts=Experts(shared=SharedExpert())),
     norm=TEXT.norm,
     sizes=("shared_expert_intermediate_size", *TEXT.sizes),
 )

@@ -13,13 +13,13 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from .modegpt_attention import ModeGPTAttentionMixin
 from .modegpt_common import ModeGPTModelMixin, register
 from .modegpt_config import ModeGPTConfigMixin
-from .modegpt_family import MLP, Experts, Family
+from .modegpt_family import MLP, Experts, Family, SharedExpert
 from .modegpt_qwen3_5_text import FAMILY as TEXT
 
 FAMILY = Family(
     "qwen3_next",
     attention=TEXT.attention,
-    mlp=MLP(experts=Experts(dense_layers="mlp_only_layers", period="decoder_sparse_step")),
+    mlp=MLP(experts=Experts(shared=SharedExpert(), dense_layers="mlp_only_layers", period="decoder_sparse_step")),
     norm=TEXT.norm,
     sizes=("shared_expert_intermediate_size", *TEXT.sizes),
 )

@@ -11,10 +11,10 @@ from optimum_modegpt.budget.estimate import on_meta
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.evaluation.inspection import block_ranks
 from optimum_modegpt.export.gguf_architecture import GGUFSupport, check_gguf
-from optimum_modegpt.layouts.limits import HEADS, wide_parts
+from optimum_modegpt.layouts.limits import wide_parts
 from optimum_modegpt.loading.models import auto_class_of
 from optimum_modegpt.modeling.modegpt_config import head_dim
-from optimum_modegpt.modeling.modegpt_family import PREFIX, Family, is_compressed
+from optimum_modegpt.modeling.modegpt_family import HEAD_PARTS, PREFIX, Family, is_compressed
 from optimum_modegpt.modeling.modegpt_scores import ModeGPTScoresMixin
 from optimum_modegpt.serving.engines import Layout
 
@@ -113,7 +113,7 @@ def layout_of(config: Any, compression: ModeGPTConfig | None = None) -> Layout:
 
 def heads_of(parts: Collection[str]) -> list[str]:
     """Return those of the parts that are the widths of attention heads."""
-    return [part for part in ("qk", "vo") if part in parts]
+    return [part for part in HEAD_PARTS if part in parts]
 
 
 def shape_of(config: Any, compression: ModeGPTConfig | None = None) -> Shape:
@@ -182,7 +182,7 @@ def _with_structure(shape: Shape, text: Any, family: Family) -> Shape:
 def _cuts_heads(config: Any, layout: Layout) -> bool:
     """Return whether a compression of a dense model to a layout makes some of its heads narrower."""
     architecture = read_blocks(on_meta(auto_class_of(config), config), check_dense(config))
-    return any(part not in wide for wide in wide_parts(architecture, layout) for part in HEADS)
+    return any(part not in wide for wide in wide_parts(architecture, layout) for part in HEAD_PARTS)
 
 
 def _distinct_widths(blocks: Sequence[Mapping[str, int]]) -> tuple[tuple[str, tuple[int, ...]], ...]:

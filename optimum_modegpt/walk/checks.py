@@ -89,8 +89,9 @@ def check_equal_widths(plan: Plan, architecture: Architecture) -> None:
     for block, widths in zip(architecture.blocks, plan.widths, strict=True):
         own = {"qk": ("head dim", widths.qk), "vo": ("head dim", widths.vo)}
         own["mlp"] = (architecture.family.width_name(config, block.index), widths.mlp)
-        for part in block.parts:
-            name, width = own[part]
+        for part, (name, width) in own.items():
+            if part not in block.parts:
+                continue
             if first.setdefault(name, width) != width:
                 raise InvalidConfig(
                     f"plan, block {block.index}: {part} width {width}; expected {first[name]}, because with "

@@ -28,7 +28,7 @@ from optimum_modegpt.calibration.data import TokenWindows
 from optimum_modegpt.cli import main as cli
 from optimum_modegpt.compress import compress
 from optimum_modegpt.errors import CheckpointError, IllConditionedWarning
-from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods import mlp_refit, residual_matched
 from optimum_modegpt.methods.sensitivity import Sweeps
 from optimum_modegpt.output import restore_output
 from optimum_modegpt.report import Report
@@ -280,7 +280,7 @@ def test_interrupt_while_the_lock_is_acquired_leaves_no_file(tmp_path: Path, mon
 
 
 def test_resumed_run_reports_warnings_of_the_first_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut = residual_matched.cut_mlp
+    cut = mlp_refit.cut_channels
 
     def cut_badly(*args: Any) -> Any:
         warnings.warn("a moment is ill-conditioned", IllConditionedWarning, stacklevel=1)
@@ -288,7 +288,7 @@ def test_resumed_run_reports_warnings_of_the_first_run(tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         killed_at(1, patch)
-        patch.setattr(residual_matched, "cut_mlp", cut_badly)
+        patch.setattr(mlp_refit, "cut_channels", cut_badly)
         with pytest.raises(Killed):
             run(dense("llama-mha"), Checkpoint(tmp_path / "kept"), allocation="uniform", refit_iterations=0)
     report = run(dense("llama-mha"), Checkpoint(tmp_path / "kept"), allocation="uniform", refit_iterations=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_every_storage_is_padded_to_the_stock_class(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NORMED, "gemma4_text"])
 def test_normalised_heads_of_full_width_are_padded(name: str) -> None:
-    widths = [Widths(full.qk, full.vo and full.vo // 2, full.mlp // 2) for full in full_widths(name)]
+    widths = [replace(full, vo=full.vo and full.vo // 2, mlp=full.mlp // 2) for full in full_widths(name)]
     check_padded(compressed(name, widths=widths), name)
 
 
@@ -120,6 +121,4 @@ def test_a_refused_model_leaves_nothing_behind(tmp_path: Path) -> None:
 
 def full_widths(name: str) -> list[Widths]:
     """Return the widths of the dense blocks. Parts that a block lacks have width 0."""
-    return [
-        block.dense_widths if block.attends else Widths(mlp=block.mlp_width) for block in resolve(dense(name)).blocks
-    ]
+    return [block.dense_widths for block in resolve(dense(name)).blocks]

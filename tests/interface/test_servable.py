@@ -51,6 +51,7 @@ def compressed_config(name: str, *, heads: bool) -> Any:
     widths = []
     for index, mlp in enumerate(mlp_widths(dense, family)):
         parts = {"qk": narrow, "vo": narrow} | dict.fromkeys(family.uncut(dense), width)
+        parts["shared"] = family.shared_width(dense, index)
         widths.append(Widths(mlp=mlp, **parts | dict.fromkeys(family.absent(dense, index), 0)))
     return config_class.from_dense(dense, widths, {"format_version": 1})
 

@@ -25,6 +25,7 @@ from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.decompositions.nystrom import remaining
 from optimum_modegpt.errors import NumericalError
 from optimum_modegpt.methods import residual_matched
+from optimum_modegpt.methods.channels import eliminate_channels
 
 CPU = torch.device("cpu")
 PLACES = ("query", "attention", "mlp")
@@ -311,9 +312,9 @@ def test_elimination_keeps_the_channels_that_write_to_the_half_that_predictions_
     writing = torch.arange(48) % 3 == 0
     weight, moments = case.moments(writing)
     case.block.down.weight.data = weight.T.float()
-    order = residual_matched.eliminate_mlp(case.block, moments, metric, 16, config).order
+    order = eliminate_channels(weight, moments, metric, 16, config).order
     assert remaining(order, 48).tolist() == writing.nonzero().flatten().tolist()
-    blind = residual_matched.eliminate_mlp(case.block, moments, eye(32), 16, config).order
+    blind = eliminate_channels(weight, moments, eye(32), 16, config).order
     assert writing[remaining(blind, 48)].sum() < 12, "the identity does not distinguish the halves"
 
 
