@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import copy
+import math
+from typing import Any
 
 import torch
 
 from optimum_modegpt.architectures import Architecture, read_blocks
 from optimum_modegpt.config import ModeGPTConfig
 from optimum_modegpt.errors import InvalidConfig
+from optimum_modegpt.modeling.modegpt_family import Experts
+
+SCORED_EXPERTS = 2
+"""A router with groups chooses them by the sum of the scores of so many experts."""
 
 
 def count_kept_experts(architecture: Architecture, config: ModeGPTConfig) -> int:
-    """Return the number of experts that every block keeps.
+    """Return the number of experts that every block keeps, the same in all groups of a router that has groups.
 
     Raises:
-        InvalidConfig: the model has no experts, or a router that cannot lose some, or too few would be left.
+        InvalidConfig: the model has no experts, or too few would be left.
     """
     described, model_config = architecture.family.mlp.experts, architecture.model.config
     wanted = config.expert_sparsity
     if described is None:
         raise InvalidConfig(f"expert_sparsity={wanted}, but the blocks of this model have no experts; expected 0.")
-    if described.groups is not None and getattr(model_config, described.groups) > 1:
-        raise InvalidConfig(
-            f"expert_sparsity={wanted}, but the router of this model chooses groups of experts "
-            f"({described.groups}={getattr(model_config, described.groups)}), which must stay complete; expected 0."
-        )
-    count, least = getattr(model_config, described.count), getattr(model_config, described.chosen)
-    kept = round(count * (1 - wanted))
+    count, groups = getattr(model_config, described.count), described.count_groups(model_config)
+    kept = groups * round(count * (1 - wanted) / groups)
+    least = groups * _fewest_in_group(described, model_config)
     if kept < least:
+        in_groups = f" in each of {groups} groups" if groups > 1 else ""
         raise InvalidConfig(
-            f"expert_sparsity={wanted} leaves {kept} of {count} experts, but the router chooses {least} for a token; "
+            f"expert_sparsity={wanted} leaves {kept // groups} of {count // groups} experts{in_groups}, but the router "
+            f"chooses {getattr(model_config, described.chosen)} for a token, so it needs {least // groups}{in_groups}; "
             f"expected at most {1 - least / count:.3f}."
         )
     return kept
+
+
+def _fewest_in_group(described: Experts, model_config: Any) -> int:
+    """Return the fewest experts of a group from which the router can choose those of a token."""
+    chosen = getattr(model_config, described.chosen)
+    if described.count_groups(model_config) == 1:
+        return chosen
+    assert described.chosen_groups is not None
+    return max(SCORED_EXPERTS, math.ceil(chosen / getattr(model_config, described.chosen_groups)))
 
 
 def with_kept_experts(architecture: Architecture, config: ModeGPTConfig) -> Architecture:

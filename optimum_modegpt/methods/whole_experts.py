@@ -61,8 +61,10 @@ class ExpertUseSum:
         return ExpertUse(total / tokens.clamp_min(1), torch.stack(peaks).amax(0))
 
 
-def kept_experts(uses: Sequence[ExpertUse], kept: int) -> list[Tensor]:
+def kept_experts(uses: Sequence[ExpertUse], kept: int, groups: int = 1) -> list[Tensor]:
     """Return the experts that every block keeps, (kept,) in increasing order: the protected and the most salient ones.
+
+    Of the `groups` of a router, each keeps the same number.
 
     An expert is protected if its largest activation is at least `MASSIVE_SHARE` of that of all experts, and above the
     quantile. Massive activations of a few experts serve as attention sinks, although few tokens reach these experts.
@@ -71,14 +73,21 @@ def kept_experts(uses: Sequence[ExpertUse], kept: int) -> list[Tensor]:
     limit = torch.maximum(MASSIVE_SHARE * peaks.max(), peaks.quantile(MASSIVE_QUANTILE))
     found = []
     for use in uses:
-        order = use.saliency.masked_fill(use.peak > limit, torch.inf)
-        found.append(order.topk(kept).indices.sort().values)
+        order = use.saliency.masked_fill(use.peak > limit, torch.inf).unflatten(0, (groups, -1))
+        own = order.topk(kept // groups).indices
+        first = torch.arange(groups, device=own.device)[:, None] * order.shape[1]
+        found.append((first + own).flatten().sort().values)
     return found
 
 
 def select_experts_of(module: Any, count: int, kept: Tensor) -> None:
-    """Leave the experts `kept` in the parameters and buffers of a module, on their first axis of length `count`."""
+    """Leave the experts `kept` in the parameters and buffers of a module, on their first axis of length `count`.
+
+    Routers and experts also have this number as an attribute.
+    """
     for owner in module.modules():
+        if getattr(owner, "num_experts", None) == count:
+            owner.num_experts = len(kept)
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
             axis = next((axis for axis, size in enumerate(tensor.shape) if size == count), None)
             if axis is None:

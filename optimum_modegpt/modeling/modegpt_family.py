@@ -217,30 +217,36 @@ class Experts:
 
     Attributes:
         module: path of the whole MLP: the router, the experts, and a shared expert if there is one.
-        shared: the shared expert of the same blocks; None if the family has none.
         packed: path of the module that holds the weights of all experts.
         router: path of the router, whose parameters and buffers have one row for each expert.
         width: the number of hidden channels of an expert.
         count: the number of experts.
         chosen: the number of experts that the router chooses for a token.
         groups: the number of groups that the router chooses from first; None if it has no groups.
+        chosen_groups: the number of groups that the router chooses for a token; None if it has no groups.
         dense_layers: the list of the layers without experts; None if there is none.
         period: only every layer of this period has experts; None for every layer.
         first, last: the range of the layers with experts; None for no limit.
+        shared: the shared expert of the same blocks; None if the family has none.
     """
 
     module: str = "mlp"
-    shared: SharedExpert | None = None
     packed: str = "mlp.experts"
     router: str = "mlp.gate"
     width: str = "moe_intermediate_size"
     count: str = "num_experts"
     chosen: str = "num_experts_per_tok"
     groups: str | None = None
+    chosen_groups: str | None = None
     dense_layers: str | None = None
     period: str | None = None
     first: str | None = None
     last: str | None = None
+    shared: SharedExpert | None = None
+
+    def count_groups(self, config: Any) -> int:
+        """Return the number of groups of experts in a model; 1 if its router has no groups."""
+        return 1 if self.groups is None else getattr(config, self.groups)
 
     def in_layer(self, config: Any, index: int) -> bool:
         """Return whether a layer of a model has experts."""

@@ -22,6 +22,7 @@ FAMILY = Family(
             shared=SharedExpert("mlp.shared_experts", None, "moe_intermediate_size", "n_shared_experts"),
             count="n_routed_experts",
             groups="n_group",
+            chosen_groups="topk_group",
             first="first_k_dense_replace",
         )
     ),

@@ -34,10 +34,13 @@ def remove_experts(request: Request, state: State) -> Request:
     Raises:
         InvalidConfig: the model has no experts, or too few would be left.
     """
+    described, model_config = request.architecture.family.mlp.experts, request.architecture.model.config
     kept = count_kept_experts(request.architecture, request.config)
+    assert described is not None
+    groups = described.count_groups(model_config)
     with evaluation_mode(request.architecture.model):
         uses = measure_use(request, state)
-    chosen = distributed.broadcast_object([one.tolist() for one in kept_experts(uses, kept)])
+    chosen = distributed.broadcast_object([one.tolist() for one in kept_experts(uses, kept, groups)])
     model = without_experts(request, chosen)
     before = count_parameters(request.architecture.model)
     state.removed = RemovedExperts(tuple(map(tuple, chosen)), before - count_parameters(model))

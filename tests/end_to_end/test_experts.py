@@ -200,6 +200,26 @@ WHOLE = pytest.mark.parametrize(
 )
 
 
+def test_groups_of_experts_stay_equal(tmp_path: Path) -> None:
+    model = dense("glm4_moe", n_routed_experts=8)
+    router: Any = model.get_submodule("model.layers.1.mlp.gate")
+    router.e_score_correction_bias[:] = torch.arange(8.0)
+    before = router.weight.detach().clone()
+    config = ModeGPTConfig(sparsity=0.0, expert_sparsity=0.5)
+    report = compress(model, config, WINDOWS, device="cpu", progress=False)
+    assert model.config.n_routed_experts == 4
+    for kept in report.kept_experts:
+        assert [expert < 4 for expert in kept] == [True, True, False, False]
+    router = model.get_submodule("model.layers.1.mlp.gate")
+    kept = list(report.kept_experts[0])
+    assert torch.equal(router.weight, before[kept])
+    assert router.e_score_correction_bias.tolist() == kept
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
 @WHOLE
 def test_without_whole_experts_the_result_is_a_stock_model(name: str, tmp_path: Path) -> None:
     model, stock = dense(name), type(dense(name))
@@ -254,7 +274,7 @@ def test_channels_and_whole_experts_are_removed_together() -> None:
     [
         ("llama-mha", 0.5, "no experts"),
         ("mixtral", 0.75, r"leaves 1 of 4 experts, but the router chooses 2 .* at most 0.500"),
-        ("glm4_moe", 0.5, "chooses groups of experts"),
+        ("glm4_moe", 0.5, r"leaves 1 of 2 experts in each of 2 groups, .* so it needs 2 in each .* at most 0.000"),
     ],
 )
 def test_experts_that_cannot_be_removed_are_an_error(name: str, sparsity: float, message: str) -> None:
