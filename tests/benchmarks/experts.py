@@ -1,9 +1,10 @@
 """Train a small mixture of experts, and compare the ways to make it smaller: fewer channels, or fewer experts.
 
-python tests/benchmarks/experts.py --tokenizer DIR --train FILE --evaluation FILE [--steps N] [--json FILE]
+python tests/benchmarks/experts.py --tokenizer DIR --train FILE --evaluation FILE [--shared] [--steps N] [--json FILE]
 
-The model has eight experts, of which two read a token. It is trained and calibrated on the same text, and measured on
-the other one. With one thread, training takes about ten minutes.
+The model has eight experts, of which two read a token: a Mixtral, or with `--shared` a Qwen2-MoE whose tokens all pass
+a shared expert too. It is trained and calibrated on the same text, and measured on the other one. With one thread,
+training takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import torch
 from machine import machine
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from optimum_modegpt import ModeGPTConfig, perplexity
 from optimum_modegpt.calibration.data import calibration_windows, evaluation_windows
@@ -42,7 +50,8 @@ WHOLE = "whole experts"
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    dense = trained(tokenizer, encode(tokenizer, options.train.read_text(encoding="utf-8")), options.steps)
+    text = encode(tokenizer, options.train.read_text(encoding="utf-8"))
+    dense = trained(untrained(tokenizer, shared=options.shared), text, options.steps)
     windows = evaluation_windows(
         str(options.evaluation), tokenizer, sequence_length=LENGTH, max_windows=options.max_windows
     )
@@ -73,32 +82,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="a model or folder with a tokenizer")
     parser.add_argument("--train", type=Path, required=True, metavar="FILE", help="text for training and calibration")
     parser.add_argument("--evaluation", type=Path, required=True, metavar="FILE", help="text for perplexity")
+    parser.add_argument("--shared", action="store_true", help="train a model with a shared expert")
     parser.add_argument("--steps", type=int, default=2000, help="training steps of 1,024 tokens")
     parser.add_argument("--max-windows", type=int, default=64, help="evaluation windows")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results there")
     return parser.parse_args(arguments)
 
 
-def trained(tokenizer: Any, tokens: Tensor, steps: int) -> MixtralForCausalLM:
-    """Train the model on random windows of `tokens`, with a fixed seed."""
+def untrained(tokenizer: Any, *, shared: bool) -> PreTrainedModel:
+    """Return a random model, with a fixed seed."""
     torch.manual_seed(0)
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=96,
-            num_hidden_layers=4,
-            num_attention_heads=6,
-            num_key_value_heads=3,
-            num_local_experts=8,
-            num_experts_per_tok=2,
-            max_position_embeddings=2 * LENGTH,
-            tie_word_embeddings=True,
-            router_aux_loss_coef=AUXILIARY,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 2 * LENGTH,
+        "tie_word_embeddings": True,
+        "router_aux_loss_coef": AUXILIARY,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if not shared:
+        return MixtralForCausalLM(MixtralConfig(**sizes, intermediate_size=96, num_local_experts=8))
+    own = {"moe_intermediate_size": 72, "shared_expert_intermediate_size": 192, "num_experts": 8}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **own))
+
+
+def trained(model: Any, tokens: Tensor, steps: int) -> PreTrainedModel:
+    """Train a model on random windows of `tokens`."""
     model.set_experts_implementation("eager")
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.05)
     schedule = LambdaLR(optimizer, lambda step: min(1, step / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps)))
