@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_dense, save_text
-from tiny_models import classes, compressed, dense, tokens
+from tiny_models import compressed, dense, tokens
 from transformers import AutoModelForCausalLM
 
 from optimum_modegpt.allocation.plan import Plan
@@ -158,9 +158,10 @@ def test_a_misread_gate_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("width", [0, 41, None, "9"])
 def test_a_wrong_width_in_the_configuration_is_an_error(width: Any) -> None:
-    values = compressed("qwen2_moe").config.to_dict()
+    saved: Any = compressed("qwen2_moe").config
+    values = saved.to_dict()
     values["per_layer_config"]["0"]["shared_expert_width"] = width
-    config: Any = classes("qwen2_moe")["AutoModelForCausalLM"].config_class(**values)
+    config = type(saved)(**values)
     with pytest.raises(
         ValueError, match=r"per_layer_config\[0\].shared_expert_width is .*expected an integer in \[1, 40\]"
     ):
