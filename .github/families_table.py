@@ -19,8 +19,8 @@ TEXT = """\
 # Families
 
 Each decoder block has three pairs of matrices: `mlp` (gate, up and down), `qk` (query and key) and `vo` (value and
-output). In some models, blocks with experts have a fourth pair, `shared`: the MLP that all tokens pass. Compression cuts
-each pair jointly, unless a part stays at full width. This page is made from the descriptions of the families:
+output). In some models, blocks with experts have a fourth pair, `shared`: the MLP that all tokens pass. Compression
+cuts each pair jointly, unless a part stays at full width. This page is made from the descriptions of the families:
 
 ```bash
 python .github/families_table.py

@@ -240,6 +240,11 @@ class Recipe:
         """Return the allocation to use: the field, or the default of method and layout if the field is None."""
         return self.allocation or str(default_allocation(self.method, self.layout))
 
+    @property
+    def equal_widths(self) -> bool:
+        """Return whether all blocks get the same widths: in the layout "stock", and in "mlp" without measurements."""
+        return self.layout == "stock" or (self.layout == "mlp" and self.resolved_allocation == "uniform")
+
     def with_sparsity(self, sparsity: float) -> Any:
         """Return a copy with this sparsity in place of its own or of a target."""
         return dataclasses.replace(self, **dict.fromkeys(TARGETS), sparsity=sparsity)

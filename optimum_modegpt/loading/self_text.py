@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_modegpt import distributed
+from optimum_modegpt.budget.compute_dtype import compute_dtype
 from optimum_modegpt.budget.placement import MARGIN, Free
 from optimum_modegpt.calibration.data import TokenWindows, digest_of, with_record
 from optimum_modegpt.calibration.self_text import TOP_K, TOP_P, USER_TOKENS, Script, write
@@ -89,9 +90,13 @@ def self_windows(
 def write_in_batches(
     model: PreTrainedModel, script: Script, noise: Tensor, wanted: torch.device | None, progress: bool
 ) -> Tensor:
-    """Write a window for each row of `noise`, as many at once as memory allows."""
+    """Write a window for each row of `noise`, as many at once as memory allows.
+
+    On a device that is slow in the model's 16 bits, the model writes in float32 if its weights fit.
+    """
     device = compute_device(wanted, model.device)
-    row = bytes_of_window(model, noise.shape[1])
+    dtype = compute_dtype(model, device, device, distributed.world_size())
+    row = bytes_of_window(model, noise.shape[1], dtype)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     free = Free.now(device)
     available = free.host if free.device is None else free.device
@@ -102,22 +107,25 @@ def write_in_batches(
     rows = int(max(1, min(MOST_WINDOWS, MEMORY_SHARE * available // row)))
     total = len(noise) * (noise.shape[1] - len(script.beginning) * (not script.hidden))
     shown = bar(desc="write calibration text", unit="token", total=total, shown=progress)
-    with evaluation_mode(model), lent(model, device), shown:
+    with evaluation_mode(model), lent(model, device, dtype), shown:
         written = [write(model, script, part, wrote=shown.update) for part in noise.split(rows) if len(part)]
     return torch.cat(written) if written else torch.empty(0, noise.shape[1], dtype=torch.int64)
 
 
-def bytes_of_window(model: PreTrainedModel, length: int) -> int:
+def bytes_of_window(model: PreTrainedModel, length: int, dtype: torch.dtype) -> int:
     """Return an upper bound of the bytes for writing one window: keys and values of all heads, and float32 logits."""
     config = model.config.get_text_config()
-    cache = 2 * config.num_hidden_layers * config.hidden_size * length * model.dtype.itemsize
+    cache = 2 * config.num_hidden_layers * config.hidden_size * length * dtype.itemsize
     return cache + 4 * 4 * config.vocab_size
 
 
 @contextmanager
-def lent(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """Copy the tensors of a model to `device` within the context. Its own tensors may be mapped files, and are kept."""
-    own: list[tuple[dict[str, Any], str, Tensor]] = []
+def lent(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Copy the tensors of a model to `device` within the context, with its parameters in `dtype`.
+
+    Its own tensors may be mapped files, and are kept.
+    """
+    stored, own = model.dtype, list[tuple[dict[str, Any], str, Tensor]]()
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             own += [(tensors, name, tensor) for name, tensor in tensors.items() if tensor is not None]
@@ -125,8 +133,11 @@ def lent(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
     try:
         for tensors, name, tensor in own:
             if id(tensor) not in copies:  # tied tensors share their copy
-                copy = tensor.detach().to(device)
-                copies[id(tensor)] = nn.Parameter(copy, False) if isinstance(tensor, nn.Parameter) else copy
+                if isinstance(tensor, nn.Parameter):
+                    own_dtype = dtype if tensor.dtype == stored else tensor.dtype
+                    copies[id(tensor)] = nn.Parameter(tensor.detach().to(device, own_dtype), False)
+                else:
+                    copies[id(tensor)] = tensor.detach().to(device)
             tensors[name] = copies[id(tensor)]
         yield
     finally:

@@ -38,7 +38,8 @@ def remove_experts(request: Request, state: State) -> Request:
     kept = count_kept_experts(request.architecture, request.config)
     assert described is not None
     groups = described.count_groups(model_config)
-    with evaluation_mode(request.architecture.model):
+    dense = request.architecture.model
+    with evaluation_mode(dense), state.precision.applied(dense):
         uses = measure_use(request, state)
     chosen = distributed.broadcast_object([one.tolist() for one in kept_experts(uses, kept, groups)])
     model = without_experts(request, chosen)

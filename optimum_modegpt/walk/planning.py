@@ -34,9 +34,9 @@ def make_plan(request: Request, state: State) -> Plan:
         return Plan.dense(sizes)
     if config.resolved_allocation == "sensitivity":
         measure_sensitivities(request, state)
-        choose = equal_plan_from_curves if config.layout == "stock" else plan_from_curves
+        choose = equal_plan_from_curves if config.equal_widths else plan_from_curves
         plan = choose(state.measurements.curves(), sizes, config.sparsity)
-    elif config.layout == "stock" or (config.layout, config.resolved_allocation) == ("mlp", "uniform"):
+    elif config.equal_widths:
         plan = equal_plan(sizes, config.sparsity)
     elif config.resolved_allocation == "influence":
         state.measurements.influences = measure_influences(request, state)

@@ -147,8 +147,9 @@ class State:
         state = cls(clock, precision, batch_size, placement.streams, storage, placement.keep_derivatives)
         if (factor := slowdown(request.device, precision.compute)) > SLOW:
             state.warn(
-                f"products in {precision.compute} take {factor:.0f} times as long as in float32 on {request.device}, "
-                "and weights in float32 do not fit in half of the free memory. Free some memory, or use another device."
+                f"products in {precision.compute} take {factor:.0f} times as long as in float32 on {request.device}. "
+                "To compute in float32, its weights must fit in half of the free memory of every process when the run "
+                "starts. Free some memory and start again, or use another device."
             )
         return state
 

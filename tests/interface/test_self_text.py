@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import RECIPE, save_dense, save_text
 from datasets import config as datasets_config
+from rates import set_rate_in_16_bits
 from safetensors.torch import save_file
 from tiny_models import dense, tokenizer
 from torch import Tensor
@@ -277,7 +278,7 @@ def test_degenerate_windows_are_an_error(model: Any, monkeypatch: pytest.MonkeyP
 
 def test_few_windows_are_written_at_once_if_memory_is_small(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, sizes = windows_of(model).tokens, []
-    needed = cache.bytes_of_window(model, 24)
+    needed = cache.bytes_of_window(model, 24, model.dtype)
     monkeypatch.setattr(cache, "kept_tokens", lambda *_: None)
     monkeypatch.setattr(cache.Free, "now", lambda _: cache.Free(int(4.5 * needed)))
     monkeypatch.setattr(cache, "write", lambda *args, **more: sizes.append(len(args[2])) or write(*args, **more))
@@ -288,11 +289,28 @@ def test_few_windows_are_written_at_once_if_memory_is_small(model: Any, monkeypa
 def test_lent_model_gets_its_own_tensors_back(model: Any) -> None:
     before = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
     parameters = list(model.parameters())
-    with lent(model, torch.device("meta")):
+    with lent(model, torch.device("meta"), model.dtype):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
         assert model.lm_head.weight is model.get_input_embeddings().weight
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
     assert all(now is own for now, own in zip(model.parameters(), parameters, strict=True))
+
+
+def test_a_model_writes_in_float32_where_16_bits_are_slow(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes: list[Any] = []
+    monkeypatch.setattr(
+        cache,
+        "write",
+        lambda *args, **more: dtypes.append({each.dtype for each in args[0].parameters()}) or write(*args, **more),
+    )
+    model = model.to(torch.bfloat16)
+    set_rate_in_16_bits(monkeypatch, slowdown=7)
+    assert windows_of(model).tokens.shape == (6, 24)
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    set_rate_in_16_bits(monkeypatch, slowdown=1)
+    monkeypatch.setattr(cache, "kept_tokens", lambda *_: None)
+    windows_of(model)
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
 
 
 # ------------------------------------------------------------------------------------------------------------ entries
