@@ -296,13 +296,14 @@ def test_lent_model_gets_its_own_tensors_back(model: Any) -> None:
     assert all(now is own for now, own in zip(model.parameters(), parameters, strict=True))
 
 
-def test_a_model_writes_in_float32_where_16_bits_are_slow(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_writes_in_float32_if_16_bits_are_slow(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes: list[Any] = []
-    monkeypatch.setattr(
-        cache,
-        "write",
-        lambda *args, **more: dtypes.append({each.dtype for each in args[0].parameters()}) or write(*args, **more),
-    )
+
+    def noted(writer: Any, *args: Any, **more: Any) -> Tensor:
+        dtypes.append({each.dtype for each in writer.parameters()})
+        return write(writer, *args, **more)
+
+    monkeypatch.setattr(cache, "write", noted)
     model = model.to(torch.bfloat16)
     set_rate_in_16_bits(monkeypatch, slowdown=7)
     assert windows_of(model).tokens.shape == (6, 24)
