@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
@@ -29,8 +30,22 @@ from optimum_modegpt.methods.targets import DenseTargets, MLPStreams
 SMALLEST_GATE = 1e-4
 """Smallest weight of a shared expert's output that a missing difference is divided by."""
 
-Samples = Callable[[], Iterator[TokenSample]]
-"""Yields the inputs, targets and weights of this rank's tokens, window by window, on the block's device."""
+
+@dataclass(frozen=True)
+class SampledMLP:
+    """A dense MLP or shared expert, with the tokens of this rank.
+
+    Attributes:
+        channels: its weights.
+        activation: its activation φ.
+        samples: yields inputs, targets and weights of the tokens, window by window, on the block's device.
+        stream: the residual stream that its output is added to. Stored windows get the same storage.
+    """
+
+    channels: Channels
+    activation: Activation
+    samples: Callable[[], Iterator[TokenSample]]
+    stream: Stream
 
 
 def observe_mlp(block: Block, streams: MLPStreams, targets: DenseTargets) -> LinearMoments:
@@ -77,40 +92,37 @@ def cut_channels(channels: Channels, moments: LinearMoments, order: Tensor, conf
 
 
 def refit_channels(
-    channels: Channels,
+    mlp: SampledMLP,
     moments: LinearMoments,
-    order: Tensor,
-    samples: Samples,
-    stream: Stream,
-    activation: Activation,
+    metric: Tensor,
+    rank: int,
     config: ModeGPTConfig,
     *,
     keep_derivatives: bool,
 ) -> MLPFactors:
-    """Cut as `cut_channels` does. If channels are removed and there are enough tokens, also refit gate and up.
+    """Keep `rank` channels, and refit down. If channels are removed and there are enough tokens, also gate and up.
 
     Args:
-        channels: of the dense MLP.
+        mlp: the MLP. At most `refit_windows` windows of the tokens of all ranks are stored.
         moments: of all its channels.
-        order: the channels to remove.
-        samples: the tokens of this rank. At most `refit_windows` windows of all ranks are stored.
-        stream: the stream of this rank, in the storage that the stored windows get too.
-        activation: φ of the MLP.
+        metric: of the errors by which channels are removed, from `metric_factor`.
+        rank: the number of channels to keep.
         config: the settings.
         keep_derivatives: as for `refit_rows`.
     """
-    rank = moments.width - len(order)
-    if not len(order) or not refits_inputs(moments.tokens, rank, len(channels.rows), config):
+    channels, stream = mlp.channels, mlp.stream
+    order = eliminate_channels(channels.down, moments, metric, rank, config).order
+    if rank == moments.width or not refits_inputs(moments.tokens, rank, len(channels.rows), config):
         return cut_channels(channels, moments, order, config)
     own, windows = sum(map(len, stream)), refit_windows(stream[0].shape[1])
-    stored = _kept_samples(itertools.islice(samples(), max(0, windows - distributed.exclusive_sum(own))), stream)
+    stored = _kept_samples(itertools.islice(mlp.samples(), max(0, windows - distributed.exclusive_sum(own))), stream)
     kept, dense, moments = without_channels(channels.down, moments, order, config)
     dense_rows = tuple(row[kept] for row in channels.rows)
     rows, moments = refit_rows(
-        dense_rows, dense, moments, stored, activation, config, keep_derivatives=keep_derivatives
+        dense_rows, dense, moments, stored, mlp.activation, config, keep_derivatives=keep_derivatives
     )
     if rows is not dense_rows and windows < distributed.all_reduce(own):
-        moments = hidden_moments(rows, samples(), activation, ones=moments.ones)
+        moments = hidden_moments(rows, mlp.samples(), mlp.activation, ones=moments.ones)
     down = centred_refit(moments, dense, moments.refit_ridge(config.output_ridge))
     return MLPFactors(Channels(rows, down), moments.relative_error(down))
 
@@ -125,20 +137,10 @@ def refit_mlp(
     *,
     keep_derivatives: bool,
 ) -> MLPFactors:
-    """Cut an MLP without experts by `refit_channels`. The channels lose least in `metric`, from `metric_factor`."""
-    moments, channels = observe_mlp(student, streams, targets), student.mlp_channels()
-    order = eliminate_channels(channels.down, moments, metric, rank, config).order
-    samples = partial(_token_samples, student, streams, targets)
-    return refit_channels(
-        channels,
-        moments,
-        order,
-        samples,
-        streams.middle,
-        student.activation,
-        config,
-        keep_derivatives=keep_derivatives,
-    )
+    """Cut an MLP without experts by `refit_channels`."""
+    moments, samples = observe_mlp(student, streams, targets), partial(_token_samples, student, streams, targets)
+    mlp = SampledMLP(student.mlp_channels(), student.activation, samples, streams.middle)
+    return refit_channels(mlp, moments, metric, rank, config, keep_derivatives=keep_derivatives)
 
 
 def refit_shared(
@@ -152,21 +154,11 @@ def refit_shared(
     keep_derivatives: bool,
 ) -> MLPFactors:
     """Cut the shared expert by `refit_channels`, after the experts, so that it also compensates their errors."""
-    shared, channels = student.shared, student.shared_channels()
+    shared, samples = student.shared, partial(shared_samples, student, streams, targets)
     assert shared is not None
-    samples = partial(shared_samples, student, streams, targets)
-    moments = hidden_moments(channels.rows, samples(), shared.activation, ones=shared.has_bias)
-    order = eliminate_channels(channels.down, moments, metric, rank, config).order
-    return refit_channels(
-        channels,
-        moments,
-        order,
-        samples,
-        streams.middle,
-        shared.activation,
-        config,
-        keep_derivatives=keep_derivatives,
-    )
+    mlp = SampledMLP(student.shared_channels(), shared.activation, samples, streams.middle)
+    moments = hidden_moments(mlp.channels.rows, samples(), mlp.activation, ones=shared.has_bias)
+    return refit_channels(mlp, moments, metric, rank, config, keep_derivatives=keep_derivatives)
 
 
 def refit_experts(
