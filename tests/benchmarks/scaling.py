@@ -1,4 +1,4 @@
-"""Measure time and memory of compression against size, width, depth and calibration tokens, on random Llama models.
+"""Measure time and memory of compression against size, width, depth and calibration tokens, on random models.
 
 python tests/benchmarks/scaling.py --json scaling.json
 python tests/benchmarks/scaling.py --studies llama --blocks 2 all --dtype bfloat16 --windows 128 --length 2048
@@ -10,7 +10,8 @@ Every case is a new process that loads its model from a folder, like the command
 and the estimate. The exponents are slopes of log(seconds) and log(bytes) on the logarithm of the varied quantity. The
 peak on the host is the increase of anonymous memory (resident minus shared pages). It excludes memory-mapped files, and
 MALLOC_MMAP_THRESHOLD_ makes glibc return freed memory at once. The study "files" simulates 128 MiB of free host memory,
-so that residual streams are kept in files.
+so that residual streams are kept in files. The study "families" has one family for each way to store projections, with
+the same width, depth and MLP. All other studies use Llama models.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import psutil
 import torch
 from machine import machine
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from optimum_modegpt import ModeGPTConfig
 from optimum_modegpt.budget.estimate import estimate, on_meta
@@ -46,22 +47,36 @@ from optimum_modegpt.report import count_parameters
 from optimum_modegpt.stages import compute_device
 from optimum_modegpt.walk.checkpoint import Checkpoint
 
+HEAD = 64
 BASE: dict[str, Any] = {"width": 256, "blocks": 2, "vocabulary": 1024}
 LLAMAS: dict[str, dict[str, Any]] = {
     "7B": {"width": 4096, "mlp": 11008, "heads": 32, "groups": 32, "blocks": 32},
     "13B": {"width": 5120, "mlp": 13824, "heads": 40, "groups": 40, "blocks": 40},
     "70B": {"width": 8192, "mlp": 28672, "heads": 64, "groups": 8, "blocks": 80},
 }
+EXPERTS = {"num_experts_per_tok": 2, "intermediate_size": 352, "moe_intermediate_size": 352}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": HEAD},
+    "phi3": {},
+    "gpt2": {"n_inner": 1408},
+    "gpt_neox": {},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 8, "ffn_hidden_size": 1408},
+    "qwen3_5_text": {"head_dim": HEAD, "layer_types": ["full_attention"] * 4},
+    "mixtral": {"num_local_experts": 4, **EXPERTS},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 352, **EXPERTS},
+}
+"""Values of the configurations in the study of families."""
 STUDIES: dict[str, list[dict[str, Any]]] = {
     "tokens": [{"windows": windows} for windows in (16, 32, 64)],
     "width": [{"width": width} for width in (256, 384, 512)],
     "depth": [{"blocks": blocks} for blocks in (2, 4, 8)],
     "size": [{"width": 256, "blocks": 4}, {"width": 512, "blocks": 8}, {"width": 768, "blocks": 14}],
     "files": [{"windows": windows, "vocabulary": 256, "free": 2**27} for windows in (64, 128)],
+    "families": [{"family": family, "width": 512, "blocks": 4} for family in FAMILIES],
 }
 GROWS = {"tokens": "tokens", "width": "width", "depth": "blocks", "size": "parameters", "files": "tokens"}
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-HEAD = 64
 
 
 def main() -> None:
@@ -136,7 +151,8 @@ def study(name: str, options: argparse.Namespace) -> dict[str, Any]:
         f"{'streams':>10}"
     )
     for row in rows:
-        print(f"{row[grows]:>16,}{row['blocks']:>8}", end="")
+        label = row["family"] if "family" in row else f"{row[grows]:,}"
+        print(f"{label:>16}{row['blocks']:>8}", end="")
         if "seconds" not in row:
             print(f"  not started: {row['refused']}")
             continue
@@ -182,19 +198,21 @@ def save_random(case: dict[str, Any], folder: Path) -> None:
     model.save_pretrained(folder, max_shard_size="1GB")
 
 
-def shape_of(case: dict[str, Any]) -> LlamaConfig:
-    """Return a Llama configuration. Defaults are heads of 64 and an MLP of 2.75 times the width."""
-    width = case["width"]
+def shape_of(case: dict[str, Any]) -> Any:
+    """Return the configuration of a case. Defaults are heads of 64 and an MLP of 2.75 times the width."""
+    width, family = case["width"], case.get("family", "llama")
     heads = case.get("heads", width // HEAD)
-    return LlamaConfig(
-        hidden_size=width,
-        intermediate_size=case.get("mlp", width * 11 // 4),
-        num_attention_heads=heads,
-        num_key_value_heads=case.get("groups", heads),
-        num_hidden_layers=case["blocks"],
-        vocab_size=case["vocabulary"],
-        max_position_embeddings=case["length"],
-    )
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": case.get("mlp", width * 11 // 4),
+        "num_attention_heads": heads,
+        "num_key_value_heads": case.get("groups", heads),
+        "num_hidden_layers": case["blocks"],
+        "vocab_size": case["vocabulary"],
+        "max_position_embeddings": case["length"],
+        "pad_token_id": 0,
+    }
+    return CONFIG_MAPPING[family](**sizes | FAMILIES.get(family, {}))
 
 
 def config_of(case: dict[str, Any]) -> ModeGPTConfig:
