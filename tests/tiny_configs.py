@@ -18,6 +18,7 @@ from transformers import (
     CodeGenConfig,
     Cohere2Config,
     CohereConfig,
+    Dots1Config,
     Ernie4_5_MoeConfig,
     Ernie4_5Config,
     Exaone4Config,
@@ -63,6 +64,7 @@ from transformers import (
     Qwen3NextConfig,
     SeedOssConfig,
     SmolLM3Config,
+    SolarOpenConfig,
     StableLmConfig,
     Starcoder2Config,
 )
@@ -353,6 +355,19 @@ EVERY_VARIANT: dict[str, tuple[type, dict[str, Any]]] = {
             "num_mtp_layers": 0,
         },
     ),
+    "dots1": (
+        Dots1Config,
+        _EXPERTS
+        | {
+            "n_routed_experts": 4,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "sliding_window": 6,
+            "max_window_layers": 2,
+            "attention_bias": True,
+        },
+    ),
+    "solar_open": (SolarOpenConfig, _SPARSE | {"head_dim": 12, "n_routed_experts": 4, "attention_bias": True}),
     "glm4_moe-norms": (
         Glm4MoeConfig,
         _EXPERTS | {"n_routed_experts": 4, "head_dim": 8, "use_qk_norm": True, "first_k_dense_replace": 2},

@@ -26,6 +26,7 @@ FAMILY = Family(
             first="first_k_dense_replace",
         )
     ),
+    sizes=("n_shared_experts",),
 )
 
 

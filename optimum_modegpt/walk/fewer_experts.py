@@ -34,16 +34,15 @@ def remove_experts(request: Request, state: State) -> Request:
     Raises:
         InvalidConfig: the model has no experts, or too few would be left.
     """
-    described, model_config = request.architecture.family.mlp.experts, request.architecture.model.config
+    dense, described = request.architecture.model, request.architecture.family.mlp.experts
     kept = count_kept_experts(request.architecture, request.config)
     assert described is not None
-    groups = described.count_groups(model_config)
-    dense = request.architecture.model
+    groups = described.count_groups(dense.config)
     with evaluation_mode(dense), state.precision.applied(dense):
         uses = measure_use(request, state)
     chosen = distributed.broadcast_object([one.tolist() for one in kept_experts(uses, kept, groups)])
     model = without_experts(request, chosen)
-    before = count_parameters(request.architecture.model)
+    before = count_parameters(dense)
     state.removed = RemovedExperts(tuple(map(tuple, chosen)), before - count_parameters(model))
     state.inputs = dataclasses.replace(state.inputs, stream=[])
     architecture = resolve(model)
