@@ -70,6 +70,8 @@ def _row(classes: FamilyClasses) -> str:
     family, config = classes.family, classes.config.__bases__[-1]().get_text_config()
     uncut = family.uncut(config)
     present = {part for index in range(config.num_hidden_layers) for part in family.parts(config, index)}
+    if family.shared is not None:
+        present.add("shared")  # some configurations have none by default
     cut = ", ".join(part for part in PARTS if part in present and part not in uncut)
     refused = (f"`{name}` set: refused" for name in family.refused)
     options = "; ".join((*_options(family, config, uncut), *refused))
