@@ -55,6 +55,11 @@ class ModeGPTFalconConfig(ModeGPTConfigMixin, FalconConfig):
     # In the dense class a property, which cannot be set for a block.
     head_dim = None  # pyright: ignore[reportIncompatibleMethodOverride]
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Initialise as usual, without a number of key-value heads under the name that the dense class ignores."""
+        kwargs.pop("num_key_value_heads", None)
+        super().__post_init__(**kwargs)
+
     @property
     def num_key_value_heads(self) -> int | None:
         """The number of key-value heads."""

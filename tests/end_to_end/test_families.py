@@ -24,6 +24,8 @@ DESCRIPTIONS = (
     modegpt_family.HeadNorms,
     modegpt_family.Attention,
     modegpt_family.MLP,
+    modegpt_family.Experts,
+    modegpt_family.SharedExpert,
     modegpt_family.Norm,
     modegpt_family.Residual,
     modegpt_family.Head,
@@ -100,3 +102,11 @@ def test_the_linear_head_gives_the_logits_of_the_modules(name: str) -> None:
             stream = architecture.final_norm(stream)
         matrix, offset = architecture.head(torch.device("cpu"))
         torch.testing.assert_close(stream @ matrix.T + offset, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_dense_configuration_may_have_a_name_that_the_compressed_one_computes() -> None:
+    architecture = resolve(dense("falcon", num_key_value_heads=3))
+    widths = [block.dense_widths for block in architecture.blocks]
+    config = architecture.classes.config.from_dense(architecture.model.config, widths, {"format_version": 1})
+    assert config.num_key_value_heads == 2, "the number that the dense class reads"
+    assert "num_key_value_heads" not in config.to_dict()
