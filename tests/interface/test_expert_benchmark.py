@@ -10,17 +10,19 @@ from checkpoints import save_text
 from tiny_models import tokenizer
 
 benchmark = pytest.importorskip("experts")
-RESULTS = Path(benchmark.__file__).parent / "results" / "experts.json"
+RESULTS = Path(benchmark.__file__).parent / "results"
 PAGE = Path(__file__).parents[2] / ".github" / "docs" / "results.md"
 
 
-def test_the_page_of_results_has_the_table() -> None:
-    rows = json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]
+@pytest.mark.parametrize("file", ["experts.json", "experts_shared.json"])
+def test_the_page_of_results_has_the_table(file: str) -> None:
+    rows = json.loads((RESULTS / file).read_text(encoding="utf-8"))["rows"]
     assert benchmark.table(rows) in PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("flags", [(), ("--shared",)])
 def test_every_way_to_shrink_the_experts_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "LENGTH", 16)
     monkeypatch.setattr(benchmark, "WINDOWS", 8)
@@ -28,7 +30,7 @@ def test_every_way_to_shrink_the_experts_is_measured(
     tokenizer().save_pretrained(tmp_path)
     text, results = save_text(tmp_path / "text.txt"), tmp_path / "results.json"
     files = ("--tokenizer", tmp_path, "--train", text, "--evaluation", text, "--json", results)
-    benchmark.main([*map(str, files), "--steps", "2", "--max-windows", "4"])
+    benchmark.main([*map(str, files), *flags, "--steps", "2", "--max-windows", "4"])
     rows = json.loads(results.read_text())["rows"]
     assert rows.keys() == {"dense", *benchmark.RECIPES, benchmark.WHOLE}
     for name, found in rows.items():
