@@ -32,7 +32,7 @@ from optimum_modegpt import ModeGPTConfig, Report, benchmark, compare, perplexit
 from optimum_modegpt.calibration.data import TokenWindows, calibration_windows, evaluation_windows
 from optimum_modegpt.compress import compress
 from optimum_modegpt.loading.calibration import context_of
-from optimum_modegpt.modeling.modegpt_family import PARTS
+from optimum_modegpt.modeling.modegpt_family import parts_among
 from optimum_modegpt.report import count_parameters
 from optimum_modegpt.stages import compute_device
 
@@ -289,7 +289,10 @@ def about(record: dict[str, Any]) -> dict[str, Any]:
 
 def described(report: Report) -> dict[str, Any]:
     """Return the sparsity, the widths by part, and the seconds by stage with their floor."""
-    widths = {part: [block.parts[part].rank for block in report.blocks] for part in PARTS}
+    widths = {}
+    for part in parts_among(block.parts for block in report.blocks):
+        found = (block.parts.get(part) for block in report.blocks)
+        widths[part] = [0 if each is None else each.rank for each in found]
     stages = []
     for stage in report.stages:
         floor = {step: round(seconds, 2) for step, seconds in stage.floor.items()}
