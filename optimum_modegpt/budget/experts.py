@@ -21,7 +21,7 @@ def count_kept_experts(architecture: Architecture, config: ModeGPTConfig) -> int
     """Return the number of experts that every block keeps, the same in all groups of a router that has groups.
 
     Raises:
-        InvalidConfig: the model has no experts, or too few would be left.
+        InvalidConfig: the model has no experts, or too few would be left, or all.
     """
     described, model_config = architecture.family.mlp.experts, architecture.model.config
     wanted = config.expert_sparsity
@@ -36,6 +36,11 @@ def count_kept_experts(architecture: Architecture, config: ModeGPTConfig) -> int
             f"expert_sparsity={wanted} leaves {kept // groups} of {count // groups} experts{in_groups}, but the router "
             f"chooses {getattr(model_config, described.chosen)} for a token, so it needs {least // groups}{in_groups}; "
             f"expected at most {1 - least / count:.3f}."
+        )
+    if kept == count:
+        raise InvalidConfig(
+            f"expert_sparsity={wanted} removes none of {count} experts, of which blocks lose {groups} at once; expected "
+            f"{groups / count:.3f} or more."
         )
     return kept
 

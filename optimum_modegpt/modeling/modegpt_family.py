@@ -246,7 +246,7 @@ class Experts:
 
     def count_groups(self, config: Any) -> int:
         """Return the number of groups of experts in a model; 1 if its router has no groups."""
-        return 1 if self.groups is None else getattr(config, self.groups)
+        return 1 if self.groups is None else getattr(config, self.groups) or 1
 
     def in_layer(self, config: Any, index: int) -> bool:
         """Return whether a layer of a model has experts."""

@@ -20,7 +20,7 @@ def test_the_page_of_results_has_the_table(file: str) -> None:
     assert benchmark.table(rows) in PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("flags", [(), ("--shared",)])
+@pytest.mark.parametrize("flags", [(), pytest.param(("--shared",), marks=pytest.mark.slow)])
 def test_every_way_to_shrink_the_experts_is_measured(
     flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
