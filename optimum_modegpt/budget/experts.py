@@ -39,8 +39,8 @@ def count_kept_experts(architecture: Architecture, config: ModeGPTConfig) -> int
         )
     if kept == count:
         raise InvalidConfig(
-            f"expert_sparsity={wanted} removes none of {count} experts, of which blocks lose {groups} at once; expected "
-            f"{groups / count:.3f} or more."
+            f"expert_sparsity={wanted} removes none of {count} experts, of which blocks lose {groups} at once; "
+            f"expected {groups / count:.3f} or more."
         )
     return kept
 
