@@ -65,7 +65,10 @@ def _plan(sizes: Sizes, mlp_sparsity: float, head_dim: int | None) -> Plan:
     for block in sizes:
         widths: dict[str, int] = {}
         for part, size in block.items():
-            widths[part] = head_dim if part in HEAD_PARTS else size.nearest(size.dense * (1 - mlp_sparsity))
+            if part not in HEAD_PARTS:
+                widths[part] = size.nearest(size.dense * (1 - mlp_sparsity))
+            elif head_dim is not None:
+                widths[part] = head_dim
         blocks.append(widths)
     return Plan.from_list(blocks)
 

@@ -159,7 +159,7 @@ def empty_linear(like: Any, out_features: int, in_features: int) -> nn.Linear:
 def shrink_block(block: Any, model_class: type[Any], config: Any, widths: Widths) -> None:
     """Give a newly built dense block the widths of a compressed one. The values must be loaded afterwards."""
     family = model_class.config_class.family
-    parts = tuple(part for part in PARTS if getattr(widths, part))
+    parts: list[Part] = [part for part in PARTS if getattr(widths, part)]
     units = {"block": 1}
     if "qk" in parts:
         units |= count_heads(block.get_submodule(family.attention.module), family, config)

@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def untrained(tokenizer: Any, *, shared: bool) -> PreTrainedModel:
     """Return a random model, with a fixed seed."""
     torch.manual_seed(0)
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": 96,
         "num_hidden_layers": 4,
@@ -107,7 +107,7 @@ def untrained(tokenizer: Any, *, shared: bool) -> PreTrainedModel:
     }
     if not shared:
         return MixtralForCausalLM(MixtralConfig(**sizes, intermediate_size=96, num_local_experts=8))
-    own = {"moe_intermediate_size": 72, "shared_expert_intermediate_size": 192, "num_experts": 8}
+    own: dict[str, Any] = {"moe_intermediate_size": 72, "shared_expert_intermediate_size": 192, "num_experts": 8}
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **own))
 
 
