@@ -14,7 +14,7 @@ from optimum_modegpt.errors import InvalidConfig
 from optimum_modegpt.modeling.modegpt_family import Experts
 
 SCORED_EXPERTS = 2
-"""A router with groups chooses them by the sum of the scores of so many experts."""
+"""Number of experts whose scores a router with groups adds up to choose a group."""
 
 
 def count_kept_experts(architecture: Architecture, config: ModeGPTConfig) -> int:
@@ -39,8 +39,8 @@ def count_kept_experts(architecture: Architecture, config: ModeGPTConfig) -> int
         )
     if kept == count:
         raise InvalidConfig(
-            f"expert_sparsity={wanted} removes none of {count} experts, of which blocks lose {groups} at once; "
-            f"expected {groups / count:.3f} or more."
+            f"expert_sparsity={wanted} removes none of {count} experts, because a block loses a multiple of "
+            f"{groups}; expected {groups / count:.3f} or more."
         )
     return kept
 
